@@ -1,0 +1,139 @@
+"""The command line of every stage: `python -m STAGE --spec JSON --input name=path --output name=path`."""
+
+import argparse
+import contextlib
+import json
+import logging
+import platform
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from stages.errors import UserError
+from stages.files import exclusive, write_json
+
+log = logging.getLogger("stage")
+
+
+@dataclass
+class Call:
+    """What a stage was asked to do.
+
+    Attributes:
+        spec: the settings that change the output, exactly those that the stage uses.
+        runtime: settings that change speed or place only: device, batch size, threads.
+        inputs, outputs: paths by name.
+        code: digest of the code that runs, for provenance.
+        record: facts for the stage's record file; the stage adds its own.
+    """
+
+    spec: dict[str, Any]
+    runtime: dict[str, Any]
+    inputs: dict[str, Path]
+    outputs: dict[str, Path]
+    code: str
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def stage(name: str) -> Iterator[Call]:
+    """Parse the command line, run the body with logging set up, and write the record of time and memory.
+
+    The record (output `record`, if asked for) holds wall_seconds, peak_memory_mb, started, versions and what
+    the body put into `call.record`. A UserError, Ctrl-C or SIGTERM ends the process with a message of one line
+    and status 1, 130 or 143; partial results stay where the stage resumes from.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m {name}")
+    parser.add_argument("--spec", type=json.loads, default={}, metavar="JSON", help="settings that change the output")
+    parser.add_argument(
+        "--runtime", type=json.loads, default={}, metavar="JSON", help="settings that change speed only"
+    )
+    parser.add_argument("--input", action="append", default=[], type=_pair, metavar="NAME=PATH")
+    parser.add_argument("--output", action="append", default=[], type=_pair, metavar="NAME=PATH")
+    parser.add_argument("--code", default="", help="digest of the code, kept as provenance")
+    parser.add_argument("--log", type=Path, help="file that the log goes to, beside the terminal")
+    arguments = parser.parse_args()
+    call = Call(arguments.spec, arguments.runtime, dict(arguments.input), dict(arguments.output), arguments.code)
+    _configure_logging(arguments.log)
+    signal.signal(signal.SIGTERM, _terminate)
+    started, clock = time.time(), time.perf_counter()
+    first = next(iter(call.outputs.values()), None)
+    lock = exclusive(first.parent / f".{first.name}.lock") if first else contextlib.nullcontext()
+    try:
+        with logging_redirect_tqdm(), lock:
+            yield call
+            path = call.outputs.get("record")
+            if path:
+                call.record.update(
+                    stage=name, started=started, wall_seconds=time.perf_counter() - clock, peak_memory_mb=peak_memory_mb(),
+                    code=call.code, versions=versions(),
+                )  # fmt: skip
+                write_json(path, call.record)
+        log.info("%s: done in %.1f s, %.0f MB at peak", name, time.perf_counter() - clock, peak_memory_mb())
+    except UserError as error:
+        log.error("%s: %s", name, error)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        log.error("%s: interrupted; run the same command again to go on", name)
+        sys.exit(130)
+
+
+def _pair(text: str) -> tuple[str, Path]:
+    name, _, path = text.partition("=")
+    return name, Path(path)
+
+
+def _configure_logging(path: Path | None) -> None:
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(path, mode="w", encoding="utf-8"))
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+        handlers=handlers,
+        force=True,
+    )
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)
+
+
+def peak_memory_mb() -> float:
+    """Return the peak resident memory of this process in MB (10^6 bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+_PROVENANCE = (
+    "torch",
+    "transformers",
+    "sentence-transformers",
+    "open_clip_torch",
+    "timm",
+    "pillow",
+    "pyarrow",
+    "numpy",
+    "scipy",
+    "scikit-image",
+    "snakemake",
+)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that results depend on, those that are installed."""
+    found = {"python": platform.python_version()}
+    for name in _PROVENANCE:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found

@@ -1,0 +1,8 @@
+"""The one kind of error that is meant for the user's eyes."""
+
+
+class UserError(Exception):
+    """Something the user can mend: the message names the file, row or key, the value, and what to do next.
+
+    A stage that raises it ends with exit status 1 and this message alone, without a traceback.
+    """

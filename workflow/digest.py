@@ -1,0 +1,82 @@
+"""A digest of the code that a stage runs: it changes with what the code does, not with comments or docstrings."""
+
+import ast
+import functools
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+PACKAGES = ("cm3", "extractors", "sources", "stages", "workflow")
+
+# These move bytes, parse arguments or print; what a stage computes does not depend on them.
+PLUMBING = frozenset(f"stages.{name}" for name in ("command", "errors", "files", "keys", "progress", "strict"))
+
+
+def code_digest(root: Path, modules: Iterable[str]) -> str:
+    """Return 16 hex digits over the code of `modules` and of all of our modules that they import.
+
+    Modules named `config` are left out: they declare values, and values reach a stage through its spec. Package
+    `__init__` files only re-export. A module that is imported by a string (a backend) must be named by the caller.
+
+    Args:
+        root: the repository's root, where the packages lie.
+        modules: dotted names, such as "cm3.train".
+
+    Raises:
+        ModuleNotFoundError: one of `modules` has no file.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(closure(root, modules)):
+        digest.update(f"{name}\n{_normalised(_file(root, name))}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def closure(root: Path, modules: Iterable[str]) -> set[str]:
+    """Return `modules` and all that they import from our packages, directly or not, as dotted names."""
+    found: set[str] = set()
+    waiting = list(modules)
+    while waiting:
+        name = waiting.pop()
+        if name in found or name in PLUMBING or name.rpartition(".")[2] == "config":
+            continue
+        found.add(name)
+        waiting += _imports(root, _file(root, name))
+    return found
+
+
+def _file(root: Path, name: str) -> Path:
+    path = root.joinpath(*name.split(".")).with_suffix(".py")
+    if not path.is_file():
+        raise ModuleNotFoundError(f"{name}: no file {path}")
+    return path
+
+
+def _imports(root: Path, path: Path) -> list[str]:
+    names = []
+    for node in ast.walk(_tree(path, path.stat().st_mtime_ns)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            package = ".".join(path.relative_to(root).parts[: -node.level]) if node.level else ""
+            base = ".".join(filter(None, [package, node.module or ""]))
+            names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+    ours = (name for name in names if name.partition(".")[0] in PACKAGES)
+    return [name for name in ours if root.joinpath(*name.split(".")).with_suffix(".py").is_file()]
+
+
+@functools.cache
+def _tree(path: Path, mtime_ns: int) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def _normalised(path: Path) -> str:
+    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            if node.body and _is_docstring(node.body[0]):
+                node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(ast.fix_missing_locations(tree))
+
+
+def _is_docstring(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)

@@ -1,0 +1,34 @@
+"""The table that a user sees at the end of a run."""
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from stages.files import read_json
+
+
+def print_summary(experiments: Iterable[str], since: float) -> None:
+    """Print the test metrics of each experiment whose metrics.json was written after `since` (Unix seconds)."""
+    for experiment in experiments:
+        path = Path(f"results/{experiment}/metrics.json")
+        if path.exists() and path.stat().st_mtime >= since:
+            print(summary(read_json(path), path.parent), file=sys.stderr)
+
+
+def summary(metrics: dict[str, Any], folder: Path) -> str:
+    """Return the test metrics as a table, metrics down and cut-offs across, and the paths of what was made."""
+    cells = {tuple(name.split("@")): value for name, value in metrics["test"].items()}
+    names = list(dict.fromkeys(name for name, _ in cells))
+    cuts = sorted({cut for _, cut in cells}, key=int)
+    features = ", ".join(f"{m} {e['name']}" for m, e in metrics["config"]["extractors"].items())
+    lines = [
+        "",
+        f"{metrics['experiment']}: CM3 on {metrics['dataset']} ({features})",
+        f"  {'test':<12}" + "".join(f"{'@' + cut:>9}" for cut in cuts),
+    ]
+    for name in names:
+        lines.append(f"  {name:<12}" + "".join(f"{cells[name, cut]:>9.4f}" for cut in cuts))
+    lines += ["", f"  {folder / 'metrics.json'}"]
+    lines += [f"  {path}" for path in sorted(folder.glob("*.*")) if path.name != "metrics.json"]
+    return "\n".join(lines)

@@ -1,0 +1,66 @@
+"""What one Snakemake invocation holds: the lock on the working directory, and the place of its metadata."""
+
+import fcntl
+import os
+import time
+from pathlib import Path
+from typing import TextIO
+
+from stages.errors import UserError
+
+SNAKEMAKE = Path(".snakemake")
+METADATA = Path("processed/.snakemake-metadata")
+
+
+class RunLock:
+    """One run at a time per working directory. Unlike a lock file, it is gone when its holder is killed."""
+
+    def __init__(self) -> None:
+        self.since = time.time()
+        self._file: TextIO | None = None
+
+    def acquire(self) -> None:
+        """Take the lock for as long as this process lives.
+
+        Raises:
+            UserError: another run holds it; names its process id.
+        """
+        SNAKEMAKE.mkdir(exist_ok=True)
+        file = (SNAKEMAKE / "run.lock").open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"another run (process {file.read().strip() or 'unknown'}) works in {Path.cwd()}; "
+                "wait for it to end, or stop it"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        self._file = file
+        self.since = time.time()
+
+
+def keep_metadata_with_data() -> None:
+    """Let Snakemake's records of how files were made lie beside those files, under processed/.
+
+    They then move with the data: a fresh checkout beside the same raw/, processed/ and results/ knows what is up to
+    date, and what an edit of config or code makes stale.
+    """
+    link = SNAKEMAKE / "metadata"
+    if link.is_symlink() and METADATA.is_dir():
+        return
+    METADATA.mkdir(parents=True, exist_ok=True)
+    # Snakemake takes a metadata folder without this one for its older layout, and migrates it.
+    (SNAKEMAKE / "incomplete").mkdir(parents=True, exist_ok=True)
+    if link.is_symlink():
+        link.unlink()
+    if link.is_dir():
+        for record in sorted(link.rglob("*")):
+            target = METADATA / record.relative_to(link)
+            if record.is_file() and not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                record.replace(target)
+        link.rename(SNAKEMAKE / f"metadata-moved-{time.time_ns()}")
+    link.symlink_to(os.path.relpath(METADATA, SNAKEMAKE), target_is_directory=True)
