@@ -4,10 +4,12 @@ import argparse
 import contextlib
 import json
 import logging
+import os
 import platform
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,7 +20,7 @@ from typing import Any
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from stages.errors import UserError
-from stages.files import exclusive, write_json
+from stages.files import exclusive, remove_stale_parts, write_json
 
 log = logging.getLogger("stage")
 
@@ -64,11 +66,15 @@ def stage(name: str) -> Iterator[Call]:
     call = Call(arguments.spec, arguments.runtime, dict(arguments.input), dict(arguments.output), arguments.code)
     _configure_logging(arguments.log)
     signal.signal(signal.SIGTERM, _terminate)
+    if os.environ.get("CM3_STOP_WITH_PARENT"):
+        threading.Thread(target=_stop_with_parent, args=(os.getppid(),), daemon=True).start()
     started, clock = time.time(), time.perf_counter()
     first = next(iter(call.outputs.values()), None)
     lock = exclusive(first.parent / f".{first.name}.lock") if first else contextlib.nullcontext()
     try:
         with logging_redirect_tqdm(), lock:
+            for output in call.outputs.values():
+                remove_stale_parts(output)
             yield call
             path = call.outputs.get("record")
             if path:
@@ -107,6 +113,13 @@ def _configure_logging(path: Path | None) -> None:
 
 def _terminate(number: int, frame: Any) -> None:
     raise SystemExit(128 + number)
+
+
+def _stop_with_parent(parent: int) -> None:
+    # Under Snakemake a job must not outlive a killed run: the next run would meet it at the same files.
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def peak_memory_mb() -> float:

@@ -3,8 +3,10 @@
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from stages.errors import UserError
+
+log = logging.getLogger(__name__)
 
 _NO_ROOM = {
     errno.ENOSPC: "no space left on the disk",
@@ -28,11 +32,12 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
         UserError: the disk is full; nothing is left at `path` but what stood there before.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = None
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+        os.close(handle)
+        temporary = Path(name)
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
@@ -49,7 +54,15 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
             ) from error
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def remove_stale_parts(path: str | os.PathLike[str]) -> None:
+    """Remove the temporary files that a killed writer of `path` left; call it while holding `exclusive`."""
+    target = Path(path)
+    for part in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
+        part.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -86,5 +99,9 @@ def exclusive(path: str | os.PathLike[str]) -> Iterator[None]:
     lock = Path(path)
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("a") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.warning("%s is held by another process; waiting for it to end", lock)
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield

@@ -174,7 +174,8 @@ def write_features(
     state = np.asarray(status, dtype=object)
     if not (len(item_ids) == len(embedding) == len(state)):
         raise ValueError(f"{path}: {len(item_ids)} ids, {len(embedding)} vectors, {len(state)} statuses")
-    values = np.ascontiguousarray(embedding, dtype=dtype)
+    with np.errstate(over="ignore"):  # an overflow to float16 is infinite, and refused below
+        values = np.ascontiguousarray(embedding, dtype=dtype)
     bad = np.flatnonzero((state == OK) & ~np.isfinite(values).all(axis=1))
     if len(bad):
         names = ", ".join(item_ids[i] for i in bad[:5])

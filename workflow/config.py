@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
-from cm3.config import Evaluation, Model, Training, settings
+from cm3.config import Evaluation, Model, Training, modality_weights, settings
 from extractors.spec import ExtractorSpec, parse_extractor
 from sources.config import Dataset, parse_dataset
 from stages.errors import UserError
@@ -96,9 +96,8 @@ def load_config(raw: Any) -> Config:
                 )
         if wrong:
             raise UserError("\n".join(wrong))
-        chosen = settings(
-            section.preset, section.model, section.training, section.evaluation, list(section.modalities), where
-        )
+        chosen = settings(section.preset, section.model, section.training, section.evaluation, where)
+        modality_weights(chosen.model, list(section.modalities), f"{where}.model")
         return Experiment(
             section.dataset, section.modalities, section.preset, chosen.model, chosen.training, chosen.evaluation
         )

@@ -4,7 +4,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from sources.config import Dataset
+from sources.config import Dataset, Sample
 from stages.errors import UserError
 from stages.keys import canonical_json as canonical
 from stages.keys import key_of
@@ -42,7 +42,14 @@ class Plan:
 
     def generated(self) -> list[str]:
         """Return the names of datasets that are drawn by our generator."""
-        return [name for name, dataset in self.config.datasets.items() if dataset.source == "sample"]
+        return [name for name, dataset in self.config.datasets.items() if isinstance(dataset, Sample)]
+
+    def generate_spec(self, name: str) -> dict[str, Any]:
+        """Return the generator's settings for one of the datasets of `generated`."""
+        dataset = self.dataset(name)
+        if not isinstance(dataset, Sample):
+            raise UserError(f"datasets.{name}: is of source {dataset.source!r} and is not generated")
+        return dataset.sample_spec()
 
     def downloaded(self) -> list[str]:
         """Return the names of datasets that have files to fetch."""

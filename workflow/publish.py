@@ -21,7 +21,9 @@ def publish(provenance: dict[str, Any], files: dict[str, Path], outputs: dict[st
             with atomic(path) as temporary:
                 shutil.copyfile(files[name], temporary)
     records = {name.removeprefix("record."): read_json(p) for name, p in files.items() if name.startswith("record.")}
-    write_json(outputs["metrics"], gather(provenance, read_json(files["evaluation"]), read_json(files["stats"]), records))
+    write_json(
+        outputs["metrics"], gather(provenance, read_json(files["evaluation"]), read_json(files["stats"]), records)
+    )
 
 
 def gather(

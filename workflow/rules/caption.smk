@@ -19,5 +19,5 @@ rule caption:
         runtime=lambda wildcards, threads: canonical(plan.caption_runtime(wildcards.extractor, threads)),
         files=named_files,
     shell:
-        "python -m extractors.caption --spec {params.spec:q} --runtime {params.runtime:q} --code {params.code}"
+        "exec python -m extractors.caption --spec {params.spec:q} --runtime {params.runtime:q} --code {params.code}"
         " {params.files} --log {log:q}"

@@ -26,6 +26,7 @@ except UserError as error:
 # Jobs run with the interpreter that runs Snakemake, and with this checkout's packages.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+os.environ["CM3_STOP_WITH_PARENT"] = "1"
 
 keep_metadata_with_data()
 run_lock = RunLock()

@@ -13,11 +13,11 @@ rule generate:
     conda:
         "../../environment.yml"
     params:
-        spec=lambda wildcards: canonical(plan.dataset(wildcards.dataset).generate_spec()),
+        spec=lambda wildcards: canonical(plan.generate_spec(wildcards.dataset)),
         code=lambda wildcards: plan.code("sources.sample"),
         files=named_files,
     shell:
-        "python -m sources.sample --spec {params.spec:q} --code {params.code} {params.files} --log {log:q}"
+        "exec python -m sources.sample --spec {params.spec:q} --code {params.code} {params.files} --log {log:q}"
 
 
 # fetch one published file
@@ -36,4 +36,4 @@ rule download:
         spec=lambda wildcards: canonical(plan.download_spec(wildcards.dataset, wildcards.file)),
         files=named_files,
     shell:
-        "python -m sources.download --spec {params.spec:q} {params.files} --log {log:q}"
+        "exec python -m sources.download --spec {params.spec:q} {params.files} --log {log:q}"

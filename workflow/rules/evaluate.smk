@@ -20,5 +20,5 @@ rule evaluate:
         runtime=lambda wildcards, threads: canonical({"threads": threads}),
         files=named_files,
     shell:
-        "python -m cm3.evaluate --spec {params.spec:q} --runtime {params.runtime:q} --code {params.code}"
+        "exec python -m cm3.evaluate --spec {params.spec:q} --runtime {params.runtime:q} --code {params.code}"
         " {params.files} --log {log:q}"

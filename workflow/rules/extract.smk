@@ -19,5 +19,5 @@ rule extract:
         runtime=lambda wildcards, threads: canonical(plan.extract_runtime(wildcards.extractor, threads)),
         files=named_files,
     shell:
-        "python -m extractors.extract --spec {params.spec:q} --runtime {params.runtime:q} --code {params.code}"
+        "exec python -m extractors.extract --spec {params.spec:q} --runtime {params.runtime:q} --code {params.code}"
         " {params.files} --log {log:q}"

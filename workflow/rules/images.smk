@@ -20,5 +20,5 @@ rule images:
         ),
         files=named_files,
     shell:
-        "python -m sources.images --spec {params.spec:q} --runtime {params.runtime:q} --code {params.code}"
+        "exec python -m sources.images --spec {params.spec:q} --runtime {params.runtime:q} --code {params.code}"
         " {params.files} --log {log:q}"

@@ -17,7 +17,7 @@ rule prepare:
         code=lambda wildcards: plan.source_code(wildcards.dataset, "prepare"),
         files=named_files,
     shell:
-        "python -m sources.prepare --spec {params.spec:q} --code {params.code} {params.files} --log {log:q}"
+        "exec python -m sources.prepare --spec {params.spec:q} --code {params.code} {params.files} --log {log:q}"
 
 
 # label interactions train, valid, test
@@ -36,4 +36,4 @@ rule split:
         code=lambda wildcards: plan.source_code(wildcards.dataset, "split"),
         files=named_files,
     shell:
-        "python -m sources.split --spec {params.spec:q} --code {params.code} {params.files} --log {log:q}"
+        "exec python -m sources.split --spec {params.spec:q} --code {params.code} {params.files} --log {log:q}"

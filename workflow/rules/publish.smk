@@ -19,4 +19,4 @@ rule publish:
         code=lambda wildcards: plan.code("workflow.publish"),
         files=named_files,
     shell:
-        "python -m workflow.publish --spec {params.spec:q} --code {params.code} {params.files} --log {log:q}"
+        "exec python -m workflow.publish --spec {params.spec:q} --code {params.code} {params.files} --log {log:q}"

@@ -16,5 +16,5 @@ rule similarity:
         runtime=lambda wildcards, threads: canonical({"threads": threads}),
         files=named_files,
     shell:
-        "python -m cm3.similarity --spec {params.spec:q} --runtime {params.runtime:q} --code {params.code}"
+        "exec python -m cm3.similarity --spec {params.spec:q} --runtime {params.runtime:q} --code {params.code}"
         " {params.files} --log {log:q}"

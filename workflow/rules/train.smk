@@ -21,5 +21,5 @@ rule train:
         runtime=lambda wildcards, threads: canonical(plan.train_runtime(wildcards.experiment, threads)),
         files=named_files,
     shell:
-        "python -m cm3.train --spec {params.spec:q} --runtime {params.runtime:q} --code {params.code}"
+        "exec python -m cm3.train --spec {params.spec:q} --runtime {params.runtime:q} --code {params.code}"
         " {params.files} --log {log:q}"

@@ -1,0 +1,27 @@
+"""A run killed with SIGKILL, and the same command again: it completes, with the same results to the byte."""
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from checkout import Checkout
+
+METRICS = "results/shop/metrics.json"
+STAGES = ("generate", "prepare", "split", "images", "extract", "similarity", "train", "evaluate", "publish")
+
+
+def test_killed_in_every_stage_it_completes_with_identical_results(tmp_path: Path):
+    whole, killed = Checkout(tmp_path / "whole"), Checkout(tmp_path / "killed")
+    whole.run(METRICS)
+    hit = [stage for stage in STAGES if killed.kill_in(stage, METRICS, delay=0.0 if stage != "train" else 3.0)]
+    assert len(hit) >= len(STAGES) - 2, hit  # a stage can end between its first line of log and the kill
+    killed.run(METRICS)
+
+    for name in ("per_user.parquet", "recommendations.parquet", "item_embeddings.parquet"):
+        ours, theirs = (pq.read_table(c.folder / "results/shop" / name) for c in (killed, whole))
+        assert ours.equals(theirs), name
+    ours, theirs = (json.loads((c.folder / METRICS).read_text()) for c in (killed, whole))
+    for section in ("test", "valid", "coverage", "config", "keys", "data"):
+        assert ours[section] == theirs[section], section
+    leftovers = [p for p in killed.folder.rglob("*.part") if "logs" not in p.parts]
+    assert leftovers == [] or all(p.name.startswith(".") for p in leftovers)

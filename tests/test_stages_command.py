@@ -1,0 +1,84 @@
+"""A stage's command line: what it hands over, what it records, and how it ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+STAGE = """
+import sys, time
+from stages.command import stage
+from stages.errors import UserError
+with stage("demo") as call:
+    print(call.spec, call.runtime, sorted(call.inputs), flush=True)
+    call.record["rows"] = 3
+    if call.spec.get("fail"):
+        raise UserError("rows.csv, line 4: 'x' is not a number; mend the line")
+    time.sleep(call.spec.get("sleep", 0))
+"""
+
+
+def start(tmp_path: Path, spec: dict, **environment: str) -> subprocess.Popen[str]:
+    outputs = ["--output", f"out={tmp_path / 'out'}", "--output", f"record={tmp_path / 'record.json'}"]
+    command = [sys.executable, "-c", STAGE, "--spec", json.dumps(spec), "--input", "features.text=a=b", *outputs]
+    return subprocess.Popen(
+        [*command, "--log", str(tmp_path / "logs/demo.log"), "--code", "abc"], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | environment,
+    )  # fmt: skip
+
+
+def test_it_records_time_memory_code_and_versions(tmp_path: Path):
+    process = start(tmp_path, {"a": 1})
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert out == "{'a': 1} {} ['features.text']\n"
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["rows"] == 3
+    assert record["code"] == "abc"
+    assert record["wall_seconds"] > 0
+    assert 5 < record["peak_memory_mb"] < 2000
+    assert record["versions"]["pyarrow"]
+    assert "demo: done" in (tmp_path / "logs/demo.log").read_text()
+
+
+def test_a_user_error_is_one_line_without_traceback(tmp_path: Path):
+    process = start(tmp_path, {"fail": True})
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err.strip().endswith("demo: rows.csv, line 4: 'x' is not a number; mend the line")
+    assert "Traceback" not in err
+    assert not (tmp_path / "record.json").exists()
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path):
+    process = start(tmp_path, {"sleep": 60})
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "interrupted; run the same command again to go on" in err
+    assert "Traceback" not in err
+
+
+def test_it_ends_with_its_killed_parent(tmp_path: Path):
+    shell = (
+        f"{sys.executable} -c '{STAGE.replace(chr(39), chr(34))}' "
+        f"--spec '{json.dumps({'sleep': 60})}' --output out={tmp_path / 'out'}"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", f"import subprocess; subprocess.run(['bash', '-c', {('exec ' + shell)!r}])"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"CM3_STOP_WITH_PARENT": "1"},
+    )  # fmt: skip
+    assert parent.stdout is not None
+    parent.stdout.readline()
+    parent.kill()
+    started = time.monotonic()
+    parent.stdout.read()  # ends when the stage, which holds the other end, is gone
+    assert time.monotonic() - started < 10
