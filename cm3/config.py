@@ -1,0 +1,170 @@
+"""Settings of the model, its training and its evaluation, with the presets `default` and `official`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from cm3.weights import modality_weights
+from stages.errors import UserError
+from stages.strict import Float, Strict, nearest, validate
+
+__all__ = ["PRESETS", "Evaluation", "Model", "Settings", "Training", "modality_weights", "settings"]
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Positive = Annotated[int, Field(gt=0)]
+Weight = Annotated[Float, Field(ge=0)]
+
+
+class Model(Strict):
+    """The shape of CM3 and its loss."""
+
+    embedding_dim: int = Field(64, gt=1, description="width d of one stream; a vector has one stream more than modalities")  # fmt: skip
+    hidden_factor: int = Field(4, gt=0, description="hidden width of the projections, in multiples of embedding_dim")
+    n_ui_layers: int = Field(3, ge=0, description="layers L over the user-item graph")
+    n_mm_layers: int = Field(1, ge=0, description="layers n over the item-item graph")
+    knn_k: int = Field(10, gt=0, description="neighbours per item and modality in the item-item graph, itself included")
+    modality_weights: dict[str, Weight] | None = Field(
+        None,
+        description="weight of each modality's item-item graph, scaled to sum 1; "
+        "null: image 0.1 and the others share 0.9, or all equal where there is no image or nothing else",
+    )
+    alpha: Float = Field(0.5, gt=0, description="t ~ Beta(alpha, alpha) mixes the modalities of each item in training")
+    gamma: Float = Field(0.9, ge=0, description="weight of the uniformity losses")
+    min_sim: Float = Field(0.0, ge=-1, le=1, description="lower clamp of the similarity that calibrates uniformity")
+    max_sim: Float = Field(1.0, ge=-1, le=1, description="upper clamp of the similarity that calibrates uniformity")
+    detach_similarity: bool = Field(True, description="whether the calibrating similarity is a constant to the gradient")  # fmt: skip
+    dedup_pairs: bool = Field(True, description="leave pairs of the same user or item out of the uniformity losses")
+    uniformity_items: Literal["negative", "positive", "uniform"] = Field(
+        "negative",
+        description="items of the uniformity loss: sampled items the user has not bought, the batch's own, or any",
+    )
+    slerp: Literal["safe", "reference"] = Field(
+        "safe", description="safe: defined for equal and opposite vectors; reference: sin/sin, NaN for equal vectors"
+    )
+    missing: Literal["mean", "zero"] = Field(
+        "mean", description="the vector that stands for a missing one in the projections: the mean of the others, or zero"
+    )  # fmt: skip
+    dropout: Float = Field(0.0, ge=0, lt=1, description="must be 0: not implemented")
+
+    @field_validator("dropout")
+    @classmethod
+    def _no_dropout(cls, value: float) -> float:
+        if value:
+            raise ValueError("dropout is not implemented; leave it at 0")
+        return value
+
+    @field_validator("modality_weights")
+    @classmethod
+    def _some_weight(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        if value is not None and not sum(value.values()) > 0:
+            raise ValueError("at least one modality needs a weight above 0")
+        return value
+
+    @model_validator(mode="after")
+    def _ordered_clamp(self) -> "Model":
+        if self.min_sim > self.max_sim:
+            raise ValueError(f"min_sim {self.min_sim} is above max_sim {self.max_sim}")
+        return self
+
+
+class Training(Strict):
+    """How the model is fitted."""
+
+    runtime_fields: ClassVar[frozenset[str]] = frozenset({"device", "checkpoint_seconds"})
+
+    seed: int = Field(42, ge=0, lt=2**32, description="of initial values, batches, negatives and mixing draws")
+    epochs: int = Field(1000, gt=0, description="at most this many passes over the training interactions")
+    batch_size: int = Field(2048, gt=1, description="interactions per step")
+    lr: Float = Field(1e-3, gt=0, description="step size of Adam")
+    weight_decay: Float = Field(0.0, ge=0, description="L2 penalty that Adam adds to the gradient")
+    patience: int = Field(10, gt=0, description="stop after this many validations in a row without improvement")
+    validate_every: int = Field(1, gt=0, description="epochs between validations")
+    monitor: str = Field(
+        "recall@20", pattern=r"^(recall|ndcg)@[1-9]\d*$", description="recall@k or ndcg@k on the validation split"
+    )
+    select_on: Literal["valid", "test"] = Field(
+        "valid",
+        description="split whose score at the best validation epoch is recorded to compare settings by; "
+        "test repeats the reference and makes its results optimistic: for replication only",
+    )
+    eval_embeddings: Literal["fresh", "last_batch"] = Field(
+        "fresh", description="embeddings that are scored: a forward at t = 0.5, or what the epoch's last batch computed"
+    )
+    round_valid: int | None = Field(None, ge=0, le=15, description="digits kept of the monitored value; null: all")
+    device: Device = Field("auto", description="auto takes CUDA, then MPS, then the CPU")
+    checkpoint_seconds: Float = Field(30.0, ge=0, description="least time between checkpoints; 0: after every batch")
+
+
+class Evaluation(Strict):
+    """How a trained model is measured."""
+
+    ks: list[Positive] = Field([10, 20], min_length=1, description="cut-offs of the metrics")
+    score: Literal["dot", "cosine"] = Field("dot", description="score of the main metrics; the other is reported too")
+    mask: Literal["train", "train+valid"] = Field(
+        "train", description="items kept out of a user's test ranking in the main metrics; the other is reported too"
+    )
+    top_n: int = Field(50, gt=0, description="recommendations written per test user")
+
+    @field_validator("ks")
+    @classmethod
+    def _sorted_once(cls, value: list[int]) -> list[int]:
+        if len(set(value)) != len(value):
+            raise ValueError("a cut-off stands here twice")
+        return sorted(value)
+
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "default": {"model": {}, "training": {}, "evaluation": {}},
+    "official": {
+        "model": {
+            "slerp": "reference",
+            "dedup_pairs": False,
+            "detach_similarity": False,
+            "uniformity_items": "negative",
+        },
+        "training": {
+            "select_on": "test",
+            "eval_embeddings": "last_batch",
+            "round_valid": 4,
+            "patience": 11,
+            "weight_decay": 0.0,
+        },
+        "evaluation": {"score": "dot", "mask": "train"},
+    },
+}
+"""Values that stand where the user gives none. `official` repeats the reference implementation's arithmetic."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One experiment's validated settings."""
+
+    preset: str
+    model: Model
+    training: Training
+    evaluation: Evaluation
+
+
+def settings(
+    preset: str,
+    model: Mapping[str, Any],
+    training: Mapping[str, Any],
+    evaluation: Mapping[str, Any],
+    where: str,
+) -> Settings:
+    """Return the user's values laid over a preset's, validated; `where` is the key path of the experiment.
+
+    Raises:
+        UserError: an unknown preset or key, a wrong type, an impossible value; the message holds the key's path.
+    """
+    if preset not in PRESETS:
+        raise UserError(f"{where}.preset = {preset!r}: unknown preset{nearest(preset, PRESETS)}")
+    base = PRESETS[preset]
+    return Settings(
+        preset,
+        validate(Model, {**base["model"], **model}, f"{where}.model"),
+        validate(Training, {**base["training"], **training}, f"{where}.training"),
+        validate(Evaluation, {**base["evaluation"], **evaluation}, f"{where}.evaluation"),
+    )

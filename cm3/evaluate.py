@@ -1,0 +1,191 @@
+"""Stage `evaluate`: score the exported embeddings on the validation and test splits, and write recommendations."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cm3.config import Evaluation
+from cm3.device import select_device, set_threads
+from cm3.embeddings import read_embeddings
+from cm3.interactions import Interactions, read_interactions
+from cm3.metrics import per_user
+from cm3.ranking import Ranking
+from stages.command import stage
+from stages.errors import UserError
+from stages.files import write_json
+from stages.strict import validate
+from stages.tables import write_table
+
+log = logging.getLogger("cm3.evaluate")
+
+SCORES = ("dot", "cosine")
+MASKS = {"train": ("train",), "train+valid": ("train", "valid")}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Metrics of the users that have truth in a split: user indices (R,), sizes of their truth, values, top lists."""
+
+    users: np.ndarray
+    n_truth: np.ndarray
+    values: dict[str, np.ndarray]
+    items: np.ndarray
+    scores: np.ndarray
+
+    def means(self) -> dict[str, float]:
+        """Return each metric's mean over the users, in full precision."""
+        return {name: float(value.mean()) for name, value in self.values.items()}
+
+
+def evaluate(
+    *,
+    interactions: Path,
+    items: Path,
+    users: Path,
+    user_embeddings: Path,
+    item_embeddings: Path,
+    settings: Evaluation,
+    metrics_output: Path,
+    per_user_output: Path,
+    recommendations_output: Path,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Rank all items for every user of the test and validation splits and write metrics and recommendations.
+
+    Writes evaluation.json (test, valid, detail, counts), per_user.parquet (user, n_test, a float64 column per
+    metric@k of the main test metrics) and recommendations.parquet (user_id, item_id, rank from 1, score).
+    Validation always masks the training items; the test mask is `settings.mask`.
+
+    Returns:
+        The content of evaluation.json.
+
+    Raises:
+        UserError: unreadable inputs, embeddings of other users or items, or an empty test split.
+    """
+    data = read_interactions(interactions, items, users)
+    user_vectors, _ = read_embeddings(user_embeddings, "user_id", data.user_ids)
+    item_vectors, metadata = read_embeddings(item_embeddings, "item_id", data.item_ids)
+    vectors = {"dot": (torch.tensor(user_vectors, device=device), torch.tensor(item_vectors, device=device))}
+    vectors["cosine"] = tuple(functional.normalize(x, dim=1) for x in vectors["dot"])  # type: ignore[assignment]
+    train, test, valid = data.matrix("train"), data.matrix("test"), data.matrix("valid")
+    if not test.nnz:
+        raise UserError(
+            f"{interactions}: no row is in the test split; check the split settings and prepare the data again"
+        )
+
+    k = max(settings.ks)
+    measured = {}
+    for score in SCORES:
+        for mask, splits in MASKS.items():
+            main = score == settings.score and mask == settings.mask
+            length = max(k, settings.top_n) if main else k
+            measured[score, mask] = _measure(vectors[score], test, data.matrix(*splits), settings.ks, length)
+    primary = measured[settings.score, settings.mask]
+    validated = _measure(vectors[settings.score], valid, train, settings.ks, k) if valid.nnz else None
+    cold = np.asarray(train.sum(0)).ravel() == 0
+
+    result: dict[str, Any] = {
+        "test": primary.means(),
+        "valid": validated.means() if validated else None,
+        "detail": {
+            "test": {
+                f"score {score}, mask {mask}": found.means() for (score, mask), found in measured.items()
+            },
+            "items": _by_kind(primary, test, cold, settings.ks),
+        },
+        "counts": {
+            "users": train.shape[0],
+            "items": train.shape[1],
+            "test_users": len(primary.users),
+            "valid_users": len(validated.users) if validated else 0,
+            "test_interactions": test.nnz,
+            "cold_items": int(cold.sum()),
+            "cold_users": int((np.diff(train.indptr) == 0).sum()),
+            "test_interactions_seen_in_training": int(test.multiply(train).nnz),
+        },
+        "score": settings.score,
+        "mask": settings.mask,
+        "best_epoch": metadata.get("epoch"),
+    }  # fmt: skip
+    write_json(metrics_output, result)
+    _write_per_user(per_user_output, primary)
+    _write_recommendations(recommendations_output, primary, data, settings.top_n)
+    log.info("test: %s", ", ".join(f"{name} {value:.4f}" for name, value in result["test"].items()))
+    return result
+
+
+def _measure(
+    vectors: tuple[Tensor, Tensor], truth: sp.csr_matrix, masked: sp.csr_matrix, ks: list[int], length: int
+) -> Measured:
+    users = np.flatnonzero(np.diff(truth.indptr))
+    items, scores = Ranking(users, masked, vectors[0].device).top(*vectors, length)
+    return Measured(users, np.diff(truth.indptr)[users], per_user(items, truth[users], ks), items, scores)
+
+
+def _by_kind(found: Measured, truth: sp.csr_matrix, cold: np.ndarray, ks: list[int]) -> dict[str, Any]:
+    # The same lists, judged by the cold (never bought in training) and by the other items of the truth alone.
+    parts = {}
+    for name, kind in (("cold", cold), ("warm", ~cold)):
+        part = sp.csr_matrix(truth[found.users] @ sp.diags_array(kind.astype(np.float32)))
+        part.eliminate_zeros()
+        rows = np.flatnonzero(np.diff(part.indptr))
+        values = per_user(found.items[rows], part[rows], ks) if len(rows) else {}
+        parts[name] = {
+            "users": len(rows),
+            "interactions": part.nnz,
+            **{metric: float(value.mean()) for metric, value in values.items()},
+        }
+    return parts
+
+
+def _write_per_user(path: Path, found: Measured) -> None:
+    columns = {"user": found.users.astype(np.int32), "n_test": found.n_truth.astype(np.int32), **found.values}
+    table = pa.table(columns)
+    write_table(path, table, table.schema)
+
+
+def _write_recommendations(path: Path, found: Measured, data: Interactions, top_n: int) -> None:
+    items, scores = found.items[:, :top_n], found.scores[:, :top_n]
+    there = items >= 0
+    ranks = np.broadcast_to(np.arange(1, items.shape[1] + 1, dtype=np.int32), items.shape)
+    users = np.broadcast_to(found.users[:, None], items.shape)
+    columns = {
+        "user_id": pa.array(data.user_ids, pa.string()).take(pa.array(users[there])),
+        "item_id": pa.array(data.item_ids, pa.string()).take(pa.array(items[there])),
+        "rank": ranks[there],
+        "score": scores[there],
+    }
+    table = pa.table(columns)
+    write_table(path, table, table.schema)
+
+
+def main() -> None:
+    """Run the stage: spec of `Evaluation`; inputs interactions, items, users, user_embeddings, item_embeddings;
+    outputs metrics, per_user, recommendations, record.
+    """
+    with stage("cm3.evaluate") as call:
+        set_threads(call.runtime.get("threads"))
+        # On the CPU by default: results then do not depend on the machine that trained.
+        device = select_device(call.runtime.get("device", "cpu"))
+        names = ("interactions", "items", "users", "user_embeddings", "item_embeddings")
+        result = evaluate(
+            **{name: call.inputs[name] for name in names},
+            settings=validate(Evaluation, call.spec, "evaluation"),
+            metrics_output=call.outputs["metrics"],
+            per_user_output=call.outputs["per_user"],
+            recommendations_output=call.outputs["recommendations"],
+            device=device.type,
+        )
+        call.record.update(counts=result["counts"], device=device.type)
+
+
+if __name__ == "__main__":
+    main()

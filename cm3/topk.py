@@ -1,0 +1,31 @@
+"""The k largest entries of each row, with ties settled by position."""
+
+import torch
+from torch import Tensor
+
+
+def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return (indices, values), both (N, k), of the k largest entries of each row of (N, I) scores.
+
+    Ordered by value, largest first; among equal values the lower index comes first and is kept first, which
+    `torch.topk` alone does not promise.
+
+    Raises:
+        ValueError: k is not in 1..I.
+    """
+    width = scores.shape[1]
+    if not 0 < k <= width:
+        raise ValueError(f"k = {k} is not between 1 and the {width} columns")
+    if k == width:
+        values, indices = torch.sort(scores, dim=1, descending=True, stable=True)
+        return indices, values
+    values, indices = scores.topk(k + 1, dim=1)
+    # A tie across the boundary: topk may have kept any of the equal entries.
+    torn = torch.nonzero((values[:, k - 1] == values[:, k]) & (values[:, k] > -torch.inf)).squeeze(1)
+    indices, by_index = indices[:, :k].sort(dim=1)
+    values, by_value = values[:, :k].gather(1, by_index).sort(dim=1, descending=True, stable=True)
+    indices = indices.gather(1, by_value)
+    if len(torn):
+        again, order = torch.sort(scores[torn], dim=1, descending=True, stable=True)
+        values[torn], indices[torn] = again[:, :k], order[:, :k]
+    return indices, values

@@ -1,0 +1,58 @@
+"""Bytes of a picture from anywhere -> an RGB picture, or the reason why not."""
+
+import io
+import warnings
+
+from PIL import Image, ImageOps
+
+MAX_PIXELS = 64_000_000
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "MPO")
+"""What is opened at all: formats whose decoders run no code and call no other program."""
+
+
+class UnreadableError(Exception):
+    """A picture that can't be decoded; the message is the reason."""
+
+
+def decode(data: bytes, max_pixels: int = MAX_PIXELS, draft: int | None = None) -> Image.Image:
+    """Return a picture as RGB: turned as EXIF says, transparency on white, first frame of an animation.
+
+    Args:
+        data: the original bytes.
+        max_pixels: the largest picture that is decoded; its header is checked first.
+        draft: decode JPEG at the smallest eighth of its size whose sides are at least this many pixels.
+
+    Raises:
+        UnreadableError: empty, not a picture, truncated, corrupt or too large.
+    """
+    if not data:
+        raise UnreadableError("0 bytes")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+                width, height = picture.size
+                if width * height > max_pixels:
+                    raise UnreadableError(f"{width} x {height} pixels, over the limit of {max_pixels}")
+                if draft is not None:
+                    picture.draft("RGB", (draft, draft))
+                picture.load()
+                return _to_rgb(ImageOps.exif_transpose(picture))
+    except UnreadableError:
+        raise
+    except Image.UnidentifiedImageError:
+        raise UnreadableError(f"not a picture in a known format (starts with {data[:8]!r})") from None
+    except Exception as error:  # decoders raise errors of every kind on strangers' bytes
+        raise UnreadableError(f"{type(error).__name__}: {error}") from None
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I;16"):
+        picture = picture.point(lambda value: value / 257).convert("L")
+    elif picture.mode in ("I", "F"):
+        raise UnreadableError(f"pixels of mode {picture.mode} have no defined range")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
+        picture = Image.alpha_composite(white, picture)
+    return picture.convert("RGB")

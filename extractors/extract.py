@@ -1,0 +1,66 @@
+"""The extract stage: one vector per item, in shards, with provenance.
+
+python -m extractors.extract --spec '{"name": .., "settings": {..}, "identity": {..}}' --runtime '{"threads": 2}'
+    --input items=items.parquet [--input manifest=..] [--input captions=..] [--input vectors=..]
+    --output features=features.parquet --output record=features.stage.json
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from extractors.job import Job, spec_of
+from extractors.spec import ExtractorSpec
+from stages.command import stage
+from stages.errors import UserError
+from stages.tables import write_features
+
+
+def extract(
+    spec: ExtractorSpec,
+    inputs: Mapping[str, Path],
+    features: Path,
+    *,
+    name: str = "extractor",
+    code: str = "",
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Write the features file of all items; return the record: counts, failures, speed.
+
+    Args:
+        spec: the extractor.
+        inputs: items, and what else the spec needs: manifest, captions.
+        features: the Parquet file to write.
+        name: the extractor's name in the config, for messages and provenance.
+        code: digest of the code; finished shards of other code are not used.
+        threads: processor threads of the model.
+
+    Raises:
+        UserError: no item has an input, the model is not to be had, or it returns NaN or vectors of varying length.
+    """
+    job = Job(spec, inputs, features, name, code, threads)
+    embedding = np.zeros((len(job.status), 0), np.float32)
+    for rows, table in job.tables():
+        column = table.column("embedding").combine_chunks()
+        dim = column.type.list_size
+        if embedding.shape[1] == 0:
+            embedding = np.zeros((len(job.status), dim), np.float32)
+        if embedding.shape[1] != dim:
+            raise UserError(f"{name}: the model made vectors of {embedding.shape[1]} dimensions, then of {dim}")
+        embedding[rows] = column.flatten().to_numpy(zero_copy_only=True).reshape(-1, dim)
+    write_features(features, job.source.item_ids, embedding, job.status.tolist(), job.provenance(), spec.dtype)
+    return job.finish() | {"dim": embedding.shape[1]}
+
+
+def main() -> None:
+    """Run the stage from the command line."""
+    with stage("extractors.extract") as call:
+        name, spec = spec_of(call)
+        threads = call.runtime.get("threads")
+        call.record |= extract(spec, call.inputs, call.outputs["features"], name=name, code=call.code, threads=threads)
+
+
+if __name__ == "__main__":
+    main()

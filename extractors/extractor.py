@@ -1,0 +1,137 @@
+"""What every loaded extractor offers: inputs in, one vector and one status per input out."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from stages.errors import UserError
+from stages.tables import FAILED, MISSING, OK, features_schema
+
+T = TypeVar("T")
+Advance = Callable[..., None]
+"""Called as `advance(n, ok=.., failed=..)` while inputs are worked off."""
+
+
+def silent(n: int = 1, **counts: int) -> None:
+    """Report progress to nobody."""
+
+
+@dataclass(kw_only=True)
+class Result(ABC):
+    """What came of n inputs.
+
+    Attributes:
+        status: (n,) str: ok, missing or failed.
+        errors: reasons by row, for rows that are not ok.
+        counts: what else is worth telling, such as truncated texts.
+    """
+
+    status: np.ndarray
+    errors: dict[int, str] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    @abstractmethod
+    def columns(self) -> dict[str, pa.Array]:
+        """Return the output itself as columns of n rows, for a shard's table."""
+
+    @abstractmethod
+    def check(self, names: Sequence[str]) -> None:
+        """Raise a UserError that names the items, if the model returned what is not to be kept."""
+
+
+@dataclass(kw_only=True)
+class Encoded(Result):
+    """The vectors of n inputs.
+
+    Attributes:
+        embedding: (n, d) float32; rows that are not ok are zero.
+    """
+
+    embedding: np.ndarray
+
+    def columns(self) -> dict[str, pa.Array]:
+        """Return the vectors as lists of fixed size, in full precision."""
+        values = pa.array(np.ascontiguousarray(self.embedding, np.float32).reshape(-1))
+        kind = features_schema(self.embedding.shape[1], "float32").field("embedding").type
+        return {"embedding": pa.FixedSizeListArray.from_arrays(values, type=kind)}
+
+    def check(self, names: Sequence[str]) -> None:
+        """Refuse NaN and infinity.
+
+        Raises:
+            UserError: names the first items, and says what to try.
+        """
+        bad = np.flatnonzero((self.status == OK) & ~np.isfinite(self.embedding).all(axis=1))
+        if len(bad):
+            raise UserError(
+                f"{len(bad)} vectors hold NaN or infinity, first of items {', '.join(names[row] for row in bad[:5])}; "
+                "finished shards stay. Look at these items' inputs, or try precision: float32"
+            )
+
+
+class Model(ABC, Generic[T]):
+    """A loaded model that works off inputs of type T: texts, pictures, ids."""
+
+    device: str = "cpu"
+
+    @abstractmethod
+    def run(self, inputs: Iterable[T], advance: Advance = silent) -> Result:
+        """Return what comes of the inputs, in their order. UnreadableError ones come back as failed with the reason."""
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """Return what the loaded model turned out to be: preprocessing, pooling, prompt. Kept as provenance."""
+
+
+class Extractor(Model[T]):
+    """A loaded model that turns inputs into vectors of `dim` numbers."""
+
+    dim: int
+
+    @abstractmethod
+    def run(self, inputs: Iterable[T], advance: Advance = silent) -> Encoded:
+        """Encode inputs in their order. UnreadableError ones come back as failed with the reason."""
+
+    @abstractmethod
+    def input_of(self, item: Mapping[str, Any]) -> T | None:
+        """Return the part of an item that this extractor reads, None if the item lacks it."""
+
+    def encode(self, items: Sequence[Mapping[str, Any]]) -> Encoded:
+        """Return the vectors of N items as (N, d) float32 with a status per row.
+
+        Args:
+            items: mappings with the keys of items.parquet, and `picture` (bytes or a path) for images.
+
+        Raises:
+            UserError: the model returned NaN or infinity; names the items.
+        """
+        inputs = [self.input_of(item) for item in items]
+        rows = np.array([row for row, value in enumerate(inputs) if value is not None], dtype=np.int64)
+        result = no_vectors(len(items), self.dim, MISSING)
+        if len(rows):
+            encoded = self.run(value for value in inputs if value is not None)
+            encoded.check([str(items[row].get("item_id", f"number {row}")) for row in rows])
+            result.embedding[rows] = encoded.embedding
+            result.status[rows] = encoded.status
+            result.errors = {int(rows[row]): reason for row, reason in encoded.errors.items()}
+            result.counts = encoded.counts
+        return result
+
+
+def no_vectors(count: int, dim: int, status: str) -> Encoded:
+    """Return `count` rows of zeros with one status, to be filled in."""
+    return Encoded(embedding=np.zeros((count, dim), np.float32), status=np.full(count, status, dtype=object))
+
+
+def collect(vectors: Mapping[int, np.ndarray], errors: Mapping[int, str], count: int, dim: int) -> Encoded:
+    """Return `count` rows with the vectors and failures known by row."""
+    encoded = no_vectors(count, dim, FAILED)
+    encoded.errors = dict(errors)
+    for row, vector in vectors.items():
+        encoded.embedding[row] = vector
+        encoded.status[row] = OK
+    return encoded

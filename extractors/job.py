@@ -1,0 +1,157 @@
+"""What the extract and caption stages share: from a stage's call to finished shards, provenance and the record."""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from extractors.extractor import Model
+from extractors.shards import Shards, notes_of, with_notes
+from extractors.source import Source, require_some
+from extractors.spec import ExtractorSpec, parse_extractor
+from stages.command import Call, versions
+from stages.errors import UserError
+from stages.progress import Progress
+from stages.tables import FAILED, MISSING, OK
+
+log = logging.getLogger(__name__)
+
+FAILURES_TOLD = 20
+
+
+def spec_of(call: Call) -> tuple[str, ExtractorSpec]:
+    """Return the extractor's name and spec from a stage's --spec and --runtime.
+
+    Raises:
+        UserError: what the plan says that the model is (`identity`) is not what is on this machine.
+    """
+    name = call.spec.get("name", "extractor")
+    runtime = {key: value for key, value in call.runtime.items() if key != "threads"}
+    if runtime.get("workers") is None:
+        runtime["workers"] = call.runtime.get("threads")
+    if "vectors" in call.inputs:
+        runtime["path"] = str(call.inputs["vectors"])
+    spec = parse_extractor(name, {**call.spec.get("settings", {}), **runtime}, f"extractors.{name}")
+    found = spec.identity()
+    for key, planned in call.spec.get("identity", {}).items():
+        if key in found and found[key] != planned:
+            raise UserError(
+                f"extractors.{name}: {key} is {found[key]!r} here, but the job was planned with {planned!r}; "
+                "the model changed in between, run the same command again"
+            )
+    return name, spec
+
+
+class Job:
+    """One extractor over all items of a data set, in shards, its model loaded once and only if there is work.
+
+    Attributes:
+        source: the items' inputs.
+        status, errors: by row, filled in while `tables` runs.
+    """
+
+    def __init__(
+        self, spec: ExtractorSpec, inputs: Mapping[str, Path], output: Path, name: str, code: str, threads: int | None
+    ) -> None:
+        self.spec, self.name, self.code, self.threads = spec, name, code, threads
+        self.source: Source[Any] = spec.read(inputs)
+        require_some(self.source, name, spec.modality)
+        self.identity = spec.identity()
+        self.shards = Shards(output, [self.identity, code, self.source.fingerprint, spec.shard_items])
+        self.status, self.errors = self.source.status.copy(), dict(self.source.errors)
+        self._model: Model[Any] | None = None
+        self._facts: dict[str, Any] = {}
+        self._record: dict[str, Any] = {}
+
+    def tables(self) -> Iterator[tuple[np.ndarray, pa.Table]]:
+        """Yield (rows, table) per shard; the table has the model's output, status and error.
+
+        Raises:
+            UserError: the model is not to be had, its output is not to be kept, or not one input came through.
+        """
+        rows = self.source.rows
+        counts: dict[str, int] = {}
+        new, loading, start = 0, 0.0, time.perf_counter()
+        with Progress(len(self.status), "items") as progress:
+
+            def work(part: np.ndarray) -> pa.Table:
+                nonlocal new, loading
+                if self._model is None:
+                    clock = time.perf_counter()
+                    self._model = self._load(len(rows) - int((self.status[rows] != OK).sum()))
+                    loading = time.perf_counter() - clock
+                new += len(part)
+                result = self._model.run(self.source.stream(part), progress.advance)
+                result.check([self.source.item_ids[row] for row in part])
+                columns = result.columns() | {
+                    "status": pa.array(result.status.tolist(), pa.string()),
+                    "error": pa.array([result.errors.get(row) for row in range(len(part))], pa.string()),
+                }
+                notes = {"facts": self._model.facts(), "device": self._model.device, "counts": result.counts}
+                return with_notes(pa.table(columns), notes)
+
+            without_input = self.status != OK
+            progress.advance(int(without_input.sum()), **_counts(self.status[without_input]))
+            for part, table, before in self.shards.run(rows, self.spec.shard_items, work):
+                self.status[part] = table.column("status").to_pylist()
+                told = zip(part.tolist(), table.column("error").to_pylist(), strict=True)
+                self.errors |= {row: error for row, error in told if error}
+                notes = notes_of(table)
+                counts = {key: counts.get(key, 0) + count for key, count in notes["counts"].items()}
+                if before:
+                    progress.advance(len(part), **_counts(self.status[part]))
+                yield part, table
+        if not (self.status == OK).any():
+            reason = next(iter(self.errors.values()), "unknown")
+            raise UserError(f"{self.name}: not one of {len(rows)} inputs came through, first reason: {reason}")
+        seconds = max(time.perf_counter() - start - loading, 1e-9)
+        self._facts = notes["facts"]
+        self._record = {**counts, "device": notes["device"], "items_per_second": new / seconds, "load_seconds": loading}
+
+    def _load(self, items: int) -> Model[Any]:
+        # Libraries log each file that they open; a user wants the lines of this project.
+        logging.disable(logging.INFO)
+        try:
+            self.spec.warn_of_effort(items)
+            model = self.spec.load()
+        finally:
+            logging.disable(logging.NOTSET)
+        torch = sys.modules.get("torch")
+        if torch is not None and self.threads:
+            torch.set_num_threads(self.threads)
+        return model
+
+    def provenance(self) -> dict[str, Any]:
+        """Return where the output comes from; nothing in it depends on when or how fast it was made."""
+        return {
+            "extractor": self.name, "spec": self.spec.settings(), "identity": self.identity, "dtype": self.spec.dtype,
+            **self._facts, "versions": versions(), "code": self.code,
+        }  # fmt: skip
+
+    def finish(self) -> dict[str, Any]:
+        """Remove the shards, for the output is written, and return the record: counts, first failures, speed."""
+        self.shards.remove()
+        failed = np.flatnonzero(self.status == FAILED).tolist()
+        for row in failed[:3]:
+            log.warning("%s: item %s failed: %s", self.name, self.source.item_ids[row], self.errors.get(row))
+        if self._record.get("truncated_texts"):
+            log.warning("%s: %d texts were longer than the model reads", self.name, self._record["truncated_texts"])
+        return {
+            "items": len(self.status),
+            "counts": {state: int((self.status == state).sum()) for state in (OK, MISSING, FAILED)},
+            "failures": [
+                {"item_id": self.source.item_ids[row], "reason": self.errors.get(row, "")}
+                for row in failed[:FAILURES_TOLD]
+            ],
+            **self._record,
+        }
+
+
+def _counts(status: np.ndarray) -> dict[str, int]:
+    counts = {state: int((status == state).sum()) for state in (OK, MISSING, FAILED)}
+    return {state: count for state, count in counts.items() if count}

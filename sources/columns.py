@@ -1,0 +1,114 @@
+"""Columns of an interactions table -> codes, ratings and Unix seconds, checked row by row."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from sources.tabular import Columns
+from stages.errors import UserError
+
+# Seconds stay below this until the year 5138; milliseconds have been above it since 1973.
+_MILLISECONDS_FROM = 10**11
+
+
+def encode_ids(table: Columns, column: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return (codes (N,) int64, ids) of an id column, ids in order of first appearance.
+
+    Raises:
+        UserError: an id is empty, or the column holds neither text nor integers.
+    """
+    values = table.values[column]
+    if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
+        if pa.types.is_dictionary(values.type):
+            values = values.cast(values.type.value_type)
+        elif not pa.types.is_integer(values.type):
+            raise UserError(f"{table.path}: column {column!r} holds {values.type}; ids must be text or integers")
+        values = values.cast(pa.string())
+    empty = pc.or_kleene(pc.is_null(values), pc.equal(values, "")).to_numpy().astype(bool)
+    _refuse(table, column, empty, values, "is empty; every interaction needs a user and an item")
+    encoded = values.combine_chunks().dictionary_encode()
+    if isinstance(encoded, pa.ChunkedArray):
+        encoded = encoded.combine_chunks()
+    ids = np.asarray(encoded.dictionary.to_pylist(), dtype=object)
+    return encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64), ids
+
+
+def parse_ratings(table: Columns, column: str) -> np.ndarray:
+    """Return (N,) float32 ratings. Raises UserError where one is not a finite number."""
+    values = table.values[column]
+    numbers = _numbers(values)
+    _refuse(table, column, ~np.isfinite(numbers), values, "is not a finite number; mend the row or leave it out")
+    return numbers.astype(np.float32)
+
+
+def parse_times(table: Columns, column: str) -> np.ndarray:
+    """Return (N,) int64 Unix seconds from Unix seconds, Unix milliseconds or ISO dates and times (UTC by default).
+
+    Raises:
+        UserError: a value is none of these, or the column mixes seconds and milliseconds.
+    """
+    values = table.values[column]
+    if pa.types.is_temporal(values.type) or not _looks_numeric(values):
+        return _parse_dates(table, column)
+    numbers = _numbers(values)
+    _refuse(table, column, ~np.isfinite(numbers), values, "is not a time; give Unix seconds, milliseconds or dates")
+    milliseconds = np.abs(numbers) >= _MILLISECONDS_FROM
+    if milliseconds.any():
+        few = ~milliseconds & (numbers != 0)
+        _refuse(table, column, few, values, "looks like Unix seconds in a column of milliseconds")
+        numbers = numbers / 1000
+    return np.floor(numbers).astype(np.int64)
+
+
+def _parse_dates(table: Columns, column: str) -> np.ndarray:
+    values = table.values[column]
+    for kind in (pa.timestamp("us"), pa.timestamp("us", tz="UTC")):
+        try:
+            stamps = values.cast(kind)
+        except pa.ArrowInvalid:
+            continue
+        seconds = stamps.cast(pa.int64())
+        _refuse(table, column, pc.is_null(seconds).to_numpy().astype(bool), values, "is empty; a time is needed")
+        return seconds.to_numpy() // 1_000_000
+    _refuse(table, column, np.asarray([not _is_date(v) for v in values.to_pylist()]), values, "is not a time; "
+            "give Unix seconds, milliseconds or dates like 2020-09-16")  # fmt: skip
+    raise UserError(f"{table.path}: column {column!r} mixes times with and without a zone; use one of them throughout")
+
+
+def _is_date(value: Any) -> bool:
+    for kind in (pa.timestamp("us"), pa.timestamp("us", tz="UTC")):
+        try:
+            return value not in (None, "") and pa.array([value]).cast(kind).null_count == 0
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+            continue
+    return False
+
+
+def _looks_numeric(values: pa.ChunkedArray) -> bool:
+    if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
+        return True
+    return bool(np.isfinite(_number(values[0].as_py())))
+
+
+def _numbers(values: pa.ChunkedArray) -> np.ndarray:
+    try:
+        return values.cast(pa.float64()).to_numpy().astype(np.float64)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return np.asarray([_number(v) for v in values.to_pylist()], dtype=np.float64)
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return float("nan")
+
+
+def _refuse(table: Columns, column: str, bad: np.ndarray, values: pa.ChunkedArray, complaint: str) -> None:
+    rows = np.flatnonzero(bad)
+    if len(rows):
+        row = int(rows[0])
+        more = f" ({len(rows)} such rows)" if len(rows) > 1 else ""
+        raise UserError(f"{table.place(row)}: {column} = {values[row].as_py()!r} {complaint}{more}")

@@ -1,0 +1,17 @@
+"""Stage: label interactions as train, valid or test. Run only; the function `sources.split` is in sources.splits."""
+
+from sources.splits import split_ratings
+from stages.command import stage
+
+
+def main() -> None:
+    """Spec: strategy, seed. Input: ratings. Output: interactions, record."""
+    with stage("sources.split") as call:
+        facts = split_ratings(
+            call.inputs["ratings"], call.outputs["interactions"], call.spec["strategy"], call.spec["seed"]
+        )
+        call.record.update(facts)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Alignment and uniformity against loops over pairs."""
+
+import numpy as np
+import oracles_cm3 as oracle
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cm3.losses
+from cm3.losses import alignment, calibrated_uniformity, uniformity
+
+
+@pytest.fixture
+def rows() -> np.ndarray:
+    return oracle.unit_rows(np.random.default_rng(0).standard_normal((23, 6)))
+
+
+@pytest.fixture(autouse=True, params=[4, 256])
+def block(request, monkeypatch):
+    """Every test runs in one block and in several."""
+    monkeypatch.setattr(cm3.losses, "_CPU_BLOCK", request.param)
+
+
+def test_alignment(rows):
+    other = rows[::-1].copy()
+    expected = np.mean([((a - b) ** 2).sum() for a, b in zip(rows, other, strict=True)])
+    assert float(alignment(torch.from_numpy(rows), torch.from_numpy(other))) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("t", [0.5, 2.0])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize("dedup", [False, True])
+def test_uniformity(rows, t, scale, dedup):
+    x = rows * scale
+    ids = np.random.default_rng(1).integers(0, 9, len(x)) if dedup else None
+    found = uniformity(torch.from_numpy(x), t, None if ids is None else torch.from_numpy(ids))
+    assert float(found) == pytest.approx(oracle.log_mean_potential(x, None, t, ids), rel=1e-12)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dedup", [False, True])
+def test_calibrated_uniformity(rows, symmetric, dedup):
+    rng = np.random.default_rng(2)
+    similarity = rng.uniform(-0.2, 1, (len(rows), len(rows)))
+    if symmetric:
+        similarity = (similarity + similarity.T) / 2
+    ids = rng.integers(0, 9, len(rows)) if dedup else None
+    found = calibrated_uniformity(
+        torch.from_numpy(rows), torch.from_numpy(similarity), 2.0, None if ids is None else torch.from_numpy(ids)
+    )
+    assert float(found) == pytest.approx(oracle.log_mean_potential(rows, similarity, 2.0, ids), rel=1e-12)
+
+
+def test_gradients_match_finite_differences(rows):
+    x = torch.from_numpy(rows[:7].copy()).requires_grad_()
+    similarity = torch.rand(7, 7, dtype=torch.float64, requires_grad=True)
+    ids = torch.tensor([0, 1, 2, 0, 3, 4, 4])
+    assert torch.autograd.gradcheck(lambda a: uniformity(a, 2.0), x)
+    assert torch.autograd.gradcheck(lambda a, s: calibrated_uniformity(a, s, 2.0, ids), (x, similarity))
+
+
+def test_equal_ids_weigh_on_uniformity_only_where_they_are_kept(rows):
+    x = torch.from_numpy(np.concatenate([rows, rows[:5]]))
+    ids = torch.from_numpy(np.concatenate([np.arange(len(rows)), np.arange(5)]))
+    assert float(uniformity(x)) > float(uniformity(x, ids=ids))
+
+
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_no_pair_gives_zero_and_no_gradient(n):
+    x = torch.ones(n, 3, dtype=torch.float64, requires_grad=True)
+    value = uniformity(x, ids=torch.zeros(n, dtype=torch.int64))
+    value.backward()
+    assert float(value) == 0 and x.grad is not None and not x.grad.any()
+
+
+def test_far_apart_rows_do_not_underflow():
+    x = torch.tensor([[0.0], [100.0], [250.0]])
+    # exp(-20000) is 0 in any float; the log of the mean is not.
+    assert float(uniformity(x)) == pytest.approx(-20000 - np.log(3), rel=1e-6)
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 1000), n=st.integers(2, 12))
+def test_uniformity_is_between_the_poles_and_blind_to_order(seed, n):
+    x = oracle.unit_rows(np.random.default_rng(seed).standard_normal((n, 4)))
+    value = float(uniformity(torch.from_numpy(x)))
+    assert -8 - 1e-9 <= value <= 1e-9
+    shuffled = x[np.random.default_rng(seed + 1).permutation(n)]
+    assert float(uniformity(torch.from_numpy(shuffled))) == pytest.approx(value, abs=1e-12)
+
+
+def test_similarity_one_removes_the_calibration_offset(rows):
+    x = torch.from_numpy(rows)
+    ones = torch.ones(len(rows), len(rows), dtype=torch.float64)
+    torch.testing.assert_close(calibrated_uniformity(x, ones), uniformity(x))
+    torch.testing.assert_close(calibrated_uniformity(x, 0 * ones), uniformity(x) + 4.0)

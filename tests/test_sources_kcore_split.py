@@ -1,0 +1,163 @@
+"""k-core and split against slow recomputations, as properties, and on the published Baby data."""
+
+import collections
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles_sources import kcore_oracle, split_sizes_oracle
+
+from sources.cores import kcore
+from sources.reading import RATINGS
+from sources.splits import split, split_ratings
+from stages.errors import UserError
+from stages.tables import INTERACTIONS, read_table, write_table
+
+PAIRS = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 9)), max_size=90)
+
+
+def test_the_package_exports_functions_without_heavy_imports():
+    program = (
+        "import sys; import sources, sources.config; "
+        "assert not {'numpy', 'pyarrow', 'PIL', 'aiohttp', 'torch'} & set(sys.modules), 'heavy'; "
+        "from sources import kcore, split; import numpy as np; "
+        "assert kcore(np.array([0]), np.array([0]), 2).tolist() == [False]; "
+        "assert split(np.zeros(3, int), 1).dtype == np.int8"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+@settings(deadline=None, max_examples=150)
+@given(PAIRS, st.integers(0, 5))
+def test_kcore_is_the_oracles(pairs: list[tuple[int, int]], k: int):
+    user, item = (np.array([p[n] for p in pairs], dtype=np.int64) for n in (0, 1))
+    assert kcore(user, item, k).tolist() == kcore_oracle(pairs, k)
+
+
+@settings(deadline=None, max_examples=50)
+@given(PAIRS, st.integers(2, 4), st.randoms(use_true_random=False))
+def test_kcore_ignores_order_and_the_values_of_ids(pairs: list[tuple[int, int]], k: int, random):
+    user, item = (np.array([p[n] for p in pairs], dtype=np.int64) for n in (0, 1))
+    keep = kcore(user, item, k)
+    order = np.array(random.sample(range(len(pairs)), len(pairs)), dtype=np.int64)
+    assert kcore(user[order] * -(10**15) - 3, item[order] * 10**12, k).tolist() == keep[order].tolist()
+    assert kcore(user[keep], item[keep], k).all()
+
+
+def test_kcore_unravels_a_chain_to_the_end():
+    # Each link has degree 2 but for the ends, so the 2-core peels the chain one round at a time to nothing.
+    user = np.repeat(np.arange(500), 2)[:-1]
+    item = np.repeat(np.arange(500), 2)[1:]
+    assert not kcore(user, item, 2).any()
+
+
+def test_kcore_refuses_what_is_no_column_of_integers():
+    with pytest.raises(ValueError, match="equal length"):
+        kcore(np.zeros(3, int), np.zeros(2, int), 2)
+    with pytest.raises(ValueError, match="integers"):
+        kcore(np.zeros(3), np.zeros(3, int), 2)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.integers(2, 60), min_size=1, max_size=12), st.integers(0, 2**32), st.randoms(use_true_random=False))
+def test_random_split_gives_every_user_the_sizes_of_the_rule(counts: list[int], seed: int, random):
+    user = np.repeat(np.arange(len(counts)) * 1000 - 3, counts)
+    user = user[np.array(random.sample(range(len(user)), len(user)))]
+    labels = split(user, seed)
+    assert labels.dtype == np.int8
+    for number, count in enumerate(counts):
+        mine = labels[user == number * 1000 - 3]
+        assert tuple(np.bincount(mine, minlength=3)) == split_sizes_oracle(count)
+    assert labels.tolist() == split(user, seed).tolist()
+
+
+def test_random_split_is_a_fair_shuffle():
+    user = np.repeat(np.arange(4000), 10)
+    held = (split(user, 7) > 0).reshape(4000, 10).mean(axis=0)
+    # Each place is held out with probability 1/5; five standard errors of 4,000 users.
+    assert np.abs(held - 0.2).max() < 5 * np.sqrt(0.2 * 0.8 / 4000)
+    assert (split(user, 7) != split(user, 8)).mean() > 0.2
+
+
+def test_a_single_interaction_stays_in_train():
+    assert split(np.array([5]), 0).tolist() == [0]
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 4)), min_size=1, max_size=60), st.integers(0, 9))
+def test_leave_one_out_holds_out_the_last_two(rows: list[tuple[int, int]], seed: int):
+    user, time = (np.array([r[n] for r in rows]) for n in (0, 1))
+    labels = split(user, seed, "leave-one-out", time)
+    for u in np.unique(user):
+        mine = user == u
+        sizes = np.bincount(labels[mine], minlength=3).tolist()
+        n = int(mine.sum())
+        assert sizes == ([1, 0, 0] if n == 1 else [1, 0, 1] if n == 2 else [n - 2, 1, 1])
+        for earlier, later in ((0, 1), (1, 2), (0, 2)):
+            if sizes[earlier] and sizes[later]:
+                assert time[mine & (labels == earlier)].max() <= time[mine & (labels == later)].min()
+
+
+def test_temporal_split_parts_time_and_never_equal_times():
+    rng = np.random.default_rng(0)
+    time = rng.integers(0, 400, 20_000)
+    labels = split(rng.integers(0, 50, 20_000), 0, "temporal", time)
+    for earlier, later in ((0, 1), (1, 2)):
+        assert time[labels == earlier].max() < time[labels == later].min()
+    assert np.abs(np.bincount(labels) / 20_000 - [0.8, 0.1, 0.1]).max() < 0.005
+    days = np.repeat(np.arange(7), 100)
+    assert np.bincount(split(np.zeros(700, int), 0, "temporal", days)).tolist() == [500, 100, 100]
+
+
+def test_split_names_what_it_cannot_do():
+    with pytest.raises(ValueError, match="randm"):
+        split(np.zeros(3, int), 0, "randm")
+    with pytest.raises(ValueError, match="3 different timestamps"):
+        split(np.zeros(9, int), 0, "temporal", np.repeat([1, 2], [5, 4]))
+
+
+def _ratings(path: Path, user: list[int], timestamp: list[int] | None) -> Path:
+    n = len(user)
+    times = pa.nulls(n) if timestamp is None else timestamp
+    table = {"user": user, "item": list(range(n)), "rating": [1.0] * n, "timestamp": times}
+    write_table(path, pa.table(table), RATINGS)
+    return path
+
+
+def test_split_stage_keeps_rows_in_order_and_changes_the_label_only(tmp_path: Path):
+    ratings = _ratings(tmp_path / "ratings.parquet", [0] * 10 + [1] * 20, list(range(30)))
+    facts = split_ratings(ratings, tmp_path / "interactions.parquet", "random", 3)
+    before = read_table(ratings, RATINGS)
+    after = read_table(tmp_path / "interactions.parquet", INTERACTIONS)
+    assert after.drop_columns("split").equals(before)
+    counts = collections.Counter(after.column("split").to_pylist())
+    assert counts == facts["split"] == {"train": 24, "valid": 3, "test": 3}
+
+
+def test_split_stage_names_the_way_out(tmp_path: Path):
+    ratings = _ratings(tmp_path / "ratings.parquet", [0] * 10, None)
+    with pytest.raises(UserError, match=r"ratings\.parquet.*timestamp.*strategy: random"):
+        split_ratings(ratings, tmp_path / "out.parquet", "leave-one-out", 0)
+    lonely = _ratings(tmp_path / "lonely.parquet", [0, 1, 2], [1, 2, 3])
+    with pytest.raises(UserError, match="valid and test without"):
+        split_ratings(lonely, tmp_path / "out.parquet", "random", 0)
+    assert not (tmp_path / "out.parquet").exists()
+
+
+def test_the_published_baby_data_are_their_own_5_core(real_data: Path):
+    parts = [json.loads(gzip.decompress((real_data / "baby" / f"{p}.json.gz").read_bytes())) for p in ("train", "val", "test")]
+    pairs = [(int(u), i) for part in parts for u, items in part.items() for i in items]
+    user, item = np.array(pairs).T
+    assert (len(np.unique(user)), len(np.unique(item)), len(pairs)) == (19_445, 7_050, 160_792)
+    assert kcore(user, item, 5).all()
+    # Stray interactions around it peel off and leave exactly the published set.
+    strays = np.arange(4000) % 1000
+    keep = kcore(np.concatenate([user, strays + 10**6]), np.concatenate([item, strays * 7 % 7050]), 5)
+    assert keep[: len(user)].all() and not keep[len(user) :].any()

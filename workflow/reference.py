@@ -1,0 +1,122 @@
+"""The reference of config keys, written from the models themselves: tables for people, a JSON Schema for editors.
+
+`python -m workflow.reference` brings config/README.md and workflow/schemas/config.schema.json up to date.
+"""
+
+import json
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import Field, create_model
+from pydantic.fields import FieldInfo
+
+from cm3.config import Evaluation, Model, Training
+from extractors.registry import BACKENDS, backend_spec
+from sources.config import SOURCES, Dataset
+from stages.strict import Strict
+from workflow.config import ExperimentSection
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "config/README.md"
+SCHEMA = ROOT / "workflow/schemas/config.schema.json"
+BEGIN, END = "<!-- written by python -m workflow.reference; edit the models, not this part -->", "<!-- end -->"
+
+
+def tables() -> str:
+    """Return the Markdown tables of all keys, section by section."""
+    sections = ["## datasets", "", "Every dataset has these:", "", *_table(Dataset, skip={"source"})]
+    shared = set(Dataset.model_fields)
+    for name, model in SOURCES.items():
+        sections += ["", f"### source: {name}", "", _first_line(model), "", *_table(model, skip=shared - {"images"})]
+    sections += ["", "## extractors"]
+    for name in BACKENDS:
+        spec = backend_spec(name)
+        sections += ["", f"### backend: {name}", "", _first_line(spec), "", *_table(spec)]
+    sections += ["", "## experiments", "", *_table(ExperimentSection)]
+    for title, model in (("model", Model), ("training", Training), ("evaluation", Evaluation)):
+        sections += ["", f"### {title}", "", _first_line(model), "", *_table(model)]
+    return "\n".join(sections)
+
+
+def _first_line(model: type[Strict]) -> str:
+    return (model.__doc__ or "").strip().splitlines()[0]
+
+
+def _table(model: type[Strict], prefix: str = "", skip: set[str] | frozenset[str] = frozenset()) -> list[str]:
+    rows = [] if prefix else ["| key | type | default | meaning |", "|---|---|---|---|"]
+    for name, field in model.model_fields.items():
+        if name in skip:
+            continue
+        nested = _nested(field)
+        if nested is not None:
+            default = "required" if field.is_required() else ""
+            rows.append(f"| `{prefix}{name}` | section | {default} | {field.description or _first_line(nested)} |")
+            rows += _table(nested, f"{prefix}{name}.")
+        else:
+            marks = " *" if name in model.runtime_fields else ""
+            kind = _type_name(field.annotation).replace("|", "\\|")
+            rows.append(f"| `{prefix}{name}`{marks} | {kind} | {_default(field)} | {field.description or ''} |")
+    return rows
+
+
+def _nested(field: FieldInfo) -> type[Strict] | None:
+    for candidate in (field.annotation, *get_args(field.annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, Strict):
+            return candidate
+    return None
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True, validated_data={})
+    text = json.dumps(value, ensure_ascii=False)
+    return f"`{text}`" if len(text) <= 60 else "see the model"
+
+
+def _type_name(annotation: Any) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type_name(arguments[0])
+    if origin is Literal:
+        return ", ".join(str(a) for a in arguments)
+    if origin in (Union, types.UnionType):
+        return " or ".join("null" if a is types.NoneType else _type_name(a) for a in arguments)
+    if origin is list:
+        return f"list of {_type_name(arguments[0])}"
+    if origin is dict:
+        return f"{_type_name(arguments[0])} -> {_type_name(arguments[1])}"
+    names = {int: "integer", float: "number", str: "text", bool: "true, false", Any: "any", typing.Any: "any"}
+    return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON Schema of config.yaml, for editors that complete and check YAML."""
+    datasets = Annotated[Union[tuple(SOURCES.values())], Field(discriminator="source")]  # noqa: UP007
+    extractors = Union[tuple(backend_spec(name) for name in BACKENDS)]  # noqa: UP007
+    sections = {"model": Model, "training": Training, "evaluation": Evaluation}
+    experiment: Any = create_model(
+        "Experiment", __base__=ExperimentSection, **{n: (m, Field(default_factory=m)) for n, m in sections.items()}
+    )  # type: ignore[call-overload]
+    whole = create_model(
+        "Config", __base__=Strict,
+        datasets=(dict[str, datasets], ...), extractors=(dict[str, extractors], ...),
+        experiments=(dict[str, experiment], ...),
+    )  # fmt: skip
+    return whole.model_json_schema() | {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+
+
+def main() -> None:
+    """Bring both files up to date."""
+    text = README.read_text(encoding="utf-8")
+    body = re.sub(re.escape(BEGIN) + ".*?" + re.escape(END), lambda _: f"{BEGIN}\n\n{tables()}\n\n{END}", text, flags=re.S)
+    README.write_text(body, encoding="utf-8")
+    SCHEMA.parent.mkdir(exist_ok=True)
+    SCHEMA.write_text(json.dumps(schema(), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
