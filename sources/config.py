@@ -113,6 +113,10 @@ class Dataset(Strict):
         """Return the user's own folder of pictures, which the images stage reads too, or None."""
         return None
 
+    def published_vectors(self, name: str) -> str | None:
+        """Return the raw file of image vectors that was published with the data, or None."""
+        return None
+
     def modules(self) -> dict[str, list[str]]:
         """Return the modules that a stage imports by name for this source, for the digest of its code."""
         return {"prepare": [READERS[self.source]], "images": [FINDERS[self.images_spec()["find"]]]}
@@ -349,6 +353,10 @@ class Amazon2014(Dataset):
             }
             for kind, file in self._files().items()
         }
+
+    def published_vectors(self, name: str) -> str | None:
+        """Return the raw file of the 4096-d image vectors."""
+        return f"raw/{name}/{self._files()['image_features']}"
 
     def prepare_inputs(self, name: str) -> dict[str, str]:
         """Return the downloaded files."""

@@ -9,6 +9,7 @@ from sources.reading import Interactions, Item
 from sources.tabular import read_columns, read_rows
 from sources.text import clean
 from stages.errors import UserError
+from stages.strict import nearest
 
 
 class Reader:
@@ -58,7 +59,9 @@ class Reader:
         table: dict[str, Item] = {}
         places: dict[str, str] = {}
         for place, row in read_rows(self.inputs["items"], self.spec["items"]["format"], names):
-            item_id = _scalar(row.get(key))
+            if key not in row:
+                raise UserError(f"{place}: has no {key!r}{nearest(key, row)}; every item needs an id")
+            item_id = _scalar(row[key])
             if not item_id:
                 raise UserError(f"{place}: {key} is empty; every item needs an id")
             if item_id in table:

@@ -4,7 +4,7 @@ import hashlib
 import io
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 _COLOURS = {
     "red": (205, 30, 38),
@@ -25,23 +25,21 @@ def draw(rng: np.random.Generator, colour: str, pattern: str, shape: str, size: 
     """Return a JPEG of size x size pixels. Place, angle, scale, shade and background vary with `rng`."""
     large = size * _SMOOTHING
     base = np.clip(np.asarray(_COLOURS[colour]) + rng.normal(0, 5, 3), 0, 255)
-    # The second colour is a shade of the first, so that the picture still shows one colour.
-    light = base.mean() < 150
-    accent = base + (255 - base) * 0.68 if light else base * 0.5
-    paints = np.stack([base, accent]).astype(np.uint8)
-    body = Image.fromarray(paints[_pattern(rng, pattern, large).astype(np.uint8)])
     mask = _mask(rng, shape, large)
+    # Patterns are white, since a lighter red, for one, would be pink.
+    white = Image.fromarray(_pattern(rng, pattern, large).astype(np.uint8) * 255)
     scene = Image.new("RGB", (large, large), (int(rng.integers(236, 252)),) * 3)
     shadow = mask.filter(ImageFilter.BoxBlur(large // 40)).point(lambda v: v // 4)
     scene.paste((40, 40, 50), (large // 50, large // 40), shadow)
-    scene.paste(body, (0, 0), mask)
+    scene.paste(tuple(int(v) for v in base), (0, 0), mask)
+    scene.paste((250, 250, 250), (0, 0), ImageChops.darker(white, mask))
     file = io.BytesIO()
     scene.reduce(_SMOOTHING).save(file, "JPEG", quality=85)
     return file.getvalue()
 
 
 def _pattern(rng: np.random.Generator, pattern: str, size: int) -> np.ndarray:
-    """Return (size, size) bool: where the accent goes."""
+    """Return (size, size) bool: where the white goes."""
     if pattern == "plain":
         return np.zeros((size, size), bool)
     angle = rng.uniform(-0.3, 0.3) + (np.pi / 4 if pattern == "striped" else 0)

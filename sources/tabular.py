@@ -60,6 +60,8 @@ def read_columns(path: Path, format: str, names: Sequence[str], header: Sequence
         return Columns(
             path, format, {name: pa.chunked_array([pa.array(v, pa.string())]) for name, v in columns.items()}
         )
+    if next(_delimited_lines(path, _DELIMITER[format]), None) is None:
+        raise UserError(f"{path}: is empty")
     found = list(header) if header else _header(path, _DELIMITER[format])
     _require(path, names, found)
     with open_bytes(path) as file:
@@ -75,7 +77,7 @@ def read_columns(path: Path, format: str, names: Sequence[str], header: Sequence
         except (pa.ArrowInvalid, OSError, EOFError) as error:
             raise _malformed(path, _DELIMITER[format], len(found), error) from None
     if not len(table):
-        raise UserError(f"{path}: holds no rows, only a header" if not header else f"{path}: is empty")
+        raise UserError(f"{path}: holds no rows, only a header")
     return Columns(path, format, {name: table.column(name) for name in names}, header=header is None)
 
 

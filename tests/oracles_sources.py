@@ -5,11 +5,13 @@ import gzip
 import http.server
 import io
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pyarrow as pa
 from PIL import Image
@@ -44,7 +46,9 @@ def split_sizes_oracle(n: int) -> tuple[int, int, int]:
     return n - held, valid, held - valid
 
 
-def dataset(tmp_path: Path, interactions: str, items: str | None = None, **settings: Any) -> Callable[[], dict[str, Any]]:
+def dataset(
+    tmp_path: Path, interactions: str, items: str | None = None, **settings: Any
+) -> Callable[[], dict[str, Any]]:
     """Write the tables (csv and jsonl) of a `files` data set; the result runs the prepare stage on it."""
     (tmp_path / "interactions.csv").write_text(interactions)
     columns = {"user": "user", "item": "item"}
@@ -57,7 +61,9 @@ def dataset(tmp_path: Path, interactions: str, items: str | None = None, **setti
     }
     if items is not None:
         (tmp_path / "items.jsonl").write_text(items)
-        fields = {name: name for name in ("title", "brand", "categories", "description", "image") if f'"{name}"' in items}
+        fields = {
+            name: name for name in ("title", "brand", "categories", "description", "image") if f'"{name}"' in items
+        }
         data["items"] = {"path": str(tmp_path / "items.jsonl"), "columns": {"item_id": "item_id", **fields}}
     return lambda: run_prepare(tmp_path, data)
 
@@ -140,7 +146,9 @@ def serving() -> Iterator[Server]:
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:
-        yield server
+        # A proxy in the environment of whoever runs the tests is not asked for a loopback address.
+        with mock.patch.dict(os.environ, {"no_proxy": "*"}):
+            yield server
     finally:
         server.shutdown()
         server.server_close()

@@ -152,7 +152,10 @@ def test_split_stage_names_the_way_out(tmp_path: Path):
 
 
 def test_the_published_baby_data_are_their_own_5_core(real_data: Path):
-    parts = [json.loads(gzip.decompress((real_data / "baby" / f"{p}.json.gz").read_bytes())) for p in ("train", "val", "test")]
+    parts = [
+        json.loads(gzip.decompress((real_data / "baby" / f"{p}.json.gz").read_bytes()))
+        for p in ("train", "val", "test")
+    ]
     pairs = [(int(u), i) for part in parts for u, items in part.items() for i in items]
     user, item = np.array(pairs).T
     assert (len(np.unique(user)), len(np.unique(item)), len(pairs)) == (19_445, 7_050, 160_792)

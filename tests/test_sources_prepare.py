@@ -194,7 +194,7 @@ def test_parquet_ids_must_be_ids(tmp_path: Path, value: pa.Array, complaint: str
         ('{"item_id": "i", "title": "T"}\n[1]\n', r"items\.jsonl, line 2: not a JSON object"),
         ('{"item_id": "i", "title": "T"}\n\n{"item_id": "i", "title": "U"}\n', r"line 3: item id 'i' stands there again, first at .*line 1"),
         ('{"item_id": "", "title": "T"}\n', r"line 1: item_id is empty"),
-        ('{"itemid": "i", "title": "T"}\n', r"(line 1: item_id is empty|no column 'item_id')"),
+        ('{"itemid": "i", "title": "T"}\n', r"line 1: has no 'item_id' \(did you mean 'itemid'\?\)"),
         ("", r"items\.jsonl: is empty"),
     ],
 )  # fmt: skip
@@ -226,7 +226,9 @@ def test_unknown_items_follow_the_policy(tmp_path: Path):
     assert (kept["items"], kept["items_with_text"], kept["dropped"]["unknown_items"]) == (30, 6, 0)
     by_id = {row["item_id"]: row["title"] for row in rows(tmp_path / "items.parquet", ITEMS)}
     assert by_id["i3"] == "Thing 3" and by_id["i29"] == ""
-    with pytest.raises(UserError, match=r"24 items with 192 interactions are not in the item table: i10, i11, .*unknown_items: drop"):
+    with pytest.raises(
+        UserError, match=r"24 items with 192 interactions are not in the item table: i10, i11, .*unknown_items: drop"
+    ):
         dataset(tmp_path, text, table, unknown_items="error")()  # fmt: skip
 
 

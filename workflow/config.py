@@ -73,7 +73,7 @@ def load_config(raw: Any) -> Config:
     extractors = _parse_each("extractors", sections.extractors, parse_extractor, faults)
 
     for name, spec in extractors.items():
-        encoder = spec.encoder
+        encoder = getattr(spec, "encoder", None)
         if encoder is not None:
             faults += _reference(f"extractors.{name}.encoder", encoder, sections.extractors)
             if encoder in extractors and extractors[encoder].modality != "text":

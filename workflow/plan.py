@@ -83,7 +83,7 @@ class Plan:
 
     def encoder(self, extractor: str) -> str | None:
         """Return the text extractor that encodes this captioner's captions, None for other extractors."""
-        return self.config.extractors[extractor].encoder
+        return getattr(self.config.extractors[extractor], "encoder", None)
 
     def features_identity(self, extractor: str) -> dict[str, Any]:
         """Return what decides an extractor's features: weights by digest or revision, never by path."""
@@ -135,7 +135,18 @@ class Plan:
         paths = {"items": f"processed/{dataset}/items.parquet"}
         if "manifest" in spec.needs():
             paths["manifest"] = f"processed/{dataset}/images/manifest.parquet"
-        return paths | spec.files(dataset)
+        if "vectors" in spec.needs():
+            paths["vectors"] = self._published_vectors(dataset, extractor)
+        return paths
+
+    def _published_vectors(self, dataset: str, extractor: str) -> str:
+        path = self.dataset(dataset).published_vectors(dataset)
+        if path is None:
+            raise UserError(
+                f"extractors.{extractor}: takes the vectors published with a dataset, but datasets.{dataset} "
+                f"(source {self.dataset(dataset).source}) has none; set path to a file of vectors"
+            )
+        return path
 
     def extract_spec(self, extractor: str) -> dict[str, Any]:
         """Return what the extract stage is told: of captions, the settings of their text encoder."""

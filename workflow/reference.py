@@ -14,7 +14,7 @@ from pydantic import Field, create_model
 from pydantic.fields import FieldInfo
 
 from cm3.config import Evaluation, Model, Training
-from extractors.registry import BACKENDS, backend_spec
+from extractors.registry import spec_classes
 from sources.config import SOURCES, Dataset
 from stages.strict import Strict
 from workflow.config import ExperimentSection
@@ -32,8 +32,7 @@ def tables() -> str:
     for name, model in SOURCES.items():
         sections += ["", f"### source: {name}", "", _first_line(model), "", *_table(model, skip=shared - {"images"})]
     sections += ["", "## extractors"]
-    for name in BACKENDS:
-        spec = backend_spec(name)
+    for name, spec in spec_classes().items():
         sections += ["", f"### backend: {name}", "", _first_line(spec), "", *_table(spec)]
     sections += ["", "## experiments", "", *_table(ExperimentSection)]
     for title, model in (("model", Model), ("training", Training), ("evaluation", Evaluation)):
@@ -96,7 +95,7 @@ def _type_name(annotation: Any) -> str:
 def schema() -> dict[str, Any]:
     """Return the JSON Schema of config.yaml, for editors that complete and check YAML."""
     datasets = Annotated[Union[tuple(SOURCES.values())], Field(discriminator="source")]  # noqa: UP007
-    extractors = Union[tuple(backend_spec(name) for name in BACKENDS)]  # noqa: UP007
+    extractors = Union[tuple(spec_classes().values())]  # noqa: UP007
     sections = {"model": Model, "training": Training, "evaluation": Evaluation}
     experiment: Any = create_model(
         "Experiment", __base__=ExperimentSection, **{n: (m, Field(default_factory=m)) for n, m in sections.items()}

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import sys
 import time
 from pathlib import Path
 from typing import TextIO
@@ -40,6 +41,13 @@ class RunLock:
         file.flush()
         self._file = file
         self.since = time.time()
+
+
+def lend_environment_to_jobs(root: Path) -> None:
+    """Let jobs run with the interpreter that runs Snakemake and this checkout's packages, and end with Snakemake."""
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    os.environ["CM3_STOP_WITH_PARENT"] = "1"
 
 
 def keep_metadata_with_data() -> None:

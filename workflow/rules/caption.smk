@@ -1,22 +1,32 @@
 # pictures to sentences
 rule caption:
     input:
-        unpack(lambda wildcards: plan.caption_inputs(wildcards.dataset, wildcards.extractor, wildcards.key)),
+        unpack(
+            lambda wildcards: named(
+                plan.caption_inputs(
+                    wildcards.dataset, wildcards.extractor, wildcards.key
+                )
+            )
+        ),
     output:
         captions="processed/{dataset}/captions/{extractor}-{key}.parquet",
         record="processed/{dataset}/captions/{extractor}-{key}.stage.json",
     log:
         "logs/{dataset}/caption-{extractor}-{key}.log",
+    conda:
+        "../../environment.yml"
     threads: 8
     resources:
         gpu=lambda wildcards: plan.gpus(wildcards.extractor),
-    conda:
-        "../../environment.yml"
     params:
         identity=lambda wildcards: canonical(plan.identity(wildcards.extractor)),
         code=lambda wildcards: plan.caption_code(wildcards.extractor),
-        spec=lambda wildcards, threads: canonical(plan.caption_spec(wildcards.extractor)),
-        runtime=lambda wildcards, threads: canonical(plan.caption_runtime(wildcards.extractor, threads)),
+        spec=lambda wildcards, threads: canonical(
+            plan.caption_spec(wildcards.extractor)
+        ),
+        runtime=lambda wildcards, threads: canonical(
+            plan.caption_runtime(wildcards.extractor, threads)
+        ),
         files=named_files,
     shell:
         "exec python -m extractors.caption --spec {params.spec:q} --runtime {params.runtime:q} --code {params.code}"

@@ -1,4 +1,3 @@
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -11,11 +10,18 @@ sys.path.insert(0, str(ROOT))
 from stages.errors import UserError
 from workflow.config import load_config
 from workflow.plan import Plan, canonical
-from workflow.working_directory import RunLock, keep_metadata_with_data
+from workflow.working_directory import (
+    RunLock,
+    keep_metadata_with_data,
+    lend_environment_to_jobs,
+)
 from workflow.summary import print_summary
 
 
-configfile: "config/config.yaml" if Path("config/config.yaml").exists() else str(ROOT / "config/config.yaml")
+configfile:
+    "config/config.yaml"
+    if Path("config/config.yaml").exists()
+    else str(ROOT / "config/config.yaml")
 
 
 try:
@@ -23,11 +29,7 @@ try:
 except UserError as error:
     raise WorkflowError(f"The configuration is refused:\n{error}") from None
 
-# Jobs run with the interpreter that runs Snakemake, and with this checkout's packages.
-os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-os.environ["CM3_STOP_WITH_PARENT"] = "1"
-
+lend_environment_to_jobs(ROOT)
 keep_metadata_with_data()
 run_lock = RunLock()
 
@@ -45,10 +47,18 @@ wildcard_constraints:
     knn_k="[0-9]+",
 
 
+# `items` is a method of Snakemake's named lists, so the item table goes by `items_` within rules.
+def named(paths):
+    return {"items_" if name == "items" else name: path for name, path in paths.items()}
+
+
 def named_files(wildcards, input, output):
     given = [("--input", name, path) for name, path in input.items()]
     given += [("--output", name, path) for name, path in output.items()]
-    return " ".join(f"{option} {shlex.quote(f'{name}={path}')}" for option, name, path in given)
+    return " ".join(
+        f"{option} {shlex.quote(name.rstrip('_') + '=' + path)}"
+        for option, name, path in given
+    )
 
 
 onstart:

@@ -33,7 +33,9 @@ rule download:
     conda:
         "../../environment.yml"
     params:
-        spec=lambda wildcards: canonical(plan.download_spec(wildcards.dataset, wildcards.file)),
+        spec=lambda wildcards: canonical(
+            plan.download_spec(wildcards.dataset, wildcards.file)
+        ),
         files=named_files,
     shell:
         "exec python -m sources.download --spec {params.spec:q} {params.files} --log {log:q}"

@@ -1,7 +1,7 @@
 # rank all items and score the test split, once
 rule evaluate:
     input:
-        unpack(lambda wildcards: plan.evaluate_inputs(wildcards.experiment)),
+        unpack(lambda wildcards: named(plan.evaluate_inputs(wildcards.experiment))),
         user_embeddings="results/{experiment}/runs/{run}/user_embeddings.parquet",
         item_embeddings="results/{experiment}/runs/{run}/item_embeddings.parquet",
     output:
@@ -11,9 +11,9 @@ rule evaluate:
         record="results/{experiment}/runs/{run}/evaluate.stage.json",
     log:
         "logs/{experiment}/evaluate-{run}.log",
-    threads: 8
     conda:
         "../../environment.yml"
+    threads: 8
     params:
         spec=lambda wildcards: canonical(plan.evaluate_spec(wildcards.experiment)),
         code=lambda wildcards: plan.code("cm3.evaluate"),

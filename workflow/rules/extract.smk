@@ -1,22 +1,34 @@
 # items to one modality's vectors
 rule extract:
     input:
-        unpack(lambda wildcards: plan.extract_inputs(wildcards.dataset, wildcards.extractor, wildcards.key)),
+        unpack(
+            lambda wildcards: named(
+                plan.extract_inputs(
+                    wildcards.dataset, wildcards.extractor, wildcards.key
+                )
+            )
+        ),
     output:
         features="processed/{dataset}/features/{modality}/{extractor}-{key}.parquet",
         record="processed/{dataset}/features/{modality}/{extractor}-{key}.stage.json",
     log:
         "logs/{dataset}/extract-{modality}-{extractor}-{key}.log",
+    conda:
+        "../../environment.yml"
     threads: 8
     resources:
         gpu=lambda wildcards: plan.gpus(wildcards.extractor),
-    conda:
-        "../../environment.yml"
     params:
-        identity=lambda wildcards: canonical(plan.features_identity(wildcards.extractor)),
+        identity=lambda wildcards: canonical(
+            plan.features_identity(wildcards.extractor)
+        ),
         code=lambda wildcards: plan.extract_code(wildcards.extractor),
-        spec=lambda wildcards, threads: canonical(plan.extract_spec(wildcards.extractor)),
-        runtime=lambda wildcards, threads: canonical(plan.extract_runtime(wildcards.extractor, threads)),
+        spec=lambda wildcards, threads: canonical(
+            plan.extract_spec(wildcards.extractor)
+        ),
+        runtime=lambda wildcards, threads: canonical(
+            plan.extract_runtime(wildcards.extractor, threads)
+        ),
         files=named_files,
     shell:
         "exec python -m extractors.extract --spec {params.spec:q} --runtime {params.runtime:q} --code {params.code}"

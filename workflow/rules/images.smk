@@ -1,16 +1,20 @@
 # gather and check product pictures
 rule images:
     input:
-        unpack(lambda wildcards: plan.dataset(wildcards.dataset).image_inputs(wildcards.dataset)),
-        items="processed/{dataset}/items.parquet",
+        unpack(
+            lambda wildcards: named(
+                plan.dataset(wildcards.dataset).image_inputs(wildcards.dataset)
+            )
+        ),
+        items_="processed/{dataset}/items.parquet",
     output:
         manifest="processed/{dataset}/images/manifest.parquet",
         record="processed/{dataset}/images/images.stage.json",
     log:
         "logs/{dataset}/images.log",
-    threads: 4
     conda:
         "../../environment.yml"
+    threads: 4
     params:
         spec=lambda wildcards: canonical(plan.dataset(wildcards.dataset).images_spec()),
         folder=lambda wildcards: plan.image_folder_digest(wildcards.dataset),

@@ -1,10 +1,14 @@
 # raw files to k-cored tables
 rule prepare:
     input:
-        unpack(lambda wildcards: plan.dataset(wildcards.dataset).prepare_inputs(wildcards.dataset)),
+        unpack(
+            lambda wildcards: named(
+                plan.dataset(wildcards.dataset).prepare_inputs(wildcards.dataset)
+            )
+        ),
     output:
         ratings="processed/{dataset}/ratings.parquet",
-        items="processed/{dataset}/items.parquet",
+        items_="processed/{dataset}/items.parquet",
         users="processed/{dataset}/users.parquet",
         stats="processed/{dataset}/stats.json",
         record="processed/{dataset}/prepare.stage.json",

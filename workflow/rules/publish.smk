@@ -1,7 +1,7 @@
 # copy the run that the config selects
 rule publish:
     input:
-        unpack(lambda wildcards: plan.publish_inputs(wildcards.experiment)),
+        unpack(lambda wildcards: named(plan.publish_inputs(wildcards.experiment))),
     output:
         metrics="results/{experiment}/metrics.json",
         per_user="results/{experiment}/per_user.parquet",

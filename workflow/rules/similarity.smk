@@ -1,15 +1,17 @@
 # vectors to each item's nearest items
 rule similarity:
     input:
-        features=lambda wildcards: plan.features(wildcards.dataset, wildcards.extractor, wildcards.key),
+        features=lambda wildcards: plan.features(
+            wildcards.dataset, wildcards.extractor, wildcards.key
+        ),
     output:
         similarity="processed/{dataset}/similarity/{extractor}-{key}-k{knn_k}.parquet",
         record="processed/{dataset}/similarity/{extractor}-{key}-k{knn_k}.stage.json",
     log:
         "logs/{dataset}/similarity-{extractor}-{key}-k{knn_k}.log",
-    threads: 8
     conda:
         "../../environment.yml"
+    threads: 8
     params:
         spec=lambda wildcards: canonical({"knn_k": int(wildcards.knn_k)}),
         code=lambda wildcards: plan.code("cm3.similarity"),
