@@ -46,7 +46,7 @@ class Checkpoint:
 
     def remove(self) -> None:
         """Delete the checkpoint, what a killed writer left beside it, and the folder."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             for file in self.path.parent.glob(f"*{self.path.name}*"):
                 file.unlink()
             self.path.parent.rmdir()

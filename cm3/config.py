@@ -34,7 +34,7 @@ class Model(Strict):
     gamma: Float = Field(0.9, ge=0, description="weight of the uniformity losses")
     min_sim: Float = Field(0.0, ge=-1, le=1, description="lower clamp of the similarity that calibrates uniformity")
     max_sim: Float = Field(1.0, ge=-1, le=1, description="upper clamp of the similarity that calibrates uniformity")
-    detach_similarity: bool = Field(True, description="whether the calibrating similarity is a constant to the gradient")  # fmt: skip
+    detach_similarity: bool = Field(False, description="whether the calibrating similarity is a constant to the gradient")  # fmt: skip
     dedup_pairs: bool = Field(True, description="leave pairs of the same user or item out of the uniformity losses")
     uniformity_items: Literal["negative", "positive", "uniform"] = Field(
         "negative",

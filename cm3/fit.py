@@ -92,8 +92,8 @@ def fit(
     stopped = _finished(state, settings)
     while not stopped:
         started = logged = time.monotonic()
-        embeddings = None
-        for number, batch in enumerate(sampler.epoch(state.epoch, state.batch), start=state.batch):
+        embeddings, first = None, state.batch
+        for number, batch in enumerate(sampler.epoch(state.epoch, first), start=first):
             t = mixing_parameters(
                 model.settings.alpha, model.n_items, device, derived_seed(settings.seed, state.epoch, number)
             )
@@ -109,7 +109,9 @@ def fit(
             now = time.monotonic()
             if now - logged >= _LOG_SECONDS:
                 logged = now
-                log.info("epoch %d: batch %d of %d, %.2f s a batch", state.epoch, number + 1, len(parts), (now - started) / (number + 1))  # fmt: skip
+                pace = (now - started) / (state.batch - first)
+                left = pace * (len(parts) - state.batch)
+                log.info("epoch %d: batch %d of %d, %.0f s left in it", state.epoch, state.batch, len(parts), left)
             if now - saved >= settings.checkpoint_seconds and state.batch < len(parts):
                 _require_finite_parts(parts[: state.batch], model, state.epoch)
                 _save(checkpoint, state, model, optimiser, parts, best_tensors)
@@ -148,7 +150,7 @@ def _validate(
     test: Validation | None,
     best_tensors: dict[str, Tensor],
 ) -> None:
-    means = dict(zip(PARTS, parts.double().mean(0).tolist(), strict=True))
+    means = dict(zip(PARTS, parts.cpu().double().mean(0).tolist(), strict=True))
     loss = means["alignment"] + model.settings.gamma * (means["user_uniformity"] + means["item_uniformity"]) / 2
     row: dict[str, Any] = {"epoch": state.epoch, "loss": loss, **means, f"valid_{settings.monitor}": None}
     if test is not None:

@@ -105,26 +105,19 @@ class CM3(nn.Module):
 
     def loss(self, embeddings: Embeddings, batch: Batch) -> Loss:
         """Return alignment + gamma (uniformity of users + calibrated uniformity of items) / 2 over a batch."""
-        settings = self.settings
-        # `embedding` sums repeated rows in one order in its backward, which indexing does not promise.
-        users = functional.normalize(functional.embedding(batch.users, embeddings.users), dim=1)
-        items = functional.normalize(functional.embedding(batch.items, embeddings.items), dim=1)
-        if batch.contrast is batch.items:
-            contrast = items
-        else:
-            contrast = functional.normalize(functional.embedding(batch.contrast, embeddings.items), dim=1)
-        similarity = self._similarity(embeddings.fused, batch.contrast)
-        user_ids, item_ids = (batch.users, batch.contrast) if settings.dedup_pairs else (None, None)
-        align = alignment(users, items)
-        user_uniformity = uniformity(users, ids=user_ids)
-        item_uniformity = calibrated_uniformity(contrast, similarity, ids=item_ids)
-        total = align + settings.gamma * (user_uniformity + item_uniformity) / 2
+        align = alignment(_unit_rows(embeddings.users, batch.users), _unit_rows(embeddings.items, batch.items))
+        users, items = batch.spread_users, batch.spread_items
+        user_uniformity = uniformity(_unit_rows(embeddings.users, users.ids), counts=users.counts)
+        item_uniformity = calibrated_uniformity(
+            _unit_rows(embeddings.items, items.ids), self._similarity(embeddings.fused, items.ids), counts=items.counts
+        )
+        total = align + self.settings.gamma * (user_uniformity + item_uniformity) / 2
         return Loss(total, align, user_uniformity, item_uniformity)
 
     def _similarity(self, fused: Tensor, items: Tensor) -> Tensor:
         settings = self.settings
         with torch.set_grad_enabled(torch.is_grad_enabled() and not settings.detach_similarity):
-            rows = functional.normalize(functional.embedding(items, fused), dim=1)
+            rows = _unit_rows(fused, items)
             # In place: a (B, B) matrix is the largest thing in a step.
             return (rows @ rows.T).clamp_(settings.min_sim, settings.max_sim)
 
@@ -132,3 +125,8 @@ class CM3(nn.Module):
     def embed(self) -> Embeddings:
         """Return the embeddings that are evaluated: t = 0.5 for every item."""
         return self(torch.full((self.n_items,), 0.5, device=self.users.device))
+
+
+def _unit_rows(table: Tensor, ids: Tensor) -> Tensor:
+    # `embedding` sums repeated rows in one order in its backward, which indexing does not promise.
+    return functional.normalize(functional.embedding(ids, table), dim=1)

@@ -1,5 +1,6 @@
 """Batches of training pairs with the items that the uniformity loss spreads."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -12,12 +13,21 @@ Contrast = Literal["negative", "positive", "uniform"]
 
 
 @dataclass(frozen=True)
+class Spread:
+    """Users or items that a uniformity loss spreads, (n,) ids; with counts, distinct ids and how often each stands."""
+
+    ids: Tensor
+    counts: Tensor | None
+
+
+@dataclass(frozen=True)
 class Batch:
-    """Equal-length index vectors: a user, an item of theirs, and an item for the uniformity loss."""
+    """Training pairs, users (B,) and items (B,), and the users and items that the uniformity losses spread."""
 
     users: Tensor
     items: Tensor
-    contrast: Tensor
+    spread_users: Spread
+    spread_items: Spread
 
 
 class Sampler:
@@ -27,15 +37,31 @@ class Sampler:
     """
 
     def __init__(
-        self, users: Tensor, items: Tensor, n_items: int, batch_size: int, contrast: Contrast, seed: int
+        self,
+        users: Tensor,
+        items: Tensor,
+        n_items: int,
+        *,
+        batch_size: int,
+        contrast: Contrast,
+        dedup_pairs: bool,
+        seed: int,
     ) -> None:
         """Take (E,) user and item indices; the device is theirs.
+
+        Args:
+            users, items: the training pairs.
+            n_items: I.
+            batch_size: pairs per batch.
+            contrast: items to spread: not in the user's pairs (negative), the pairs' own (positive), any (uniform).
+            dedup_pairs: whether repeated ids of a batch are gathered into counts.
+            seed: of shuffling and drawing.
 
         Raises:
             ValueError: contrast is negative and some user has every item.
         """
         self.users, self.items, self.n_items = users, items, n_items
-        self.batch_size, self.contrast, self.seed = batch_size, contrast, seed
+        self.batch_size, self.contrast, self.dedup_pairs, self.seed = batch_size, contrast, dedup_pairs, seed
         self.seen = torch.unique(users * n_items + items)
         if contrast == "negative":
             most, user = torch.bincount(self.seen // n_items).max(0)
@@ -52,11 +78,16 @@ class Sampler:
         generator = torch.Generator(self.users.device).manual_seed(derived_seed(self.seed, number))
         order = torch.randperm(len(self.users), generator=generator, device=self.users.device)
         users, items = self.users[order], self.items[order]
-        contrast = None if self.contrast == "positive" else self._draw(users, generator)
-        for start in range(first * self.batch_size, len(users), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            own = items[part]
-            yield Batch(users[part], own, own if contrast is None else contrast[part])
+        contrast = items if self.contrast == "positive" else self._draw(users, generator)
+        parts = zip(
+            users.split(self.batch_size),
+            items.split(self.batch_size),
+            spreads(users, self.batch_size, self.dedup_pairs),
+            spreads(contrast, self.batch_size, self.dedup_pairs),
+            strict=True,
+        )
+        for part in itertools.islice(parts, first, None):
+            yield Batch(*part)
 
     def _draw(self, users: Tensor, generator: torch.Generator) -> Tensor:
         drawn = self._uniform(len(users), generator)
@@ -78,9 +109,21 @@ class Sampler:
         return self.seen[place] == key
 
 
+def spreads(ids: Tensor, batch_size: int, dedup_pairs: bool) -> list[Spread]:
+    """Return what each batch of (E,) ids spreads. All batches are counted at once: one wait for the device per epoch."""
+    if not dedup_pairs:
+        return [Spread(part, None) for part in ids.split(batch_size)]
+    n = int(ids.max()) + 1
+    batch = torch.arange(len(ids), device=ids.device).div(batch_size, rounding_mode="floor")
+    keys, counts = torch.unique(batch * n + ids, return_counts=True)
+    sizes = torch.bincount(keys // n).tolist()
+    return [Spread(key % n, count) for key, count in zip(keys.split(sizes), counts.split(sizes), strict=True)]
+
+
 def derived_seed(*parts: int) -> int:
     """Return a 63-bit seed that differs, and whose streams are independent, for different `parts`."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+    # The length goes in too: trailing zeros alone would not change the sequence.
+    return int(np.random.SeedSequence((len(parts), *parts)).generate_state(1, np.uint64)[0] >> 1)
 
 
 def mixing_parameters(alpha: float, n: int, device: torch.device, seed: int) -> Tensor:

@@ -127,13 +127,9 @@ def _sampler(data: Interactions, model: Model, training: Training, device: torch
     users, items = (torch.from_numpy(x).to(device) for x in data.pairs("train"))
     try:
         return Sampler(
-            users,
-            items,
-            len(data.item_ids),
-            training.batch_size,
-            model.uniformity_items,
-            derived_seed(training.seed, 1),
-        )
+            users, items, len(data.item_ids), batch_size=training.batch_size, contrast=model.uniformity_items,
+            dedup_pairs=model.dedup_pairs, seed=derived_seed(training.seed, 1),
+        )  # fmt: skip
     except ValueError as error:
         raise UserError(f"{error}; set model.uniformity_items to positive or uniform") from None
 

@@ -1,12 +1,14 @@
 """Bytes of a picture from anywhere -> an RGB picture, or the reason why not."""
 
+import functools
 import io
 import warnings
 
-from PIL import Image, ImageOps
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 64_000_000
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "MPO")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 """What is opened at all: formats whose decoders run no code and call no other program."""
 
 
@@ -30,7 +32,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS, draft: int | None = None) 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            with Image.open(io.BytesIO(data), formats=_formats()) as picture:
                 width, height = picture.size
                 if width * height > max_pixels:
                     raise UnreadableError(f"{width} x {height} pixels, over the limit of {max_pixels}")
@@ -40,15 +42,23 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS, draft: int | None = None) 
                 return _to_rgb(ImageOps.exif_transpose(picture))
     except UnreadableError:
         raise
-    except Image.UnidentifiedImageError:
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as bomb:
+        raise UnreadableError(f"over the limit of {max_pixels} pixels ({bomb})") from None
+    except UnidentifiedImageError:
         raise UnreadableError(f"not a picture in a known format (starts with {data[:8]!r})") from None
     except Exception as error:  # decoders raise errors of every kind on strangers' bytes
         raise UnreadableError(f"{type(error).__name__}: {error}") from None
 
 
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)  # a build of Pillow may lack a codec
+
+
 def _to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I;16"):
-        picture = picture.point(lambda value: value / 257).convert("L")
+        picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
     elif picture.mode in ("I", "F"):
         raise UnreadableError(f"pixels of mode {picture.mode} have no defined range")
     if picture.has_transparency_data:

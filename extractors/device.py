@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from stages.errors import UserError
 
@@ -88,15 +88,3 @@ def _release() -> None:
 
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def describe(device: str) -> str:
-    """Return a device's name for people."""
-    import torch
-
-    return torch.cuda.get_device_name() if device == "cuda" else device
-
-
-def full_precision(model: Any, device: str, precision: str) -> Any:
-    """Return the model in evaluation mode on its device, its numbers in the precision asked for."""
-    return model.eval().to(device=device, dtype=torch_dtype(precision))

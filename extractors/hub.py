@@ -1,14 +1,11 @@
 """The folder or file that a model loads from: pinned hub snapshot, local path, or installed package."""
 
 import importlib
-import logging
 from pathlib import Path
 
 from extractors.digests import MODEL_FILES
 from extractors.model_spec import ModelSpec
 from stages.errors import UserError
-
-log = logging.getLogger(__name__)
 
 PATTERNS = sorted(f"*{suffix}" for suffix in MODEL_FILES)
 """What is taken from a hub repository: safetensors and plain text, never pickles or code."""
@@ -58,6 +55,13 @@ def _snapshot(repository: str, revision: str, local_files_only: bool) -> Path:
             "Choose a revision with safetensors, or convert the weights and set weights: PATH"
         )
     return folder
+
+
+def without_bars() -> None:
+    """Keep transformers from drawing a bar while it reads weights, which takes seconds and fills the log."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
 
 
 def _first_line(error: Exception) -> str:

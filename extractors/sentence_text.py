@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from extractors import text_of
 from extractors.device import Batch, resolve_device, torch_dtype
 from extractors.extractor import Advance, Encoded, Extractor, collect, silent
-from extractors.hub import model_path
+from extractors.hub import model_path, without_bars
 from extractors.model_spec import ModelSpec
 from extractors.source import Source
 from stages.errors import UserError
@@ -64,6 +64,7 @@ class SentenceTransformersExtractor(Extractor[str]):
         self.spec = spec
         self.device = resolve_device(spec.device)
         folder = model_path(spec)
+        without_bars()
         try:
             self.model = SentenceTransformer(
                 str(folder), device=self.device, local_files_only=True, trust_remote_code=False,

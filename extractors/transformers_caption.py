@@ -16,7 +16,7 @@ from extractors.decode import UnreadableError, decode
 from extractors.device import Batch, resolve_device, torch_dtype
 from extractors.effort import LARGE, check_effort, hours, parameters_of, seconds_per_parameter
 from extractors.extractor import Advance, Model, Result, silent
-from extractors.hub import model_path
+from extractors.hub import model_path, without_bars
 from extractors.model_spec import ModelSpec
 from extractors.pictures_of import picture_of, read_pictures
 from extractors.source import Source, digest_of_rows
@@ -149,6 +149,7 @@ class TransformersCaptioner(Model[Captionable]):
         self.spec = spec
         self.device = resolve_device(spec.device)
         folder = model_path(spec)
+        without_bars()
         try:
             self.processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             model = AutoModelForImageTextToText.from_pretrained(
@@ -247,12 +248,12 @@ class TransformersCaptioner(Model[Captionable]):
 
 def capped(picture: Image.Image, max_pixels: int) -> Image.Image:
     """Return a picture of at most max_pixels, widened with white where one side is over 20 times the other."""
-    scale = (max_pixels / (picture.width * picture.height)) ** 0.5
-    if scale < 1:
-        picture = picture.resize((max(1, int(picture.width * scale)), max(1, int(picture.height * scale))))
     shortest = -(-max(picture.size) // MAX_ASPECT)
-    if min(picture.size) >= shortest:
+    if min(picture.size) < shortest:
+        wide = Image.new("RGB", (max(picture.width, shortest), max(picture.height, shortest)), "white")
+        wide.paste(picture, ((wide.width - picture.width) // 2, (wide.height - picture.height) // 2))
+        picture = wide
+    scale = (max_pixels / (picture.width * picture.height)) ** 0.5
+    if scale >= 1:
         return picture
-    wide = Image.new("RGB", (max(picture.width, shortest), max(picture.height, shortest)), "white")
-    wide.paste(picture, ((wide.width - picture.width) // 2, (wide.height - picture.height) // 2))
-    return wide
+    return picture.resize((max(1, int(picture.width * scale)), max(1, int(picture.height * scale))))

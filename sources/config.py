@@ -1,15 +1,14 @@
 """Config of data sets: what each source needs, and what each stage of it reads. Imports nothing heavy."""
 
 import re
-from functools import cached_property
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
 
 from sources.paths import expand
-from sources.pictures_config import Images, Names, PictureLimits
+from sources.pictures_config import Images, PictureLimits
+from sources.tables_config import InteractionsFile, ItemsFile
 from stages.errors import UserError
 from stages.strict import Float, Strict, nearest, validate
 
@@ -25,17 +24,6 @@ FINDERS = {
     "urls": "sources.pictures_urls",
 }
 
-_SUFFIXES = {
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".tab": "tsv",
-    ".inter": "tsv",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "jsonl",
-    ".parquet": "parquet",
-}
-_Format = Literal["auto", "csv", "tsv", "jsonl", "parquet"]
 _Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -162,63 +150,6 @@ class Sample(Dataset):
     def image_inputs(self, name: str) -> dict[str, str]:
         """Return the checksums of the drawn pictures."""
         return {"pictures": f"raw/{name}/pictures.sha256"}
-
-
-class InteractionColumns(Strict):
-    """Column names of an interactions table."""
-
-    user: str = Field(default="user", min_length=1, description="user id")
-    item: str = Field(default="item", min_length=1, description="item id")
-    rating: str | None = Field(default=None, description="a number; left out where purchases or clicks have none")
-    timestamp: str | None = Field(default=None, description="Unix seconds, Unix milliseconds, or dates like 2020-09-16")
-
-
-class ItemColumns(Strict):
-    """Column names of an item table; a list of columns is joined in its order."""
-
-    item_id: str = Field(default="item_id", min_length=1, description="id, the same as in the interactions")
-    title: Names | None = Field(default=None, description="title")
-    brand: Names | None = Field(default=None, description="brand")
-    categories: Names | None = Field(default=None, description="one category a column, or lists of them")
-    description: Names | None = Field(default=None, description="description")
-    image: Names | None = Field(default=None, description="path in images.folder, or URLs")
-
-
-class TableFile(Strict):
-    """A table in a file."""
-
-    path: str = Field(min_length=1, description="relative to the working directory or absolute; ~ and $VARIABLES work")
-    format: _Format = Field(
-        default="auto", description="auto goes by the suffix: csv, tsv, jsonl, parquet; .gz may follow"
-    )
-
-    @cached_property
-    def resolved_format(self) -> str:
-        """The format, told by the suffix where it is auto."""
-        if self.format != "auto":
-            return self.format
-        suffixes = [s.lower() for s in Path(self.path).suffixes]
-        return _SUFFIXES.get(next((s for s in reversed(suffixes) if s != ".gz"), ""), "")
-
-    @model_validator(mode="after")
-    def _known_format(self) -> "TableFile":
-        if not self.resolved_format:
-            raise ValueError(
-                f"no format is known by the suffix of {self.path!r}; set format to csv, tsv, jsonl or parquet"
-            )
-        return self
-
-
-class InteractionsFile(TableFile):
-    """The user's interactions."""
-
-    columns: InteractionColumns = InteractionColumns()
-
-
-class ItemsFile(TableFile):
-    """The user's items."""
-
-    columns: ItemColumns = ItemColumns()
 
 
 class Files(Dataset):

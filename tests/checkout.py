@@ -38,11 +38,11 @@ SMALL: dict[str, Any] = {
 class Checkout:
     """A working copy with its own raw/, processed/ and results/."""
 
-    def __init__(self, folder: Path, config: dict[str, Any] = SMALL) -> None:
+    def __init__(self, folder: Path, config: dict[str, Any] = SMALL, root: Path = ROOT) -> None:
         self.folder = folder
         folder.mkdir(parents=True)
         for name in CODE:
-            source = ROOT / name
+            source = root / name
             if source.is_dir():
                 shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
             else:

@@ -30,48 +30,50 @@ def test_alignment(rows):
 
 @pytest.mark.parametrize("t", [0.5, 2.0])
 @pytest.mark.parametrize("scale", [1.0, 3.0])
-@pytest.mark.parametrize("dedup", [False, True])
-def test_uniformity(rows, t, scale, dedup):
-    x = rows * scale
-    ids = np.random.default_rng(1).integers(0, 9, len(x)) if dedup else None
-    found = uniformity(torch.from_numpy(x), t, None if ids is None else torch.from_numpy(ids))
-    assert float(found) == pytest.approx(oracle.log_mean_potential(x, None, t, ids), rel=1e-12)
+def test_uniformity(rows, t, scale):
+    found = uniformity(torch.from_numpy(rows * scale), t)
+    assert float(found) == pytest.approx(oracle.log_mean_potential(rows * scale, None, t), rel=1e-12)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("dedup", [False, True])
-def test_calibrated_uniformity(rows, symmetric, dedup):
-    rng = np.random.default_rng(2)
-    similarity = rng.uniform(-0.2, 1, (len(rows), len(rows)))
+def test_calibrated_uniformity(rows, symmetric):
+    similarity = np.random.default_rng(2).uniform(-0.2, 1, (len(rows), len(rows)))
     if symmetric:
         similarity = (similarity + similarity.T) / 2
-    ids = rng.integers(0, 9, len(rows)) if dedup else None
-    found = calibrated_uniformity(
-        torch.from_numpy(rows), torch.from_numpy(similarity), 2.0, None if ids is None else torch.from_numpy(ids)
-    )
-    assert float(found) == pytest.approx(oracle.log_mean_potential(rows, similarity, 2.0, ids), rel=1e-12)
+    found = calibrated_uniformity(torch.from_numpy(rows), torch.from_numpy(similarity))
+    assert float(found) == pytest.approx(oracle.log_mean_potential(rows, similarity), rel=1e-12)
+
+
+def test_counts_are_repetitions_without_the_pairs_of_equal_ids(rows):
+    rng = np.random.default_rng(3)
+    ids = rng.integers(0, len(rows), 60)
+    present, counts = np.unique(ids, return_counts=True)
+    similarity = rng.uniform(0, 1, (len(rows), len(rows)))
+    similarity = (similarity + similarity.T) / 2
+    x, n = torch.from_numpy(rows[present]), torch.from_numpy(counts)
+    assert float(uniformity(x, 2.0, n)) == pytest.approx(oracle.log_mean_potential(rows[ids], ids=ids), rel=1e-12)
+    found = calibrated_uniformity(x, torch.from_numpy(similarity[np.ix_(present, present)]), 2.0, n)
+    expected = oracle.log_mean_potential(rows[ids], similarity[np.ix_(ids, ids)], ids=ids)
+    assert float(found) == pytest.approx(expected, rel=1e-12)
+    # Kept, the pairs of equal ids lie at distance zero and weigh on the loss.
+    assert float(uniformity(torch.from_numpy(rows[ids]))) > float(uniformity(x, 2.0, n))
 
 
 def test_gradients_match_finite_differences(rows):
     x = torch.from_numpy(rows[:7].copy()).requires_grad_()
     similarity = torch.rand(7, 7, dtype=torch.float64, requires_grad=True)
-    ids = torch.tensor([0, 1, 2, 0, 3, 4, 4])
+    counts = torch.tensor([1, 2, 1, 5, 1, 1, 3])
     assert torch.autograd.gradcheck(lambda a: uniformity(a, 2.0), x)
-    assert torch.autograd.gradcheck(lambda a, s: calibrated_uniformity(a, s, 2.0, ids), (x, similarity))
+    assert torch.autograd.gradcheck(lambda a, s: calibrated_uniformity(a, s, 2.0, counts), (x, similarity))
 
 
-def test_equal_ids_weigh_on_uniformity_only_where_they_are_kept(rows):
-    x = torch.from_numpy(np.concatenate([rows, rows[:5]]))
-    ids = torch.from_numpy(np.concatenate([np.arange(len(rows)), np.arange(5)]))
-    assert float(uniformity(x)) > float(uniformity(x, ids=ids))
-
-
-@pytest.mark.parametrize("n", [0, 1, 2])
-def test_no_pair_gives_zero_and_no_gradient(n):
+@pytest.mark.parametrize("counts", [None, 3])
+@pytest.mark.parametrize("n", [0, 1])
+def test_no_pair_gives_zero_and_no_gradient(n, counts):
     x = torch.ones(n, 3, dtype=torch.float64, requires_grad=True)
-    value = uniformity(x, ids=torch.zeros(n, dtype=torch.int64))
+    value = uniformity(x, counts=None if counts is None else torch.full((n,), counts))
     value.backward()
-    assert float(value) == 0 and x.grad is not None and not x.grad.any()
+    assert float(value.detach()) == 0 and x.grad is not None and not x.grad.any()
 
 
 def test_far_apart_rows_do_not_underflow():

@@ -8,7 +8,7 @@ import torch
 
 from cm3.config import PRESETS, Evaluation, Model, Training, modality_weights, settings
 from cm3.model import CM3
-from cm3.sampling import Batch, Sampler, mixing_parameters
+from cm3.sampling import Batch, Sampler, mixing_parameters, spreads
 from stages.errors import UserError
 
 USERS, ITEMS = 9, 7
@@ -28,6 +28,11 @@ def build(modalities: int, **changes: object) -> tuple[CM3, dict[str, torch.Tens
     return model, dense | {f"x{m}": x.double() for m, x in enumerate(features)}
 
 
+def batch(dedup: bool = True) -> Batch:
+    users, items, contrast = (torch.tensor(x) for x in BATCH)
+    return Batch(users, items, spreads(users, len(users), dedup)[0], spreads(contrast, len(users), dedup)[0])
+
+
 BATCH = ([0, 1, 2, 3, 1, 8], [1, 2, 3, 4, 6, 0], [5, 0, 2, 5, 3, 1])
 
 
@@ -45,9 +50,8 @@ def test_forward_loss_and_gradients(modalities, changes):
     model, dense = build(modalities, **changes)
     chosen = model.settings
     t = torch.rand(ITEMS, dtype=torch.float64) * 0.9 + 0.05
-    batch = Batch(*(torch.tensor(x) for x in BATCH))
     embeddings = model(t)
-    loss = model.loss(embeddings, batch)
+    loss = model.loss(embeddings, batch(chosen.dedup_pairs))
     gradients = torch.autograd.grad(loss.total, list(model.parameters()), allow_unused=True)
 
     weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
@@ -71,7 +75,7 @@ def test_forward_loss_and_gradients(modalities, changes):
 
 def test_parts_add_up_to_the_loss():
     model, _ = build(2, gamma=0.7)
-    loss = model.loss(model(torch.full((ITEMS,), 0.3, dtype=torch.float64)), Batch(*(torch.tensor(x) for x in BATCH)))
+    loss = model.loss(model(torch.full((ITEMS,), 0.3, dtype=torch.float64)), batch())
     torch.testing.assert_close(loss.total, loss.alignment + 0.7 * (loss.user_uniformity + loss.item_uniformity) / 2)
 
 
@@ -86,19 +90,20 @@ def test_detaching_the_similarity_changes_the_gradient_and_not_the_loss():
     results = {}
     for detach in (True, False):
         model, _ = build(2, detach_similarity=detach)
-        loss = model.loss(
-            model(torch.full((ITEMS,), 0.4, dtype=torch.float64)), Batch(*(torch.tensor(x) for x in BATCH))
-        )
+        loss = model.loss(model(torch.full((ITEMS,), 0.4, dtype=torch.float64)), batch())
         results[detach] = (loss.total, torch.autograd.grad(loss.total, model.modalities[0].point.weight)[0])
     assert torch.equal(results[True][0], results[False][0])
     assert not torch.allclose(results[True][1], results[False][1])
 
 
-def sampler(contrast: str = "negative", seed: int = 3, batch_size: int = 64) -> tuple[Sampler, np.ndarray]:
+def sampler(
+    contrast: str = "negative", seed: int = 3, batch_size: int = 64, dedup_pairs: bool = False
+) -> tuple[Sampler, np.ndarray]:
     rng = np.random.default_rng(0)
     seen = rng.random((50, 20)) < 0.5
     users, items = (torch.from_numpy(x) for x in np.nonzero(seen))
-    return Sampler(users, items, 20, batch_size, contrast, seed), seen
+    made = Sampler(users, items, 20, batch_size=batch_size, contrast=contrast, dedup_pairs=dedup_pairs, seed=seed)
+    return made, seen
 
 
 def test_an_epoch_is_every_pair_once_with_an_unseen_item():
@@ -106,21 +111,27 @@ def test_an_epoch_is_every_pair_once_with_an_unseen_item():
     batches = list(chosen.epoch(1))
     assert len(batches) == chosen.n_batches
     assert [len(b.users) for b in batches[:-1]] == [64] * (len(batches) - 1)
-    users, items, contrast = (
-        torch.cat([getattr(b, n) for b in batches]).numpy() for n in ("users", "items", "contrast")
-    )
-    assert sorted(zip(users.tolist(), items.tolist(), strict=True)) == list(
-        zip(*map(list, np.nonzero(seen)), strict=True)
-    )
-    assert not seen[users, contrast].any()
+    users, items = (torch.cat([getattr(b, name) for b in batches]).numpy() for name in ("users", "items"))
+    pairs = sorted(zip(users.tolist(), items.tolist(), strict=True))
+    assert pairs == list(zip(*map(list, np.nonzero(seen)), strict=True))
+    assert not seen[users, torch.cat([b.spread_items.ids for b in batches]).numpy()].any()
+
+
+def test_gathered_ids_are_those_of_the_batch():
+    repeated, gathered = list(sampler()[0].epoch(1)), list(sampler(dedup_pairs=True)[0].epoch(1))
+    for a, b in zip(repeated, gathered, strict=True):
+        assert torch.equal(a.users, b.users) and torch.equal(a.items, b.items) and a.spread_users.counts is None
+        for one, other in ((a.spread_users, b.spread_users), (a.spread_items, b.spread_items)):
+            ids, counts = np.unique(one.ids.numpy(), return_counts=True)
+            assert other.ids.tolist() == ids.tolist() and other.counts.tolist() == counts.tolist()
 
 
 def test_negatives_are_uniform_over_the_unseen():
     chosen, seen = sampler(batch_size=10_000)
     counts = np.zeros(seen.shape)
     for epoch in range(1, 200):
-        (batch,) = chosen.epoch(epoch)
-        np.add.at(counts, (batch.users.numpy(), batch.contrast.numpy()), 1)
+        (whole,) = chosen.epoch(epoch)
+        np.add.at(counts, (whole.users.numpy(), whole.spread_items.ids.numpy()), 1)
     expected = np.where(seen, 0, (seen.sum(1) * 199 / (~seen).sum(1))[:, None])
     variance = expected * (1 - 1 / (~seen).sum(1))[:, None]
     deviation = (counts - expected)[~seen] ** 2 / variance[~seen]
@@ -129,11 +140,11 @@ def test_negatives_are_uniform_over_the_unseen():
 
 def test_other_contrasts():
     (positive,) = sampler("positive", batch_size=10_000)[0].epoch(1)
-    assert torch.equal(positive.contrast, positive.items)
+    assert torch.equal(positive.spread_items.ids, positive.items)
     chosen, seen = sampler("uniform", batch_size=10_000)
     (uniform,) = chosen.epoch(1)
-    assert seen[uniform.users.numpy(), uniform.contrast.numpy()].any()
-    assert set(uniform.contrast.tolist()) == set(range(20))
+    assert seen[uniform.users.numpy(), uniform.spread_items.ids.numpy()].any()
+    assert set(uniform.spread_items.ids.tolist()) == set(range(20))
 
 
 def test_epochs_differ_and_repeat_by_seed_from_any_batch():
@@ -143,14 +154,15 @@ def test_epochs_differ_and_repeat_by_seed_from_any_batch():
         rest = list(chosen.epoch(2, first))
         assert len(rest) == len(whole) - first
         for a, b in zip(whole[first:], rest, strict=True):
-            assert torch.equal(a.users, b.users) and torch.equal(a.contrast, b.contrast)
+            assert torch.equal(a.users, b.users) and torch.equal(a.spread_items.ids, b.spread_items.ids)
     assert not torch.equal(next(chosen.epoch(3)).users, whole[0].users)
     assert not torch.equal(next(sampler(seed=4)[0].epoch(2)).users, whole[0].users)
 
 
 def test_a_user_with_every_item_has_no_negative():
     with pytest.raises(ValueError, match="user 1 has interacted with all 3 items"):
-        Sampler(torch.tensor([0, 1, 1, 1]), torch.tensor([0, 0, 1, 2]), 3, 4, "negative", 0)
+        users, items = torch.tensor([0, 1, 1, 1]), torch.tensor([0, 0, 1, 2])
+        Sampler(users, items, 3, batch_size=4, contrast="negative", dedup_pairs=True, seed=0)
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.5, 2.0])

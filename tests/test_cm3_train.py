@@ -29,6 +29,7 @@ from cm3.train import train
 from stages.errors import UserError
 from stages.tables import SIMILARITY, read_features, read_table, write_table
 
+
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """Tensors of a few kB gain nothing from threads, and wait for one another on a busy machine."""

@@ -56,7 +56,7 @@ def test_touching_files_of_any_size_runs_nothing(checkout: Checkout):
 
 @pytest.mark.parametrize("preserve_times", [True, False])
 def test_a_fresh_checkout_beside_the_same_data_runs_nothing(checkout: Checkout, tmp_path: Path, preserve_times: bool):
-    fresh = Checkout(tmp_path / "fresh")
+    fresh = Checkout(tmp_path / "fresh", root=checkout.folder)
     copy_file = shutil.copy2 if preserve_times else shutil.copyfile
     for folder in ("results", "processed", "raw"):  # the worst order: what is made before what it is made from
         shutil.copytree(checkout.folder / folder, fresh.folder / folder, copy_function=copy_file, dirs_exist_ok=True)
@@ -153,13 +153,13 @@ def test_the_split_seed_runs_the_split_onwards_without_extraction(checkout: Chec
     ("file", "rules"),
     [
         ("extractors/descriptor.py", AFTER_IMAGE),
-        ("extractors/sentence_transformers.py", AFTER_IMAGE),
+        ("extractors/sentence_text.py", AFTER_IMAGE),
         ("cm3/losses.py", {"train": 1, "evaluate": 1, "publish": 1}),
         ("cm3/metrics.py", {"evaluate": 1, "publish": 1}),
         ("cm3/evaluate.py", {"evaluate": 1, "publish": 1}),
         ("sources/splits.py", {"split": 1, "train": 1, "evaluate": 1, "publish": 1}),
         ("workflow/publish.py", {"publish": 1}),
-        ("extractors/open_clip.py", {}),
+        ("extractors/open_clip_image.py", {}),
         ("sources/files.py", {}),
         ("stages/progress.py", {}),
     ],

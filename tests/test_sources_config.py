@@ -10,6 +10,7 @@ from sources.config import FINDERS, READERS, SOURCES, parse_dataset
 from sources.paths import expand
 from stages.errors import UserError
 from stages.keys import canonical_json
+from workflow.digest import closure
 
 FILES: dict[str, Any] = {"source": "files", "interactions": {"path": "log.csv"}}
 BABY: dict[str, Any] = {"source": "amazon-2014", "category": "Baby"}
@@ -177,3 +178,21 @@ def test_every_key_is_described():
     for model in SOURCES.values():
         undescribed = [n for n, f in model.model_fields.items() if not f.description and n not in ("source", "split")]
         assert [n for n in undescribed if n not in ("images", "expected")] == []
+
+
+def test_a_source_runs_its_own_parsers_code_only():
+    root = Path(__file__).parents[1]
+    code = {}
+    for data in (FILES, BABY):
+        modules = parse_dataset("x", data, "d.x").modules()
+        code[data["source"]] = {stage: closure(root, [f"sources.{stage}", *modules[stage]]) for stage in modules}
+    assert "sources.files" in code["files"]["prepare"] and "sources.amazon_2014" not in code["files"]["prepare"]
+    assert (
+        "sources.amazon_2014" in code["amazon-2014"]["prepare"]
+        and "sources.files" not in code["amazon-2014"]["prepare"]
+    )
+    assert "sources.pictures_none" in code["files"]["images"] and "sources.pictures_urls" not in code["files"]["images"]
+    # Config reaches a stage through its spec; code of the split or the pictures is none of prepare's.
+    assert (
+        not {"sources.config", "sources.pictures_config", "sources.splits", "sources.images"} & code["files"]["prepare"]
+    )

@@ -60,7 +60,11 @@ def test_the_shipped_config_has_the_promised_experiments():
         ("experiments.shop.modalities", {"text": "looks"}, r"modalities\.text = 'looks'.*modality 'image'.*words"),
         ("experiments.shop.modalities", {}, r"experiments\.shop\.modalities = \{\}.*at least 1"),
         ("experiments.shop.model.gama", 1, r"experiments\.shop\.model\.gama: unknown key \(did you mean 'gamma'\?\)"),
-        ("experiments.shop.model.dropout", 0.5, r"experiments\.shop\.model\.dropout = 0\.5: dropout is not implemented"),
+        (
+            "experiments.shop.model.dropout",
+            0.5,
+            r"experiments\.shop\.model\.dropout = 0\.5: dropout is not implemented",
+        ),
         ("experiments.shop.model.min_sim", 1.5, r"experiments\.shop\.model\.min_sim = 1\.5"),
         ("experiments.shop.training.lr", -1.0, r"experiments\.shop\.training\.lr = -1\.0"),
         ("experiments.shop.training.lr", True, r"experiments\.shop\.training\.lr = True"),

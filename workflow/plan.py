@@ -51,6 +51,10 @@ class Plan:
             raise UserError(f"datasets.{name}: is of source {dataset.source!r} and is not generated")
         return dataset.sample_spec()
 
+    def _source(self, name: str) -> dict[str, Any] | None:
+        # Of data that come from elsewhere, Snakemake watches the files themselves.
+        return self.generate_spec(name) if name in self.generated() else None
+
     def downloaded(self) -> list[str]:
         """Return the names of datasets that have files to fetch."""
         return [name for name, dataset in self.config.datasets.items() if dataset.downloads(name)]
@@ -186,7 +190,7 @@ class Plan:
         dataset = self.dataset(chosen.dataset)
         return key_of(
             {
-                "dataset": [chosen.dataset, dataset.prepare_spec(), dataset.split_spec()],
+                "dataset": [chosen.dataset, self._source(chosen.dataset), dataset.prepare_spec(), dataset.split_spec()],
                 "features": [[m, e, self.features_identity(e)] for m, e in chosen.modalities.items()],
                 "model": chosen.model.identity(),
                 "training": chosen.training.identity(),
@@ -273,9 +277,11 @@ class Plan:
             "dataset": chosen.dataset,
             "config": {
                 "preset": chosen.preset,
+                "source": self._source(chosen.dataset),
                 "prepare": dataset.prepare_spec(),
                 "split": dataset.split_spec(),
                 "images": dataset.images_spec(),
+                "modalities": list(chosen.modalities),
                 "extractors": {m: {"name": e} | self.features_identity(e) for m, e in chosen.modalities.items()},
                 "model": chosen.model.identity(),
                 "training": chosen.training.identity(),

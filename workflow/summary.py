@@ -21,7 +21,8 @@ def summary(metrics: dict[str, Any], folder: Path) -> str:
     cells = {tuple(name.split("@")): value for name, value in metrics["test"].items()}
     names = list(dict.fromkeys(name for name, _ in cells))
     cuts = sorted({cut for _, cut in cells}, key=int)
-    features = ", ".join(f"{m} {e['name']}" for m, e in metrics["config"]["extractors"].items())
+    config = metrics["config"]
+    features = ", ".join(f"{m} {config['extractors'][m]['name']}" for m in config["modalities"])
     lines = [
         "",
         f"{metrics['experiment']}: CM3 on {metrics['dataset']} ({features})",
@@ -30,5 +31,5 @@ def summary(metrics: dict[str, Any], folder: Path) -> str:
     for name in names:
         lines.append(f"  {name:<12}" + "".join(f"{cells[name, cut]:>9.4f}" for cut in cuts))
     lines += ["", f"  {folder / 'metrics.json'}"]
-    lines += [f"  {path}" for path in sorted(folder.glob("*.*")) if path.name != "metrics.json"]
+    lines += [f"  {path}" for path in sorted(folder.glob("[!.]*.*")) if path.name != "metrics.json"]
     return "\n".join(lines)
