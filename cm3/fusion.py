@@ -22,7 +22,7 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
     Returns:
         (..., d) unit vectors; gradients are finite everywhere.
     """
-    t = t.unsqueeze(-1)
+    t = torch.as_tensor(t, dtype=a.dtype, device=a.device).unsqueeze(-1)
     cosine = (a * b).sum(-1, keepdim=True)
     side = b - cosine * a
     # Once more: near the poles the difference above has lost digits, and with them its right angle to `a`.
@@ -48,7 +48,7 @@ def _perpendicular(a: Tensor) -> Tensor:
 
 def reference_slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
     """The reference implementation's slerp, shapes as `slerp`: NaN for equal and for opposite vectors in float32."""
-    t = t.unsqueeze(-1)
+    t = torch.as_tensor(t, dtype=a.dtype, device=a.device).unsqueeze(-1)
     angle = torch.arccos((a * b).sum(-1, keepdim=True).clamp(-1 + 1e-8, 1 - 1e-8))
     return (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
 
@@ -68,6 +68,7 @@ def spherical_bezier(points: Tensor, t: Tensor, interpolate: Slerp = slerp) -> T
     Returns:
         (N, d) unit vectors.
     """
+    t = torch.as_tensor(t, dtype=points.dtype, device=points.device)
     while len(points) > 1:
-        points = interpolate(points[:-1], points[1:], t.expand(len(points) - 1, -1))
+        points = interpolate(points[:-1], points[1:], t.expand(len(points) - 1, points.shape[1]))
     return points[0]

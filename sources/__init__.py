@@ -1,8 +1,4 @@
-"""Where data come from: download, parse, k-core and split into the common tables.
-
-`sources.kcore` and `sources.split` are functions. The stage of the same name, `python -m sources.split`, is only
-ever run, never imported, so that it cannot take the function's place here.
-"""
+"""Where data come from: download, parse, k-core and split into the common tables."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -88,23 +89,23 @@ class Checkout:
             return {}
         return {rule: int(count) for rule, count in (line.split() for line in counts[1].splitlines())}
 
-    def kill_in(self, stage: str, *arguments: str, delay: float = 0.3) -> bool:
-        """Run until `stage` writes its log, wait `delay` seconds, then SIGKILL everything; False if it ended before."""
-        before = set(self.folder.glob(f"logs/**/{stage}*.log"))
-        for path in before:
-            path.unlink()
+    def kill_in(self, stages: Iterable[str], *arguments: str, delay: float = 0.0) -> str | None:
+        """Run until one of `stages` opens its log, wait, and SIGKILL all; return the stage, None if the run ended.
+
+        The wait is `delay` seconds, and 3 s in training, whose first seconds are imports.
+        """
         process = self.start(*arguments)
         try:
             while process.poll() is None:
-                if any(self.folder.glob(f"logs/**/{stage}*.log")):
-                    time.sleep(delay)
-                    os.killpg(process.pid, signal.SIGKILL)
-                    return True
+                for stage in stages:
+                    if any(self.folder.glob(f"logs/**/{stage}*.log")):
+                        time.sleep(3.0 if stage == "train" else delay)
+                        os.killpg(process.pid, signal.SIGKILL)
+                        return stage
                 time.sleep(0.02)
-            return False
+            return None
         finally:
-            process.stdout.close()  # type: ignore[union-attr]
-            process.wait()
+            process.communicate()
 
     def edit(self, file: str, old: str, new: str) -> None:
         """Replace the one occurrence of `old` in a file of the code."""

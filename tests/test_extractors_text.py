@@ -88,13 +88,13 @@ def test_the_longest_texts_come_first_and_batches_hold_their_budget(
 
 
 def test_prompt_truncation_and_length_reach_the_model() -> None:
-    plain = extractors.load(SPEC | {"truncate_dim": 64, "max_length": 8, "prompt": "query: ", "normalise": False})
+    plain = extractors.load(SPEC | {"truncate_dim": 64, "max_length": 12, "prompt": "query: ", "normalise": False})
     assert isinstance(plain, SentenceTransformersExtractor)
     encoded = plain.encode([{"title": TEXTS[0]}, {"title": TEXTS[3]}])
     assert encoded.embedding.shape == (2, 64)
     assert encoded.counts == {"truncated_texts": 1}
-    assert plain.facts()["prompt"] == "query: " and plain.facts()["max_length"] == 8
-    unprompted = extractors.load(SPEC | {"truncate_dim": 64, "max_length": 8, "normalise": False})
+    assert plain.facts()["prompt"] == "query: " and plain.facts()["max_length"] == 12
+    unprompted = extractors.load(SPEC | {"truncate_dim": 64, "max_length": 12, "normalise": False})
     assert isinstance(unprompted, SentenceTransformersExtractor)
     assert not np.allclose(unprompted.encode([{"title": TEXTS[0]}]).embedding, encoded.embedding[:1], atol=1e-3)
     with pytest.raises(UserError, match="truncate_dim = 999"):

@@ -71,6 +71,10 @@ class Plan:
             raise UserError(f"{path}: dataset {dataset!r} has no such file; it has {', '.join(files)}")
         return files[path]
 
+    def download_expected(self, dataset: str, file: str) -> dict[str, Any]:
+        """Return what a raw file must be, wherever it comes from."""
+        return {name: value for name, value in self.download_spec(dataset, file).items() if name != "urls"}
+
     def source_code(self, dataset: str, stage: str) -> str:
         """Return the digest of the code that a stage of `sources` runs for this dataset."""
         return self.code(f"sources.{stage}", *self.dataset(dataset).modules().get(stage, []))

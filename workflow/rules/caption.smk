@@ -21,6 +21,7 @@ rule caption:
     params:
         identity=lambda wildcards: canonical(plan.identity(wildcards.extractor)),
         code=lambda wildcards: plan.caption_code(wildcards.extractor),
+        # functions of more than wildcards are no rerun triggers: the identity above is
         spec=lambda wildcards, threads: canonical(
             plan.caption_spec(wildcards.extractor)
         ),

@@ -23,6 +23,7 @@ rule extract:
             plan.features_identity(wildcards.extractor)
         ),
         code=lambda wildcards: plan.extract_code(wildcards.extractor),
+        # functions of more than wildcards are no rerun triggers: the identity above is
         spec=lambda wildcards, threads: canonical(
             plan.extract_spec(wildcards.extractor)
         ),

@@ -37,7 +37,7 @@ rule split:
         "../../environment.yml"
     params:
         spec=lambda wildcards: canonical(plan.dataset(wildcards.dataset).split_spec()),
-        code=lambda wildcards: plan.source_code(wildcards.dataset, "split"),
+        code=lambda wildcards: plan.code("sources.label"),
         files=named_files,
     shell:
-        "exec python -m sources.split --spec {params.spec:q} --code {params.code} {params.files} --log {log:q}"
+        "exec python -m sources.label --spec {params.spec:q} --code {params.code} {params.files} --log {log:q}"

@@ -1,4 +1,4 @@
-"""Stage: label interactions as train, valid or test. Run only; the function `sources.split` is in sources.splits."""
+"""Stage: label interactions as train, valid or test. The function `sources.split` is in sources.splits."""
 
 from sources.splits import split_ratings
 from stages.command import stage
@@ -6,7 +6,7 @@ from stages.command import stage
 
 def main() -> None:
     """Spec: strategy, seed. Input: ratings. Output: interactions, record."""
-    with stage("sources.split") as call:
+    with stage("sources.label") as call:
         facts = split_ratings(
             call.inputs["ratings"], call.outputs["interactions"], call.spec["strategy"], call.spec["seed"]
         )

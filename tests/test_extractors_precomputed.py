@@ -1,0 +1,155 @@
+"""Vectors computed elsewhere: found by id in every format, whatever their order, and refused when malformed."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fixtures_extractors import write_items
+
+import extractors
+from extractors.extract import extract
+from extractors.precomputed import PrecomputedExtractor
+from stages.errors import UserError
+from stages.tables import read_features, write_features
+
+IDS = ["B000000003", "B000000001", "B00000000X", "B000000002"]
+VECTORS = np.arange(12, dtype=np.float32).reshape(4, 3) + 1
+WANTED = ["B000000001", "B000000002", "B000000009", "B000000003"]
+EXPECTED = np.stack([VECTORS[1], VECTORS[3], np.zeros(3), VECTORS[0]]).astype(np.float32)
+
+
+def write_b(path: Path, ids: list[str], vectors: np.ndarray) -> None:
+    """Write the layout of Amazon's image features: 10 bytes of id, then the float32 numbers."""
+    path.write_bytes(
+        b"".join(name.encode() + vector.astype("<f4").tobytes() for name, vector in zip(ids, vectors, strict=True))
+    )
+
+
+def files(folder: Path, ids: list[str] = IDS, vectors: np.ndarray = VECTORS) -> dict[str, dict[str, Any]]:
+    """Write the same vectors in every form, and return the spec of each."""
+    lists = pa.array(vectors.tolist(), pa.list_(pa.float64()))
+    pq.write_table(pa.table({"asin": ids, "vector": lists}), folder / "lists.parquet", row_group_size=3)
+    write_features(folder / "features.parquet", ids, vectors, ["ok"] * len(ids), {})
+    np.save(folder / "v.npy", vectors.astype(np.float64))
+    (folder / "ids.txt").write_text("\n".join(ids) + "\n")
+    write_b(folder / "v.b", ids, vectors)
+    return {
+        "lists": {"path": "lists.parquet", "id_column": "asin", "vector_column": "vector"},
+        "features": {"path": "features.parquet"},
+        "npy": {"path": "v.npy", "ids": str(folder / "ids.txt")},
+        "b": {"path": "v.b", "dim": 3},
+    }
+
+
+def spec_of(folder: Path, data: dict[str, Any]) -> Any:
+    data = {"modality": "image", "backend": "precomputed"} | data | {"path": str(folder / data["path"])}
+    return extractors.parse_extractor("published", data, "extractors.published")
+
+
+def encode(folder: Path, data: dict[str, Any], wanted: list[str] = WANTED) -> Any:
+    extractor = spec_of(folder, data).load()
+    assert isinstance(extractor, PrecomputedExtractor)
+    return extractor.encode([{"item_id": name} for name in wanted])
+
+
+@pytest.mark.parametrize("form", ["lists", "features", "npy", "b"])
+def test_vectors_are_found_by_id_in_every_form(tmp_path: Path, form: str) -> None:
+    found = encode(tmp_path, files(tmp_path)[form])
+    assert found.status.tolist() == ["ok", "ok", "missing", "ok"]
+    assert np.array_equal(found.embedding, EXPECTED)
+    assert "not in" in found.errors[2]
+
+
+@pytest.mark.parametrize("form", ["lists", "features", "npy", "b"])
+def test_an_id_with_two_different_vectors_is_refused_and_a_repeated_one_is_not(tmp_path: Path, form: str) -> None:
+    twice = [*IDS, IDS[0]]
+    (tmp_path / "same").mkdir()
+    same = encode(tmp_path / "same", files(tmp_path / "same", twice, np.vstack([VECTORS, VECTORS[:1]]))[form])
+    assert np.array_equal(same.embedding, EXPECTED)
+    with pytest.raises(UserError, match="'B000000003' stands twice with different vectors"):
+        encode(tmp_path, files(tmp_path, twice, np.vstack([VECTORS, VECTORS[:1] + 1]))[form])
+
+
+def test_items_of_equal_id_and_a_larger_file_than_a_chunk(tmp_path: Path) -> None:
+    ids = [f"B{number:09d}" for number in range(3000)]
+    vectors = np.random.default_rng(0).normal(size=(3000, 3)).astype(np.float32)
+    for data in files(tmp_path, ids, vectors).values():
+        found = encode(tmp_path, data, [ids[2999], ids[5], ids[1024], ids[2999]])
+        np.testing.assert_allclose(found.embedding, vectors[[2999, 5, 1024, 2999]], rtol=1e-6)
+
+
+def test_vectors_without_a_value_are_missing(tmp_path: Path) -> None:
+    vectors = pa.array([[1.0, 2.0], None, [3.0, 4.0]], pa.list_(pa.float32()))
+    pq.write_table(pa.table({"item_id": ["a", "b", "c"], "embedding": vectors}), tmp_path / "v.parquet")
+    found = encode(tmp_path, {"path": "v.parquet"}, ["b", "c"])
+    assert found.status.tolist() == ["missing", "ok"] and found.embedding[1].tolist() == [3, 4]
+    write_features(tmp_path / "f.parquet", IDS, VECTORS, ["ok", "missing", "failed", "ok"], {})
+    assert encode(tmp_path, {"path": "f.parquet"}, IDS).status.tolist() == ["ok", "missing", "missing", "ok"]
+
+
+def damage(folder: Path, form: str) -> str:
+    """Spoil one of the files; return the words that the complaint must hold."""
+    if form == "b":
+        (folder / "v.b").write_bytes((folder / "v.b").read_bytes()[:-5])
+        return "not whole records of 22"
+    if form == "npy":
+        (folder / "ids.txt").write_text("\n".join(IDS[:3]))
+        return "3 ids, but .* has 4 rows"
+    if form == "lists":
+        ragged = pa.array([[1.0, 2.0], [1.0]], pa.list_(pa.float32()))
+        pq.write_table(pa.table({"asin": ["a", "b"], "vector": ragged}), folder / "lists.parquet")
+        return "the vector of 'b' has 1 numbers, those before it 2"
+    (folder / "features.parquet").write_bytes(b"PAR1 and nothing more")
+    return "not a readable Parquet file"
+
+
+@pytest.mark.parametrize("form", ["lists", "features", "npy", "b"])
+def test_malformed_files_are_refused_and_named(tmp_path: Path, form: str) -> None:
+    specs = files(tmp_path)
+    with pytest.raises(UserError, match=damage(tmp_path, form)) as error:
+        encode(tmp_path, specs[form])
+    assert str(tmp_path) in str(error.value)
+
+
+def test_other_columns_and_pickled_arrays_are_refused(tmp_path: Path) -> None:
+    files(tmp_path)
+    with pytest.raises(UserError, match=r"no column 'item_id'.*set id_column"):
+        encode(tmp_path, {"path": "lists.parquet"})
+    pq.write_table(pa.table({"item_id": ["a"], "embedding": [1.5]}), tmp_path / "flat.parquet")
+    with pytest.raises(UserError, match="not a list of numbers"):
+        encode(tmp_path, {"path": "flat.parquet"})
+    np.save(tmp_path / "o.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(UserError, match=r"not a plain \.npy array"):
+        encode(tmp_path, {"path": "o.npy", "ids": str(tmp_path / "ids.txt")})
+    (tmp_path / "empty.b").write_bytes(b"")
+    with pytest.raises(UserError, match="holds no vectors"):
+        encode(tmp_path, {"path": "empty.b"})
+
+
+def test_the_stage_takes_the_data_sets_own_file_and_any_modality(tmp_path: Path) -> None:
+    files(tmp_path)
+    items = write_items(tmp_path, [{"item_id": name} for name in WANTED])
+    spec = spec_of(tmp_path, {"path": "v.b", "dim": 3, "modality": "audio"})
+    record = extract(spec, {"items": items}, tmp_path / "f.out.parquet", name="published")
+    assert record["counts"] == {"ok": 3, "missing": 1, "failed": 0} and record["dim"] == 3
+    assert np.array_equal(read_features(tmp_path / "f.out.parquet", WANTED).embedding, EXPECTED)
+
+
+def test_nan_in_a_file_is_refused_with_the_items_names(tmp_path: Path) -> None:
+    spoiled = VECTORS.copy()
+    spoiled[1, 2] = np.nan
+    data = files(tmp_path, IDS, VECTORS)["npy"]
+    np.save(tmp_path / "v.npy", spoiled)
+    items = write_items(tmp_path, [{"item_id": name} for name in WANTED])
+    with pytest.raises(UserError, match="1 vectors hold NaN or infinity, first of items B000000001"):
+        extract(spec_of(tmp_path, data), {"items": items}, tmp_path / "f.out.parquet")
+    assert not (tmp_path / "f.out.parquet").exists()
+
+
+def test_a_file_with_none_of_the_items_is_refused(tmp_path: Path) -> None:
+    items = write_items(tmp_path, [{"item_id": "other"}])
+    with pytest.raises(UserError, match=r"not one of 1 inputs came through, first reason: not in v\.b"):
+        extract(spec_of(tmp_path, files(tmp_path)["b"]), {"items": items}, tmp_path / "f.out.parquet")
