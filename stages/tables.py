@@ -180,7 +180,9 @@ def write_features(
     if len(bad):
         names = ", ".join(item_ids[i] for i in bad[:5])
         raise UserError(f"{path}: {len(bad)} vectors hold NaN or infinity in {dtype}, first for items {names}")
-    values[state != OK] = 0
+    if values[state != OK].any():
+        values = values.copy()  # the caller's own array stays as it is
+        values[state != OK] = 0
     schema = features_schema(values.shape[1], dtype)
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=schema.field("embedding").type)
     arrays = [

@@ -231,5 +231,5 @@ def test_a_batch_is_halved_when_memory_runs_out_and_stays_so() -> None:
 
 def test_load_gives_every_backend_by_one_call() -> None:
     assert isinstance(extractors.load(DESCRIPTOR), Model)
-    with pytest.raises(UserError, match="shoes.backend"):
+    with pytest.raises(UserError, match=r"shoes\.backend"):
         extractors.load({"modality": "image"}, name="shoes")

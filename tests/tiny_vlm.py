@@ -83,6 +83,8 @@ def fit(processor: transformers.ProcessorMixin, model: transformers.PreTrainedMo
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
     length = len(processor.tokenizer(f" {answer('red')}<|im_end|>")["input_ids"])
     loss = torch.tensor(float("inf"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a model this small is faster so
     model.train()
     for _ in range(steps):
         colours = random.choice(list(COLOURS), 12)
@@ -107,10 +109,11 @@ def fit(processor: transformers.ProcessorMixin, model: transformers.PreTrainedMo
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
     model.eval()
+    torch.set_num_threads(threads)
     return loss.item()
 
 
-def save_fitted(folder: Path, steps: int = 150) -> Path:
+def save_fitted(folder: Path, steps: int = 100) -> Path:
     """Build, fit and save the model as a folder that from_pretrained loads."""
     processor, model = build()
     loss = fit(processor, model, steps)
