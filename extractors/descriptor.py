@@ -11,7 +11,7 @@ from PIL import Image
 from pydantic import Field
 
 from extractors import appearance
-from extractors.ahead import chunks, default_workers, map_ahead, process_pool
+from extractors.ahead import chunks, map_ahead, process_pool
 from extractors.decode import UnreadableError, decode
 from extractors.extractor import Advance, Encoded, Extractor, collect, silent
 from extractors.pictures_of import picture_of, read_pictures
@@ -77,7 +77,8 @@ class DescriptorExtractor(Extractor[bytes]):
         vectors: dict[int, np.ndarray] = {}
         errors: dict[int, str] = {}
         count = 0
-        for described in _in_processes(inputs, default_workers(self.spec.workers)):
+        # Processes only where asked for, as a job does: they would import a caller's unguarded script again.
+        for described in _in_processes(inputs, self.spec.workers or 1):
             for one in described:
                 if isinstance(one, str):
                     errors[count] = one

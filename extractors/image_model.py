@@ -21,7 +21,8 @@ from extractors.source import Source
 if TYPE_CHECKING:
     import torch
 
-_PICTURES_PER_BATCH = {"cpu": 16, "mps": 64, "cuda": 256}
+# On a processor the activations of a few pictures stay in its cache; 16 at once are slower by a third.
+_PICTURES_PER_BATCH = {"cpu": 4, "mps": 64, "cuda": 256}
 
 
 class ImageModelSpec(ModelSpec):
