@@ -77,14 +77,14 @@ class Job:
         """
         rows = self.source.rows
         counts: dict[str, int] = {}
-        new, loading, start = 0, 0.0, time.perf_counter()
+        done, new, loading, start = 0, 0, 0.0, time.perf_counter()
         with Progress(len(self.status), "items") as progress:
 
             def work(part: np.ndarray) -> pa.Table:
                 nonlocal new, loading
                 if self._model is None:
                     clock = time.perf_counter()
-                    self._model = self._load(len(rows) - int((self.status[rows] != OK).sum()))
+                    self._model = self._load(len(rows) - done)
                     loading = time.perf_counter() - clock
                 new += len(part)
                 result = self._model.run(self.source.stream(part), progress.advance)
@@ -104,6 +104,7 @@ class Job:
                 self.errors |= {row: error for row, error in told if error}
                 notes = notes_of(table)
                 counts = {key: counts.get(key, 0) + count for key, count in notes["counts"].items()}
+                done += len(part)
                 if before:
                     progress.advance(len(part), **_counts(self.status[part]))
                 yield part, table

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from extractors.digests import digest_of
 from extractors.spec import ExtractorSpec
 from stages.errors import UserError
+from stages.paths import expand
 
 PACKAGE = "package:"
 LOCAL_DIR = "local-dir:"
@@ -85,8 +86,8 @@ class ModelSpec(ExtractorSpec):
 
     @property
     def weights_path(self) -> Path | None:
-        """The local file or folder of weights, if named, with ~ expanded."""
-        return Path(self.weights).expanduser() if self.weights else None
+        """The local file or folder of weights, if named, with ~ and environment variables put in."""
+        return Path(expand(self.weights)) if self.weights else None
 
     def model_identity(self) -> dict[str, Any]:
         """Return the sha256 of local weights or the version of the package that carries them."""

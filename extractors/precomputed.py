@@ -15,6 +15,7 @@ from extractors.extractor import Advance, Encoded, Extractor, no_vectors, silent
 from extractors.source import Source, read_ids
 from extractors.spec import ExtractorSpec
 from stages.errors import UserError
+from stages.paths import expand
 from stages.strict import nearest
 from stages.tables import MISSING, OK
 
@@ -62,7 +63,7 @@ class PrecomputedSpec(ExtractorSpec):
         found: dict[str, Any] = {"format": self.kind}
         for name, path in (("vectors_sha256", self.path), ("ids_sha256", self.ids)):
             if path is not None:
-                file = Path(path).expanduser()
+                file = Path(expand(path))
                 if not file.is_file():
                     raise UserError(f"path = {path!r}: no such file; put it there or correct the path")
                 found[name] = digest_of(file)
@@ -88,7 +89,7 @@ class PrecomputedSpec(ExtractorSpec):
         """
         if self.path is None:
             raise UserError("path: no file of vectors is named; set path, or hand the stage --input vectors=FILE")
-        return PrecomputedExtractor(self, Path(self.path).expanduser())
+        return PrecomputedExtractor(self, Path(expand(self.path)))
 
 
 class PrecomputedExtractor(Extractor[str]):
@@ -138,7 +139,7 @@ class PrecomputedExtractor(Extractor[str]):
         if self.spec.kind == "parquet":
             return _from_parquet(self.path, self.spec.id_column, self.spec.vector_column)
         if self.spec.kind == "npy":
-            return _from_npy(self.path, Path(str(self.spec.ids)).expanduser())
+            return _from_npy(self.path, Path(expand(str(self.spec.ids))))
         return _from_amazon(self.path, self.spec.dim)
 
 

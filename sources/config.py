@@ -6,10 +6,10 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
 
-from sources.paths import expand
 from sources.pictures_config import Images, PictureLimits
 from sources.tables_config import InteractionsFile, ItemsFile
 from stages.errors import UserError
+from stages.paths import expand
 from stages.strict import Float, Strict, nearest, validate
 
 # One line a source. Stages import these by name, so that an edit of one parser reruns its own data sets only.

@@ -6,8 +6,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sources.finding import Found, Wanted
-from sources.paths import expand
 from stages.errors import UserError
+from stages.paths import expand
 from stages.tables import FAILED, MISSING
 
 

@@ -87,6 +87,8 @@ def test_a_failure_in_the_middle_keeps_the_finished_shards(
     monkeypatch.setattr(DescriptorSpec, "shard_items", 4)
     run = DescriptorExtractor.run
     seen: list[int] = []
+    asked: list[int] = []
+    monkeypatch.setattr(DescriptorSpec, "warn_of_effort", lambda self, items: asked.append(items))
 
     def counted(self: Any, pictures: Any, advance: Any) -> Any:
         seen.append(1)
@@ -101,6 +103,7 @@ def test_a_failure_in_the_middle_keeps_the_finished_shards(
     with caplog.at_level(logging.INFO):
         record = extract(descriptor(), inputs, output, code="a")
     assert "2 of 3 shards are finished from before" in caplog.text and len(seen) == 4
+    assert asked == [10, 2]
     assert record["counts"]["ok"] == 10 and not list(tmp_path.glob(".f.parquet.shards-*"))
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from sources.config import FINDERS, READERS, SOURCES, parse_dataset
-from sources.paths import expand
 from stages.errors import UserError
 from stages.keys import canonical_json
+from stages.paths import expand
 from workflow.digest import closure
 
 FILES: dict[str, Any] = {"source": "files", "interactions": {"path": "log.csv"}}

@@ -9,7 +9,7 @@ from pathlib import Path
 PACKAGES = ("cm3", "extractors", "sources", "stages", "workflow")
 
 # These move bytes, parse arguments or print; what a stage computes does not depend on them.
-PLUMBING = frozenset(f"stages.{name}" for name in ("command", "errors", "files", "keys", "progress", "strict"))
+PLUMBING = frozenset(f"stages.{name}" for name in ("command", "errors", "files", "keys", "paths", "progress", "strict"))
 
 
 def code_digest(root: Path, modules: Iterable[str]) -> str:
@@ -72,9 +72,9 @@ def _tree(path: Path, mtime_ns: int) -> ast.Module:
 def _normalised(path: Path) -> str:
     tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
     for node in ast.walk(tree):
-        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-        if documented and node.body and _is_docstring(node.body[0]):
-            node.body = node.body[1:] or [ast.Pass()]
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            documented = bool(node.body) and _is_docstring(node.body[0])
+            node.body = node.body[documented:] or [ast.Pass()]
     return ast.unparse(ast.fix_missing_locations(tree))
 
 

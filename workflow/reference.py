@@ -22,6 +22,7 @@ from workflow.config import ExperimentSection
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "config/README.md"
 SCHEMA = ROOT / "workflow/schemas/config.schema.json"
+SETTINGS: dict[str, type[Strict]] = {"model": Model, "training": Training, "evaluation": Evaluation}
 BEGIN, END = "<!-- written by python -m workflow.reference; edit the models, not this part -->", "<!-- end -->"
 
 
@@ -29,13 +30,13 @@ def tables() -> str:
     """Return the Markdown tables of all keys, section by section."""
     sections = ["## datasets", "", "Every dataset has these:", "", *_table(Dataset, skip={"source"})]
     shared = set(Dataset.model_fields)
-    for name, model in SOURCES.items():
-        sections += ["", f"### source: {name}", "", _first_line(model), "", *_table(model, skip=shared - {"images"})]
+    for name, source in SOURCES.items():
+        sections += ["", f"### source: {name}", "", _first_line(source), "", *_table(source, skip=shared - {"images"})]
     sections += ["", "## extractors"]
     for name, spec in spec_classes().items():
         sections += ["", f"### backend: {name}", "", _first_line(spec), "", *_table(spec)]
     sections += ["", "## experiments", "", *_table(ExperimentSection)]
-    for title, model in (("model", Model), ("training", Training), ("evaluation", Evaluation)):
+    for title, model in SETTINGS.items():
         sections += ["", f"### {title}", "", _first_line(model), "", *_table(model)]
     return "\n".join(sections)
 
@@ -94,17 +95,13 @@ def _type_name(annotation: Any) -> str:
 
 def schema() -> dict[str, Any]:
     """Return the JSON Schema of config.yaml, for editors that complete and check YAML."""
-    datasets = Annotated[Union[tuple(SOURCES.values())], Field(discriminator="source")]  # noqa: UP007
-    extractors = Union[tuple(spec_classes().values())]  # noqa: UP007
-    sections = {"model": Model, "training": Training, "evaluation": Evaluation}
-    experiment: Any = create_model(
-        "Experiment", __base__=ExperimentSection, **{n: (m, Field(default_factory=m)) for n, m in sections.items()}
-    )  # type: ignore[call-overload]
-    whole = create_model(
-        "Config", __base__=Strict,
-        datasets=(dict[str, datasets], ...), extractors=(dict[str, extractors], ...),
-        experiments=(dict[str, experiment], ...),
-    )  # fmt: skip
+    datasets: Any = Annotated[Union[tuple(SOURCES.values())], Field(discriminator="source")]  # noqa: UP007
+    extractors: Any = Union[tuple(spec_classes().values())]  # noqa: UP007
+    settings: Any = {name: (model, Field(default_factory=model)) for name, model in SETTINGS.items()}
+    experiment: Any = create_model("Experiment", __base__=ExperimentSection, **settings)
+    parts = {"datasets": datasets, "extractors": extractors, "experiments": experiment}
+    sections: Any = {name: (dict.__class_getitem__((str, part)), ...) for name, part in parts.items()}
+    whole = create_model("Config", __base__=Strict, **sections)
     return whole.model_json_schema() | {"$schema": "https://json-schema.org/draft/2020-12/schema"}
 
 
