@@ -1,25 +1,42 @@
 """The plan: which file each stage makes for a configuration, under which key, from which settings and code."""
 
 import functools
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sources.config import Dataset, Sample
 from stages.errors import UserError
-from stages.keys import canonical_json as canonical
 from stages.keys import key_of
 from workflow.config import Config
 from workflow.digest import code_digest
 from workflow.folder import digest_of_folder
 
-__all__ = ["Plan", "canonical"]
+
+@dataclass(frozen=True)
+class Task:
+    """What a stage is told, and what of it decides its output.
+
+    Attributes:
+        spec: the stage's settings.
+        code: digest of the code that it runs.
+        runtime: settings that change speed or place only, and rerun nothing.
+        decides: what in place of `spec` decides the output, where the spec holds more than that.
+    """
+
+    spec: dict[str, Any]
+    code: str
+    runtime: dict[str, Any] = field(default_factory=dict)
+    decides: Any = None
+
+    @property
+    def identity(self) -> str:
+        """What Snakemake records and compares: short, so that its reason for a rerun can be read."""
+        return f"settings {key_of(self.spec if self.decides is None else self.decides)}, code {self.code}"
 
 
 class Plan:
-    """Paths, specs, keys and code digests by name. Every method is cheap and deterministic.
-
-    What a `*_spec` or `*_identity` method returns decides a stage's output: a change there reruns the stage. What a
-    `*_runtime` method returns changes speed or place only and reruns nothing.
+    """Tasks, paths and keys by name. Every method is cheap and deterministic.
 
     Args:
         config: the checked configuration.
@@ -44,8 +61,11 @@ class Plan:
         """Return the names of datasets that are drawn by our generator."""
         return [name for name, dataset in self.config.datasets.items() if isinstance(dataset, Sample)]
 
-    def generate_spec(self, name: str) -> dict[str, Any]:
-        """Return the generator's settings for one of the datasets of `generated`."""
+    def generate(self, name: str) -> Task:
+        """Return the task of drawing one of the datasets of `generated`."""
+        return Task(self._generator(name), self.code("sources.sample"))
+
+    def _generator(self, name: str) -> dict[str, Any]:
         dataset = self.dataset(name)
         if not isinstance(dataset, Sample):
             raise UserError(f"datasets.{name}: is of source {dataset.source!r} and is not generated")
@@ -53,14 +73,14 @@ class Plan:
 
     def _source(self, name: str) -> dict[str, Any] | None:
         # Of data that come from elsewhere, Snakemake watches the files themselves.
-        return self.generate_spec(name) if name in self.generated() else None
+        return self._generator(name) if name in self.generated() else None
 
     def downloaded(self) -> list[str]:
         """Return the names of datasets that have files to fetch."""
         return [name for name, dataset in self.config.datasets.items() if dataset.downloads(name)]
 
-    def download_spec(self, dataset: str, file: str) -> dict[str, Any]:
-        """Return where a raw file comes from.
+    def download(self, dataset: str, file: str) -> Task:
+        """Return the task of fetching a raw file. What it must be decides, not which mirror it comes from.
 
         Raises:
             UserError: the dataset has no such file.
@@ -69,20 +89,30 @@ class Plan:
         path = f"raw/{dataset}/{file}"
         if path not in files:
             raise UserError(f"{path}: dataset {dataset!r} has no such file; it has {', '.join(files)}")
-        return files[path]
+        expected = {name: value for name, value in files[path].items() if name != "urls"}
+        # The code that fetches does not decide the bytes of a published file.
+        return Task(files[path], "any", decides=expected)
 
-    def download_expected(self, dataset: str, file: str) -> dict[str, Any]:
-        """Return what a raw file must be, wherever it comes from."""
-        return {name: value for name, value in self.download_spec(dataset, file).items() if name != "urls"}
+    def prepare(self, dataset: str) -> Task:
+        """Return the task of turning raw files into k-cored tables."""
+        return Task(self.dataset(dataset).prepare_spec(), self._source_code(dataset, "prepare"))
 
-    def source_code(self, dataset: str, stage: str) -> str:
-        """Return the digest of the code that a stage of `sources` runs for this dataset."""
+    def split(self, dataset: str) -> Task:
+        """Return the task of labelling interactions."""
+        return Task(self.dataset(dataset).split_spec(), self.code("sources.label"))
+
+    def images(self, dataset: str) -> Task:
+        """Return the task of gathering pictures; the contents of a user's own folder decide too."""
+        chosen = self.dataset(dataset)
+        folder = chosen.image_folder()
+        digest = digest_of_folder(Path(folder)) if folder else None
+        return Task(
+            chosen.images_spec(), self._source_code(dataset, "images"), chosen.images_runtime(),
+            decides=[chosen.images_spec(), digest],
+        )  # fmt: skip
+
+    def _source_code(self, dataset: str, stage: str) -> str:
         return self.code(f"sources.{stage}", *self.dataset(dataset).modules().get(stage, []))
-
-    def image_folder_digest(self, dataset: str) -> str | None:
-        """Return a digest of the names and contents of a user's own picture folder, None for other sources."""
-        folder = self.dataset(dataset).image_folder()
-        return digest_of_folder(Path(folder)) if folder else None
 
     # Extractors
 
@@ -100,7 +130,7 @@ class Plan:
             return self.identity(extractor)
         return {"caption": self.identity(extractor), "encoder": self.identity(encoder)}
 
-    def features(self, dataset: str, extractor: str, key: str | None = None) -> str:
+    def features_path(self, dataset: str, extractor: str, key: str | None = None) -> str:
         """Return the path of an extractor's features.
 
         Raises:
@@ -111,7 +141,7 @@ class Plan:
         modality = self.config.extractors[extractor].modality
         return f"processed/{dataset}/features/{modality}/{extractor}-{expected}.parquet"
 
-    def captions(self, dataset: str, extractor: str, key: str | None = None) -> str:
+    def captions_path(self, dataset: str, extractor: str, key: str | None = None) -> str:
         """Return the path of a captioner's captions; their key does not depend on what encodes them.
 
         Raises:
@@ -121,21 +151,21 @@ class Plan:
         _check_key(extractor, key, expected)
         return f"processed/{dataset}/captions/{extractor}-{expected}.parquet"
 
-    def similarity(self, dataset: str, extractor: str, knn_k: int) -> str:
+    def similarity_path(self, dataset: str, extractor: str, knn_k: int) -> str:
         """Return the path of the top-k item graph of an extractor's features."""
-        stem = Path(self.features(dataset, extractor)).stem
+        stem = Path(self.features_path(dataset, extractor)).stem
         return f"processed/{dataset}/similarity/{stem}-k{knn_k}.parquet"
 
     def extract_inputs(self, dataset: str, extractor: str, key: str) -> dict[str, str]:
         """Return the named input files of an extraction."""
-        self.features(dataset, extractor, key)
+        self.features_path(dataset, extractor, key)
         if self.encoder(extractor) is not None:
-            return {"items": f"processed/{dataset}/items.parquet", "captions": self.captions(dataset, extractor)}
+            return {"items": f"processed/{dataset}/items.parquet", "captions": self.captions_path(dataset, extractor)}
         return self._item_inputs(dataset, extractor)
 
     def caption_inputs(self, dataset: str, extractor: str, key: str) -> dict[str, str]:
         """Return the named input files of captioning."""
-        self.captions(dataset, extractor, key)
+        self.captions_path(dataset, extractor, key)
         return self._item_inputs(dataset, extractor)
 
     def _item_inputs(self, dataset: str, extractor: str) -> dict[str, str]:
@@ -156,36 +186,28 @@ class Plan:
             )
         return path
 
-    def extract_spec(self, extractor: str) -> dict[str, Any]:
-        """Return what the extract stage is told: of captions, the settings of their text encoder."""
-        return {"name": extractor} | self._stage_settings(self.encoder(extractor) or extractor)
+    def extract(self, extractor: str) -> Task:
+        """Return the task of an extraction: of captions, by their text encoder."""
+        return self._extraction("extractors.extract", extractor, self.encoder(extractor) or extractor)
 
-    def caption_spec(self, extractor: str) -> dict[str, Any]:
-        """Return what the caption stage is told."""
-        return {"name": extractor} | self._stage_settings(extractor)
+    def caption(self, extractor: str) -> Task:
+        """Return the task of captioning."""
+        return self._extraction("extractors.caption", extractor, extractor)
 
-    def _stage_settings(self, extractor: str) -> dict[str, Any]:
-        return {"settings": self.config.extractors[extractor].settings(), "identity": self.identity(extractor)}
-
-    def extract_runtime(self, extractor: str, threads: int) -> dict[str, Any]:
-        """Return device, batch size and threads of an extraction."""
-        return self.config.extractors[self.encoder(extractor) or extractor].runtime() | {"threads": threads}
-
-    def caption_runtime(self, extractor: str, threads: int) -> dict[str, Any]:
-        """Return device, batch size and threads of captioning."""
-        return self.config.extractors[extractor].runtime() | {"threads": threads}
-
-    def extract_code(self, extractor: str) -> str:
-        """Return the digest of the code that an extraction runs."""
-        return self.code("extractors.extract", *self.config.extractors[self.encoder(extractor) or extractor].modules())
-
-    def caption_code(self, extractor: str) -> str:
-        """Return the digest of the code that captioning runs."""
-        return self.code("extractors.caption", *self.config.extractors[extractor].modules())
+    def _extraction(self, entry: str, name: str, extractor: str) -> Task:
+        spec = self.config.extractors[extractor]
+        identity = self.identity(extractor)
+        # Settings and runtime hold paths of weights; the identity holds the weights' digest instead.
+        told = {"name": name, "settings": spec.settings(), "identity": identity}
+        return Task(told, self.code(entry, *spec.modules()), spec.runtime(), decides=[name, identity])
 
     def gpus(self, extractor: str) -> int:
         """Return how many GPUs an extractor's job asks for."""
         return int(self.config.extractors[extractor].uses_gpu())
+
+    def similarity(self, knn_k: int) -> Task:
+        """Return the task of finding each item's nearest items."""
+        return Task({"knn_k": knn_k}, self.code("cm3.similarity"))
 
     # Experiments and runs
 
@@ -220,31 +242,28 @@ class Plan:
         tables = ("interactions", "items", "users")
         paths = {name: f"processed/{chosen.dataset}/{name}.parquet" for name in tables}
         for modality, extractor in chosen.modalities.items():
-            paths[f"features.{modality}"] = self.features(chosen.dataset, extractor)
-            paths[f"similarity.{modality}"] = self.similarity(chosen.dataset, extractor, chosen.model.knn_k)
+            paths[f"features.{modality}"] = self.features_path(chosen.dataset, extractor)
+            paths[f"similarity.{modality}"] = self.similarity_path(chosen.dataset, extractor, chosen.model.knn_k)
         return paths
 
-    def train_spec(self, experiment: str) -> dict[str, Any]:
-        """Return the modalities in the order of fusion, the model and its training."""
+    def train(self, experiment: str) -> Task:
+        """Return the task of training: modalities in the order of fusion, the model and its training."""
         chosen = self.config.experiments[experiment]
-        return {
+        spec = {
             "modalities": list(chosen.modalities),
             "model": chosen.model.identity(),
             "training": chosen.training.identity(),
         }
-
-    def train_runtime(self, experiment: str, threads: int) -> dict[str, Any]:
-        """Return device, checkpoint interval and threads of training."""
-        return self.config.experiments[experiment].training.runtime() | {"threads": threads}
+        return Task(spec, self.code("cm3.train"), chosen.training.runtime())
 
     def evaluate_inputs(self, experiment: str) -> dict[str, str]:
         """Return the named tables that evaluation reads beside the run's embeddings."""
         dataset = self.config.experiments[experiment].dataset
         return {name: f"processed/{dataset}/{name}.parquet" for name in ("interactions", "items", "users")}
 
-    def evaluate_spec(self, experiment: str) -> dict[str, Any]:
-        """Return the cut-offs, score and mask of evaluation."""
-        return self.config.experiments[experiment].evaluation.identity()
+    def evaluate(self, experiment: str) -> Task:
+        """Return the task of evaluation: cut-offs, score and mask."""
+        return Task(self.config.experiments[experiment].evaluation.identity(), self.code("cm3.evaluate"))
 
     def publish_inputs(self, experiment: str) -> dict[str, str]:
         """Return the selected run's files, the data statistics, and the records of all stages behind them."""
@@ -266,14 +285,17 @@ class Plan:
             if "manifest" in self.config.extractors[extractor].needs():
                 paths["record.images"] = f"{base}/images/images.stage.json"
             if self.encoder(extractor) is not None:
-                paths[f"record.caption.{modality}"] = _record(self.captions(chosen.dataset, extractor))
-            paths[f"record.extract.{modality}"] = _record(self.features(chosen.dataset, extractor))
-            graph = self.similarity(chosen.dataset, extractor, chosen.model.knn_k)
+                paths[f"record.caption.{modality}"] = _record(self.captions_path(chosen.dataset, extractor))
+            paths[f"record.extract.{modality}"] = _record(self.features_path(chosen.dataset, extractor))
+            graph = self.similarity_path(chosen.dataset, extractor, chosen.model.knn_k)
             paths[f"record.similarity.{modality}"] = _record(graph)
         return paths | {f"record.{stage}": f"{run}/{stage}.stage.json" for stage in ("train", "evaluate")}
 
-    def provenance(self, experiment: str) -> dict[str, Any]:
-        """Return what metrics.json says about where its numbers come from: every setting and every key."""
+    def publish(self, experiment: str) -> Task:
+        """Return the task of publishing: what metrics.json says of where its numbers come from."""
+        return Task(self._provenance(experiment), self.code("workflow.publish"))
+
+    def _provenance(self, experiment: str) -> dict[str, Any]:
         chosen = self.config.experiments[experiment]
         dataset = self.dataset(chosen.dataset)
         return {

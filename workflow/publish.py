@@ -29,10 +29,11 @@ def publish(provenance: dict[str, Any], files: dict[str, Path], outputs: dict[st
 def gather(
     provenance: dict[str, Any], evaluation: dict[str, Any], stats: dict[str, Any], records: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """Return metrics.json: metrics first, then data, coverage and training, then time, memory and provenance."""
+    """Return metrics.json: a warning where there is one, metrics, then data, coverage and training, then time, memory and provenance."""
     train = records["train"]
     extractions = {n.removeprefix("extract."): r for n, r in records.items() if n.startswith("extract.")}
     return {
+        **({"warning": train["warning"]} if "warning" in train else {}),
         "experiment": provenance["experiment"],
         "dataset": provenance["dataset"],
         **evaluation,

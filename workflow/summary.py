@@ -30,6 +30,8 @@ def summary(metrics: dict[str, Any], folder: Path) -> str:
     ]
     for name in names:
         lines.append(f"  {name:<12}" + "".join(f"{cells[name, cut]:>9.4f}" for cut in cuts))
+    if "warning" in metrics:
+        lines += ["", f"  WARNING: {metrics['warning']}"]
     lines += ["", f"  {folder / 'metrics.json'}"]
     lines += [f"  {path}" for path in sorted(folder.glob("[!.]*.*")) if path.name != "metrics.json"]
     return "\n".join(lines)

@@ -19,16 +19,7 @@ rule caption:
     resources:
         gpu=lambda wildcards: plan.gpus(wildcards.extractor),
     params:
-        identity=lambda wildcards: canonical(plan.identity(wildcards.extractor)),
-        code=lambda wildcards: plan.caption_code(wildcards.extractor),
-        # functions of more than wildcards are no rerun triggers: the identity above is
-        spec=lambda wildcards, threads: canonical(
-            plan.caption_spec(wildcards.extractor)
-        ),
-        runtime=lambda wildcards, threads: canonical(
-            plan.caption_runtime(wildcards.extractor, threads)
-        ),
-        files=named_files,
+        identity=identity(lambda wildcards: plan.caption(wildcards.extractor)),
+        arguments=arguments(lambda wildcards: plan.caption(wildcards.extractor)),
     shell:
-        "exec python -m extractors.caption --spec {params.spec:q} --runtime {params.runtime:q} --code {params.code}"
-        " {params.files} --log {log:q}"
+        "exec python -m extractors.caption {params.arguments} --log {log:q}"

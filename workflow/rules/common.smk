@@ -8,8 +8,9 @@ ROOT = Path(str(workflow.current_basedir)).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from stages.errors import UserError
+from stages.keys import canonical_json
 from workflow.config import load_config
-from workflow.plan import Plan, canonical
+from workflow.plan import Plan
 from workflow.working_directory import (
     RunLock,
     keep_metadata_with_data,
@@ -52,13 +53,27 @@ def named(paths):
     return {"items_" if name == "items" else name: path for name, path in paths.items()}
 
 
-def named_files(wildcards, input, output):
-    given = [("--input", name, path) for name, path in input.items()]
-    given += [("--output", name, path) for name, path in output.items()]
-    return " ".join(
-        f"{option} {shlex.quote(name.rstrip('_') + '=' + path)}"
-        for option, name, path in given
-    )
+# A params function of wildcards alone is recorded, and a change of what it returns reruns the job; one that takes more
+# than wildcards is not. So a rule's `identity` decides, and its `arguments` may hold paths, devices and threads.
+def identity(describe):
+    return lambda wildcards: describe(wildcards).identity
+
+
+def arguments(describe):
+    def command_line(wildcards, input, output, threads):
+        task = describe(wildcards)
+        given = [
+            ("--spec", canonical_json(task.spec)),
+            ("--runtime", canonical_json(task.runtime | {"threads": threads})),
+            ("--code", task.code),
+        ]
+        for option, files in (("--input", input), ("--output", output)):
+            given += [
+                (option, f"{name.rstrip('_')}={path}") for name, path in files.items()
+            ]
+        return shlex.join(word for pair in given for word in pair)
+
+    return command_line
 
 
 onstart:

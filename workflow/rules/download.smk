@@ -13,11 +13,10 @@ rule generate:
     conda:
         "../../environment.yml"
     params:
-        spec=lambda wildcards: canonical(plan.generate_spec(wildcards.dataset)),
-        code=lambda wildcards: plan.code("sources.sample"),
-        files=named_files,
+        identity=identity(lambda wildcards: plan.generate(wildcards.dataset)),
+        arguments=arguments(lambda wildcards: plan.generate(wildcards.dataset)),
     shell:
-        "exec python -m sources.sample --spec {params.spec:q} --code {params.code} {params.files} --log {log:q}"
+        "exec python -m sources.sample {params.arguments} --log {log:q}"
 
 
 # fetch one published file
@@ -33,9 +32,11 @@ rule download:
     conda:
         "../../environment.yml"
     params:
-        spec=lambda wildcards: canonical(
-            plan.download_spec(wildcards.dataset, wildcards.file)
+        identity=identity(
+            lambda wildcards: plan.download(wildcards.dataset, wildcards.file)
         ),
-        files=named_files,
+        arguments=arguments(
+            lambda wildcards: plan.download(wildcards.dataset, wildcards.file)
+        ),
     shell:
-        "exec python -m sources.download --spec {params.spec:q} {params.files} --log {log:q}"
+        "exec python -m sources.download {params.arguments} --log {log:q}"

@@ -15,10 +15,7 @@ rule evaluate:
         "../../environment.yml"
     threads: 8
     params:
-        spec=lambda wildcards: canonical(plan.evaluate_spec(wildcards.experiment)),
-        code=lambda wildcards: plan.code("cm3.evaluate"),
-        runtime=lambda wildcards, threads: canonical({"threads": threads}),
-        files=named_files,
+        identity=identity(lambda wildcards: plan.evaluate(wildcards.experiment)),
+        arguments=arguments(lambda wildcards: plan.evaluate(wildcards.experiment)),
     shell:
-        "exec python -m cm3.evaluate --spec {params.spec:q} --runtime {params.runtime:q} --code {params.code}"
-        " {params.files} --log {log:q}"
+        "exec python -m cm3.evaluate {params.arguments} --log {log:q}"

@@ -19,18 +19,7 @@ rule extract:
     resources:
         gpu=lambda wildcards: plan.gpus(wildcards.extractor),
     params:
-        identity=lambda wildcards: canonical(
-            plan.features_identity(wildcards.extractor)
-        ),
-        code=lambda wildcards: plan.extract_code(wildcards.extractor),
-        # functions of more than wildcards are no rerun triggers: the identity above is
-        spec=lambda wildcards, threads: canonical(
-            plan.extract_spec(wildcards.extractor)
-        ),
-        runtime=lambda wildcards, threads: canonical(
-            plan.extract_runtime(wildcards.extractor, threads)
-        ),
-        files=named_files,
+        identity=identity(lambda wildcards: plan.extract(wildcards.extractor)),
+        arguments=arguments(lambda wildcards: plan.extract(wildcards.extractor)),
     shell:
-        "exec python -m extractors.extract --spec {params.spec:q} --runtime {params.runtime:q} --code {params.code}"
-        " {params.files} --log {log:q}"
+        "exec python -m extractors.extract {params.arguments} --log {log:q}"

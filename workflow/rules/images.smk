@@ -16,13 +16,7 @@ rule images:
         "../../environment.yml"
     threads: 4
     params:
-        spec=lambda wildcards: canonical(plan.dataset(wildcards.dataset).images_spec()),
-        folder=lambda wildcards: plan.image_folder_digest(wildcards.dataset),
-        code=lambda wildcards: plan.source_code(wildcards.dataset, "images"),
-        runtime=lambda wildcards, threads: canonical(
-            plan.dataset(wildcards.dataset).images_runtime() | {"threads": threads}
-        ),
-        files=named_files,
+        identity=identity(lambda wildcards: plan.images(wildcards.dataset)),
+        arguments=arguments(lambda wildcards: plan.images(wildcards.dataset)),
     shell:
-        "exec python -m sources.images --spec {params.spec:q} --runtime {params.runtime:q} --code {params.code}"
-        " {params.files} --log {log:q}"
+        "exec python -m sources.images {params.arguments} --log {log:q}"

@@ -17,11 +17,10 @@ rule prepare:
     conda:
         "../../environment.yml"
     params:
-        spec=lambda wildcards: canonical(plan.dataset(wildcards.dataset).prepare_spec()),
-        code=lambda wildcards: plan.source_code(wildcards.dataset, "prepare"),
-        files=named_files,
+        identity=identity(lambda wildcards: plan.prepare(wildcards.dataset)),
+        arguments=arguments(lambda wildcards: plan.prepare(wildcards.dataset)),
     shell:
-        "exec python -m sources.prepare --spec {params.spec:q} --code {params.code} {params.files} --log {log:q}"
+        "exec python -m sources.prepare {params.arguments} --log {log:q}"
 
 
 # label interactions train, valid, test
@@ -36,8 +35,7 @@ rule split:
     conda:
         "../../environment.yml"
     params:
-        spec=lambda wildcards: canonical(plan.dataset(wildcards.dataset).split_spec()),
-        code=lambda wildcards: plan.code("sources.label"),
-        files=named_files,
+        identity=identity(lambda wildcards: plan.split(wildcards.dataset)),
+        arguments=arguments(lambda wildcards: plan.split(wildcards.dataset)),
     shell:
-        "exec python -m sources.label --spec {params.spec:q} --code {params.code} {params.files} --log {log:q}"
+        "exec python -m sources.label {params.arguments} --log {log:q}"

@@ -15,8 +15,7 @@ rule publish:
     conda:
         "../../environment.yml"
     params:
-        spec=lambda wildcards: canonical(plan.provenance(wildcards.experiment)),
-        code=lambda wildcards: plan.code("workflow.publish"),
-        files=named_files,
+        identity=identity(lambda wildcards: plan.publish(wildcards.experiment)),
+        arguments=arguments(lambda wildcards: plan.publish(wildcards.experiment)),
     shell:
-        "exec python -m workflow.publish --spec {params.spec:q} --code {params.code} {params.files} --log {log:q}"
+        "exec python -m workflow.publish {params.arguments} --log {log:q}"

@@ -1,7 +1,7 @@
 # vectors to each item's nearest items
 rule similarity:
     input:
-        features=lambda wildcards: plan.features(
+        features=lambda wildcards: plan.features_path(
             wildcards.dataset, wildcards.extractor, wildcards.key
         ),
     output:
@@ -13,10 +13,9 @@ rule similarity:
         "../../environment.yml"
     threads: 8
     params:
-        spec=lambda wildcards: canonical({"knn_k": int(wildcards.knn_k)}),
-        code=lambda wildcards: plan.code("cm3.similarity"),
-        runtime=lambda wildcards, threads: canonical({"threads": threads}),
-        files=named_files,
+        identity=identity(lambda wildcards: plan.similarity(int(wildcards.knn_k))),
+        arguments=arguments(
+            lambda wildcards: plan.similarity(int(wildcards.knn_k))
+        ),
     shell:
-        "exec python -m cm3.similarity --spec {params.spec:q} --runtime {params.runtime:q} --code {params.code}"
-        " {params.files} --log {log:q}"
+        "exec python -m cm3.similarity {params.arguments} --log {log:q}"

@@ -20,12 +20,7 @@ rule train:
     resources:
         gpu=1,
     params:
-        spec=lambda wildcards: canonical(plan.train_spec(wildcards.experiment)),
-        code=lambda wildcards: plan.code("cm3.train"),
-        runtime=lambda wildcards, threads: canonical(
-            plan.train_runtime(wildcards.experiment, threads)
-        ),
-        files=named_files,
+        identity=identity(lambda wildcards: plan.train(wildcards.experiment)),
+        arguments=arguments(lambda wildcards: plan.train(wildcards.experiment)),
     shell:
-        "exec python -m cm3.train --spec {params.spec:q} --runtime {params.runtime:q} --code {params.code}"
-        " {params.files} --log {log:q}"
+        "exec python -m cm3.train {params.arguments} --log {log:q}"
