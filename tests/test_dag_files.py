@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import re
 import shutil
 import signal
@@ -166,7 +167,7 @@ def test_a_run_stopped_by_ctrl_c_goes_on_with_the_same_command(shop: Checkout, t
     checkout.configure(longer)
     process = start_training(checkout)
     time.sleep(3)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all processes in front
     output, _ = process.communicate(timeout=60)
     assert process.returncode != 0, output
     checkout.run(METRICS)
@@ -181,7 +182,7 @@ def test_two_runs_in_one_folder_do_not_meet(shop: Checkout, tmp_path: Path):
     checkout.configure(longer)
     first = start_training(checkout)
     output = checkout.run(METRICS, check=False)
-    first.terminate()
+    os.killpg(first.pid, signal.SIGKILL)
     first.communicate(timeout=60)
     assert f"another run (process {first.pid}) works in" in output
 
