@@ -14,8 +14,6 @@ rule similarity:
     threads: 8
     params:
         identity=identity(lambda wildcards: plan.similarity(int(wildcards.knn_k))),
-        arguments=arguments(
-            lambda wildcards: plan.similarity(int(wildcards.knn_k))
-        ),
+        arguments=arguments(lambda wildcards: plan.similarity(int(wildcards.knn_k))),
     shell:
         "exec python -m cm3.similarity {params.arguments} --log {log:q}"

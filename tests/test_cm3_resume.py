@@ -1,0 +1,124 @@
+"""A run that was stopped or killed goes on, to the same bytes; a state of anything else is never resumed."""
+
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from training_shop import MODEL, OUTPUTS, TRAINING, history, one_thread, prepared, run, shop, written  # noqa: F401
+
+from cm3.checkpoint import Checkpoint
+from cm3.config import Model, Training
+
+
+class Stopped(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 5, 9, 13])
+@pytest.mark.parametrize("eval_embeddings", ["fresh", "last_batch"])
+def test_a_run_that_is_stopped_again_and_again_ends_as_if_it_never_was(
+    shop, tmp_path, monkeypatch, stop_after, eval_embeddings
+):
+    training = {"checkpoint_seconds": 0, "eval_embeddings": eval_embeddings}
+    run(shop, tmp_path / "whole", training=training)
+    save, stops = Checkpoint.save, 0
+
+    def save_then_stop(self, tensors, state):
+        nonlocal saves
+        save(self, tensors, state)
+        saves += 1
+        if saves == stop_after:
+            raise Stopped
+
+    monkeypatch.setattr(Checkpoint, "save", save_then_stop)
+    while True:
+        saves = 0
+        try:
+            run(shop, tmp_path / "stopped", training=training)
+            break
+        except Stopped:
+            stops += 1
+    assert stops >= 1
+    assert written(tmp_path / "stopped") == written(tmp_path / "whole")
+
+
+def test_a_killed_process_goes_on_to_the_same_bytes(shop, tmp_path):
+    training = TRAINING | {"epochs": 12}
+    identity = Training(**training).identity()
+    spec = {"modalities": ["text", "image"], "model": Model(**MODEL).identity(), "training": identity}
+    run(shop, tmp_path / "whole", training=training, code="c0de")
+
+    folder = tmp_path / "killed"
+    command = [sys.executable, "-m", "cm3.train", "--spec", json.dumps(spec), "--code", "c0de"]
+    command += ["--runtime", json.dumps({"device": "cpu", "checkpoint_seconds": 0, "threads": torch.get_num_threads()})]
+    command += [part for name, path in shop.items() for part in ("--input", f"{name}={path}")]
+    outputs = dict(zip(("model", "history", "users", "items"), OUTPUTS, strict=True)) | {"record": "record.json"}
+    command += [part for name, path in outputs.items() for part in ("--output", f"{name}={folder / path}")]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    checkpoint, chance, resumed = folder / "checkpoints/last.safetensors", random.Random(0), False
+    for _ in range(2):
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        seen = checkpoint.stat().st_mtime_ns if checkpoint.exists() else None
+        while process.poll() is None and (not checkpoint.exists() or checkpoint.stat().st_mtime_ns == seen):
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.15))
+        process.send_signal(chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
+        resumed |= "going on from the checkpoint" in process.communicate()[1]
+    last = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "going on from the checkpoint" in last.stderr or resumed
+    record = json.loads((folder / "record.json").read_text())
+    assert record["stage"] == "cm3.train" and record["epochs"] == len(history(folder)) and record["peak_memory_mb"] > 0
+    assert {name: (folder / name).read_bytes() for name in OUTPUTS} == written(tmp_path / "whole")
+    assert not (folder / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("change", ["code", "model", "training", "inputs"])
+def test_a_checkpoint_of_other_code_settings_or_inputs_is_not_resumed(shop, tmp_path, monkeypatch, caplog, change):
+    save = Checkpoint.save
+
+    def save_then_stop(self, tensors, state):
+        save(self, tensors, state)
+        raise Stopped
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(Checkpoint, "save", save_then_stop)
+        run(shop, tmp_path / "out", code="one", training={"checkpoint_seconds": 0})
+    changes = {
+        "code": {"code": "two"},
+        "model": {"code": "one", "model": {"gamma": 0.4}},
+        "training": {"code": "one", "training": {"lr": 0.01}},
+        "inputs": {"code": "one"},
+    }[change]
+    if change == "inputs":
+        (tmp_path / "data").mkdir()
+        shop = prepared(tmp_path / "data", seed=9)
+    with caplog.at_level(logging.WARNING):
+        run(shop, tmp_path / "out", **changes)
+    assert "starting afresh" in caplog.text
+    run(shop, tmp_path / "clean", **changes)
+    assert written(tmp_path / "out") == written(tmp_path / "clean")
+
+
+def test_a_broken_checkpoint_is_not_resumed(shop, tmp_path, caplog):
+    (tmp_path / "out/checkpoints").mkdir(parents=True)
+    (tmp_path / "out/checkpoints/last.safetensors").write_bytes(b"half a file")
+    with caplog.at_level(logging.WARNING):
+        run(shop, tmp_path / "out", training={"epochs": 1})
+    assert "unreadable" in caplog.text
+    written(tmp_path / "out")
+
+
+def test_a_resume_may_change_the_checkpoint_interval(shop, tmp_path):
+    shared = dict.fromkeys(("a", "b"))
+    for name, seconds in (("a", 0), ("b", 1000)):
+        run(shop, tmp_path / name, training={"checkpoint_seconds": seconds})
+        shared[name] = written(tmp_path / name)
+    assert shared["a"] == shared["b"]
