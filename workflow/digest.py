@@ -4,6 +4,7 @@ import ast
 import functools
 import hashlib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 PACKAGES = ("cm3", "extractors", "sources", "stages", "workflow")
@@ -27,7 +28,7 @@ def code_digest(root: Path, modules: Iterable[str]) -> str:
     """
     digest = hashlib.sha256()
     for name in sorted(closure(root, modules)):
-        digest.update(f"{name}\n{_normalised(_file(root, name))}\n".encode())
+        digest.update(f"{name}\n{_module(root, name).code}\n".encode())
     return digest.hexdigest()[:16]
 
 
@@ -40,42 +41,42 @@ def closure(root: Path, modules: Iterable[str]) -> set[str]:
         if name in found or name in PLUMBING or name.rpartition(".")[2] == "config":
             continue
         found.add(name)
-        waiting += _imports(root, _file(root, name))
+        waiting += _module(root, name).imports
     return found
 
 
-def _file(root: Path, name: str) -> Path:
+@dataclass(frozen=True)
+class _Module:
+    """A module's own modules that it imports, and its code without comments, docstrings and layout."""
+
+    imports: tuple[str, ...]
+    code: str
+
+
+def _module(root: Path, name: str) -> _Module:
     path = root.joinpath(*name.split(".")).with_suffix(".py")
     if not path.is_file():
         raise ModuleNotFoundError(f"{name}: no file {path}")
-    return path
+    return _read(root, path, path.stat().st_mtime_ns)
 
 
-def _imports(root: Path, path: Path) -> list[str]:
+@functools.cache
+def _read(root: Path, path: Path, mtime_ns: int) -> _Module:
+    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
     names = []
-    for node in ast.walk(_tree(path, path.stat().st_mtime_ns)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             package = ".".join(path.relative_to(root).parts[: -node.level]) if node.level else ""
             base = ".".join(filter(None, [package, node.module or ""]))
             names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
-    ours = (name for name in names if name.partition(".")[0] in PACKAGES)
-    return [name for name in ours if root.joinpath(*name.split(".")).with_suffix(".py").is_file()]
-
-
-@functools.cache
-def _tree(path: Path, mtime_ns: int) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-
-
-def _normalised(path: Path) -> str:
-    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        elif isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             documented = bool(node.body) and _is_docstring(node.body[0])
             node.body = node.body[documented:] or [ast.Pass()]
-    return ast.unparse(ast.fix_missing_locations(tree))
+    ours = (name for name in names if name.partition(".")[0] in PACKAGES)
+    imports = tuple(name for name in ours if root.joinpath(*name.split(".")).with_suffix(".py").is_file())
+    return _Module(imports, ast.unparse(ast.fix_missing_locations(tree)))
 
 
 def _is_docstring(node: ast.stmt) -> bool:
