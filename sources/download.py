@@ -133,7 +133,8 @@ def main() -> None:
     """Spec: urls, sha256, size. Runtime: attempts, pause, timeout. Output: file, record."""
     with stage("sources.download") as call:
         spec = call.spec
-        facts = download(spec["urls"], call.outputs["file"], spec.get("sha256"), spec.get("size"), **call.runtime)
+        patience = {name: call.runtime[name] for name in ("attempts", "pause", "timeout") if name in call.runtime}
+        facts = download(spec["urls"], call.outputs["file"], spec.get("sha256"), spec.get("size"), **patience)
         call.record.update(facts)
 
 

@@ -43,6 +43,12 @@ def test_features_come_back_as_written(tmp_path: Path, dtype: str):
     assert not schema.field("embedding").nullable
 
 
+def test_the_callers_vectors_are_left_as_they_were(tmp_path: Path):
+    own = vectors()
+    write_features(tmp_path / "f", IDS, own, ["ok", "failed", "ok"], {})
+    assert np.array_equal(own, vectors())
+
+
 def test_features_of_other_row_groups_and_many_rows(tmp_path: Path):
     path = tmp_path / "f.parquet"
     many = np.random.default_rng(0).normal(size=(20_000, 3)).astype(np.float32)
