@@ -99,6 +99,7 @@ def test_files_and_pictures_are_fetched_once_and_the_published_vectors_serve(ser
     assert coverage["failed"] == 1
     assert sum(coverage.values()) == metrics["counts"]["items"]
     assert "warning" not in metrics
+    assert {"download.reviews", "download.meta"} <= metrics["stages"].keys()
     before = len(asked)
 
     output = checkout.run("results/paper/metrics.json")

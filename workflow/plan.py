@@ -278,6 +278,7 @@ class Plan:
             "user_embeddings": f"{run}/user_embeddings.parquet",
             "item_embeddings": f"{run}/item_embeddings.parquet",
             "stats": f"{base}/stats.json",
+            **self._raw_records(chosen.dataset),
             "record.prepare": f"{base}/prepare.stage.json",
             "record.split": f"{base}/split.stage.json",
         }
@@ -290,6 +291,13 @@ class Plan:
             graph = self.similarity_path(chosen.dataset, extractor, chosen.model.knn_k)
             paths[f"record.similarity.{modality}"] = _record(graph)
         return paths | {f"record.{stage}": f"{run}/{stage}.stage.json" for stage in ("train", "evaluate")}
+
+    def _raw_records(self, dataset: str) -> dict[str, str]:
+        if dataset in self.generated():
+            return {"record.generate": f"raw/{dataset}/generate.stage.json"}
+        fetched = self.dataset(dataset).downloads(dataset)
+        inputs = self.dataset(dataset).prepare_inputs(dataset)
+        return {f"record.download.{name}": f"{path}.stage.json" for name, path in inputs.items() if path in fetched}
 
     def publish(self, experiment: str) -> Task:
         """Return the task of publishing: what metrics.json says of where its numbers come from."""
