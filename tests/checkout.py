@@ -36,6 +36,11 @@ SMALL: dict[str, Any] = {
 }
 
 
+def heed_ctrl_c() -> None:
+    """Undo what a background job inherits from its shell: SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Checkout:
     """A working copy with its own raw/, processed/ and results/."""
 
@@ -67,7 +72,7 @@ class Checkout:
         return subprocess.Popen(
             [sys.executable, "-m", "snakemake", "--cores", "2", *arguments],
             cwd=self.folder, env=environment, start_new_session=True, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=heed_ctrl_c,
         )  # fmt: skip
 
     def run(self, *arguments: str, check: bool = True) -> str:

@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+from checkout import heed_ctrl_c
+
 ROOT = Path(__file__).resolve().parents[1]
 
 STAGE = """
@@ -28,7 +30,7 @@ def start(tmp_path: Path, spec: dict, **environment: str) -> subprocess.Popen[st
     command = [sys.executable, "-c", STAGE, "--spec", json.dumps(spec), "--input", "features.text=a=b", *outputs]
     return subprocess.Popen(
         [*command, "--log", str(tmp_path / "logs/demo.log"), "--code", "abc"], cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | environment,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | environment, preexec_fn=heed_ctrl_c,
     )  # fmt: skip
 
 
