@@ -45,6 +45,8 @@ def test_conda_users_get_the_same_versions():
 
 
 def test_no_tracked_file_names_a_registry():
-    pattern = "|".join(["files[.]python" + "hosted", "pypi" + "[.]org", "download[.]pytorch" + "[.]org", "index" + "-url"])
+    pattern = "|".join(
+        ["files[.]python" + "hosted", "pypi" + "[.]org", "download[.]pytorch" + "[.]org", "index" + "-url"]
+    )
     found = subprocess.run(["git", "grep", "-nIE", pattern], cwd=ROOT, capture_output=True, text=True)
     assert found.returncode in (1, 128), found.stdout
