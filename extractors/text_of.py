@@ -11,8 +11,9 @@ from extractors.source import Source, digest_of_rows, statuses
 from stages.errors import UserError
 from stages.tables import CAPTIONS, FAILED, ITEMS, OK, read_table
 
-Field = Literal["title", "brand", "categories", "description"]
-FIELDS: tuple[Field, ...] = ("title", "brand", "categories", "description")
+Field = Literal["title", "brand", "categories", "description", "features", "details"]
+FIELDS: tuple[Field, ...] = ("title", "brand", "categories", "description", "features")
+"""The template: these fields in this order, a line each, lists joined by commas, empty ones left out."""
 
 # Spaces of every kind, and the control characters that no tokenizer has a use for.
 _BLANK = re.compile(r"[\s\x00-\x1f\x7f]+")

@@ -1,4 +1,4 @@
-"""Columns of an interactions table -> codes, ratings and Unix seconds, checked row by row."""
+"""Columns of an interactions table -> ids, ratings and Unix seconds, checked row by row."""
 
 from typing import Any
 
@@ -13,8 +13,8 @@ from stages.errors import UserError
 _MILLISECONDS_FROM = 10**11
 
 
-def encode_ids(table: Columns, column: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return (codes (N,) int64, ids) of an id column, ids in order of first appearance.
+def parse_ids(table: Columns, column: str) -> pa.ChunkedArray:
+    """Return (N,) ids as text.
 
     Raises:
         UserError: an id is empty, or the column holds neither text nor integers.
@@ -28,11 +28,7 @@ def encode_ids(table: Columns, column: str) -> tuple[np.ndarray, np.ndarray]:
         values = values.cast(pa.string())
     empty = pc.or_kleene(pc.is_null(values), pc.equal(values, "")).to_numpy().astype(bool)
     _refuse(table, column, empty, values, "is empty; every interaction needs a user and an item")
-    encoded = values.combine_chunks().dictionary_encode()
-    if isinstance(encoded, pa.ChunkedArray):
-        encoded = encoded.combine_chunks()
-    ids = np.asarray(encoded.dictionary.to_pylist(), dtype=object)
-    return encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64), ids
+    return values
 
 
 def parse_ratings(table: Columns, column: str) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+_BLOCK = 1 << 24
+
 
 def kcore(user: np.ndarray, item: np.ndarray, k: int) -> np.ndarray:
     """Return which interactions lie in the k-core, iterated to the fixed point.
@@ -21,23 +23,38 @@ def kcore(user: np.ndarray, item: np.ndarray, k: int) -> np.ndarray:
         raise ValueError(f"user {user.shape} and item {item.shape} must be one-dimensional and of equal length")
     if len(user) and not (np.issubdtype(user.dtype, np.integer) and np.issubdtype(item.dtype, np.integer)):
         raise ValueError(f"user {user.dtype} and item {item.dtype} must be integers")
-    keep = np.ones(len(user), dtype=bool)
     if k <= 1 or not len(user):
-        return keep
-    rows = np.arange(len(user))
-    u, i = _codes(user), _codes(item)
+        return np.ones(len(user), dtype=bool)
+    all_users, all_items = _codes(user), _codes(item)
+    u, i = all_users, all_items
+    of_user, of_item = _counts(u), _counts(i)
     while True:
-        stays = (np.bincount(u) >= k)[u] & (np.bincount(i) >= k)[i]
+        # Tables of one byte a user stay in the cache where counts would not.
+        enough_user, enough_item = of_user >= k, of_item >= k
+        stays = enough_user[u]
+        stays &= enough_item[i]
         if stays.all():
+            # An interaction is in the core if and only if both its user and its item are.
+            keep: np.ndarray = enough_user[all_users]
+            keep &= enough_item[all_items]
             return keep
-        keep[rows[~stays]] = False
-        rows, u, i = rows[stays], u[stays], i[stays]
-        if not len(rows):
-            return keep
+        goes = ~stays
+        of_user -= _counts(u[goes], len(of_user))
+        of_item -= _counts(i[goes], len(of_item))
+        u, i = u[stays], i[stays]
+
+
+def _counts(codes: np.ndarray, size: int = 0) -> np.ndarray:
+    # In blocks, because bincount makes a copy of eight bytes a row.
+    size = size or int(codes.max()) + 1
+    counts = np.zeros(size, dtype=np.int64)
+    for start in range(0, len(codes), _BLOCK):
+        counts += np.bincount(codes[start : start + _BLOCK], minlength=size)
+    return counts
 
 
 def _codes(values: np.ndarray) -> np.ndarray:
     """Return (N,) codes for any integers: small non-negative ones are their own codes, which spares a sort."""
     if values.min() >= 0 and values.max() < 4 * len(values) + 1024:
-        return values.astype(np.int64, copy=False)
+        return values
     return np.unique(values, return_inverse=True)[1]

@@ -1,11 +1,13 @@
 """Reader of a user's own data: one table of interactions, one of items, columns mapped in the config."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sources.columns import encode_ids, parse_ratings, parse_times
-from sources.reading import Interactions, Item
+import pyarrow as pa
+
+from sources.columns import parse_ids, parse_ratings, parse_times
+from sources.reading import Item, rows
 from sources.tabular import read_columns, read_rows
 from sources.text import clean
 from stages.errors import UserError
@@ -20,7 +22,7 @@ class Reader:
         self.notes: dict[str, int] = {}
         self._table: dict[str, Item] | None = None
 
-    def interactions(self) -> Interactions:
+    def interactions(self) -> Iterator[pa.Table]:
         """Read the interactions table.
 
         Raises:
@@ -30,17 +32,16 @@ class Reader:
         names = list(dict.fromkeys(name for name in columns.values() if name is not None))
         table = read_columns(self.inputs["interactions"], self.spec["interactions"]["format"], names)
         rating, timestamp = columns.get("rating"), columns.get("timestamp")
-        user, user_ids = encode_ids(table, columns["user"] or "")
-        item, item_ids = encode_ids(table, columns["item"] or "")
-        return Interactions(
-            user, item, user_ids, item_ids,
-            parse_ratings(table, rating) if rating else None,
-            parse_times(table, timestamp) if timestamp else None,
-        )  # fmt: skip
+        yield rows(
+            parse_ids(table, columns["user"] or ""),
+            parse_ids(table, columns["item"] or ""),
+            pa.array(parse_ratings(table, rating)) if rating else None,
+            pa.array(parse_times(table, timestamp)) if timestamp else None,
+        )
 
-    def known_items(self) -> set[str] | None:
+    def known_items(self) -> Iterable[list[str]] | None:
         """Return the ids of the item table, or None without one."""
-        return set(self._read_items()) if "items" in self.inputs else None
+        return [list(self._read_items())] if "items" in self.inputs else None
 
     def items(self, wanted: set[str]) -> dict[str, Item]:
         """Return the wanted rows of the item table."""
@@ -54,7 +55,10 @@ class Reader:
     def _parse_items(self) -> dict[str, Item]:
         columns: dict[str, Any] = self.spec["items"]["columns"]
         key = columns["item_id"]
-        fields = {name: columns.get(name) or [] for name in ("title", "brand", "categories", "description", "image")}
+        fields = {
+            name: columns.get(name) or []
+            for name in ("title", "brand", "categories", "description", "features", "image")
+        }
         names = list(dict.fromkeys([key, *(name for several in fields.values() for name in several)]))
         table: dict[str, Item] = {}
         places: dict[str, str] = {}
@@ -74,6 +78,7 @@ class Reader:
                 brand=" ".join(_texts(row, fields["brand"])),
                 categories=list(dict.fromkeys(_texts(row, fields["categories"]))),
                 description=" ".join(_texts(row, fields["description"])),
+                features=list(dict.fromkeys(_texts(row, fields["features"]))),
                 image_urls=[text for name in fields["image"] for text in _flat(row.get(name))],
             )
         return table

@@ -1,61 +1,68 @@
 """What every source's reader hands to the prepare stage."""
 
-import gzip
-import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Protocol, cast
+from typing import Any, Protocol
 
-import numpy as np
 import pyarrow as pa
 
 from stages.errors import UserError
 from stages.tables import INTERACTIONS
 
-RATINGS = pa.schema([INTERACTIONS.field(name) for name in ("user", "item", "rating", "timestamp")])
+log = logging.getLogger("sources.reading")
+
+ROWS = pa.schema(
+    [
+        ("user", pa.string()),
+        ("item", pa.string()),
+        ("rating", pa.float32()),  # null where the source has none
+        ("timestamp", pa.int64()),  # Unix seconds; null where the source has none
+        ("split", pa.int8()),  # 0 train, 1 valid, 2 test as published; null where the source has none
+    ]
+)
+"""Interactions as a reader yields them: ids as the source writes them, in any order, repeats included."""
+
+RATINGS = pa.schema(
+    [*(INTERACTIONS.field(name) for name in ("user", "item", "rating", "timestamp")), ("published", pa.int8())]
+)
+"""ratings.parquet: interactions that are not labelled yet; `published` is a label that came with the data, or null."""
 
 
-@dataclass(frozen=True)
-class Interactions:
-    """N interactions in file order.
-
-    Attributes:
-        user, item: (N,) codes into user_ids and item_ids.
-        user_ids, item_ids: the ids as the source writes them, each once.
-        rating: (N,) float32, or None where the source has none.
-        timestamp: (N,) int64 Unix seconds, or None where the source has none.
-    """
-
-    user: np.ndarray
-    item: np.ndarray
-    user_ids: np.ndarray
-    item_ids: np.ndarray
-    rating: np.ndarray | None
-    timestamp: np.ndarray | None
-
-    def __len__(self) -> int:
-        return len(self.user)
-
-    def take(self, rows: np.ndarray) -> "Interactions":
-        """Return the interactions at `rows` (a mask or row numbers); the ids stay as they are."""
-        return replace(
-            self,
-            user=self.user[rows],
-            item=self.item[rows],
-            rating=None if self.rating is None else self.rating[rows],
-            timestamp=None if self.timestamp is None else self.timestamp[rows],
-        )
+def rows(
+    user: pa.Array, item: pa.Array, rating: Any = None, timestamp: Any = None, split: int | pa.Array | None = None
+) -> pa.Table:
+    """Return a table of ROWS; what the source lacks is null, and one number as `split` holds for all rows."""
+    n = len(user)
+    columns: dict[str, Any] = {"rating": rating, "timestamp": timestamp, "split": split}
+    for name, value in columns.items():
+        kind = ROWS.field(name).type
+        if value is None:
+            columns[name] = pa.nulls(n, kind)
+        elif isinstance(value, int):
+            columns[name] = pa.repeat(pa.scalar(value, kind), n)
+    return pa.table({"user": user, "item": item, **columns}).cast(ROWS)
 
 
 @dataclass(frozen=True)
 class Item:
-    """One row of the item table; texts are clean, absent ones empty."""
+    """One row of the item table; texts are clean, absent ones empty.
+
+    Attributes:
+        features: selling points; details: "name: value"; price: in the shop's currency;
+        sales_rank: 1 is the best seller of its main category; image_urls: candidates, best first.
+    """
 
     title: str = ""
     brand: str = ""
     categories: Sequence[str] = ()
     description: str = ""
+    features: Sequence[str] = ()
+    details: Sequence[str] = ()
+    price: float | None = None
+    sales_rank: int | None = None
     image_urls: Sequence[str] = field(default=())
 
 
@@ -68,41 +75,60 @@ class Reader(Protocol):
 
     notes: dict[str, int]
 
-    def interactions(self) -> Interactions:
-        """Read all interactions. Raises UserError with file and line where one is malformed."""
+    def interactions(self) -> Iterator[pa.Table]:
+        """Yield all interactions as tables of ROWS, of a size that memory takes lightly.
 
-    def known_items(self) -> set[str] | None:
-        """Return the ids in the item table, or None where the source has no item table."""
+        Raises:
+            UserError: with file and line where the input is malformed.
+        """
+
+    def known_items(self) -> Iterable[list[str]] | None:
+        """Return the ids in the item table in pieces, repeats allowed, or None where the source has no item table."""
 
     def items(self, wanted: set[str]) -> dict[str, Item]:
         """Read the wanted items; ids that the table lacks are absent from the result."""
 
 
-def open_bytes(path: Path) -> BinaryIO:
-    """Open a file for reading; gzip is told by its first bytes, not by its name.
+class Faults:
+    """Malformed lines of a published file: left out, counted by reason, and an error when there are too many.
 
-    Raises:
-        UserError: there is no such file.
+    Args:
+        path: the file.
+        most: share of lines that may be malformed.
     """
-    try:
-        with path.open("rb") as file:
-            magic = file.read(2)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    return cast(BinaryIO, gzip.open(path, "rb")) if magic == b"\x1f\x8b" else path.open("rb")
 
+    SHOWN = 5
+    HOPELESS = 10_000
 
-def lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield (line number from 1, line without its end) of a plain or gzip file; blank lines are left out.
+    def __init__(self, path: Path, most: float) -> None:
+        self.path, self.most = path, most
+        self.reasons: Counter[str] = Counter()
+        self.first = ""
 
-    Raises:
-        UserError: no such file, or the gzip stream is damaged or cut short.
-    """
-    number = 0
-    try:
-        with open_bytes(path) as file:
-            for number, line in enumerate(file, 1):
-                if stripped := line.strip():
-                    yield number, stripped
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: damaged gzip after line {number} ({error}); fetch the file again") from None
+    def add(self, number: int, reason: str, line: bytes) -> None:
+        """Count line `number` out."""
+        text = line[:80].decode(errors="replace")
+        place = f"{self.path}, line {number}: {reason}: {text!r}"
+        self.first = self.first or place
+        if self.reasons.total() < self.SHOWN:
+            log.warning("left out: %s", place)
+        self.reasons[reason] += 1
+        # A wrong file of a hundred million lines is not read to its end.
+        if self.reasons.total() >= self.HOPELESS and self.reasons.total() > max(self.most, 0.5) * number:
+            self.check(number)
+
+    def check(self, lines: int) -> dict[str, int]:
+        """Return counts by reason for the notes, once all `lines` are read.
+
+        Raises:
+            UserError: the file is empty, or too many lines are malformed.
+        """
+        if not lines:
+            raise UserError(f"{self.path}: is empty; fetch the file again")
+        bad = self.reasons.total()
+        if bad > self.most * lines:
+            raise UserError(
+                f"{self.path}: {bad} of {lines} lines are malformed, more than the share {self.most:g} that `malformed` "
+                f"allows; is it the right file? The first: {self.first}"
+            )
+        return {f"left out: {reason}": count for reason, count in sorted(self.reasons.items())}

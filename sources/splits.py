@@ -15,7 +15,7 @@ from stages.tables import INTERACTIONS, SPLITS, read_table, write_table
 log = logging.getLogger(__name__)
 
 TRAIN, VALID, TEST = 0, 1, 2
-STRATEGIES = ("random", "leave-one-out", "temporal")
+STRATEGIES = ("random", "user-time", "global-time", "leave-one-out")
 
 
 def split(user: np.ndarray, seed: int, strategy: str = "random", timestamp: np.ndarray | None = None) -> np.ndarray:
@@ -23,38 +23,41 @@ def split(user: np.ndarray, seed: int, strategy: str = "random", timestamp: np.n
 
     - `random`: per user, after a shuffle; n < 10 interactions give n-2 / 1 / 1, else h = int(0.2 n),
       valid h // 2 and test h - h // 2. A user's only interaction stays in train.
-    - `leave-one-out`: per user, the last in time is test and the one before it valid; equal times (and all of
-      them, without `timestamp`) are ordered by the seed. The first of a user's interactions stays in train.
-    - `temporal`: two points in time for everybody, nearest to 80 % and 90 % of the interactions; equal times
+    - `user-time`: the same sizes, but each user's interactions in time order, test last.
+    - `leave-one-out`: per user, the last in time is test and the one before it valid. The first of a user's
+      interactions stays in train.
+    - `global-time`: two points in time for everybody, nearest to 80 % and 90 % of the interactions; equal times
       are never parted.
 
+    Equal times of a user (and all of them, without `timestamp`) are ordered by the seed.
+
     Args:
-        user: (N,) integers, any values, any order.
+        user: (N,) integers, any values. Labels follow the rows; sort rows first where their order may vary.
         seed: of the shuffle.
-        timestamp: (N,) integers, for the two strategies that look at time.
+        timestamp: (N,) integers, for the strategies that look at time.
 
     Returns:
         (N,) int8.
 
     Raises:
-        ValueError: unknown strategy, or `temporal` without three different timestamps.
+        ValueError: unknown strategy, or `global-time` without three different timestamps.
     """
     user = np.asarray(user)
-    if strategy == "temporal":
+    if strategy == "global-time":
         return _by_time(user, timestamp)
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy {strategy!r} is not one of {', '.join(STRATEGIES)}")
     n = len(user)
     shuffle = np.random.default_rng(seed).random(n)
     keys: Sequence[np.ndarray] = (shuffle, user)
-    if strategy == "leave-one-out" and timestamp is not None:
+    if strategy != "random" and timestamp is not None:
         keys = (shuffle, np.asarray(timestamp), user)
     order = np.lexsort(keys)
     codes, count = np.unique(user, return_inverse=True, return_counts=True)[1:]
     first = np.cumsum(count) - count
     rank = np.empty(n, dtype=np.int64)
     rank[order] = np.arange(n) - first[codes[order]]
-    valid, test = _sizes(count) if strategy == "random" else _last_two(count)
+    valid, test = _last_two(count) if strategy == "leave-one-out" else _sizes(count)
     labels = np.zeros(n, dtype=np.int8)
     labels[rank >= (count - valid - test)[codes]] = VALID
     labels[rank >= (count - test)[codes]] = TEST
@@ -75,7 +78,7 @@ def _last_two(count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _by_time(user: np.ndarray, timestamp: np.ndarray | None) -> np.ndarray:
     times, counts = np.unique(timestamp, return_counts=True) if timestamp is not None else (np.array([]), np.array([]))
     if len(times) < 3:
-        raise ValueError(f"a temporal split needs at least 3 different timestamps, and there are {len(times)}")
+        raise ValueError(f"a split by time needs at least 3 different timestamps, and there are {len(times)}")
     before = np.cumsum(counts) - counts
     test_from = 2 + int(np.argmin(np.abs(before[2:] - 0.9 * len(user))))
     valid_from = 1 + int(np.argmin(np.abs(before[1:test_from] - 0.8 * len(user))))
@@ -94,18 +97,12 @@ def split_ratings(ratings: Path, interactions: Path, strategy: str, seed: int) -
     """
     table = read_table(ratings, RATINGS)
     user = table.column("user").to_numpy()
-    timestamp = None
-    if strategy != "random":
-        if table.column("timestamp").null_count:
-            raise UserError(
-                f"{ratings}: split strategy {strategy!r} needs a timestamp for every interaction; "
-                "map the timestamp column in the data set's config, or use strategy: random"
-            )
-        timestamp = table.column("timestamp").to_numpy()
-    try:
-        labels = split(user, seed, strategy, timestamp)
-    except ValueError as error:
-        raise UserError(f"{ratings}: {error}; use strategy: random") from None
+    if strategy == "published":
+        if table.column("published").null_count:
+            raise UserError(f"{ratings}: the data come without labels; choose another split.strategy than published")
+        labels = table.column("published").to_numpy()
+    else:
+        labels = _labels(ratings, user, table.column("timestamp"), strategy, seed)
     counts = {name: int((labels == code).sum()) for code, name in enumerate(SPLITS)}
     empty = [name for name, count in counts.items() if not count]
     if empty:
@@ -116,6 +113,18 @@ def split_ratings(ratings: Path, interactions: Path, strategy: str, seed: int) -
     cold = len(np.setdiff1d(user, user[labels == TRAIN]))
     column = pa.DictionaryArray.from_arrays(pa.array(labels), pa.array(SPLITS))
     metadata = {"strategy": strategy, "seed": seed}
-    write_table(interactions, table.append_column("split", column), INTERACTIONS, metadata)
+    write_table(interactions, table.drop_columns("published").append_column("split", column), INTERACTIONS, metadata)
     log.info("%s: %s; %d users without a train interaction", strategy, counts, cold)
     return {"split": counts, "users_without_train": cold}
+
+
+def _labels(ratings: Path, user: np.ndarray, time: pa.ChunkedArray, strategy: str, seed: int) -> np.ndarray:
+    if strategy != "random" and time.null_count:
+        raise UserError(
+            f"{ratings}: split strategy {strategy!r} needs a timestamp for every interaction; "
+            "map the timestamp column in the data set's config, or use strategy: random"
+        )
+    try:
+        return split(user, seed, strategy, None if strategy == "random" else time.to_numpy())
+    except ValueError as error:
+        raise UserError(f"{ratings}: {error}; use strategy: random") from None

@@ -39,6 +39,7 @@ class ItemColumns(Strict):
     brand: Names | None = Field(default=None, description="brand")
     categories: Names | None = Field(default=None, description="one category a column, or lists of them")
     description: Names | None = Field(default=None, description="description")
+    features: Names | None = Field(default=None, description="selling points, one a column, or lists of them")
     image: Names | None = Field(default=None, description="path in images.folder, or URLs")
 
 

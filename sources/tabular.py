@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from sources.reading import lines, open_bytes
+from sources.lines import GZIP_ERRORS, lines, open_bytes
 from stages.errors import UserError
 from stages.strict import nearest
 
@@ -74,7 +74,7 @@ def read_columns(path: Path, format: str, names: Sequence[str], header: Sequence
                     include_columns=list(names), column_types=dict.fromkeys(names, pa.string())
                 ),
             )
-        except (pa.ArrowInvalid, OSError, EOFError) as error:
+        except (pa.ArrowInvalid, OSError, *GZIP_ERRORS) as error:
             raise _malformed(path, _DELIMITER[format], len(found), error) from None
     if not len(table):
         raise UserError(f"{path}: holds no rows, only a header")
@@ -168,7 +168,7 @@ def _delimited_lines(path: Path, delimiter: str) -> Iterator[tuple[int, list[str
             ) from None
         except csv.Error as error:
             raise UserError(f"{path}, line {reader.line_num}: {error}") from None
-        except EOFError as error:
+        except GZIP_ERRORS as error:
             raise UserError(f"{path}: damaged gzip after line {reader.line_num} ({error}); make it again") from None
 
 

@@ -36,7 +36,11 @@ ITEMS = pa.schema(
         ("brand", pa.string()),
         ("categories", pa.list_(pa.string())),
         ("description", pa.string()),
-        ("image_urls", pa.list_(pa.string())),
+        ("features", pa.list_(pa.string())),  # selling points, one a string
+        ("details", pa.list_(pa.string())),  # "name: value"
+        ("price", pa.float32()),  # null where unknown
+        ("sales_rank", pa.int32()),  # 1 is the best seller of its main category; null where unknown
+        ("image_urls", pa.list_(pa.string())),  # candidates, best first
     ]
 )
 USERS = pa.schema([("user", pa.int32()), ("user_id", pa.string())])

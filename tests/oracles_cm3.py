@@ -196,7 +196,8 @@ def write_interactions(
     texts = [f"item{i}" for i in range(n_items)]
     empty = pa.array([[]] * n_items, pa.list_(pa.string()))
     item_table = {"item": pa.array(range(n_items), pa.int32()), "item_id": texts, "title": texts, "brand": texts}
-    item_table |= {"categories": empty, "description": texts, "image_urls": empty}
+    item_table |= {"categories": empty, "description": texts, "features": empty, "details": empty}
+    item_table |= {"price": [None] * len(texts), "sales_rank": [None] * len(texts), "image_urls": empty}
     write_table(paths["items"], pa.table(item_table), ITEMS)
     return paths
 

@@ -106,7 +106,9 @@ def items_file(path: Path, references: dict[str, Sequence[str]]) -> Path:
     table = pa.table(
         {
             "item": list(range(len(ids))), "item_id": ids, "title": empty, "brand": empty,
-            "categories": [[] for _ in ids], "description": empty, "image_urls": [list(r) for r in references.values()],
+            "categories": [[] for _ in ids], "description": empty, "features": [[] for _ in ids],
+            "details": [[] for _ in ids], "price": [None for _ in ids], "sales_rank": [None for _ in ids],
+            "image_urls": [list(r) for r in references.values()],
         },
         schema=ITEMS,
     )  # fmt: skip

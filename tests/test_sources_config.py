@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sources.config import FINDERS, READERS, SOURCES, parse_dataset
+from sources.config import FINDERS, READERS, SOURCES, parse_dataset, stage_modules
 from stages.errors import UserError
 from stages.keys import canonical_json
 from stages.paths import expand
@@ -85,10 +85,10 @@ def stages_of(data: dict[str, Any]) -> dict[str, str]:
     ("data", "edit", "reaches"),
     [
         (BABY, {"split": {"seed": 7}}, {"split"}),
-        (BABY, {"split": {"strategy": "temporal"}}, {"split"}),
+        (BABY, {"split": {"strategy": "global-time"}}, {"split"}),
         (BABY, {"kcore": 3}, {"prepare"}),
         (BABY, {"expected": {"users": 19445}}, {"prepare"}),
-        (BABY, {"unknown_items": "keep"}, {"prepare"}),
+        (BABY, {"unknown_items": "drop"}, {"prepare"}),
         (BABY, {"images": {"rate": 5.0, "concurrency": 2, "timeout": 9.0, "attempts": 2}}, {"images runtime"}),
         (BABY, {"images": {"max_pixels": 1000}}, {"images"}),
         (BABY, {"images": {"folder": "p", "pattern": "{item_id}.jpg"}}, {"images", "images runtime"}),
@@ -170,7 +170,7 @@ def test_the_registries_name_modules_that_exist():
     for name in FINDERS.values():
         assert callable(importlib.import_module(name).find)
     for data in ({"source": "sample"}, FILES, BABY):
-        modules = parse_dataset("x", data, "d.x").modules()
+        modules = stage_modules(parse_dataset("x", data, "d.x"))
         assert set(modules) == {"prepare", "images"} and modules["prepare"] == [READERS[data["source"]]]
 
 
@@ -184,7 +184,7 @@ def test_a_source_runs_its_own_parsers_code_only():
     root = Path(__file__).parents[1]
     code = {}
     for data in (FILES, BABY):
-        modules = parse_dataset("x", data, "d.x").modules()
+        modules = stage_modules(parse_dataset("x", data, "d.x"))
         code[data["source"]] = {stage: closure(root, [f"sources.{stage}", *modules[stage]]) for stage in modules}
     assert "sources.files" in code["files"]["prepare"] and "sources.amazon_2014" not in code["files"]["prepare"]
     assert (

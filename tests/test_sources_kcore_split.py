@@ -105,28 +105,55 @@ def test_leave_one_out_holds_out_the_last_two(rows: list[tuple[int, int]], seed:
                 assert time[mine & (labels == earlier)].max() <= time[mine & (labels == later)].min()
 
 
-def test_temporal_split_parts_time_and_never_equal_times():
+def test_global_time_parts_time_and_never_equal_times():
     rng = np.random.default_rng(0)
     time = rng.integers(0, 400, 20_000)
-    labels = split(rng.integers(0, 50, 20_000), 0, "temporal", time)
+    labels = split(rng.integers(0, 50, 20_000), 0, "global-time", time)
     for earlier, later in ((0, 1), (1, 2)):
         assert time[labels == earlier].max() < time[labels == later].min()
     assert np.abs(np.bincount(labels) / 20_000 - [0.8, 0.1, 0.1]).max() < 0.005
     days = np.repeat(np.arange(7), 100)
-    assert np.bincount(split(np.zeros(700, int), 0, "temporal", days)).tolist() == [500, 100, 100]
+    assert np.bincount(split(np.zeros(700, int), 0, "global-time", days)).tolist() == [500, 100, 100]
 
 
 def test_split_names_what_it_cannot_do():
     with pytest.raises(ValueError, match="randm"):
         split(np.zeros(3, int), 0, "randm")
     with pytest.raises(ValueError, match="3 different timestamps"):
-        split(np.zeros(9, int), 0, "temporal", np.repeat([1, 2], [5, 4]))
+        split(np.zeros(9, int), 0, "global-time", np.repeat([1, 2], [5, 4]))
 
 
-def _ratings(path: Path, user: list[int], timestamp: list[int] | None) -> Path:
+def test_user_time_parts_each_users_time_in_the_sizes_of_random():
+    rng = np.random.default_rng(1)
+    user, time = rng.integers(0, 40, 900), rng.integers(0, 10**6, 900)
+    labels = split(user, 0, "user-time", time)
+    for one in range(40):
+        mine = user == one
+        assert tuple(np.bincount(labels[mine], minlength=3)) == split_sizes_oracle(int(mine.sum()))
+        for earlier, later in ((0, 1), (1, 2)):
+            assert time[mine & (labels == earlier)].max() <= time[mine & (labels == later)].min()
+    # Where times do not decide the seed does.
+    same = np.zeros(900, int)
+    assert (split(user, 0, "user-time", same) != split(user, 1, "user-time", same)).any()
+    assert (split(user, 5, "user-time", same) == split(user, 5, "user-time", same)).all()
+
+
+def test_published_labels_are_taken_as_they_are(tmp_path: Path):
+    labels = [0, 0, 1, 2, 0, 2, 1]
+    ratings = _ratings(tmp_path / "ratings.parquet", [0, 0, 0, 0, 1, 1, 1], None, labels)
+    split_ratings(ratings, tmp_path / "interactions.parquet", "published", 9)
+    after = read_table(tmp_path / "interactions.parquet", INTERACTIONS).column("split").to_pylist()
+    assert after == [("train", "valid", "test")[label] for label in labels]
+    bare = _ratings(tmp_path / "bare.parquet", [0] * 7, None)
+    with pytest.raises(UserError, match="come without labels"):
+        split_ratings(bare, tmp_path / "out.parquet", "published", 9)
+
+
+def _ratings(path: Path, user: list[int], timestamp: list[int] | None, labels: list[int] | None = None) -> Path:
     n = len(user)
     times = pa.nulls(n) if timestamp is None else timestamp
     table = {"user": user, "item": list(range(n)), "rating": [1.0] * n, "timestamp": times}
+    table["published"] = pa.nulls(n) if labels is None else labels
     write_table(path, pa.table(table), RATINGS)
     return path
 
@@ -136,7 +163,7 @@ def test_split_stage_keeps_rows_in_order_and_changes_the_label_only(tmp_path: Pa
     facts = split_ratings(ratings, tmp_path / "interactions.parquet", "random", 3)
     before = read_table(ratings, RATINGS)
     after = read_table(tmp_path / "interactions.parquet", INTERACTIONS)
-    assert after.drop_columns("split").equals(before)
+    assert after.drop_columns("split").equals(before.drop_columns("published"))
     counts = collections.Counter(after.column("split").to_pylist())
     assert counts == facts["split"] == {"train": 24, "valid": 3, "test": 3}
 

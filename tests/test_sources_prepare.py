@@ -29,16 +29,17 @@ def test_tables_hold_what_the_files_say(tmp_path: Path):
     text = "user,item,rating,timestamp\nzoe,b,4.5,1600000100\nzoe,a,3,1600000000\nann,b,1,1600000050\n"
     stats = dataset(tmp_path, text, jsonl(items), kcore=0)()
     assert rows(tmp_path / "users.parquet", USERS) == [{"user": 0, "user_id": "ann"}, {"user": 1, "user_id": "zoe"}]
+    nothing = {"features": [], "details": [], "price": None, "sales_rank": None}
     assert rows(tmp_path / "items.parquet", ITEMS) == [
         {"item": 0, "item_id": "a", "title": "Size < 10 cm and > 5 cm", "brand": "", "categories": [], "description": "",
-         "image_urls": []},
+         **nothing, "image_urls": []},
         {"item": 1, "item_id": "b", "title": "Tea & Cups", "brand": "Acme", "categories": ["Home", "Tea"],
-         "description": "One. Two lines.", "image_urls": ["pictures/b.jpg"]},
+         "description": "One. Two lines.", **nothing, "image_urls": ["pictures/b.jpg"]},
     ]  # fmt: skip
     assert rows(tmp_path / "ratings.parquet", RATINGS) == [
-        {"user": 0, "item": 1, "rating": 1.0, "timestamp": 1_600_000_050},
-        {"user": 1, "item": 0, "rating": 3.0, "timestamp": 1_600_000_000},
-        {"user": 1, "item": 1, "rating": 4.5, "timestamp": 1_600_000_100},
+        {"user": 0, "item": 1, "rating": 1.0, "timestamp": 1_600_000_050, "published": None},
+        {"user": 1, "item": 0, "rating": 3.0, "timestamp": 1_600_000_000, "published": None},
+        {"user": 1, "item": 1, "rating": 4.5, "timestamp": 1_600_000_100, "published": None},
     ]
     assert (stats["users"], stats["items"], stats["interactions"], stats["density"]) == (2, 2, 3, 0.75)
     assert (stats["items_with_description"], stats["items_with_image_reference"]) == (1, 1)
@@ -47,6 +48,7 @@ def test_tables_hold_what_the_files_say(tmp_path: Path):
 
 def test_the_order_of_lines_does_not_matter(tmp_path: Path):
     header, *lines = grid(7, 6).strip().split("\n")
+    lines += ["u0,i0,1,1600000000", "u0,i0,5,1600000000", "u1,i1,2,7"]  # repeats in conflict
     outputs = []
     for seed in (0, 1):
         folder = tmp_path / str(seed)
@@ -57,7 +59,7 @@ def test_the_order_of_lines_does_not_matter(tmp_path: Path):
     assert outputs[0] == outputs[1]
 
 
-def test_repeats_go_before_the_k_core_and_the_first_in_time_stays(tmp_path: Path):
+def test_repeats_go_before_the_k_core_and_the_first_in_time_rated_best_stays(tmp_path: Path):
     text = (
         "user,item,rating,timestamp\nu,i,1,30\nu,i,2,10\nu,i,3,10\nu,j,4,5\n"
         "v,i,5,1\nv,j,5,2\nw,i,5,1\nw,i,5,2\nw,i,5,3\n"
@@ -69,7 +71,7 @@ def test_repeats_go_before_the_k_core_and_the_first_in_time_stays(tmp_path: Path
     kept = rows(tmp_path / "ratings.parquet", RATINGS)
     assert [(r["user"], r["item"], r["rating"], r["timestamp"]) for r in kept if r["user"] == 0] == [
         (0, 1, 4.0, 5),
-        (0, 0, 2.0, 10),
+        (0, 0, 3.0, 10),
     ]
 
 

@@ -9,7 +9,8 @@ from pydantic import Field
 
 from cm3.config import Evaluation, Model, Training, modality_weights, settings
 from extractors.spec import ExtractorSpec, parse_extractor
-from sources.config import Dataset, parse_dataset
+from sources.config import parse_dataset
+from sources.dataset_config import Dataset
 from stages.errors import UserError
 from stages.strict import Strict, nearest, validate
 

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sources.config import Dataset, Sample
+from sources.config import stage_modules
+from sources.dataset_config import Dataset
+from sources.sample_config import Sample
 from stages.errors import UserError
 from stages.keys import key_of
 from workflow.config import Config
@@ -112,7 +114,7 @@ class Plan:
         )  # fmt: skip
 
     def _source_code(self, dataset: str, stage: str) -> str:
-        return self.code(f"sources.{stage}", *self.dataset(dataset).modules().get(stage, []))
+        return self.code(f"sources.{stage}", *stage_modules(self.dataset(dataset))[stage])
 
     # Extractors
 
@@ -174,17 +176,18 @@ class Plan:
         if "manifest" in spec.needs():
             paths["manifest"] = f"processed/{dataset}/images/manifest.parquet"
         if "vectors" in spec.needs():
-            paths["vectors"] = self._published_vectors(dataset, extractor)
+            paths |= self._published_vectors(dataset, extractor)
         return paths
 
-    def _published_vectors(self, dataset: str, extractor: str) -> str:
-        path = self.dataset(dataset).published_vectors(dataset)
-        if path is None:
+    def _published_vectors(self, dataset: str, extractor: str) -> dict[str, str]:
+        modality = self.config.extractors[extractor].modality
+        paths = self.dataset(dataset).published_vectors(dataset, modality)
+        if not paths:
             raise UserError(
-                f"extractors.{extractor}: takes the vectors published with a dataset, but datasets.{dataset} "
-                f"(source {self.dataset(dataset).source}) has none; set path to a file of vectors"
+                f"extractors.{extractor}: takes the {modality} vectors published with a dataset, but "
+                f"datasets.{dataset} (source {self.dataset(dataset).source}) has none; set path to a file of vectors"
             )
-        return path
+        return paths
 
     def extract(self, extractor: str) -> Task:
         """Return the task of an extraction: of captions, by their text encoder."""

@@ -15,7 +15,8 @@ from pydantic.fields import FieldInfo
 
 from cm3.config import Evaluation, Model, Training
 from extractors.registry import spec_classes
-from sources.config import SOURCES, Dataset
+from sources.config import SOURCES
+from sources.dataset_config import Dataset
 from stages.strict import Strict
 from workflow.config import ExperimentSection
 

@@ -1,0 +1,109 @@
+"""Config that all sources of data share: what each stage is told, and which files it reads."""
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from stages.strict import Strict
+
+Strategy = Literal["random", "user-time", "global-time", "leave-one-out", "published"]
+
+
+class Split(Strict):
+    """How interactions become train, valid and test."""
+
+    strategy: Strategy | None = Field(
+        default=None,
+        description="random: 8:1:1 of each user, the default; user-time: 8:1:1 of each user in time order; global-time: "
+        "8:1:1 by two points in time for everybody; leave-one-out: each user's last two in time; published: the labels "
+        "that come with the data, the default where there are some",
+    )
+    seed: int = Field(default=42, ge=0, description="seed of the random choices")
+
+
+class Expected(Strict):
+    """Published counts after the k-core; others are an error."""
+
+    users: int | None = Field(default=None, ge=1, description="users")
+    items: int | None = Field(default=None, ge=1, description="items")
+    interactions: int | None = Field(default=None, ge=1, description="interactions")
+
+
+class Dataset(Strict):
+    """What all sources share."""
+
+    labelled: ClassVar[bool] = False
+    """Whether the data come with a split of their own."""
+
+    source: str
+    kcore: int | None = Field(
+        default=None,
+        ge=0,
+        description="keep users and items with at least so many interactions; 0 is off; by default 5, and 0 for data that "
+        "come with a split of their own",
+    )
+    unknown_items: Literal["drop", "keep", "error"] = Field(
+        default="drop",
+        description="interactions whose item is not in the item table: leave them out, keep the item without "
+        "text and picture, or stop",
+    )
+    cold_items: Literal["drop", "keep"] = Field(
+        default="drop",
+        description="items of the item table that no interaction is left of after the k-core: leave them out, or "
+        "keep them, to be recommended by their content alone",
+    )
+    expected: Expected = Expected()
+    split: Split = Split()
+
+    @model_validator(mode="after")
+    def _labels_exist(self) -> "Dataset":
+        if self.split.strategy == "published" and not self.has_labels():
+            raise ValueError("split.strategy published: these data come without labels; choose another strategy")
+        return self
+
+    def has_labels(self) -> bool:
+        """Whether the data come with a split of their own."""
+        return self.labelled
+
+    def downloads(self, name: str) -> dict[str, dict[str, Any]]:
+        """Return the files that the download stage can fetch: path -> its spec {urls, sha256, size}."""
+        return {}
+
+    def prepare_inputs(self, name: str) -> dict[str, str]:
+        """Return the inputs of the prepare stage by name."""
+        raise NotImplementedError
+
+    def prepare_spec(self) -> dict[str, Any]:
+        """Return the spec of the prepare stage."""
+        return {
+            "source": self.source,
+            "kcore": self.kcore if self.kcore is not None else 0 if self.has_labels() else 5,
+            "unknown_items": self.unknown_items,
+            "cold_items": self.cold_items,
+            "expected": self.expected.identity(),
+        }
+
+    def split_spec(self) -> dict[str, Any]:
+        """Return the spec of the split stage."""
+        default = "published" if self.has_labels() else "random"
+        return self.split.identity() | {"strategy": self.split.strategy or default}
+
+    def images_spec(self) -> dict[str, Any]:
+        """Return the spec of the images stage."""
+        raise NotImplementedError
+
+    def images_runtime(self) -> dict[str, Any]:
+        """Return what changes the speed of the images stage only."""
+        return {}
+
+    def image_inputs(self, name: str) -> dict[str, str]:
+        """Return the files that the images stage reads besides items.parquet."""
+        return {}
+
+    def image_folder(self) -> str | None:
+        """Return the user's own folder of pictures, which the images stage reads too, or None."""
+        return None
+
+    def published_vectors(self, name: str, modality: str) -> dict[str, str]:
+        """Return the files of the vectors that were published with the data by name: vectors, and ids where apart."""
+        return {}
