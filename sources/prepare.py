@@ -12,6 +12,7 @@ import pyarrow as pa
 from sources.config import READERS
 from sources.cores import kcore
 from sources.gathering import Gathering, Interactions
+from sources.raw_files import account
 from sources.reading import RATINGS, Item, Reader
 from sources.statistics import describe
 from stages.command import stage
@@ -157,6 +158,7 @@ def main() -> None:
     """Spec: a data set's prepare_spec(). Inputs: its prepare_inputs(). Outputs: ratings, items, users, stats, record."""
     with stage("sources.prepare") as call:
         out = call.outputs
+        call.record["raw"] = account(call.inputs, call.spec.get("checksums", {}))
         call.record["stats"] = prepare(call.spec, call.inputs, out["ratings"], out["items"], out["users"], out["stats"])
 
 

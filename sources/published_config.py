@@ -101,7 +101,13 @@ class Published(Dataset):
 
     def prepare_spec(self) -> dict[str, Any]:
         """Return the spec of the prepare stage."""
-        return {**super().prepare_spec(), "malformed": self.malformed}
+        local = self.local_names()
+        checksums = {
+            kind: {"sha256": self.sha256.get(file), "size": self.sizes.get(file)}
+            for kind, file in local.items()
+            if file in self.sha256 or file in self.sizes
+        }
+        return {**super().prepare_spec(), "malformed": self.malformed, "checksums": checksums}
 
     def images_spec(self) -> dict[str, Any]:
         """Return the spec of the images stage."""

@@ -4,6 +4,7 @@ import gzip
 import http.server
 import json
 import threading
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -99,7 +100,8 @@ def test_files_and_pictures_are_fetched_once_and_the_published_vectors_serve(ser
     assert coverage["failed"] == 1
     assert sum(coverage.values()) == metrics["counts"]["items"]
     assert "warning" not in metrics
-    assert {"download.reviews", "download.meta"} <= metrics["stages"].keys()
+    assert metrics["raw"]["meta"]["url"] == f"{url}/categoryFiles/meta_Shop.json.gz"
+    assert len(metrics["raw"]["reviews"]["sha256"]) == 64
     before = len(asked)
 
     output = checkout.run("results/paper/metrics.json")
@@ -126,4 +128,14 @@ def test_without_a_network_it_says_which_file_to_put_where(server, tmp_path: Pat
     assert "raw/shop/reviews_Shop_5.json.gz" in output
     assert "CM3_OFFLINE" in output
     assert "Traceback" not in output
-    assert len(asked) == before
+    # Files that somebody puts there are taken, and never removed.
+    with urllib.request.urlopen(f"{url}/categoryFiles/meta_Shop.json.gz") as file:
+        meta = checkout.folder / "raw/shop/meta_Shop.json.gz"
+        meta.parent.mkdir(parents=True, exist_ok=True)
+        meta.write_bytes(file.read())
+    with urllib.request.urlopen(f"{url}/categoryFiles/reviews_Shop_5.json.gz") as file:
+        (meta.parent / "reviews_Shop_5.json.gz").write_bytes(file.read())
+    checkout.run("processed/shop/stats.json")
+    assert checkout.planned("processed/shop/stats.json") == {}
+    assert "raw/shop/reviews_Shop_5.json.gz was not downloaded" in (checkout.folder / "logs/shop/prepare.log").read_text()
+    assert len(asked) == before + 2

@@ -39,6 +39,7 @@ def gather(
         **evaluation,
         "coverage": {modality: record["counts"] for modality, record in extractions.items()},
         "data": stats,
+        "raw": records["prepare"].get("raw", {}),
         "training": {name: value for name, value in train.items() if name not in _OF_EVERY_STAGE},
         "stages": {
             name: {field: record[field] for field in ("wall_seconds", "peak_memory_mb", "code")}

@@ -19,11 +19,11 @@ rule generate:
         "exec python -m sources.sample {params.arguments} --log {log:q}"
 
 
-# fetch one published file
+# fetch one published file, unless it is there: the record beside it is no output, or Snakemake would delete what
+# somebody put there by hand
 rule download:
     output:
         file="raw/{dataset}/{file}",
-        record="raw/{dataset}/{file}.stage.json",
     log:
         "logs/{dataset}/download-{file}.log",
     wildcard_constraints:
@@ -39,4 +39,5 @@ rule download:
             lambda wildcards: plan.download(wildcards.dataset, wildcards.file)
         ),
     shell:
-        "exec python -m sources.download {params.arguments} --log {log:q}"
+        "exec python -m sources.download {params.arguments}"
+        " --output record={output.file:q}.stage.json --log {log:q}"
