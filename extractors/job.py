@@ -37,6 +37,8 @@ def spec_of(call: Call) -> tuple[str, ExtractorSpec]:
         runtime["workers"] = call.runtime.get("threads")
     if "vectors" in call.inputs:
         runtime["path"] = str(call.inputs["vectors"])
+    if "ids" in call.inputs and runtime.get("ids") is None:
+        runtime["ids"] = str(call.inputs["ids"])
     spec = parse_extractor(name, {**call.spec.get("settings", {}), **runtime}, f"extractors.{name}")
     found = spec.identity()
     for key, planned in call.spec.get("identity", {}).items():

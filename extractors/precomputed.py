@@ -1,4 +1,4 @@
-"""Vectors that were computed elsewhere, looked up by item id: Parquet, .npy with ids, or Amazon's .b files."""
+"""Vectors that were computed elsewhere, looked up by item id: Parquet, .npy with ids, Amazon's and MicroLens' files."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from extractors.digests import digest_of
 from extractors.extractor import Advance, Encoded, Extractor, no_vectors, silent
+from extractors.row_ids import RowIds, read_row_ids
 from extractors.source import Source, read_ids
 from extractors.spec import ExtractorSpec
 from stages.errors import UserError
@@ -19,8 +20,8 @@ from stages.paths import expand
 from stages.strict import nearest
 from stages.tables import MISSING, OK
 
-Vectors = Iterator[tuple[list[str], np.ndarray]]
-"""Chunks of ids and their (n, d) float32 vectors."""
+Vectors = Iterator[tuple[pa.Array, np.ndarray]]
+"""Chunks of ids (binary: their UTF-8 bytes) and their (n, d) float32 vectors."""
 
 _SUFFIXES = {".parquet": "parquet", ".npy": "npy", ".b": "amazon-b"}
 _ID_BYTES = 10
@@ -37,9 +38,15 @@ class PrecomputedSpec(ExtractorSpec):
     path: str | None = Field(
         None, description="The file; identified by content, it may move. Without it the data set's own file is taken."
     )
-    ids: str | None = Field(None, description="For .npy: a text file with one item id per row of the array.")
-    format: Literal["parquet", "npy", "amazon-b"] | None = Field(
-        None, description="By default as the file's suffix says: .parquet, .npy, .b."
+    ids: str | None = Field(
+        None,
+        description="For .npy: a text file with one item id per row of the array, or MMRec's i_id_mapping.csv, which "
+        "gives each id's row. Vectors that were published with the data set bring their own.",
+    )
+    format: Literal["parquet", "npy", "amazon-b", "microlens"] | None = Field(
+        None,
+        description="By default as the file's suffix says: .parquet, .npy, .b. microlens: an .npy file without ids "
+        "whose rows are the videos 1, 2, 3, ...",
     )
     id_column: str = Field("item_id", description="For Parquet: the column of ids.")
     vector_column: str = Field("embedding", description="For Parquet: the column of vectors, lists of equal length.")
@@ -48,9 +55,17 @@ class PrecomputedSpec(ExtractorSpec):
     @model_validator(mode="after")
     def _format_is_known(self) -> "PrecomputedSpec":
         if self.kind is None:
-            raise ValueError(f"format: {self.path or 'a file of the data set'} needs one of parquet, npy, amazon-b")
-        if (self.kind == "npy") != (self.ids is not None):
-            raise ValueError("ids: the file of ids belongs to an .npy file, and an .npy file needs it")
+            raise ValueError(
+                f"format: {self.path or 'a file of the data set'} needs one of parquet, npy, amazon-b, microlens"
+            )
+        # Vectors that were published with a data set bring their ids; of those that a path names, they must be given.
+        if self.ids is not None and self.kind != "npy":
+            raise ValueError("ids: the file of ids belongs to an .npy file")
+        if self.ids is None and self.kind == "npy" and self.path is not None:
+            raise ValueError(
+                "ids: the file of ids belongs to an .npy file, and an .npy file needs it; MicroLens' own need "
+                "format: microlens instead"
+            )
         return self
 
     @property
@@ -118,28 +133,43 @@ class PrecomputedExtractor(Extractor[str]):
         Raises:
             UserError: an id stands twice in the file with different vectors, or the file is malformed.
         """
-        ids = list(inputs)
-        place: dict[str, list[int]] = {}
-        for row, item_id in enumerate(ids):
-            place.setdefault(item_id, []).append(row)
-        result = no_vectors(len(ids), self.dim, MISSING)
+        ids = pa.array(list(inputs), pa.string()).cast(pa.binary())
+        # Each id once, in order of appearance: its place among the vectors that are kept.
+        wanted = ids.dictionary_encode()
+        kept = no_vectors(len(wanted.dictionary), self.dim, MISSING)
         for found, vectors in self._chunks():
-            for item_id, vector in zip(found, vectors, strict=True):
-                for row in place.get(item_id, ()):
-                    if result.status[row] == OK and not np.array_equal(result.embedding[row], vector, equal_nan=True):
-                        raise UserError(
-                            f"{self.path}: id {item_id!r} stands twice with different vectors; keep one of them"
-                        )
-                    result.embedding[row], result.status[row] = vector, OK
+            self._keep(kept, wanted.dictionary, found, vectors)
+        rows = wanted.indices.to_numpy()
+        repeats = len(wanted.dictionary) < len(rows)
+        result = Encoded(embedding=kept.embedding[rows], status=kept.status[rows]) if repeats else kept
         result.errors = {int(row): f"not in {self.path.name}" for row in np.flatnonzero(result.status == MISSING)}
-        advance(len(ids), ok=int((result.status == OK).sum()), missing=len(result.errors))
+        advance(len(ids), ok=len(ids) - len(result.errors), missing=len(result.errors))
         return result
+
+    def _keep(self, kept: Encoded, wanted: pa.Array, found: pa.Array, vectors: np.ndarray) -> None:
+        """Copy those vectors of a chunk that are wanted to their places."""
+        place = pc.index_in(found, value_set=wanted)
+        there = place.is_valid().to_numpy(zero_copy_only=False)
+        rows = np.flatnonzero(there)
+        if not len(rows):
+            return
+        places = place.filter(pa.array(there)).to_numpy()
+        first = np.unique(places, return_index=True)[1]
+        fresh = first[kept.status[places[first]] != OK]
+        kept.embedding[places[fresh]] = vectors[rows[fresh]]
+        kept.status[places[fresh]] = OK
+        for again in np.setdiff1d(np.arange(len(rows)), fresh):
+            if not np.array_equal(kept.embedding[places[again]], vectors[rows[again]], equal_nan=True):
+                name = found[int(rows[again])].as_py().decode(errors="replace")
+                raise UserError(f"{self.path}: id {name!r} stands twice with different vectors; keep one of them")
 
     def _chunks(self) -> Vectors:
         if self.spec.kind == "parquet":
             return _from_parquet(self.path, self.spec.id_column, self.spec.vector_column)
         if self.spec.kind == "npy":
-            return _from_npy(self.path, Path(expand(str(self.spec.ids))))
+            return _from_npy(self.path, read_row_ids(Path(expand(str(self.spec.ids)))))
+        if self.spec.kind == "microlens":
+            return _from_npy(self.path, None)
         return _from_amazon(self.path, self.spec.dim)
 
 
@@ -180,24 +210,23 @@ def _from_parquet(path: Path, id_column: str, vector_column: str) -> Vectors:
                         f"{path}: the vector of {name!r} has {lengths[wrong[0]]} numbers, those before it {dim}"
                     )
                 values = vectors.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-                yield kept.column(id_column).cast(pa.string()).to_pylist(), values.reshape(-1, dim)
+                yield kept.column(id_column).cast(pa.string()).cast(pa.binary()), values.reshape(-1, dim)
 
 
-def _from_npy(path: Path, ids: Path) -> Vectors:
+def _from_npy(path: Path, ids: RowIds | None) -> Vectors:
+    """Read an array row by row; without ids, row i is of the item i + 1, as MicroLens' authors write it."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
+    except (ValueError, EOFError) as error:
         raise UserError(f"{path}: not a plain .npy array ({error})") from error
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind not in "fiu":
         raise UserError(f"{path}: expected an array of (items, dimensions) of numbers")
-    try:
-        names = ids.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"ids = {str(ids)!r}: not a readable text file ({error})") from error
-    if len(names) != len(array):
-        raise UserError(f"{ids}: {len(names)} ids, but {path} has {len(array)} rows; they must be of the same items")
+    if ids is None:
+        ids = RowIds(path, [str(row + 1).encode() for row in range(len(array))])
+    ids.check(path, len(array))
     for start in range(0, len(array), _ROWS):
-        yield names[start : start + _ROWS], np.asarray(array[start : start + _ROWS], dtype=np.float32)
+        part = slice(start, start + _ROWS)
+        yield pa.array(ids.names[part], pa.binary()), np.asarray(array[part], dtype=np.float32)
 
 
 def _from_amazon(path: Path, dim: int) -> Vectors:
@@ -212,4 +241,4 @@ def _from_amazon(path: Path, dim: int) -> Vectors:
     with path.open("rb") as file:
         while data := file.read(_ROWS * record.itemsize):
             records = np.frombuffer(data, record)
-            yield [name.decode("ascii", "replace") for name in records["id"].tolist()], records["vector"]
+            yield pa.array(records["id"].tolist(), pa.binary()), records["vector"]

@@ -1,5 +1,6 @@
 """Vectors computed elsewhere: found by id in every format, whatever their order, and refused when malformed."""
 
+import gzip
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +154,63 @@ def test_a_file_with_none_of_the_items_is_refused(tmp_path: Path) -> None:
     items = write_items(tmp_path, [{"item_id": "other"}])
     with pytest.raises(UserError, match=r"not one of 1 inputs came through, first reason: not in v\.b"):
         extract(spec_of(tmp_path, files(tmp_path)["b"]), {"items": items}, tmp_path / "f.out.parquet")
+
+
+def mapping(folder: Path, ids: list[str], order: list[int], end: str = "\n") -> Path:
+    """Write MMRec's table of ids and rows, its own rows in the given order."""
+    path = folder / "i_id_mapping.csv"
+    path.write_text(end.join(["asin\titemID", *(f"{ids[row]}\t{row}" for row in order), ""]), newline="")
+    return path
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_an_mmrec_mapping_tells_the_rows_whatever_its_order(tmp_path: Path, end: str) -> None:
+    files(tmp_path)
+    data = {"path": "v.npy", "ids": str(mapping(tmp_path, IDS, [2, 0, 3, 1], end))}
+    found = encode(tmp_path, data)
+    assert found.status.tolist() == ["ok", "ok", "missing", "ok"] and np.array_equal(found.embedding, EXPECTED)
+
+
+def test_mmrec_interactions_tell_the_rows_without_a_mapping(tmp_path: Path) -> None:
+    files(tmp_path)
+    inter = tmp_path / "shop.inter.gz"
+    inter.write_bytes(gzip.compress(b"userID\titemID\tx_label\r\n0\t3\t0\r\n1\t0\t2\r\n"))
+    found = encode(tmp_path, {"path": "v.npy", "ids": str(inter)}, ["3", "0", "03", "4"])
+    assert found.status.tolist() == ["ok", "ok", "missing", "missing"]
+    assert np.array_equal(found.embedding[:2], VECTORS[[3, 0]])
+    inter.write_bytes(gzip.compress(b"userID\titemID\n0\t4\n"))
+    with pytest.raises(UserError, match=r"shop\.inter\.gz: 5 ids, but .*v\.npy has 4 rows"):
+        encode(tmp_path, {"path": "v.npy", "ids": str(inter)})
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("asin\titemID\na\t0\nb\t2\nc\t3\nd\t4\n", "4 ids, but none has itemID 1; .* without a gap"),
+        ("asin\titemID\na\t0\nb\t1\nc\t1\nd\t2\n", "line 4: itemID 1 stands there again"),
+        ("asin\titemID\na\t0\nb\tone\n", "line 3: is not an id and its itemID"),
+        ("asin\titemID\na\t0\nb\n", "line 3: is not an id and its itemID"),
+        ("asin\titemID\na\t0\nb\t1\nc\t2\n", "3 ids, but .* has 4 rows"),
+    ],
+)
+def test_a_mapping_that_leaves_rows_open_is_refused(tmp_path: Path, text: str, complaint: str) -> None:
+    files(tmp_path)
+    (tmp_path / "i_id_mapping.csv").write_text(text)
+    with pytest.raises(UserError, match=complaint):
+        encode(tmp_path, {"path": "v.npy", "ids": str(tmp_path / "i_id_mapping.csv")})
+
+
+def test_rows_of_microlens_are_the_videos_from_1(tmp_path: Path) -> None:
+    files(tmp_path)
+    found = encode(tmp_path, {"path": "v.npy", "format": "microlens"}, ["4", "1", "0", "5"])
+    assert found.status.tolist() == ["ok", "ok", "missing", "missing"]
+    assert np.array_equal(found.embedding[:2], VECTORS[[3, 0]])
+
+
+def test_only_the_data_sets_own_npy_goes_without_ids(tmp_path: Path) -> None:
+    spec = {"modality": "text", "backend": "precomputed", "format": "npy"}
+    assert extractors.parse_extractor("mine", spec, "extractors.mine").needs() == {"items", "vectors"}
+    with pytest.raises(UserError, match=r"an \.npy file needs it; MicroLens' own need format: microlens"):
+        extractors.parse_extractor("mine", spec | {"path": "x.npy"}, "extractors.mine")
+    with pytest.raises(UserError, match=r"belongs to an \.npy file"):
+        extractors.parse_extractor("mine", spec | {"format": "microlens", "ids": "ids.txt"}, "extractors.mine")

@@ -92,7 +92,7 @@ def stages_of(data: dict[str, Any]) -> dict[str, str]:
         (BABY, {"images": {"rate": 5.0, "concurrency": 2, "timeout": 9.0, "attempts": 2}}, {"images runtime"}),
         (BABY, {"images": {"max_pixels": 1000}}, {"images"}),
         (BABY, {"images": {"folder": "p", "pattern": "{item_id}.jpg"}}, {"images", "images runtime"}),
-        (BABY, {"sha256": {"meta_Baby.json.gz": "0" * 64}}, {"downloads"}),
+        (BABY, {"sha256": {"meta_Baby.json.gz": "0" * 64}}, {"downloads", "prepare"}),
         (BABY, {"interactions": "reviews"}, {"prepare"}),
         ({"source": "sample"}, {"images": {"max_pixels": 1000}}, {"images"}),
         ({"source": "sample"}, {"seed": 2, "users": 50}, set()),

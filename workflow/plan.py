@@ -298,9 +298,7 @@ class Plan:
     def _raw_records(self, dataset: str) -> dict[str, str]:
         if dataset in self.generated():
             return {"record.generate": f"raw/{dataset}/generate.stage.json"}
-        fetched = self.dataset(dataset).downloads(dataset)
-        inputs = self.dataset(dataset).prepare_inputs(dataset)
-        return {f"record.download.{name}": f"{path}.stage.json" for name, path in inputs.items() if path in fetched}
+        return {}
 
     def publish(self, experiment: str) -> Task:
         """Return the task of publishing: what metrics.json says of where its numbers come from."""
@@ -329,6 +327,39 @@ class Plan:
                 "features": {m: key_of(self.features_identity(e)) for m, e in chosen.modalities.items()},
             },
         }
+
+    # Export to MMRec
+
+    def mmrec_inputs(self, experiment: str) -> dict[str, str]:
+        """Return the tables that the export reads, and the vectors that belong to it."""
+        folder = f"results/{experiment}/mmrec/{experiment}"
+        modalities = self.config.experiments[experiment].modalities
+        return self.evaluate_inputs(experiment) | {f"vectors.{m}": f"{folder}/{m}_feat.npy" for m in modalities}
+
+    def mmrec(self, experiment: str) -> Task:
+        """Return the task of writing interactions, ids and settings for MMRec."""
+        spec = {"experiment": experiment, "modalities": list(self.config.experiments[experiment].modalities)}
+        return Task(spec, self.code("workflow.mmrec"))
+
+    def mmrec_vectors_inputs(self, experiment: str, modality: str) -> dict[str, str]:
+        """Return the features of a modality, and the interactions that number the items.
+
+        Raises:
+            UserError: the experiment has no such modality.
+        """
+        chosen = self.config.experiments[experiment]
+        if modality not in chosen.modalities:
+            raise UserError(
+                f"experiments.{experiment} has no modality {modality!r}; it has {', '.join(chosen.modalities)}"
+            )
+        return {
+            "features": self.features_path(chosen.dataset, chosen.modalities[modality]),
+            "interactions": f"processed/{chosen.dataset}/interactions.parquet",
+        }
+
+    def mmrec_vectors(self) -> Task:
+        """Return the task of writing one modality's vectors for MMRec."""
+        return Task({}, self.code("workflow.mmrec_vectors"))
 
     def _code(self, *modules: str) -> str:
         return code_digest(self.root, modules)
