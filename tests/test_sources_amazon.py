@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -407,3 +408,39 @@ def test_the_files_source_and_this_one_share_one_contract(tmp_path: Path):
     ours = run(tmp_path / "b", "amazon-2014", {"ratings": lines, "meta": THINGS[:5]})
     for name in ("users", "items", "interactions", "dropped"):
         assert ours[name] == theirs[name]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_spoilt_byte_stops_a_reader(tmp_path: Path, seed: int):
+    # Whatever happens to a few bytes of a few lines: the rest is read, and every line is accounted for.
+    rng = random.Random(seed)
+    host = {"amazon-2014": "reviews", "amazon-2018": "5core", "amazon-2023": "reviews"}
+    for source, kind in host.items():
+        if source == "amazon-2023":
+            lines = [review_2023(f"A{u}", f"B{i}") for u in range(20) for i in range(20)]
+            meta = [json.dumps({"parent_asin": f"B{i}", "title": "T", "details": {"a": [1]}}) for i in range(20)]
+        else:
+            lines, meta = (
+                list(MANY),
+                [*THINGS[:10], *(json.dumps({"asin": f"B{i}", "rank": ["#1 in A"]}) for i in range(10, 20))],
+            )
+        spoilt = [_spoil(line.encode(), rng) if rng.random() < 0.2 else line.encode() for line in lines]
+        bad_meta = [_spoil(line.encode(), rng) if rng.random() < 0.3 else line.encode() for line in meta]
+        stats = run(
+            tmp_path / source, source, {kind: spoilt, "meta": bad_meta}, interactions=kind, malformed=1.0, kcore=0
+        )
+        counted = sum(count for name, count in stats["reading"].items() if name.startswith("left out"))
+        # A new line end may make two lines of one.
+        written = sum(len([part for part in line.split(b"\n") if part.strip()]) for line in spoilt)
+        assert stats["raw"]["interactions"] + counted == written
+        assert stats["interactions"] + sum(stats["dropped"].values()) == stats["raw"]["interactions"]
+
+
+def _spoil(line: bytes, rng: random.Random) -> bytes:
+    for _ in range(rng.randint(1, 4)):
+        place = rng.randrange(len(line))
+        what = rng.choice(
+            [bytes([rng.randrange(256)]), b"", b"\\", b'"', b"'", b"{", b"[", b"\x00", b"1e999", b"\xed\xa0\x80"]
+        )
+        line = line[:place] + what + line[place + rng.randint(0, 3) :]
+    return line
