@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -123,7 +124,9 @@ def _parse_slowly(line: bytes) -> Any:
         except _JSON_ERRORS:
             pass
     try:
-        return ast.literal_eval(_RELATED.sub(b"", line.strip()).decode(errors="replace"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # of a stranger's text, not of our code
+            return ast.literal_eval(_RELATED.sub(b"", line.strip()).decode(errors="replace"))
     except _LITERAL_ERRORS:
         return None
 

@@ -25,6 +25,7 @@ def _as_list(value: Any) -> Any:
 
 Names = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
 """A list of names; one name alone means the same, and gives the same key."""
+_Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Pattern = Annotated[str, AfterValidator(_check_pattern)]
 _Patterns = Annotated[list[_Pattern], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
 
@@ -52,7 +53,13 @@ class Images(PictureLimits):
         "several are tried in order; without it, the item's own image column names the file",
     )
     hosts: list[str] = Field(
-        default=[], description="hosts that pictures may be fetched from; `*.example.com` takes in all below it"
+        default=[],
+        description="hosts that pictures may be fetched from, at any port; `*.example.com` takes in all below it",
+    )
+    placeholders: list[_Digest] = Field(
+        default=[],
+        description="sha256 digests of pictures that mean `no picture`, 64 hex digits each as in the manifest; items "
+        "that have one of them are missing",
     )
     private: bool = Field(default=False, description="whether hosts with private or loopback addresses may be asked")
     rate: Float = Field(default=50.0, gt=0, description="requests a second to each host")
@@ -70,7 +77,11 @@ class Images(PictureLimits):
 
     def spec(self) -> dict[str, Any]:
         """Return the JSON that decides which pictures the images stage finds and accepts."""
-        limits = {"max_pixels": self.max_pixels, "max_bytes": self.max_bytes}
+        limits = {
+            "max_pixels": self.max_pixels,
+            "max_bytes": self.max_bytes,
+            "placeholders": sorted(set(self.placeholders)),
+        }
         if self.folder is None:
             return {"find": "urls", "hosts": sorted(self.hosts), "private": self.private, **limits}
         return {"find": "folder", "folder": self.folder, "patterns": self.pattern, **limits}

@@ -1,54 +1,77 @@
 """Finder of pictures in a local folder, by a pattern of the item id or by the item's own image column."""
 
+import itertools
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sources.finding import Found, Wanted
+from sources.finding import Found, Search, Wanted, one_line
+from sources.picture import PlaceholderError, UnreadableError, examine
 from stages.errors import UserError
 from stages.paths import expand
-from stages.tables import FAILED, MISSING
+from stages.tables import FAILED, MISSING, OK
+
+_AT_ONCE = 64
 
 
-def find(
-    wanted: Sequence[Wanted], spec: dict[str, Any], runtime: dict[str, Any], inputs: dict[str, Path], downloads: Path
-) -> Iterator[Found]:
-    """Yield where each item's picture lies; never a file outside the folder, whatever an id or a column says.
+def find(search: Search) -> Iterator[Found]:
+    """Yield each item's picture; never a file outside the folder, whatever an id or a column says.
 
     Raises:
         UserError: the folder does not exist.
     """
-    folder = Path(expand(spec["folder"])) if spec["folder"] else inputs["pictures"].parent / "images"
+    spec = search.spec
+    folder = Path(expand(spec["folder"])) if spec["folder"] else search.inputs["pictures"].parent / "images"
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; set the data set's images.folder to where the pictures are")
-    real = folder.resolve()
-    for item in wanted:
-        if spec["patterns"] is None:
-            names = list(item.references)
-        else:
-            names = [pattern.format(item_id=item.item_id) for pattern in spec["patterns"]]
-        yield _first(folder, real, names)
+    items = iter(search.wanted)
+    look = partial(_look, folder, folder.resolve(), spec)
+    # Threads, because Pillow's decoders let go of the interpreter lock; in blocks, so that few pictures are in memory.
+    with ThreadPoolExecutor(search.runtime.get("threads")) as pool:
+        while block := list(itertools.islice(items, _AT_ONCE)):
+            yield from pool.map(look, block)
 
 
-def _first(folder: Path, real: Path, names: Sequence[str]) -> Found:
+def _look(folder: Path, real: Path, spec: dict[str, Any], item: Wanted) -> Found:
+    names = item.references
+    if spec["patterns"] is not None:
+        names = [pattern.format(item_id=item.item_id) for pattern in spec["patterns"]]
     absent = ""
     for name in names:
         path = folder / name
         if "://" in name:
-            return Found(None, name, FAILED, "is a URL, but images.folder is set, so nothing is fetched")
+            return _refused(name, "is a URL, but images.folder is set, so nothing is fetched")
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            return Found(None, name, FAILED, "refused: the path leads out of the folder")
+            return _refused(name, "refused: the path leads out of the folder")
         try:
             kind = path.stat().st_mode
             if not path.resolve().is_relative_to(real):
-                return Found(None, str(path), FAILED, "refused: a link leads out of the folder")
+                return _refused(path, "refused: a link leads out of the folder")
+            if not stat.S_ISREG(kind):
+                return _refused(path, "not a regular file")
+            data = _read(path, spec["max_bytes"])
+            return Found(str(path), OK, (), (), examine(data, spec["max_pixels"], spec.get("placeholders", ())), data)
         except FileNotFoundError:
             absent = absent or str(path)
-            continue
+        except UnreadableError as error:
+            status = MISSING if isinstance(error, PlaceholderError) else FAILED
+            return Found(str(path), status, (one_line(str(error)),), (error.kind,))
         except (OSError, ValueError) as error:
-            return Found(None, str(path), FAILED, f"cannot be read: {error}")
-        if not stat.S_ISREG(kind):
-            return Found(None, str(path), FAILED, "not a regular file")
-        return Found(path, str(path))
-    return Found(None, absent, MISSING, "no such file" if absent else "the item names no picture")
+            return Found(str(path), FAILED, (one_line(f"cannot be read: {error}"),), ("cannot be read",))
+    reason = "no such file" if absent else "the item names no picture"
+    return Found(absent, MISSING, (reason,), (reason,))
+
+
+def _refused(name: str | Path, reason: str) -> Found:
+    return Found(str(name), FAILED, (reason,), (reason,))
+
+
+def _read(path: Path, max_bytes: int) -> bytes:
+    with path.open("rb") as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise UnreadableError("too many bytes", f"more than the {max_bytes} bytes allowed")
+    return data

@@ -1,16 +1,13 @@
 """Finder for data sets without pictures."""
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
-from sources.finding import Found, Wanted
+from sources.finding import Found, Search
 from stages.tables import MISSING
 
 
-def find(
-    wanted: Sequence[Wanted], spec: dict[str, Any], runtime: dict[str, Any], inputs: dict[str, Path], downloads: Path
-) -> Iterator[Found]:
+def find(search: Search) -> Iterator[Found]:
     """Yield `missing` for every item."""
-    for _ in wanted:
-        yield Found(None, "", MISSING, "the data set has no images section")
+    reason = "the data set has no images section"
+    for _ in search.wanted:
+        yield Found("", MISSING, (reason,), (reason,))

@@ -1,6 +1,8 @@
 """Shards of pictures: original bytes, each distinct picture once, in the order in which they are added."""
 
 import contextlib
+import os
+import shutil
 from pathlib import Path
 from types import TracebackType
 
@@ -12,6 +14,53 @@ from stages.pictures import PICTURES_PER_ROW_GROUP, shard_path
 from stages.tables import PICTURES
 
 SHARD_BYTES = 256_000_000
+KNOWN = ".known.parquet"
+"""What a finder keeps beside the manifest for another run; it describes the shards."""
+# A row group is what readers and the writer hold in memory.
+_ROW_GROUP_BYTES = 16_000_000
+
+
+def fresh_folder(folder: Path) -> Path:
+    """Return the empty folder inside `folder` in which the next manifest and shards are made.
+
+    Files of a run that was killed while it put them in their place (see `put_in_place`) are put there first.
+    """
+    fresh = folder / ".fresh"
+    if (fresh / "manifest.parquet").exists():
+        _move(fresh, folder)
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    return fresh
+
+
+def put_in_place(fresh: Path, manifest: Path) -> None:
+    """Replace shards, known outcomes and manifest by those in `fresh`, whose manifest.parquet must be written last.
+
+    A kill at any moment loses nothing: while `fresh` holds a manifest, all its files are whole, and every picture
+    lies either there or in its place. The manifest comes last, so shards that belong to another one are never read.
+    """
+    shards = {path.name for path in fresh.glob("shard-*.parquet")}
+    if not (fresh / KNOWN).exists():
+        (manifest.parent / KNOWN).unlink(missing_ok=True)
+    _move(fresh, manifest.parent)
+    for path in manifest.parent.glob("shard-*.parquet"):
+        if path.name not in shards:
+            path.unlink()
+    (fresh / "manifest.parquet").replace(manifest)
+    shutil.rmtree(fresh)
+
+
+def _move(fresh: Path, folder: Path) -> None:
+    # Outcomes go first: the old ones do not know the new pictures, the new ones need no old picture.
+    if (fresh / KNOWN).exists():
+        (fresh / KNOWN).replace(folder / KNOWN)
+    for path in sorted(fresh.glob("shard-*.parquet")):
+        path.replace(folder / path.name)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class ShardWriter:
@@ -25,7 +74,7 @@ class ShardWriter:
         self.count = 0
         self._places: dict[str, tuple[int, int]] = {}
         self._group: list[tuple[str, bytes]] = []
-        self._rows = self._bytes = 0
+        self._rows = self._bytes = self._group_bytes = 0
         self._open: contextlib.ExitStack | None = None
 
     def __enter__(self) -> "ShardWriter":
@@ -43,7 +92,8 @@ class ShardWriter:
         self._group.append((sha256, data))
         self._rows += 1
         self._bytes += len(data)
-        if len(self._group) == PICTURES_PER_ROW_GROUP:
+        self._group_bytes += len(data)
+        if len(self._group) == PICTURES_PER_ROW_GROUP or self._group_bytes >= _ROW_GROUP_BYTES:
             self._flush()
         return place
 
@@ -62,6 +112,7 @@ class ShardWriter:
             digests, values = zip(*self._group, strict=True)
             self._writer.write_table(pa.table([digests, values], schema=PICTURES))
             self._group.clear()
+            self._group_bytes = 0
 
     def _finish(self) -> None:
         if self._open is not None:

@@ -1,6 +1,7 @@
 """What every download shares: staying offline, trying again, and reading what a server answers."""
 
 import os
+import random
 import time
 from collections.abc import Callable
 from email.utils import parsedate_to_datetime
@@ -14,6 +15,9 @@ from stages.errors import UserError
 USER_AGENT = "cm3-pipeline (research; one polite client)"
 # A server may ask for any patience; beyond this, another mirror or another day is the better answer.
 LONGEST_WAIT = 300.0
+LONGEST_PAUSE = 60.0
+"""Seconds between two tries when the server asks for none."""
+_LONGEST_REASON = 300
 _TRY_AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
@@ -27,6 +31,10 @@ class BusyError(Exception):
     def __init__(self, reason: str, wait: float = 0.0) -> None:
         super().__init__(reason)
         self.wait = wait
+
+
+TRANSIENT = (BusyError, aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError, TimeoutError)
+"""What another try may heal: answers that say so, lost connections, silence."""
 
 
 def offline() -> bool:
@@ -59,20 +67,31 @@ def retry_after(value: str) -> float:
     return min(max(seconds, 0.0), LONGEST_WAIT)
 
 
+def back_off(failures: int, pause: float, error: BaseException | None) -> float:
+    """Return the seconds to wait after so many failures in a row.
+
+    Args:
+        failures: at least 1.
+        pause: seconds after the first, doubled each time, with jitter, up to a minute; a server's own Retry-After is
+            kept to if it is longer.
+        error: the last failure.
+    """
+    # Jitter, so that many clients that a server lost at one moment do not come back at one moment.
+    seconds = min(pause * 2.0 ** min(failures - 1, 30) + random.uniform(0, pause), LONGEST_PAUSE)
+    return max(seconds, error.wait if isinstance(error, BusyError) else 0.0)
+
+
 def trying(attempts: int, pause: float, told: Callable[[str], None]) -> tenacity.AsyncRetrying:
     """Return tenacity's loop: BusyError and lost connections are tried again, later each time.
 
     Args:
         attempts: tries in all.
-        pause: seconds before the second try, doubled each time, with jitter, up to a minute; a server's own
-            Retry-After is kept to if it is longer.
+        pause: seconds before the second try, from then on as `back_off`.
         told: called with the reason before each wait.
     """
-    back_off = tenacity.wait_exponential_jitter(initial=pause, max=60.0, jitter=pause)
 
     def wait(state: tenacity.RetryCallState) -> float:
-        error = state.outcome.exception() if state.outcome else None
-        return max(back_off(state), error.wait if isinstance(error, BusyError) else 0.0)
+        return back_off(state.attempt_number, pause, state.outcome.exception() if state.outcome else None)
 
     def before_sleep(state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
@@ -82,17 +101,22 @@ def trying(attempts: int, pause: float, told: Callable[[str], None]) -> tenacity
     return tenacity.AsyncRetrying(
         stop=tenacity.stop_after_attempt(attempts),
         wait=wait,
-        retry=tenacity.retry_if_exception_type((BusyError, aiohttp.ClientConnectionError, aiohttp.ClientPayloadError,
-                                                TimeoutError)),
+        retry=tenacity.retry_if_exception_type(TRANSIENT),
         before_sleep=before_sleep,
         reraise=True,
-    )  # fmt: skip
+    )
 
 
 def reason(error: BaseException | None) -> str:
-    """Return what went wrong, in words."""
+    """Return what went wrong, in words: one line, however much of an answer a library quotes."""
     if isinstance(error, TimeoutError):
         return "no answer in time"
     if isinstance(error, aiohttp.ClientPayloadError):
-        return f"the connection was cut ({error})"
-    return str(error) or type(error).__name__
+        return f"the connection was cut ({_line(str(error))})"
+    return _line(str(error)) or type(error).__name__
+
+
+def _line(text: str) -> str:
+    printable = (letter if letter.isprintable() else " " for letter in text[: 2 * _LONGEST_REASON])
+    line = " ".join("".join(printable).split())
+    return line if len(line) <= _LONGEST_REASON else f"{line[:_LONGEST_REASON]}..."

@@ -13,19 +13,21 @@ log = logging.getLogger(__name__)
 class Progress:
     """Counts items of a long stage: a bar with rate and ETA on a terminal, a log line every `seconds` seconds.
 
-    Use as a context manager; call `advance(n, **counts)` with counts such as ok=.., missing=.. to show.
+    Use as a context manager; call `advance(n, **counts)` with counts such as ok=.., missing=.. to show. A total of 0
+    is an unknown one. Of a stage that goes on where it was, `start` items are done and do not count for the rate.
     """
 
-    def __init__(self, total: int, unit: str, seconds: float = 10.0) -> None:
+    def __init__(self, total: int, unit: str, seconds: float = 10.0, start: int = 0) -> None:
         self.total, self.unit, self.seconds = total, unit, seconds
-        self.done = 0
+        self.done = self.start = start
         self.counts: dict[str, int] = {}
 
     def __enter__(self) -> "Progress":
         self.started = self.last = time.monotonic()
         self.bar = tqdm(
-            total=self.total, unit=f" {self.unit}", disable=not sys.stderr.isatty(), leave=False, dynamic_ncols=True
-        )
+            total=self.total or None, initial=self.start, unit=f" {self.unit}", disable=not sys.stderr.isatty(),
+            leave=False, dynamic_ncols=True,
+        )  # fmt: skip
         return self
 
     def advance(self, n: int = 1, **counts: int) -> None:
@@ -42,10 +44,14 @@ class Progress:
 
     def _log_line(self) -> None:
         elapsed = max(time.monotonic() - self.started, 1e-9)
-        rate = self.done / elapsed
+        rate = (self.done - self.start) / elapsed
         left = (self.total - self.done) / rate if rate else float("inf")
         counts = "".join(f", {count} {name}" for name, count in self.counts.items())
-        log.info("%d of %d %s, %.1f/s, %.0f s left%s", self.done, self.total, self.unit, rate, left, counts)
+        if self.total:
+            told = f"{self.done} of {self.total} {self.unit}, {rate:.1f} {self.unit}/s, {left:.0f} s left"
+        else:
+            told = f"{self.done} {self.unit}, {rate:.1f} {self.unit}/s"
+        log.info("%s%s", told, counts)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -2,23 +2,24 @@
 
 import gzip
 import hashlib
+import io
 import os
+import random
 import struct
 import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
-from oracles_sources import items_file, picture, respond, serving
+from oracles_sources import items_file, picture
+from PIL import Image
 
 from sources.images import collect_pictures
-from sources.picture import UnreadableError, examine
-from sources.pictures_config import Images, PictureLimits
+from sources.picture import PlaceholderError, UnreadableError, examine, strict_decoding
+from sources.pictures_config import Images
 from stages.errors import UserError
 from stages.pictures import iter_pictures
 from stages.tables import MANIFEST, read_table
-
-LIMITS = PictureLimits().identity()
 
 
 def collect(tmp_path: Path, references: dict[str, Any], spec: dict[str, Any], **options: Any) -> list[dict[str, Any]]:
@@ -34,8 +35,8 @@ def local(folder: Path, **more: Any) -> dict[str, Any]:
     return Images(folder=str(folder), **more).spec()
 
 
-def png_of(width: int, height: int) -> bytes:
-    """A PNG whose header promises width x height pixels and that holds next to nothing."""
+def png_of(width: int, height: int, text: bytes = b"") -> bytes:
+    """A PNG whose header promises width x height pixels and that holds next to nothing, or a compressed text."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -44,6 +45,7 @@ def png_of(width: int, height: int) -> bytes:
     return (
         b"\x89PNG\r\n\x1a\n"
         + chunk(b"IHDR", header)
+        + (chunk(b"zTXt", b"note\0\0" + zlib.compress(text)) if text else b"")
         + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
         + chunk(b"IEND", b"")
     )
@@ -59,6 +61,8 @@ BAD = {
     "wide": (png_of(70_000, 1_000), "70000 x 1000 pixels are more than the 64000000 allowed"),
     "hollow": (png_of(500, 500), "corrupt"),
     "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
+    "chatty": (png_of(10, 10, bytes(50_000_000)), "corrupt: Decompressed data too large"),
+    "svg": (b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"></svg>', "not a picture"),
     "gzip": (gzip.compress(picture()), "not a picture"),
 }
 
@@ -76,6 +80,93 @@ def test_examine_tells_what_a_picture_is(format: str):
     found = examine(data, 64_000_000)
     assert (found.width, found.height, found.format) == (37, 21, format)
     assert found.sha256 == hashlib.sha256(data).hexdigest()
+
+
+def saved(image: Image.Image, format: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+NOISE = Image.effect_noise((90, 70), 50)
+UNUSUAL = {
+    "animated": saved(NOISE, "GIF", save_all=True, append_images=[NOISE.rotate(90), NOISE.rotate(180)]),
+    "cmyk": saved(NOISE.convert("CMYK"), "JPEG"),
+    "progressive": saved(NOISE, "JPEG", progressive=True),
+    "16 bits": saved(Image.new("I;16", (90, 70), 40_000), "PNG"),
+    "palette": saved(NOISE.convert("P"), "PNG"),
+    "webp": saved(NOISE.convert("RGB"), "WEBP"),
+    "transparent": saved(NOISE.convert("RGBA"), "PNG"),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_unusual_pictures_are_pictures(kind: str):
+    found = examine(UNUSUAL[kind], 64_000_000)
+    assert (found.width, found.height) == (90, 70)
+
+
+def decodes(data: bytes) -> bool:
+    try:
+        with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+            image.load()
+        return True
+    except Exception:
+        return False
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}, {"subsampling": 0}])
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_a_jpeg_is_judged_as_by_decoding_it_at_full_size(mode: str, options: dict[str, Any]):
+    chance = random.Random(7)
+    for size in ((8, 8), (37, 21), (200, 133)):
+        data = saved(Image.effect_noise(size, 60).convert(mode), "JPEG", **options)
+        tries = [
+            data[:cut] for cut in [*range(len(data) - 20, len(data)), *(chance.randrange(len(data)) for _ in range(20))]
+        ]
+        for _ in range(20):
+            damaged = bytearray(data)
+            for _ in range(chance.randrange(1, 20)):
+                damaged[chance.randrange(2, len(data))] = chance.randrange(256)
+            tries.append(bytes(damaged))
+        for tried in tries:
+            try:
+                judged = bool(examine(tried, 64_000_000))
+            except UnreadableError:
+                judged = False
+            assert judged == (decodes(tried) and tried[:2] == b"\xff\xd8"), len(tried)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (1, 500), (500, 2)])
+def test_dots_are_placeholders(size: tuple[int, int]):
+    with pytest.raises(PlaceholderError, match=f"a placeholder of {size[0]} x {size[1]} pixels"):
+        examine(picture(size, format="PNG"), 64_000_000)
+
+
+def test_placeholders_are_missing(tmp_path: Path):
+    blank, good = picture(colour="white"), picture()
+    for name, data in {"a": blank, "b": good, "c": picture((1, 1), format="GIF")}.items():
+        (tmp_path / f"{name}.jpg").write_bytes(data)
+    digest = hashlib.sha256(blank).hexdigest()
+    spec = local(tmp_path, pattern="{item_id}.jpg", placeholders=[digest])
+    rows = collect(tmp_path, {"a": [], "b": [], "c": []}, spec)
+    assert [row["status"] for row in rows] == ["missing", "ok", "missing"]
+    assert digest[:12] in rows[0]["error"] and "1 x 1" in rows[2]["error"]
+
+
+@pytest.mark.parametrize("digest", ["", "abc", "A" * 64, "g" * 64, "0" * 64 + "\n", 7])
+def test_a_placeholder_is_named_by_its_sha256(digest: Any):
+    with pytest.raises(ValueError, match="placeholders"):
+        Images(hosts=["a.org"], placeholders=[digest])
+    assert Images(hosts=["a.org"], placeholders=["b" * 64, "a" * 64, "a" * 64]).spec()["placeholders"] == [
+        "a" * 64, "b" * 64,
+    ]  # fmt: skip
+
+
+def test_bombs_warn_as_errors_in_all_threads(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with strict_decoding(), pytest.raises(UnreadableError, match="too many pixels"):
+        examine(picture(), 64_000_000)
 
 
 def test_every_item_has_its_row_in_item_order(tmp_path: Path):
@@ -174,91 +265,6 @@ def test_a_file_above_the_byte_cap_fails(tmp_path: Path):
     (tmp_path / "a.jpg").write_bytes(picture(colour="noise", size=(300, 300)))
     rows = collect(tmp_path, {"a": []}, local(tmp_path, pattern="{item_id}.jpg", max_bytes=1000))
     assert rows[0]["status"] == "failed" and "1000 bytes" in rows[0]["error"]
-
-
-def web(**more: Any) -> dict[str, Any]:
-    return Images(**{"hosts": ["127.0.0.1"], "private": True, **more}).spec()
-
-
-FAST = {"attempts": 3, "pause": 0.01, "rate": 1000.0, "timeout": 5.0}
-
-
-def test_pictures_come_from_urls_with_candidates_in_order(tmp_path: Path):
-    good, busy = picture(), []
-
-    def sometimes(handler: Any) -> None:
-        busy.append(1)
-        respond(b"", 429, Retry_After="0")(handler) if len(busy) < 3 else respond(good)(handler)
-
-    with serving() as server:
-        server.answers = {
-            "/good.jpg": respond(good),
-            "/busy.jpg": sometimes,
-            "/page": respond(b"<html>", kind="text/html"),
-            "/moved": respond(b"", 302, Location="/good.jpg"),
-            "/away": respond(b"", 302, Location="http://elsewhere.example.com/x.jpg"),
-            "/loop": respond(b"", 302, Location="/loop"),
-            "/large": respond(b"x" * 200_000),
-        }
-        paths = {
-            "a": ["/good.jpg"], "b": ["/none.jpg", "/page", "/busy.jpg"], "c": ["/moved"], "d": ["/away"], "e": ["/loop"],
-            "f": ["/large"], "g": [], "h": ["/none.jpg", "/page"],
-        }  # fmt: skip
-        references = {name: [server.url(path) for path in several] for name, several in paths.items()}
-        rows = collect(tmp_path, references, web(max_bytes=100_000), runtime=FAST)
-    got = {row["item_id"]: (row["status"], row["error"] or "") for row in rows}
-    assert [got[name][0] for name in "abcdefgh"] == [
-        "ok",
-        "ok",
-        "ok",
-        "failed",
-        "failed",
-        "failed",
-        "missing",
-        "failed",
-    ]
-    assert "elsewhere.example.com is not in images.hosts" in got["d"][1]
-    assert "redirects" in got["e"][1] and "100000 bytes" in got["f"][1]
-    assert "HTTP 404" in got["h"][1] and "not a picture" in got["h"][1]
-    assert rows[1]["url"] == references["b"][2]
-    assert not (tmp_path / "out" / ".downloads").exists()
-
-
-@pytest.mark.parametrize(
-    ("url", "settings", "complaint"),
-    [
-        ("http://127.0.0.1:9/x.jpg", {"private": False}, "private address"),
-        ("http://localhost:9/x.jpg", {"private": False, "hosts": ["localhost"]}, "private address"),
-        ("http://evil.example.com/x.jpg", {}, "not in images.hosts"),
-        ("http://127.0.0.1.example.com/x.jpg", {}, "not in images.hosts"),
-        ("file:///etc/passwd", {}, "not http or https"),
-        ("http://[bad/x.jpg", {}, "Invalid IPv6"),
-    ],
-)
-def test_urls_that_lead_astray_are_not_asked(tmp_path: Path, url: str, settings: dict[str, Any], complaint: str):
-    with pytest.raises(UserError, match=f"none of 1 pictures could be fetched.*{complaint}"):
-        collect(tmp_path, {"a": [url]}, web(**settings), runtime=FAST)
-
-
-def test_what_was_fetched_is_not_asked_again_after_a_stop(tmp_path: Path):
-    with serving() as server:
-        server.answers = {"/a.jpg": respond(picture())}
-        references = {"a": [server.url("/a.jpg")]}
-        with pytest.raises(UserError, match=r"none of 1 pictures.*more than the 10 allowed"):
-            collect(tmp_path, references, web(max_pixels=10), runtime=FAST)
-        rows = collect(tmp_path, references, web(), runtime=FAST)
-        assert server.asked == ["/a.jpg"]
-    assert rows[0]["status"] == "ok"
-
-
-def test_offline_opens_no_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("CM3_OFFLINE", "1")
-    with serving() as server:
-        with pytest.raises(
-            UserError, match=r"CM3_OFFLINE is set, and the pictures of 1 items are not here.*images\.folder"
-        ):
-            collect(tmp_path, {"a": [server.url("/a.jpg")]}, web(), runtime=FAST)
-        assert server.asked == []
 
 
 def test_the_fashion_shops_photos(tmp_path: Path, hm: Path):
