@@ -21,6 +21,7 @@ log = logging.getLogger("sources.gathering")
 SHOWN = 20
 _MEMORY = "800MB"
 _FOLDER = ".gathering-"
+_ROWS_AT_ONCE = 250_000
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Gathering:
         for stale in place.glob(f"{_FOLDER}*"):  # of a killed process; the stage holds a lock
             shutil.rmtree(stale, ignore_errors=True)
         self.folder = Path(tempfile.mkdtemp(prefix=_FOLDER, dir=place))
+        self._waiting: list[pa.Table] = []
 
     def __enter__(self) -> "Gathering":
         # Order is restored by ids at the end, and keeping it meanwhile costs memory.
@@ -84,7 +86,15 @@ class Gathering:
         """Add interactions, a table of ROWS."""
         if table.schema != ROWS:
             raise ValueError(f"columns {table.schema} are not {ROWS}")
-        self._insert("raw", table)
+        # Few large insertions: each one costs milliseconds.
+        self._waiting.append(table)
+        if sum(map(len, self._waiting)) >= _ROWS_AT_ONCE:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            self._insert("raw", pa.concat_tables(self._waiting))
+            self._waiting.clear()
 
     def _insert(self, name: str, table: pa.Table) -> None:
         self.base.register("arriving", table)
@@ -93,6 +103,7 @@ class Gathering:
 
     def encode(self) -> dict[str, int]:
         """Number users and items in the order of their ids; return how many users, items and interactions there are."""
+        self._flush()
         for name in ("user", "item"):
             self.base.execute(
                 f"create table {name}s as select id, (row_number() over (order by id) - 1)::integer as code "
