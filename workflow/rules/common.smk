@@ -60,11 +60,12 @@ def identity(describe):
 
 
 def arguments(describe):
-    def command_line(wildcards, input, output, threads):
+    def command_line(wildcards, input, output, threads, resources):
         task = describe(wildcards)
+        held = {"threads": threads} | ({"gpus": 1} if resources.get("gpu") else {})
         given = [
             ("--spec", canonical_json(task.spec)),
-            ("--runtime", canonical_json(task.runtime | {"threads": threads})),
+            ("--runtime", canonical_json(task.runtime | held)),
             ("--code", task.code),
         ]
         for option, files in (("--input", input), ("--output", output)):

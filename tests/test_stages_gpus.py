@@ -1,0 +1,70 @@
+"""Jobs that run at once get GPUs of their own, and a killed one gives its GPU back."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from stages.gpus import own_gpu, visible_gpus
+
+ROOT = Path(__file__).resolve().parents[1]
+HOLD = (
+    "import os, sys, time\nfrom stages.gpus import own_gpu\nwith own_gpu(1) as gpu:\n"
+    "    assert os.environ['CUDA_VISIBLE_DEVICES'] == gpu\n    print(gpu, flush=True)\n    time.sleep(float(sys.argv[1]))\n"
+)
+
+
+@pytest.fixture(autouse=True)
+def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose nvidia-smi lists GPUs 0 and 1."""
+    tool = tmp_path / "bin" / "nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\nprintf '0\\n1\\n'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def start(seconds: float) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", HOLD, str(seconds)], stdout=subprocess.PIPE, text=True)
+
+
+def told(job: subprocess.Popen[str]) -> str:
+    assert job.stdout is not None
+    return job.stdout.readline().strip()
+
+
+def test_jobs_at_once_hold_different_gpus_and_a_third_waits_until_one_is_killed():
+    jobs = [start(30), start(30)]
+    held = [told(job) for job in jobs]
+    assert sorted(held) == ["0", "1"]
+    third = start(0)
+    time.sleep(0.5)
+    assert third.poll() is None
+    jobs[0].send_signal(signal.SIGKILL)
+    assert told(third) == held[0]
+    jobs[1].kill()
+    for job in (*jobs, third):
+        job.wait(20)
+
+
+def test_only_visible_gpus_count(monkeypatch: pytest.MonkeyPatch):
+    assert visible_gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-abc,3")
+    with own_gpu(1) as first, own_gpu(0) as none:
+        assert (first, none) == ("GPU-abc", None)
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-abc"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-abc,3"
+
+
+def test_a_machine_without_gpus_waits_for_none(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with own_gpu(1) as gpu:
+        assert gpu is None
