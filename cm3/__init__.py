@@ -8,10 +8,15 @@ from typing import Any
 
 _HOME = {
     "CM3": "cm3.model",
+    "Recommender": "cm3.library",
     "alignment": "cm3.losses",
     "calibrated_uniformity": "cm3.losses",
+    "fit": "cm3.library",
     "knn": "cm3.neighbours",
+    "load": "cm3.library",
     "per_user": "cm3.metrics",
+    "recommend": "cm3.library",
+    "similar_items": "cm3.library",
     "slerp": "cm3.fusion",
     "spherical_bezier": "cm3.fusion",
     "uniformity": "cm3.losses",

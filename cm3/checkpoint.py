@@ -50,3 +50,19 @@ class Checkpoint:
             for file in self.path.parent.glob(f"*{self.path.name}*"):
                 file.unlink()
             self.path.parent.rmdir()
+
+
+class Unkept(Checkpoint):
+    """A checkpoint that nobody keeps, for training that is not meant to be resumed."""
+
+    def __init__(self) -> None:
+        super().__init__(Path(), "")
+
+    def save(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Keep nothing."""
+
+    def load(self) -> None:
+        """Return None: nothing is kept."""
+
+    def remove(self) -> None:
+        """Do nothing."""

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import scipy.sparse as sp
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,8 @@ from cm3.config import Model
 from cm3.fusion import reference_slerp, slerp, spherical_bezier
 from cm3.graph import SparseMatrix, add_neighbours, propagate, user_item_matrix
 from cm3.losses import alignment, calibrated_uniformity, uniformity
-from cm3.sampling import Batch
+from cm3.sampling import Batch, derived_seed
+from stages.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -130,3 +132,25 @@ class CM3(nn.Module):
 def _unit_rows(table: Tensor, ids: Tensor) -> Tensor:
     # `embedding` sums repeated rows in one order in its backward, which indexing does not promise.
     return functional.normalize(functional.embedding(ids, table), dim=1)
+
+
+def fill_missing(embedding: np.ndarray, ok: np.ndarray, missing: str, name: str) -> np.ndarray:
+    """Return (I, d) features whose rows that are not ok are the mean of the others (`mean`) or zero (`zero`).
+
+    Raises:
+        UserError: no row is ok; `name` says of what.
+    """
+    if not ok.any():
+        raise UserError(f"{name}: none of its {len(ok)} items has a vector; leave this modality out or mend its inputs")
+    filled = embedding.copy()
+    filled[~ok] = embedding[ok].mean(0, dtype=np.float64) if missing == "mean" else 0
+    return filled
+
+
+def seeded(
+    features: Sequence[np.ndarray], interactions: sp.csr_matrix, item_graph: sp.csr_matrix, settings: Model, seed: int
+) -> CM3:
+    """Return a CM3 whose initial weights depend on `seed` alone; torch's global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derived_seed(seed))
+        return CM3([torch.from_numpy(x) for x in features], interactions, item_graph, settings)

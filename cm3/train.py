@@ -16,10 +16,10 @@ from cm3.checkpoint import Checkpoint
 from cm3.config import Model, Training
 from cm3.device import select_device, set_threads
 from cm3.embeddings import write_embeddings
-from cm3.fit import Fitted, fit
 from cm3.graph import item_item_matrix
 from cm3.interactions import Interactions, read_interactions
-from cm3.model import CM3
+from cm3.loop import Fitted, fit
+from cm3.model import fill_missing, seeded
 from cm3.ranking import Validation
 from cm3.sampling import Sampler, derived_seed
 from cm3.weights import modality_weights
@@ -75,13 +75,11 @@ def train(
     device = select_device(training.device)
     observed = data.matrix("train")
     vectors = {m: read_features(features[m], data.item_ids) for m in modalities}
-    filled = [_filled(vectors[m].embedding, vectors[m].ok, model.missing, features[m]) for m in modalities]
+    filled = [fill_missing(vectors[m].embedding, vectors[m].ok, model.missing, str(features[m])) for m in modalities]
     weights = modality_weights(model, modalities)
     neighbours = [_neighbours(similarity[m], model.knn_k, len(data.item_ids)) for m in modalities]
     graph = item_item_matrix(neighbours, [weights[m] for m in modalities], len(data.item_ids))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derived_seed(training.seed))
-        network = CM3([torch.from_numpy(x) for x in filled], observed, graph, model).to(device)
+    network = seeded(filled, observed, graph, model, training.seed).to(device)
     n_parameters = sum(p.numel() for p in network.parameters())
     log.info(
         "%d users, %d items, %d training interactions, modalities %s, %d parameters, on %s",
@@ -98,14 +96,6 @@ def train(
     _write(fitted, data, identity, model_output, history_output, users_output, items_output)
     checkpoint.remove()
     return _facts(fitted, training, device, n_parameters, weights)
-
-
-def _filled(embedding: np.ndarray, ok: np.ndarray, missing: str, path: Path) -> np.ndarray:
-    if not ok.any():
-        raise UserError(f"{path}: none of its {len(ok)} items has a vector; leave this modality out or mend its inputs")
-    filled = embedding.copy()
-    filled[~ok] = embedding[ok].mean(0, dtype=np.float64) if missing == "mean" else 0
-    return filled
 
 
 def _neighbours(path: Path, knn_k: int, n_items: int) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from training_shop import MODEL, OUTPUTS, TRAINING, history, one_thread, prepared, run, shop, written  # noqa: F401
 
-import cm3.fit
+import cm3.loop
 from cm3.config import Model
 from cm3.embeddings import read_embeddings
 from cm3.interactions import read_interactions
@@ -83,7 +83,7 @@ def test_round_valid_keeps_the_first_of_values_that_round_alike(
     shop, tmp_path, monkeypatch, digits, best_epoch, best_valid
 ):
     values = iter([0.25001, 0.25004, 0.25029, 0.25031, 0.2])
-    monkeypatch.setattr("cm3.fit.Validation.score", lambda *_: next(values))
+    monkeypatch.setattr("cm3.loop.Validation.score", lambda *_: next(values))
     facts = run(shop, tmp_path, training={"epochs": 5, "round_valid": digits})
     assert (facts["best_epoch"], facts["best_valid"]) == (best_epoch, best_valid)
 
@@ -164,7 +164,7 @@ def test_missing_features_take_the_mean_of_the_others_or_zero(tmp_path, policy, 
         seen["image"] = features[1].numpy().copy()
         return CM3(features, *rest)
 
-    monkeypatch.setattr("cm3.train.CM3", remember)
+    monkeypatch.setattr("cm3.model.CM3", remember)
     run(shop, tmp_path / "out", training={"epochs": 1}, model={"missing": policy})
     stored = read_features(shop["features.image"])
     expected = stored.embedding[stored.ok].mean(0) if policy == "mean" else np.zeros(stored.embedding.shape[1])
@@ -202,7 +202,7 @@ def test_the_reference_slerp_is_named_when_it_breaks(tmp_path, monkeypatch):
         model.modalities[1].point.load_state_dict(model.modalities[0].point.state_dict())
         return model
 
-    monkeypatch.setattr("cm3.train.CM3", equal_points)
+    monkeypatch.setattr("cm3.model.CM3", equal_points)
     with pytest.raises(UserError, match=r"epoch 1, batch 1: .*culprit: model\.slerp: reference"):
         run(shop, tmp_path / "out", model={"slerp": "reference"})
     run(shop, tmp_path / "safe", model={"slerp": "safe"}, training={"epochs": 1})
@@ -211,7 +211,7 @@ def test_the_reference_slerp_is_named_when_it_breaks(tmp_path, monkeypatch):
 def test_accelerators_check_the_whole_epoch_at_once(shop):
     parts = torch.tensor([[1.0, 2.0, 3.0], [1.0, float("inf"), 3.0]])
     with pytest.raises(UserError, match="epoch 4, batch 2: the loss is not finite, in user_uniformity"):
-        cm3.fit._require_finite_parts(parts, rebuilt(shop)[0], 4)
+        cm3.loop._require_finite_parts(parts, rebuilt(shop)[0], 4)
 
 
 def test_features_of_other_items_are_refused(shop, tmp_path):

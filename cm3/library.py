@@ -1,0 +1,264 @@
+"""CM3 without a workflow: fit on ids and arrays, recommend, find similar items, save and load."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import scipy.sparse as sp
+import torch
+
+from cm3.checkpoint import Unkept
+from cm3.config import Model, Training, settings
+from cm3.device import select_device
+from cm3.embeddings import read_embeddings, write_embeddings
+from cm3.graph import item_item_matrix
+from cm3.loop import fit as fit_network
+from cm3.model import fill_missing, seeded
+from cm3.neighbours import knn
+from cm3.ranking import Ranking, Validation
+from cm3.sampling import Sampler, derived_seed
+from cm3.weights import modality_weights
+from stages.files import read_json
+from stages.strict import nearest
+from stages.tables import INTERACTIONS, read_table, write_table
+
+log = logging.getLogger("cm3.library")
+
+USERS, ITEMS, SEEN = "user_embeddings.parquet", "item_embeddings.parquet", "seen.parquet"
+_SEEN = pa.schema([("user", pa.int32()), ("item", pa.int32())])
+
+
+@dataclass(frozen=True)
+class Recommender:
+    """A trained model as it is used: one vector per user and item, whose dot product is the score.
+
+    Attributes:
+        user_ids, item_ids: U and I ids, in row order.
+        users, items: (U, D) and (I, D) float32. For approximate search, index `items` by inner product.
+        seen: (U, I), 1 where a user has interacted with an item; None where that is not known.
+        history: losses and validation scores by epoch.
+    """
+
+    user_ids: list[str]
+    item_ids: list[str]
+    users: np.ndarray
+    items: np.ndarray
+    seen: sp.csr_matrix | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def save(self, folder: str | Path) -> None:
+        """Write user_embeddings.parquet, item_embeddings.parquet and seen.parquet to `folder`; `load` reads them."""
+        place = Path(folder)
+        write_embeddings(place / USERS, "user_id", self.user_ids, self.users, {})
+        write_embeddings(place / ITEMS, "item_id", self.item_ids, self.items, {})
+        if self.seen is not None:
+            pairs = self.seen.tocoo()
+            write_table(place / SEEN, pa.table({"user": pairs.row, "item": pairs.col}).cast(_SEEN), _SEEN)
+
+
+def fit(
+    interactions: Mapping[str, Sequence[Any]],
+    features: Mapping[str, np.ndarray],
+    item_ids: Sequence[Any],
+    model: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+    valid_share: float = 0.1,
+) -> Recommender:
+    """Train CM3 and return it ready to recommend.
+
+    A share of the interactions is held out to stop early by, never a user's only one. Items without interactions (cold ones) are
+    embedded by their features and can be recommended like all others.
+
+    Args:
+        interactions: columns `user` and `item` of ids, one interaction a row: a dict of lists, a pandas DataFrame or a
+            pyarrow Table. Repeats count once.
+        features: (I, d) vectors by modality, one at least; a row with NaN is a missing vector.
+        item_ids: the I ids that the rows belong to.
+        model: settings of `cm3.config.Model` that differ from the defaults.
+        training: settings of `cm3.config.Training`, such as {"epochs": 50, "seed": 1, "device": "cuda"}.
+        valid_share: of the interactions.
+
+    Raises:
+        ValueError: shapes or ids that do not fit together.
+        UserError: settings that are not valid, or a loss that is not finite.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> pairs = {"user": np.repeat(np.arange(20), 5), "item": rng.integers(0, 12, 100)}
+        >>> vectors = {"text": rng.normal(size=(12, 8)), "image": rng.normal(size=(12, 4))}
+        >>> shop = fit(pairs, vectors, range(12), {"embedding_dim": 4, "knn_k": 3}, {"epochs": 2, "device": "cpu"})
+        >>> [len(items) for items in recommend(shop, ["0", "7"], k=3)]
+        [3, 3]
+    """
+    chosen = settings("default", model or {}, training or {}, {}, "fit")
+    names = [str(item) for item in item_ids]
+    users, items, user_ids = _pairs(interactions, names)
+    held = _held_out(users, valid_share, chosen.training.seed)
+    shape = (len(user_ids), len(names))
+    observed, valid = (_matrix(users[part], items[part], shape) for part in (~held, held))
+    if not valid.nnz:
+        raise ValueError(f"valid_share = {valid_share} holds nothing out of {len(users)} interactions; raise it")
+    network = _network(features, names, observed, chosen.model, chosen.training)
+    device = network.users.device
+    sampler = Sampler(
+        torch.from_numpy(users[~held]).to(device), torch.from_numpy(items[~held]).to(device), len(names), batch_size=chosen.training.batch_size, contrast=chosen.model.uniformity_items,
+        dedup_pairs=chosen.model.dedup_pairs, seed=derived_seed(chosen.training.seed, 1),
+    )  # fmt: skip
+    validation = Validation(valid, observed, chosen.training.monitor, device)
+    fitted = fit_network(network, sampler, validation, chosen.training, Unkept())
+    return Recommender(
+        user_ids, names, fitted.users.cpu().numpy(), fitted.items.cpu().numpy(), _matrix(users, items, shape),
+        fitted.history,
+    )  # fmt: skip
+
+
+def recommend(
+    model: Recommender, users: Sequence[Any], k: int = 10, exclude_seen: bool = True
+) -> list[list[tuple[str, float]]]:
+    """Return each user's k best items as (item id, score), best first; fewer where fewer are left.
+
+    Args:
+        model: as `fit` or `load` gives it.
+        users: user ids.
+        k: length of the lists.
+        exclude_seen: leave out what a user has interacted with.
+
+    Raises:
+        ValueError: an unknown user, or it is not known what users have seen.
+    """
+    rows = _rows(users, model.user_ids, "user")
+    if exclude_seen and model.seen is None:
+        raise ValueError("it is not known what users have seen; load with interactions=..., or set exclude_seen=False")
+    masked = (
+        model.seen if exclude_seen and model.seen is not None else sp.csr_matrix((len(model.users), len(model.items)))
+    )
+    best, scores = Ranking(rows, masked).top(torch.from_numpy(model.users), torch.from_numpy(model.items), k)
+    return _named(best, scores, model.item_ids)
+
+
+def similar_items(model: Recommender, items: Sequence[Any], k: int = 10) -> list[list[tuple[str, float]]]:
+    """Return the k items nearest to each item by the cosine of their trained vectors, as (item id, cosine).
+
+    Raises:
+        ValueError: an unknown item.
+    """
+    rows = _rows(items, model.item_ids, "item")
+    norms = np.linalg.norm(model.items, axis=1, keepdims=True)
+    unit = torch.from_numpy(model.items / np.maximum(norms, np.finfo(np.float32).tiny))
+    itself = sp.csr_matrix((np.ones(len(unit), np.float32), (range(len(unit)), range(len(unit)))), (len(unit),) * 2)
+    best, scores = Ranking(rows, itself).top(unit, unit, k)
+    return _named(best, scores, model.item_ids)
+
+
+def load(path: str | Path, interactions: str | Path | None = None) -> Recommender:
+    """Read what `Recommender.save` wrote, or an experiment's folder `results/{experiment}`.
+
+    Args:
+        path: the folder.
+        interactions: an interactions.parquet of the pipeline, which tells what users have seen; for an experiment's
+            folder, that of its data set is taken where it lies beside `results/`.
+
+    Raises:
+        UserError: no such files, or unreadable ones.
+    """
+    folder = Path(path)
+    user_ids, item_ids = _ids(folder / USERS, "user_id"), _ids(folder / ITEMS, "item_id")
+    users, _ = read_embeddings(folder / USERS, "user_id", user_ids)
+    items, _ = read_embeddings(folder / ITEMS, "item_id", item_ids)
+    shape = (len(user_ids), len(item_ids))
+    table = None
+    if (folder / SEEN).exists() and interactions is None:
+        table = read_table(folder / SEEN, _SEEN)
+    elif (place := interactions or _prepared(folder)) is not None:
+        table = read_table(place, INTERACTIONS)
+    seen = None if table is None else _matrix(table.column("user").to_numpy(), table.column("item").to_numpy(), shape)
+    return Recommender(user_ids, item_ids, users.copy(), items.copy(), seen)
+
+
+def _prepared(folder: Path) -> Path | None:
+    metrics = folder / "metrics.json"
+    if not metrics.exists():
+        return None
+    place = folder.resolve().parents[1] / "processed" / read_json(metrics)["dataset"] / "interactions.parquet"
+    return place if place.exists() else None
+
+
+def _ids(path: Path, name: str) -> list[str]:
+    if not path.exists():
+        raise ValueError(f"{path}: no such file; is it the folder of an experiment, or of a saved Recommender?")
+    return pq.read_table(path, columns=[name]).column(name).to_pylist()
+
+
+def _pairs(interactions: Mapping[str, Sequence[Any]], names: list[str]) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    columns = []
+    for name in ("user", "item"):
+        try:
+            columns.append([str(value) for value in np.asarray(interactions[name]).tolist()])
+        except KeyError:
+            raise ValueError(f"interactions: has no column {name!r}") from None
+    if len(columns[0]) != len(columns[1]):
+        raise ValueError(f"interactions: {len(columns[0])} users and {len(columns[1])} items")
+    user_ids = sorted(set(columns[0]))
+    places = {name: place for place, name in enumerate(user_ids)}
+    users = np.asarray([places[name] for name in columns[0]], np.int64)
+    pairs = np.unique(np.stack([users, _rows(columns[1], names, "item")]), axis=1)
+    return pairs[0], pairs[1], user_ids
+
+
+def _rows(wanted: Sequence[Any], ids: list[str], kind: str) -> np.ndarray:
+    places = {name: place for place, name in enumerate(ids)}
+    if len(places) < len(ids):
+        raise ValueError(f"{kind} ids stand twice: {len(ids)} ids, {len(places)} different ones")
+    rows = np.asarray([places.get(str(name), -1) for name in wanted], np.int64)
+    if (rows < 0).any():
+        unknown = str(wanted[int(np.flatnonzero(rows < 0)[0])])
+        raise ValueError(f"{kind} {unknown!r} is unknown{nearest(unknown, ids[:10_000])}")
+    return rows
+
+
+def _held_out(users: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Return which interactions validate: each with probability `share`, but one of every user never does."""
+    draws = np.random.default_rng(derived_seed(seed, 2)).random(len(users))
+    highest = np.lexsort((draws, users))[np.cumsum(np.bincount(users)) - 1]
+    held = draws < share
+    held[highest] = False
+    return held
+
+
+def _matrix(users: np.ndarray, items: np.ndarray, shape: tuple[int, int]) -> sp.csr_matrix:
+    matrix = sp.csr_matrix((np.ones(len(users), np.float32), (users, items)), shape)
+    matrix.sum_duplicates()
+    matrix.data[:] = 1.0
+    return matrix
+
+
+def _network(
+    features: Mapping[str, np.ndarray], names: list[str], observed: sp.csr_matrix, model: Model, training: Training
+) -> Any:
+    device, filled, neighbours = select_device(training.device), [], []
+    for modality, vectors in features.items():
+        values = np.asarray(vectors, np.float32)
+        if values.ndim != 2 or len(values) != len(names):
+            raise ValueError(f"features[{modality!r}]: {values.shape} is not ({len(names)}, d), a row for each item")
+        ok = np.asarray(np.isfinite(values).all(axis=1))
+        filled.append(fill_missing(values, ok, model.missing, f"features[{modality!r}]"))
+        usable = np.flatnonzero(ok & (np.linalg.norm(values, axis=1) > 0))
+        indices, _ = knn(torch.from_numpy(values[usable]).to(device), model.knn_k)
+        neighbours.append((np.repeat(usable, model.knn_k), usable[indices.cpu().numpy().ravel()]))
+    if not filled:
+        raise ValueError("features: at least one modality is needed")
+    weights = modality_weights(model, list(features))
+    graph = item_item_matrix(neighbours, list(weights.values()), len(names))
+    return seeded(filled, observed, graph, model, training.seed).to(device)
+
+
+def _named(best: np.ndarray, scores: np.ndarray, ids: list[str]) -> list[list[tuple[str, float]]]:
+    return [
+        [(ids[item], float(score)) for item, score in zip(row, values, strict=True) if item >= 0]
+        for row, values in zip(best.tolist(), scores.tolist(), strict=True)
+    ]
