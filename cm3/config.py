@@ -25,6 +25,15 @@ class Model(Strict):
     n_ui_layers: int = Field(3, ge=0, description="layers L over the user-item graph")
     n_mm_layers: int = Field(1, ge=0, description="layers n over the item-item graph")
     knn_k: int = Field(10, gt=0, description="neighbours per item and modality in the item-item graph, itself included")
+    knn_method: Literal["exact", "hnsw", "ivf"] = Field(
+        "exact",
+        description="search for those neighbours; hnsw and ivf are approximate, need faiss-cpu, and pay above a million "
+        "items only; their recall stands in the stage's record",
+    )
+    knn_missing: Literal["drop", "mean"] = Field(
+        "drop",
+        description="an item without a vector has no neighbours and is none (drop), or has the mean of the others (mean)",
+    )
     modality_weights: dict[str, Weight] | None = Field(
         None,
         description="weight of each modality's item-item graph, scaled to sum 1; "
@@ -79,6 +88,13 @@ class Training(Strict):
     batch_size: int = Field(2048, gt=1, description="interactions per step")
     lr: Float = Field(1e-3, gt=0, description="step size of Adam")
     weight_decay: Float = Field(0.0, ge=0, description="L2 penalty that Adam adds to the gradient")
+    schedule: Literal["constant", "cosine", "exponential"] = Field(
+        "constant",
+        description="how lr changes: not at all, by a cosine to 0 at the last of `epochs`, or by lr_decay an epoch",
+    )
+    lr_decay: Float = Field(0.99, gt=0, le=1, description="factor of lr an epoch; only with schedule: exponential")
+    warmup_epochs: Float = Field(0.0, ge=0, description="epochs over which lr rises from 0, linearly")
+    clip_norm: Float | None = Field(None, gt=0, description="largest norm of the gradient; larger ones are scaled down")
     patience: int = Field(10, gt=0, description="stop after this many validations in a row without improvement")
     validate_every: int = Field(1, gt=0, description="epochs between validations")
     monitor: str = Field(
@@ -123,6 +139,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "dedup_pairs": False,
             "detach_similarity": False,
             "uniformity_items": "negative",
+            "knn_missing": "mean",
         },
         "training": {
             "select_on": "test",

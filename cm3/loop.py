@@ -2,6 +2,7 @@
 
 import logging
 import math
+import signal
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -13,7 +14,8 @@ from cm3.checkpoint import Checkpoint
 from cm3.config import Training
 from cm3.model import CM3, Embeddings, Loss
 from cm3.ranking import Validation
-from cm3.sampling import Sampler, derived_seed, mixing_parameters
+from cm3.sampling import Batch, Sampler, derived_seed, mixing_parameters
+from cm3.schedule import Stopping, lr_factor
 from stages.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -77,6 +79,7 @@ def fit(
 
     Raises:
         UserError: the loss is not finite; the message names the epoch, the batch and the culprit.
+        SystemExit: SIGTERM asked to stop; the checkpoint is written.
     """
     device = model.users.device
     optimiser = torch.optim.Adam(
@@ -90,46 +93,72 @@ def fit(
         log.info("going on from the checkpoint: epoch %d, after batch %d of %d", state.epoch, state.batch, len(parts))
     saved, seconds, epochs_here = time.monotonic(), 0.0, 0
     stopped = _finished(state, settings)
-    while not stopped:
-        started = logged = time.monotonic()
-        embeddings, first = None, state.batch
-        for number, batch in enumerate(sampler.epoch(state.epoch, first), start=first):
-            t = mixing_parameters(
-                model.settings.alpha, model.n_items, device, derived_seed(settings.seed, state.epoch, number)
-            )
-            optimiser.zero_grad(set_to_none=True)
-            embeddings = model(t)
-            loss = model.loss(embeddings, batch)
-            parts[number] = torch.stack([loss.alignment, loss.user_uniformity, loss.item_uniformity]).detach()
-            if device.type == "cpu":
-                _require_finite(loss, model, state.epoch, number)
-            loss.total.backward()
-            optimiser.step()
-            state.batch = number + 1
-            now = time.monotonic()
-            if now - logged >= _LOG_SECONDS:
-                logged = now
-                pace = (now - started) / (state.batch - first)
-                left = pace * (len(parts) - state.batch)
-                log.info("epoch %d: batch %d of %d, %.0f s left in it", state.epoch, state.batch, len(parts), left)
-            if now - saved >= settings.checkpoint_seconds and state.batch < len(parts):
-                _require_finite_parts(parts[: state.batch], model, state.epoch)
+    with Stopping() as stopping:
+        while not stopped:
+            started = logged = time.monotonic()
+            embeddings, first = None, state.batch
+            for number, batch in enumerate(sampler.epoch(state.epoch, first), start=first):
+                embeddings = _step(model, optimiser, batch, settings, state.epoch, number, parts)
+                state.batch = number + 1
+                now = time.monotonic()
+                if now - logged >= _LOG_SECONDS:
+                    logged = now
+                    pace = (now - started) / (state.batch - first)
+                    left = pace * (len(parts) - state.batch)
+                    log.info("epoch %d: batch %d of %d, %.0f s left in it", state.epoch, state.batch, len(parts), left)
+                due = stopping.asked or now - saved >= settings.checkpoint_seconds
+                if due and state.batch < len(parts):
+                    _require_finite_parts(parts[: state.batch], model, state.epoch)
+                    _save(checkpoint, state, model, optimiser, parts, best_tensors)
+                    saved = time.monotonic()
+                    _stop_if(stopping)
+            _require_finite_parts(parts, model, state.epoch)
+            _validate(state, model, embeddings, parts, settings, validation, test, best_tensors)
+            seconds, epochs_here = seconds + time.monotonic() - started, epochs_here + 1
+            _log_epoch(state, settings, time.monotonic() - started)
+            stopped = _finished(state, settings)
+            state.epoch, state.batch = state.epoch + 1, 0
+            if stopped or stopping.asked or time.monotonic() - saved >= settings.checkpoint_seconds:
                 _save(checkpoint, state, model, optimiser, parts, best_tensors)
                 saved = time.monotonic()
-        _require_finite_parts(parts, model, state.epoch)
-        _validate(state, model, embeddings, parts, settings, validation, test, best_tensors)
-        seconds, epochs_here = seconds + time.monotonic() - started, epochs_here + 1
-        _log_epoch(state, settings, time.monotonic() - started)
-        stopped = _finished(state, settings)
-        state.epoch, state.batch = state.epoch + 1, 0
-        if stopped or time.monotonic() - saved >= settings.checkpoint_seconds:
-            _save(checkpoint, state, model, optimiser, parts, best_tensors)
-            saved = time.monotonic()
+                _stop_if(stopping)
     parameters = {name: best_tensors[f"best.{name}"] for name, _ in model.named_parameters()}
     return Fitted(
         parameters, best_tensors["best_users"], best_tensors["best_items"], state.best, state.history, stopped,
         seconds / max(epochs_here, 1),
     )  # fmt: skip
+
+
+def _step(
+    model: CM3,
+    optimiser: torch.optim.Optimizer,
+    batch: Batch,
+    settings: Training,
+    epoch: int,
+    number: int,
+    parts: Tensor,
+) -> Embeddings:
+    device = parts.device
+    t = mixing_parameters(model.settings.alpha, model.n_items, device, derived_seed(settings.seed, epoch, number))
+    for group in optimiser.param_groups:
+        group["lr"] = settings.lr * lr_factor(settings, epoch, number, len(parts))
+    optimiser.zero_grad(set_to_none=True)
+    embeddings = model(t)
+    loss = model.loss(embeddings, batch)
+    parts[number] = torch.stack([loss.alignment, loss.user_uniformity, loss.item_uniformity]).detach()
+    if device.type == "cpu":
+        _require_finite(loss, model, epoch, number)
+    loss.total.backward()
+    if settings.clip_norm is not None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+    optimiser.step()
+    return embeddings
+
+
+def _stop_if(stopping: Stopping) -> None:
+    if stopping.asked:
+        log.info("asked to stop; the checkpoint is written, the same command goes on from it")
+        raise SystemExit(128 + signal.SIGTERM)
 
 
 def _finished(state: State, settings: Training) -> str:

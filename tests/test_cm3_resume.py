@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import random
 import signal
@@ -14,8 +15,10 @@ import pytest
 import torch
 from training_shop import MODEL, OUTPUTS, TRAINING, history, one_thread, prepared, run, shop, written  # noqa: F401
 
+import cm3.loop
 from cm3.checkpoint import Checkpoint
 from cm3.config import Model, Training
+from cm3.schedule import lr_factor
 
 
 class Stopped(BaseException):
@@ -78,6 +81,58 @@ def test_a_killed_process_goes_on_to_the_same_bytes(shop, tmp_path):
     assert record["stage"] == "cm3.train" and record["epochs"] == len(history(folder)) and record["peak_memory_mb"] > 0
     assert {name: (folder / name).read_bytes() for name in OUTPUTS} == written(tmp_path / "whole")
     assert not (folder / "checkpoints").exists()
+
+
+def test_sigterm_writes_a_checkpoint_and_the_run_goes_on_from_it(shop, tmp_path, monkeypatch, caplog):
+    training = {"checkpoint_seconds": 1000, "epochs": 4, "schedule": "cosine", "warmup_epochs": 0.5, "clip_norm": 0.5}
+    run(shop, tmp_path / "whole", training=training)
+    step, steps = cm3.loop._step, 0
+
+    def step_then_signal(*arguments):
+        nonlocal steps
+        steps += 1
+        done = step(*arguments)
+        if steps in (2, 7):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return done
+
+    monkeypatch.setattr(cm3.loop, "_step", step_then_signal)
+    before = signal.getsignal(signal.SIGTERM)
+    for _ in range(2):
+        with pytest.raises(SystemExit) as stopped:
+            run(shop, tmp_path / "stopped", training=training)
+        assert stopped.value.code == 143
+        assert (tmp_path / "stopped/checkpoints/last.safetensors").exists()
+    assert signal.getsignal(signal.SIGTERM) is before
+    with caplog.at_level(logging.INFO):
+        run(shop, tmp_path / "stopped", training=training)
+    assert "going on from the checkpoint" in caplog.text
+    assert written(tmp_path / "stopped") == written(tmp_path / "whole")
+
+
+def test_learning_rates_follow_their_schedule():
+    def factors(**settings):
+        chosen = Training(**settings)
+        return [lr_factor(chosen, epoch, batch, 4) for epoch in (1, 2, 3) for batch in range(4)]
+
+    assert factors() == [1.0] * 12
+    assert factors(warmup_epochs=1.0)[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert factors(schedule="exponential", lr_decay=0.5)[::4] == [1.0, 0.5, 0.25]
+    cosine = factors(schedule="cosine", epochs=3)
+    assert cosine == sorted(cosine, reverse=True) and cosine[0] == 1.0
+    assert cosine[6] == pytest.approx(0.5) and cosine[-1] == pytest.approx(0.5 * (1 + math.cos(math.pi * 11 / 12)))
+
+
+def test_a_clipped_gradient_changes_the_run_and_a_loose_limit_does_not(shop, tmp_path):
+    outputs = {}
+    for name, training in (
+        ("none", {}),
+        ("loose", {"clip_norm": 1e6}),
+        ("tight", {"clip_norm": 1e-3, "weight_decay": 0.1}),
+    ):
+        run(shop, tmp_path / name, training=training | {"epochs": 2})
+        outputs[name] = written(tmp_path / name)["history.csv"]
+    assert outputs["loose"] == outputs["none"] != outputs["tight"]
 
 
 @pytest.mark.parametrize("change", ["code", "model", "training", "inputs"])
