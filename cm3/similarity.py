@@ -1,6 +1,7 @@
 """Stage `similarity`: each item's nearest neighbours by one modality's features."""
 
 import logging
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,45 +18,67 @@ from stages.tables import SIMILARITY, read_features, write_table
 log = logging.getLogger("cm3.similarity")
 
 
-def similarity(*, features: Path, output: Path, knn_k: int, device: str = "cpu") -> dict[str, Any]:
+def similarity(
+    *, features: Path, output: Path, knn_k: int, method: str = "exact", missing: str = "drop", device: str = "cpu"
+) -> dict[str, Any]:
     """Write the `knn_k` nearest items of every item that has a vector, itself included (`stages.tables.SIMILARITY`).
 
-    Items without a vector, or with one of zero length, have no rows and are nobody's neighbours.
+    An item without a vector has no rows and is nobody's neighbour (`missing` drop), or has the mean of the others'
+    vectors (mean), as in the reference. A vector of zero length has no direction and is left out by either.
+
+    Args:
+        method: exact, or by faiss hnsw or ivf, whose recall on a sample is measured, logged and written too.
 
     Returns:
-        Facts for the stage's record: counts of items.
+        Facts for the stage's record: counts of items, and the recall of an approximate search.
 
     Raises:
-        UserError: no item has a vector, or fewer than `knn_k` have one.
+        UserError: no item has a vector, fewer than `knn_k` have one, or faiss is wanted and absent.
     """
     table = read_features(features)
-    usable = np.flatnonzero(table.ok & (np.linalg.norm(table.embedding, axis=1) > 0))
-    facts = {
-        "items": len(table.ok),
-        "with_vector": int(table.ok.sum()),
-        "zero_vectors": int(table.ok.sum()) - len(usable),
+    n_items, ok, vectors, metadata = len(table.ok), table.ok, table.embedding, table.metadata
+    if missing == "mean" and ok.any():
+        # The mean that training fills in with.
+        vectors[~ok] = vectors[ok].mean(0, dtype=np.float64)
+    directed = vectors.any(axis=1)
+    usable = np.flatnonzero(directed)
+    facts: dict[str, Any] = {
+        "items": n_items,
+        "with_vector": int(ok.sum()),
+        "zero_vectors": int((ok & ~directed).sum()),
     }
     if not len(usable):
-        raise UserError(f"{features}: none of its {len(table.ok)} items has a vector; leave this modality out or mend its inputs")  # fmt: skip
+        raise UserError(f"{features}: none of its {n_items} items has a vector; leave this modality out or mend its inputs")  # fmt: skip
     if len(usable) < knn_k:
         raise UserError(f"{features}: {len(usable)} items have a vector, fewer than knn_k = {knn_k}; lower model.knn_k to {len(usable)} or less")  # fmt: skip
     if facts["zero_vectors"]:
         log.warning("%s: %d items have a vector of zero length and get no neighbours", features, facts["zero_vectors"])
-    # MPS has no float64, which the exact scores need.
-    place = "cpu" if device == "mps" else device
-    indices, scores = knn(torch.from_numpy(table.embedding[usable]).to(place), knn_k)
+    del table
+    if len(usable) < n_items:
+        vectors = vectors[usable]
+    described = {"knn_k": knn_k, "method": method, "missing": missing, "features": metadata}
+    if method == "exact":
+        # MPS has no float64, which the exact scores need.
+        indices, scores = knn(torch.from_numpy(vectors).to("cpu" if device == "mps" else device), knn_k)
+    else:
+        # By name, so that the digest of exact graphs' code does not cover it.
+        approximate = import_module("cm3.approximate")
+        indices, scores, measured = approximate.approximate_knn(torch.from_numpy(vectors), knn_k, method)
+        facts |= measured
+        described |= measured
+        log.info("%s: recall %.4f against exact search on %d items", method, measured["recall"], measured["recall_rows"])  # fmt: skip
     columns = {
         "item": np.repeat(usable, knn_k).astype(np.int32),
         "neighbour": usable[indices.cpu().numpy().ravel()].astype(np.int32),
         "score": scores.cpu().numpy().ravel(),
     }
-    write_table(output, pa.table(columns), SIMILARITY, {"knn_k": knn_k, "features": table.metadata})
-    log.info("%d of %d items have neighbours, %d each", len(usable), len(table.ok), knn_k)
+    write_table(output, pa.table(columns), SIMILARITY, described)
+    log.info("%d of %d items have neighbours, %d each", len(usable), n_items, knn_k)
     return facts
 
 
 def main() -> None:
-    """Run the stage: spec knn_k; input features; outputs similarity, record."""
+    """Run the stage: spec knn_k, method, missing; input features; outputs similarity, record."""
     with stage("cm3.similarity") as call:
         set_threads(call.runtime.get("threads"))
         device = select_device(call.runtime.get("device", "auto"))
@@ -63,6 +86,8 @@ def main() -> None:
             features=call.inputs["features"],
             output=call.outputs["similarity"],
             knn_k=call.spec["knn_k"],
+            method=call.spec["method"],
+            missing=call.spec["missing"],
             device=device.type,
         )
         call.record["device"] = device.type

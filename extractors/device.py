@@ -1,5 +1,6 @@
 """Where a model runs, and batches that shrink when its memory runs out."""
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TypeVar
@@ -31,10 +32,19 @@ def resolve_device(name: str) -> str:
 
 
 def torch_dtype(precision: str) -> "torch.dtype":
-    """Return torch's type for a precision setting."""
+    """Return torch's type of a model's weights for a precision setting."""
     import torch
 
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
+    return {"float32": torch.float32, "autocast": torch.float32, "bfloat16": torch.bfloat16}[precision]
+
+
+def arithmetic(device: str, precision: str) -> contextlib.AbstractContextManager[object]:
+    """Return what forward passes run within: `autocast` takes bfloat16 for products and float32 for norms and sums."""
+    import torch
+
+    if precision == "autocast":
+        return torch.autocast(device, dtype=torch.bfloat16)
+    return contextlib.nullcontext()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

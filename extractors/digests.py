@@ -6,10 +6,14 @@ import os
 import time
 from pathlib import Path
 
+from extractors.pickles import pickled_in
 from stages.files import atomic, sha256_of
 
 MODEL_FILES = frozenset({".safetensors", ".json", ".txt", ".model", ".jinja", ".spm", ".bpe", ".vocab"})
 """Suffixes of what a model folder is loaded from; readmes and exports to other runtimes are not."""
+
+CODE = ".py"
+"""Suffix of the code that some models bring along."""
 
 _SETTLED_SECONDS = 2.0
 
@@ -20,14 +24,20 @@ def cache_folder() -> Path:
     return Path(base).expanduser() / "digests"
 
 
-def digest_of(path: Path) -> str:
+def digest_of(path: Path, code: bool = False) -> str:
     """Return the sha256 of a file, or of a model folder's names and contents. The path itself doesn't matter.
 
     A file is read once per (path, size, modification time); touching or moving it gives the same digest.
+
+    Args:
+        path: a file, or a folder as a model is loaded from.
+        code: whether the folder's Python files count.
     """
     if path.is_file():
         return _file_digest(path)
-    files = sorted(p for p in path.rglob("*") if p.suffix in MODEL_FILES and p.is_file())
+    suffixes = MODEL_FILES | {CODE} if code else MODEL_FILES
+    found = {p for p in path.rglob("*") if p.suffix in suffixes and p.is_file()}
+    files = sorted(found | set(pickled_in(path)))
     combined = hashlib.sha256()
     for file in files:
         combined.update(f"{file.relative_to(path).as_posix()}\0{_file_digest(file)}\n".encode())

@@ -65,7 +65,8 @@ def check_effort(parameters: int, items: int, estimate: float, allow_slow: bool)
     )
     if estimate > BEARABLE_HOURS and not allow_slow:
         raise UserError(
-            f"{told}. Run it on a machine with a GPU, take a smaller model, leave the caption modality out of the "
-            "experiment, or set allow_slow: true to wait for it"
+            f"{told}. Run it on a machine with a GPU, let a server that has one do it (backend: openai-caption, see "
+            "docs/captions.md), take a smaller model, leave the caption modality out of the experiment, or set "
+            "allow_slow: true to wait for it"
         )
     log.warning(told)

@@ -128,10 +128,16 @@ def no_vectors(count: int, dim: int, status: str) -> Encoded:
 
 
 def collect(vectors: Mapping[int, np.ndarray], errors: Mapping[int, str], count: int, dim: int) -> Encoded:
-    """Return `count` rows with the vectors and failures known by row."""
+    """Return `count` rows with the vectors and failures known by row.
+
+    Raises:
+        UserError: a vector is not of `dim` numbers.
+    """
     encoded = no_vectors(count, dim, FAILED)
     encoded.errors = dict(errors)
     for row, vector in vectors.items():
+        if vector.shape != (dim,):
+            raise UserError(f"the model made vectors of {dim} dimensions, then one of {vector.shape[-1]}")
         encoded.embedding[row] = vector
         encoded.status[row] = OK
     return encoded

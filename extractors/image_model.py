@@ -1,4 +1,4 @@
-"""What timm and open_clip encoders share: decode and preprocess in threads, forward in batches."""
+"""What image encoders share: decode and preprocess in threads, forward in batches."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +12,7 @@ from pydantic import Field
 
 from extractors.ahead import chunks, default_workers, map_ahead
 from extractors.decode import UnreadableError, decode
-from extractors.device import Batch, resolve_device
+from extractors.device import Batch, arithmetic, resolve_device
 from extractors.extractor import Advance, Encoded, Extractor, collect, silent
 from extractors.model_spec import ModelSpec
 from extractors.pictures_of import picture_of, read_pictures
@@ -26,13 +26,11 @@ _PICTURES_PER_BATCH = {"cpu": 4, "mps": 64, "cuda": 256}
 
 
 class ImageModelSpec(ModelSpec):
-    """A spec of an image encoder: an architecture by name, its weights from a hub or a local file."""
+    """A spec of an image encoder."""
 
     modalities: ClassVar[tuple[str, ...]] = ("image",)
-    hub_field: ClassVar[str] = "hub"
 
     modality: Literal["image"] = Field(description="Always image.")
-    hub: str | None = Field(None, description="Hub repository (owner/name) of the weights; needs revision.")
     normalise: bool = Field(False, description="Scale vectors to unit length.")
 
     def needs(self) -> set[str]:
@@ -42,6 +40,15 @@ class ImageModelSpec(ModelSpec):
     def read(self, inputs: Mapping[str, Path]) -> Source[bytes]:
         """Return the pictures of the manifest."""
         return read_pictures(inputs["items"], inputs["manifest"])
+
+
+class ArchitectureSpec(ImageModelSpec):
+    """A spec of an image encoder whose `model` names an architecture; its weights come from a hub or a local file."""
+
+    hub_field: ClassVar[str] = "hub"
+
+    model: str | None = Field(None, description="The architecture's name, or a path, which means weights.")
+    hub: str | None = Field(None, description="Hub repository (owner/name) of the weights.")
 
 
 class ImageModel(Extractor[bytes]):
@@ -95,7 +102,7 @@ class ImageModel(Extractor[bytes]):
     def _encode(self, prepared: Sequence["torch.Tensor"]) -> np.ndarray:
         import torch
 
-        with torch.inference_mode():
+        with torch.inference_mode(), arithmetic(self.device, self.spec.precision):
             stack = torch.stack(list(prepared))
             if self.device == "cuda":
                 stack = stack.pin_memory().to(self.device, non_blocking=True)

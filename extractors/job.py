@@ -65,7 +65,7 @@ class Job:
         self.source: Source[Any] = spec.read(inputs)
         require_some(self.source, name, spec.modality)
         self.identity = spec.identity()
-        self.shards = Shards(output, [self.identity, code, self.source.fingerprint, spec.shard_items])
+        self.shards = Shards(output, [self.identity, code, self.source.fingerprint, spec.items_per_shard()])
         self.status, self.errors = self.source.status.copy(), dict(self.source.errors)
         self._model: Model[Any] | None = None
         self._facts: dict[str, Any] = {}
@@ -100,7 +100,7 @@ class Job:
 
             without_input = self.status != OK
             progress.advance(int(without_input.sum()), **_counts(self.status[without_input]))
-            for part, table, before in self.shards.run(rows, self.spec.shard_items, work):
+            for part, table, before in self.shards.run(rows, self.spec.items_per_shard(), work):
                 self.status[part] = table.column("status").to_pylist()
                 told = zip(part.tolist(), table.column("error").to_pylist(), strict=True)
                 self.errors |= {row: error for row, error in told if error}

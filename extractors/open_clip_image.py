@@ -7,8 +7,9 @@ from PIL import Image
 from pydantic import Field, model_validator
 
 from extractors.device import torch_dtype
-from extractors.hub import model_path
-from extractors.image_model import ImageModel, ImageModelSpec
+from extractors.hub import checked_path
+from extractors.image_model import ArchitectureSpec, ImageModel
+from extractors.pickles import pickled_in
 from stages.errors import UserError
 from stages.strict import nearest
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 _CONFIG = "open_clip_config.json"
 
 
-class OpenClipSpec(ImageModelSpec):
+class OpenClipSpec(ArchitectureSpec):
     """An image extractor out of open_clip: the image tower of a CLIP model."""
 
     backend: Literal["open_clip"] = Field(description="Encode pictures with the image tower of an open_clip model.")
@@ -43,15 +44,16 @@ class OpenClipExtractor(ImageModel):
 
     def __init__(self, spec: OpenClipSpec) -> None:
         import open_clip
+        from safetensors import SafetensorError
 
         super().__init__(spec)
-        name, pretrained = _source(spec, model_path(spec))
+        name, pretrained = _source(spec, checked_path(spec))
         try:
             # Weights are required: without them open_clip only warns and goes on with random ones.
             model, preprocess = open_clip.create_model_from_pretrained(
                 name, pretrained, force_quick_gelu=spec.force_quick_gelu, weights_only=True
             )
-        except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise UserError(f"{pretrained or name}: not weights of an open_clip model: {str(error)[:500]}") from error
         self.preprocess = preprocess
         self.preprocessing = dict(model.visual.preprocess_cfg)
@@ -75,10 +77,6 @@ def _source(spec: OpenClipSpec, path: Path) -> tuple[str, str | None]:
     """Return open_clip's name of the model, and its file of weights where the name doesn't say."""
     import open_clip
 
-    if not path.is_dir() and path.suffix != ".safetensors":
-        raise UserError(f"weights = {str(path)!r}: open_clip weights are a .safetensors file; pickles are refused")
-    if path.is_dir() and not any(path.glob("*.safetensors")):
-        raise UserError(f"{path}: has no .safetensors file; pickled weights are refused")
     if path.is_dir() and (spec.model is None or (path / _CONFIG).is_file()):
         return f"local-dir:{path}", None
     if spec.model not in open_clip.list_models():
@@ -86,4 +84,17 @@ def _source(spec: OpenClipSpec, path: Path) -> tuple[str, str | None]:
         raise UserError(
             f"model = {spec.model!r}: open_clip knows no such architecture{nearest(str(spec.model), known)}"
         )
-    return str(spec.model), str(next(path.glob("*.safetensors")) if path.is_dir() else path)
+    return str(spec.model), str(_weights_in(path) if path.is_dir() else path)
+
+
+def _weights_in(folder: Path) -> Path:
+    """Return the one file of weights in a folder without a description of its model.
+
+    Raises:
+        UserError: there are several.
+    """
+    files = sorted(folder.glob("*.safetensors")) or pickled_in(folder)
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise UserError(f"{folder}: has several files of weights ({names}); set weights to the one that is meant")
+    return files[0]

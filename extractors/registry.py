@@ -8,10 +8,15 @@ if TYPE_CHECKING:
 
 BACKENDS = {
     "sentence-transformers": "extractors.sentence_text:SentenceTransformersSpec",
+    "transformers-text": "extractors.transformers_text:TransformersTextSpec",
     "timm": "extractors.timm_image:TimmSpec",
     "open_clip": "extractors.open_clip_image:OpenClipSpec",
+    "transformers-vision": "extractors.transformers_vision:TransformersVisionSpec",
     "descriptor": "extractors.descriptor:DescriptorSpec",
+    "transformers-mllm": "extractors.transformers_mllm:TransformersMllmSpec",
     "transformers-caption": "extractors.transformers_caption:TransformersCaptionSpec",
+    "vllm-caption": "extractors.captions_vllm:VllmCaptionSpec",
+    "openai-caption": "extractors.captions_server:ServerCaptionSpec",
     "precomputed": "extractors.precomputed:PrecomputedSpec",
 }
 

@@ -15,20 +15,19 @@ if TYPE_CHECKING:
     from extractors.extractor import Model
     from extractors.source import Source
 
-MODALITIES = ("text", "image", "caption")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class ExtractorSpec(Strict):
     """The fields that all backends share; each backend's spec adds its own."""
 
-    runtime_fields: ClassVar[frozenset[str]] = frozenset({"batch_size", "device", "workers"})
+    runtime_fields: ClassVar[frozenset[str]] = frozenset({"batch_size", "device", "workers", "shard_size"})
     modalities: ClassVar[tuple[str, ...]] = ()
     """What the backend can make vectors of; empty: any modality."""
     shard_items: ClassVar[int | None] = 2048
-    """Items per shard of a job, so that a killed one loses little; None: all at once."""
+    """Items per shard where shard_size is not set; None: all at once."""
 
-    modality: str = Field(description="What the vectors stand for: text, image, caption, or any name for precomputed.")
+    modality: str = Field(description="What the vectors stand for; some backends take any name.")
     backend: str = Field(description="What computes the vectors; extractors/registry.py lists the names.")
     dtype: Literal["float32", "float16"] = Field("float32", description="Type of the stored vectors.")
     batch_size: int | None = Field(None, gt=0, description="Inputs per forward pass; by default what suits the device.")
@@ -37,6 +36,9 @@ class ExtractorSpec(Strict):
     )
     workers: int | None = Field(
         None, ge=0, description="Threads or processes that decode pictures; by default one per thread of the job."
+    )
+    shard_size: int | None = Field(
+        None, gt=0, description="Items after which a job keeps what it has, so that a killed one loses little."
     )
 
     @field_validator("modality")
@@ -64,6 +66,10 @@ class ExtractorSpec(Strict):
     def model_identity(self) -> dict[str, Any]:
         """Return what the model is where the settings alone don't tell: a digest or a version."""
         return {}
+
+    def items_per_shard(self) -> int | None:
+        """Return after how many items a job keeps what it has; None: only when all are done."""
+        return self.shard_size or self.shard_items
 
     def modules(self) -> list[str]:
         """Return the modules whose code determines the output, beside the stage's entry module."""

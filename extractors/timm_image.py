@@ -10,8 +10,8 @@ from PIL import Image
 from pydantic import Field, model_validator
 
 from extractors.device import torch_dtype
-from extractors.hub import model_path
-from extractors.image_model import ImageModel, ImageModelSpec
+from extractors.hub import checked_path
+from extractors.image_model import ArchitectureSpec, ImageModel
 from stages.errors import UserError
 from stages.strict import Float
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
-class TimmSpec(ImageModelSpec):
+class TimmSpec(ArchitectureSpec):
     """An image extractor out of timm."""
 
     backend: Literal["timm"] = Field(description="Encode pictures with a timm model, its classifier removed.")
@@ -98,9 +98,7 @@ def _build(spec: TimmSpec) -> Any:
     import timm
     from safetensors import SafetensorError
 
-    path = model_path(spec)
-    if not path.is_dir() and path.suffix != ".safetensors":
-        raise UserError(f"weights = {str(path)!r}: timm weights are a .safetensors file; pickles are refused")
+    path = checked_path(spec)
     name = spec.model or str(path)
     if not path.is_dir() and not timm.is_model(name):
         raise UserError(f"model = {name!r}: timm knows no such architecture{_nearest_architecture(name)}")
@@ -116,8 +114,6 @@ def _from_folder(folder: Path, spec: TimmSpec) -> Any:
     """Return the model that a folder as on the hub describes: config.json and model.safetensors."""
     import timm
 
-    if not (folder / "model.safetensors").is_file():
-        raise UserError(f"{folder}: has no model.safetensors; pickled weights are refused")
     architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architecture"]
     if spec.model is not None and spec.model.split(".")[0] != architecture:
         raise UserError(
@@ -129,16 +125,26 @@ def _from_folder(folder: Path, spec: TimmSpec) -> Any:
 def _from_file(name: str, file: Path, spec: TimmSpec) -> Any:
     """Return the model `name` with the weights of a file, with or without a classifier of any width in it."""
     import timm
-    from safetensors import safe_open
 
     classifier = getattr(timm.get_pretrained_cfg(name), "classifier", None) or ()
     heads = [f"{head}.weight" for head in ([classifier] if isinstance(classifier, str) else classifier)]
-    with safe_open(str(file), framework="pt") as weights:
-        present = [head for head in heads if head in weights.keys()]  # noqa: SIM118 - not a dict
-        classes = weights.get_slice(present[0]).get_shape()[0] if present else 0
+    shapes = _shapes(file)
+    classes = next((shapes[head][0] for head in heads if head in shapes), 0)
     overlay = {"file": str(file), "num_classes": classes}
     arguments: dict[str, Any] = {"num_classes": classes, **spec.model_kwargs}
     return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+
+
+def _shapes(file: Path) -> dict[str, Sequence[int]]:
+    """Return the shapes of a checkpoint's tensors by name."""
+    if file.suffix != ".safetensors":
+        from timm.models import load_state_dict
+
+        return {name: tensor.shape for name, tensor in load_state_dict(str(file), weights_only=True).items()}
+    from safetensors import safe_open
+
+    with safe_open(str(file), framework="pt") as weights:
+        return {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118 - not a dict
 
 
 def _nearest_architecture(name: str) -> str:

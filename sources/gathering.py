@@ -65,7 +65,11 @@ class Gathering:
 
     def __enter__(self) -> "Gathering":
         # Order is restored by ids at the end, and keeping it meanwhile costs memory.
-        settings: dict[str, Any] = {"memory_limit": _MEMORY, "temp_directory": str(self.folder), "preserve_insertion_order": "false"}
+        settings: dict[str, Any] = {
+            "memory_limit": _MEMORY,
+            "temp_directory": str(self.folder),
+            "preserve_insertion_order": "false",
+        }
         self.base = duckdb.connect(str(self.folder / "rows.duckdb"), config=settings)
         self.base.execute(
             "create table raw (user_id varchar, item_id varchar, rating float, timestamp bigint, split tinyint)"

@@ -21,7 +21,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from stages.errors import UserError
 from stages.files import exclusive, remove_stale_parts, write_json
-from stages.gpus import own_gpu
+from stages.gpus import own_gpus
 
 log = logging.getLogger("stage")
 
@@ -74,7 +74,7 @@ def stage(name: str) -> Iterator[Call]:
     lock = exclusive(first.parent / f".{first.name}.lock") if first else contextlib.nullcontext()
     try:
         # How many GPUs the job may take is the workflow's business, and none of the stage's settings.
-        with logging_redirect_tqdm(), lock, own_gpu(call.runtime.pop("gpus", 0)):
+        with logging_redirect_tqdm(), lock, own_gpus(call.runtime.pop("gpus", 0)):
             for output in call.outputs.values():
                 remove_stale_parts(output)
             yield call

@@ -1,4 +1,4 @@
-"""One GPU for each job that asks for one: Snakemake counts GPUs, but does not say which is whose."""
+"""GPUs of its own for each job that asks for some: Snakemake counts them, but does not say which is whose."""
 
 import contextlib
 import fcntl
@@ -30,50 +30,56 @@ def visible_gpus() -> list[str]:
 
 
 @contextlib.contextmanager
-def own_gpu(wanted: int) -> Iterator[str | None]:
-    """Hold a GPU that no other job of this user on this machine holds, and make it the only one that CUDA sees.
+def own_gpus(wanted: int) -> Iterator[list[str]]:
+    """Hold GPUs that no other job of this user on this machine holds, and make them the only ones that CUDA sees.
 
-    Waits until one is free. The kernel lets go of it when the job ends, however it ends. Must be entered before CUDA
-    is initialised; importing torch does not do that.
+    Waits until enough are free. The kernel lets go of them when the job ends, however it ends. Must be entered before
+    CUDA is initialised; importing torch does not do that.
 
     Args:
-        wanted: 0 holds none.
+        wanted: how many; where the machine has fewer, all of them.
 
     Yields:
-        the GPU's id, or None where none is wanted or there.
+        the GPUs' ids; none where none is wanted or there.
     """
     ids = visible_gpus() if wanted else []
     if not ids:
-        yield None
+        yield []
         return
     folder = Path(tempfile.gettempdir()) / f"cm3-gpus-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    held = _first_free(folder, ids)
-    if held is None:
-        log.info("all %d GPUs are held by other jobs; waiting for one", len(ids))
-    while held is None:
+    held = _free(folder, ids, min(wanted, len(ids)))
+    if not held:
+        log.info("of %d GPUs too few are free for this job's %d; waiting", len(ids), wanted)
+    while not held:
         time.sleep(_POLL_SECONDS)
-        held = _first_free(folder, ids)
-    name, lock = held
+        held = _free(folder, ids, min(wanted, len(ids)))
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
-    os.environ["CUDA_VISIBLE_DEVICES"] = name
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(held)
     try:
-        yield name
+        yield list(held)
     finally:
-        lock.close()
+        for lock in held.values():
+            lock.close()
         if before is None:
             del os.environ["CUDA_VISIBLE_DEVICES"]
         else:
             os.environ["CUDA_VISIBLE_DEVICES"] = before
 
 
-def _first_free(folder: Path, ids: list[str]) -> tuple[str, IO[str]] | None:
+def _free(folder: Path, ids: list[str], wanted: int) -> dict[str, IO[str]]:
+    """Return `wanted` ids with their locks; nothing, and no lock held, where fewer are free."""
+    held: dict[str, IO[str]] = {}
     for name in ids:
-        lock = (folder / f"{name.replace('/', '_')}.lock").open("a")
+        lock: IO[str] = (folder / f"{name.replace('/', '_')}.lock").open("a")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.close()
-        else:
-            return name, lock
-    return None
+            continue
+        held[name] = lock
+        if len(held) == wanted:
+            return held
+    for lock in held.values():
+        lock.close()
+    return {}

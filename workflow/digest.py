@@ -9,10 +9,10 @@ from pathlib import Path
 
 PACKAGES = ("cm3", "extractors", "sources", "stages", "workflow")
 
-# These move bytes, parse arguments or print; what a stage computes does not depend on them.
+# These move bytes, wait, parse arguments or print; what a stage computes does not depend on them.
 PLUMBING = frozenset(
     f"stages.{name}" for name in ("command", "errors", "files", "gpus", "keys", "paths", "progress", "strict")
-)
+) | {"extractors.server_chat"}
 
 
 def code_digest(root: Path, modules: Iterable[str]) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cm3.config import Model
 from sources.config import stage_modules
 from sources.dataset_config import Dataset
 from sources.sample_config import Sample
@@ -153,10 +154,12 @@ class Plan:
         _check_key(extractor, key, expected)
         return f"processed/{dataset}/captions/{extractor}-{expected}.parquet"
 
-    def similarity_path(self, dataset: str, extractor: str, knn_k: int) -> str:
-        """Return the path of the top-k item graph of an extractor's features."""
+    def similarity_path(self, dataset: str, extractor: str, model: Model) -> str:
+        """Return the path of the top-k item graph of an extractor's features; what is not the default ends its name."""
         stem = Path(self.features_path(dataset, extractor)).stem
-        return f"processed/{dataset}/similarity/{stem}-k{knn_k}.parquet"
+        method = "" if model.knn_method == "exact" else f"-{model.knn_method}"
+        missing = "" if model.knn_missing == "drop" else f"-{model.knn_missing}"
+        return f"processed/{dataset}/similarity/{stem}-k{model.knn_k}{method}{missing}.parquet"
 
     def extract_inputs(self, dataset: str, extractor: str, key: str) -> dict[str, str]:
         """Return the named input files of an extraction."""
@@ -206,11 +209,17 @@ class Plan:
 
     def gpus(self, extractor: str) -> int:
         """Return how many GPUs an extractor's job asks for."""
-        return int(self.config.extractors[extractor].uses_gpu())
+        spec = self.config.extractors[extractor]
+        return getattr(spec, "tensor_parallel_size", 1) if spec.uses_gpu() else 0
 
-    def similarity(self, knn_k: int) -> Task:
-        """Return the task of finding each item's nearest items."""
-        return Task({"knn_k": knn_k}, self.code("cm3.similarity"))
+    def similarity(self, knn_k: int, variant: str = "") -> Task:
+        """Return the task of finding each item's nearest items; `variant` is what follows k in the graph's name."""
+        words = variant.split("-")
+        method = next((word for word in ("hnsw", "ivf") if word in words), "exact")
+        spec = {"knn_k": knn_k, "method": method, "missing": "mean" if "mean" in words else "drop"}
+        # Loaded by name where it is wanted, so that exact graphs do not depend on it.
+        modules = ["cm3.similarity"] if method == "exact" else ["cm3.similarity", "cm3.approximate"]
+        return Task(spec, self.code(*modules))
 
     # Experiments and runs
 
@@ -246,7 +255,7 @@ class Plan:
         paths = {name: f"processed/{chosen.dataset}/{name}.parquet" for name in tables}
         for modality, extractor in chosen.modalities.items():
             paths[f"features.{modality}"] = self.features_path(chosen.dataset, extractor)
-            paths[f"similarity.{modality}"] = self.similarity_path(chosen.dataset, extractor, chosen.model.knn_k)
+            paths[f"similarity.{modality}"] = self.similarity_path(chosen.dataset, extractor, chosen.model)
         return paths
 
     def train(self, experiment: str) -> Task:
@@ -291,7 +300,7 @@ class Plan:
             if self.encoder(extractor) is not None:
                 paths[f"record.caption.{modality}"] = _record(self.captions_path(chosen.dataset, extractor))
             paths[f"record.extract.{modality}"] = _record(self.features_path(chosen.dataset, extractor))
-            graph = self.similarity_path(chosen.dataset, extractor, chosen.model.knn_k)
+            graph = self.similarity_path(chosen.dataset, extractor, chosen.model)
             paths[f"record.similarity.{modality}"] = _record(graph)
         return paths | {f"record.{stage}": f"{run}/{stage}.stage.json" for stage in ("train", "evaluate")}
 

@@ -62,7 +62,7 @@ def identity(describe):
 def arguments(describe):
     def command_line(wildcards, input, output, threads, resources):
         task = describe(wildcards)
-        held = {"threads": threads} | ({"gpus": 1} if resources.get("gpu") else {})
+        held = {"threads": threads, "gpus": resources.get("gpu", 0)}
         given = [
             ("--spec", canonical_json(task.spec)),
             ("--runtime", canonical_json(task.runtime | held)),

@@ -5,15 +5,21 @@ rule similarity:
             wildcards.dataset, wildcards.extractor, wildcards.key
         ),
     output:
-        similarity="processed/{dataset}/similarity/{extractor}-{key}-k{knn_k}.parquet",
-        record="processed/{dataset}/similarity/{extractor}-{key}-k{knn_k}.stage.json",
+        similarity="processed/{dataset}/similarity/{extractor}-{key}-k{knn_k}{variant}.parquet",
+        record="processed/{dataset}/similarity/{extractor}-{key}-k{knn_k}{variant}.stage.json",
     log:
-        "logs/{dataset}/similarity-{extractor}-{key}-k{knn_k}.log",
+        "logs/{dataset}/similarity-{extractor}-{key}-k{knn_k}{variant}.log",
+    wildcard_constraints:
+        variant="(-hnsw|-ivf)?(-mean)?",
     conda:
         "../../environment.yml"
     threads: 8
     params:
-        identity=identity(lambda wildcards: plan.similarity(int(wildcards.knn_k))),
-        arguments=arguments(lambda wildcards: plan.similarity(int(wildcards.knn_k))),
+        identity=identity(
+            lambda wildcards: plan.similarity(int(wildcards.knn_k), wildcards.variant)
+        ),
+        arguments=arguments(
+            lambda wildcards: plan.similarity(int(wildcards.knn_k), wildcards.variant)
+        ),
     shell:
         "exec python -m cm3.similarity {params.arguments} --log {log:q}"
