@@ -1,13 +1,13 @@
 """Reader of the Amazon files of 2014: ratings or reviews, and metadata whose lines are Python literals."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from sources.amazon_item import number, rank, strings, texts
-from sources.amazon_metadata import Metadata
+from sources.amazon_metadata import AmazonReader
 from sources.amazon_reviews import Names, read_ratings, read_reviews
 from sources.reading import Item
 
@@ -15,13 +15,11 @@ _REVIEW = Names("reviewerID", "asin", "overall", "unixReviewTime")
 _RATING = Names("user", "item", "rating", "timestamp")
 
 
-class Reader:
+class Reader(AmazonReader):
     """Reads `amazon-2014` data sets. Spec: interactions, "ratings" (csv) or "reviews" (JSON lines); malformed."""
 
     def __init__(self, spec: dict[str, Any], inputs: dict[str, Path]) -> None:
-        self.spec, self.inputs = spec, inputs
-        self.metadata = Metadata(inputs["meta"], "asin", item_of, spec["malformed"])
-        self.notes = self.metadata.notes
+        super().__init__(spec, inputs, "asin", item_of)
 
     def interactions(self) -> Iterator[pa.Table]:
         """Read ratings_X.csv (user, item, rating, time; no header) or reviews_X_5.json.gz."""
@@ -29,14 +27,6 @@ class Reader:
         if self.spec["interactions"] == "reviews":
             return read_reviews(path, _REVIEW, malformed, self.notes)
         return read_ratings(path, _RATING, malformed, self.notes, header=_RATING)
-
-    def known_items(self) -> Iterable[list[str]]:
-        """Return the ASINs of the metadata."""
-        return self.metadata.ids()
-
-    def items(self, wanted: set[str]) -> dict[str, Item]:
-        """Parse the metadata of the wanted ASINs."""
-        return self.metadata.read(wanted)
 
 
 def item_of(record: dict[str, Any]) -> Item:

@@ -1,13 +1,13 @@
 """Reader of the Amazon files of 2018: ratings or reviews, and metadata in two schemas, with markup and repeats."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from sources.amazon_item import candidates, number, pairs, rank, strings, texts
-from sources.amazon_metadata import Metadata
+from sources.amazon_metadata import AmazonReader
 from sources.amazon_reviews import Names, read_ratings, read_reviews
 from sources.reading import Item
 
@@ -16,13 +16,11 @@ _RATING = Names("user", "item", "rating", "timestamp")
 _RATING_HEADER = ("item", "user", "rating", "timestamp")
 
 
-class Reader:
+class Reader(AmazonReader):
     """Reads `amazon-2018` data sets. Spec: interactions, "5core", "reviews" (JSON lines) or "ratings" (csv)."""
 
     def __init__(self, spec: dict[str, Any], inputs: dict[str, Path]) -> None:
-        self.spec, self.inputs = spec, inputs
-        self.metadata = Metadata(inputs["meta"], "asin", item_of, spec["malformed"])
-        self.notes = self.metadata.notes
+        super().__init__(spec, inputs, "asin", item_of)
 
     def interactions(self) -> Iterator[pa.Table]:
         """Read X_5.json.gz or X.json.gz, or X.csv (item, user, rating, time; no header)."""
@@ -30,14 +28,6 @@ class Reader:
         if self.spec["interactions"] == "ratings":
             return read_ratings(path, _RATING, malformed, self.notes, header=_RATING_HEADER)
         return read_reviews(path, _REVIEW, malformed, self.notes)
-
-    def known_items(self) -> Iterable[list[str]]:
-        """Return the ASINs of the metadata."""
-        return self.metadata.ids()
-
-    def items(self, wanted: set[str]) -> dict[str, Item]:
-        """Parse the metadata of the wanted ASINs."""
-        return self.metadata.read(wanted)
 
 
 def item_of(record: dict[str, Any]) -> Item:

@@ -1,6 +1,6 @@
 """Reader of the Amazon files of 2023: reviews or published 5-cores, with their splits, and metadata by parent ASIN."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import orjson
 import pyarrow as pa
 
 from sources.amazon_item import number, pairs, strings, texts
-from sources.amazon_metadata import Metadata
+from sources.amazon_metadata import AmazonReader
 from sources.amazon_reviews import Names, read_ratings, read_reviews
 from sources.reading import Item
 
@@ -18,13 +18,11 @@ _CANDIDATES = 8
 _SIZES = ("large", "hi_res")
 
 
-class Reader:
+class Reader(AmazonReader):
     """Reads `amazon-2023` data sets. Inputs: meta, and `reviews`, `5core`, or three files KIND.train, .valid, .test."""
 
     def __init__(self, spec: dict[str, Any], inputs: dict[str, Path]) -> None:
-        self.spec, self.inputs = spec, inputs
-        self.metadata = Metadata(inputs["meta"], "parent_asin", item_of, spec["malformed"])
-        self.notes = self.metadata.notes
+        super().__init__(spec, inputs, "parent_asin", item_of)
 
     def interactions(self) -> Iterator[pa.Table]:
         """Read the reviews, the ratings, or the three parts of a published split in turn."""
@@ -39,14 +37,6 @@ class Reader:
                 yield from read_ratings(path, _NAMES, self.spec["malformed"], notes, split=label)
             for reason, count in notes.items():
                 self.notes[reason] = self.notes.get(reason, 0) + count
-
-    def known_items(self) -> Iterable[list[str]]:
-        """Return the parent ASINs of the metadata."""
-        return self.metadata.ids()
-
-    def items(self, wanted: set[str]) -> dict[str, Item]:
-        """Parse the metadata of the wanted parent ASINs."""
-        return self.metadata.read(wanted)
 
 
 def item_of(record: dict[str, Any]) -> Item:

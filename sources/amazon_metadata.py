@@ -4,7 +4,7 @@ import ast
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,25 @@ class Metadata:
         record = parse(line)
         item_id = record.get(self.key) if record is not None else None
         return item_id if isinstance(item_id, str) and item_id else None
+
+
+class AmazonReader:
+    """What the readers of all generations share: the metadata. Spec: interactions, malformed."""
+
+    def __init__(
+        self, spec: dict[str, Any], inputs: dict[str, Path], key: str, item: Callable[[dict[str, Any]], Item]
+    ) -> None:
+        self.spec, self.inputs = spec, inputs
+        self.metadata = Metadata(inputs["meta"], key, item, spec["malformed"])
+        self.notes = self.metadata.notes
+
+    def known_items(self) -> Iterable[list[str]]:
+        """Return the ids of the metadata."""
+        return self.metadata.ids()
+
+    def items(self, wanted: set[str]) -> dict[str, Item]:
+        """Parse the metadata of the wanted items."""
+        return self.metadata.read(wanted)
 
 
 def parse(line: bytes) -> dict[str, Any] | None:
