@@ -61,7 +61,7 @@ class Amazon2014(_Amazon):
             "https://snap.stanford.edu/data/amazon/productGraph",
             "http://snap.stanford.edu/data/amazon/productGraph",
         ],
-        description="roots of the 2014 tree, tried in order",
+        description="roots of the 2014 tree, tried in order; by default at snap.stanford.edu",
     )
 
     def files(self) -> dict[str, str]:
@@ -93,7 +93,7 @@ class Amazon2018(_Amazon):
     )
     mirrors: list[Url] = Field(
         default=[*(f"{root}/amazon_v2" for root in _UCSD), "https://jmcauley.ucsd.edu/data/amazon_v2"],
-        description="roots of the 2018 tree, tried in order",
+        description="roots of the 2018 tree, tried in order; by default three at ucsd.edu",
     )
 
     def files(self) -> dict[str, str]:
@@ -121,7 +121,8 @@ class Amazon2023(_Amazon):
         "split by time or by each user's last two; reviews: all reviews",
     )
     mirrors: list[Url] = Field(
-        default=[f"{root}/amazon_2023" for root in _UCSD], description="roots of the 2023 tree, tried in order"
+        default=[f"{root}/amazon_2023" for root in _UCSD],
+        description="roots of the 2023 tree, tried in order; by default two at ucsd.edu",
     )
 
     def files(self) -> dict[str, str]:

@@ -45,7 +45,7 @@ class Dataset(Strict):
     unknown_items: Literal["drop", "keep", "error"] = Field(
         default="drop",
         description="interactions whose item is not in the item table: leave them out, keep the item without "
-        "text and picture, or stop",
+        "text and picture, or stop; amazon, microlens and mmrec keep them by default, as their published counts do",
     )
     cold_items: Literal["drop", "keep"] = Field(
         default="drop",
