@@ -32,7 +32,9 @@ def test_the_example_in_the_package_runs() -> None:
 
 
 def test_the_documented_use_works() -> None:
-    (code,) = [block for block in re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S) if "extractors.load(" in block]
+    (code,) = [
+        block for block in re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S) if "extractors.load(" in block
+    ]
     names: dict[str, Any] = {}
     exec(compile(code, "docs", "exec"), names)
     assert names["encoded"].embedding.shape == (2, 384) and names["encoded"].status.tolist() == ["ok", "missing"]
