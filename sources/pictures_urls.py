@@ -16,7 +16,7 @@ from sources.web import offline
 from stages.errors import UserError
 from stages.tables import FAILED, MISSING, OK
 
-_RUNTIME = {"rate": 50.0, "concurrency": 16, "timeout": 30.0, "attempts": 5, "pause": 1.0}
+_RUNTIME = {"rate": 50.0, "concurrency": 16, "timeout": 30.0, "attempts": 5, "pause": 0.5}
 
 
 def find(search: Search) -> Iterator[Found]:
