@@ -48,3 +48,12 @@ def run(folder: Path, source: str, files: dict[str, list[Any]], **settings: Any)
 def items_of(folder: Path) -> dict[str, dict[str, Any]]:
     """Return the rows of items.parquet by id."""
     return {row["item_id"]: row for row in read_table(folder / "items.parquet", ITEMS).to_pylist()}
+
+
+TABLES = ("ratings", "items", "users")
+MANY = [review(f"A{u}", f"B{i}", time=1_400_000_000 + i) for u in range(20) for i in range(20)]
+THINGS = [literal(f"B{i}") for i in range(20)]
+
+
+def tables(folder: Path) -> list[bytes]:
+    return [(folder / f"{name}.parquet").read_bytes() for name in TABLES]
