@@ -4,6 +4,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from sources.pictures_config import Images
+from stages.paths import expand
 from stages.strict import Strict
 
 Strategy = Literal["random", "user-time", "global-time", "leave-one-out", "published"]
@@ -107,3 +109,21 @@ class Dataset(Strict):
     def published_vectors(self, name: str, modality: str) -> dict[str, str]:
         """Return the files of the vectors that were published with the data by name: vectors, and ids where apart."""
         return {}
+
+
+class Pictured(Dataset):
+    """What sources share whose pictures lie in a local folder or are fetched."""
+
+    images: Images | None = None
+
+    def images_spec(self) -> dict[str, Any]:
+        """Return the spec of the images stage."""
+        return self.images.spec() if self.images else {"find": "none"}
+
+    def image_folder(self) -> str | None:
+        """Return the local folder of pictures, if that is where they are."""
+        return expand(self.images.folder) if self.images and self.images.folder else None
+
+    def images_runtime(self) -> dict[str, Any]:
+        """Return what changes the speed of the images stage only."""
+        return self.images.runtime() if self.images and self.images.folder is None else {}

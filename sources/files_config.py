@@ -4,13 +4,13 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from sources.dataset_config import Dataset
+from sources.dataset_config import Pictured
 from sources.pictures_config import Images
 from sources.tables_config import InteractionsFile, ItemsFile
 from stages.paths import expand
 
 
-class Files(Dataset):
+class Files(Pictured):
     """A user's own data."""
 
     source: Literal["files"]
@@ -50,15 +50,3 @@ class Files(Dataset):
                 for name, table in tables.items()
             },
         }
-
-    def images_spec(self) -> dict[str, Any]:
-        """Return the spec of the images stage."""
-        return self.images.spec() if self.images else {"find": "none"}
-
-    def image_folder(self) -> str | None:
-        """Return the local folder of pictures, if that is where they are."""
-        return expand(self.images.folder) if self.images and self.images.folder else None
-
-    def images_runtime(self) -> dict[str, Any]:
-        """Return what changes the speed of the images stage only."""
-        return self.images.runtime() if self.images and self.images.folder is None else {}

@@ -3,11 +3,11 @@
 import gzip
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from sources.dataset_config import Dataset
+from sources.dataset_config import Pictured
 from sources.pictures_config import Images
 from stages.errors import UserError
 from stages.paths import expand
@@ -16,7 +16,7 @@ _LABEL = "x_label"
 _LONGEST_HEADER = 65_536
 
 
-class MMRec(Dataset):
+class MMRec(Pictured):
     """A data set as MMRec's `data/` folder holds it, its split and its features as published."""
 
     source: Literal["mmrec"]
@@ -110,15 +110,3 @@ class MMRec(Dataset):
         # Without a mapping the interactions tell how many items there must be.
         ids = inputs.get("item_ids", inputs["interactions"])
         return {"vectors": str(vectors), "ids": ids} if vectors.is_file() else {}
-
-    def images_spec(self) -> dict[str, Any]:
-        """Return the spec of the images stage."""
-        return self.images.spec() if self.images else {"find": "none"}
-
-    def image_folder(self) -> str | None:
-        """Return the local folder of pictures, if that is where they are."""
-        return expand(self.images.folder) if self.images and self.images.folder else None
-
-    def images_runtime(self) -> dict[str, Any]:
-        """Return what changes the speed of the images stage only."""
-        return self.images.runtime() if self.images and self.images.folder is None else {}

@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
 
-from sources.dataset_config import Dataset
+from sources.dataset_config import Pictured
 from sources.pictures_config import Images
 from stages.paths import expand
 from stages.strict import Float, nearest
@@ -22,7 +22,7 @@ Url = Annotated[str, AfterValidator(_check_url)]
 Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class Published(Dataset):
+class Published(Pictured):
     """Published files: `files` names them, all else follows."""
 
     folder: str | None = Field(
@@ -113,11 +113,3 @@ class Published(Dataset):
         """Return the spec of the images stage."""
         spec = self.images.spec()
         return spec if spec["find"] != "urls" or spec["hosts"] else {**spec, "hosts": sorted(self.picture_hosts())}
-
-    def image_folder(self) -> str | None:
-        """Return the local folder of pictures, if that is where they are."""
-        return expand(self.images.folder) if self.images.folder else None
-
-    def images_runtime(self) -> dict[str, Any]:
-        """Return what changes the speed of the images stage only."""
-        return self.images.runtime() if self.images.folder is None else {}
