@@ -60,7 +60,7 @@ def line_blocks(path: Path) -> Iterator[tuple[int, list[bytes]]]:
                     yield number, found
                 number += len(found)
     except GZIP_ERRORS as error:
-        raise UserError(f"{path}: damaged gzip after line {number} ({error}); fetch the file again") from None
+        raise UserError(f"{path}: damaged gzip, in or after line {number} ({error}); fetch the file again") from None
     if rest:
         yield number, [rest]
 
