@@ -163,7 +163,7 @@ def main() -> None:
         torch.optim.Adam(ours.parameters(), lr=1e-3, fused=True),
         torch.optim.Adam(theirs.parameters(), lr=1e-3),
     ]
-    parts = torch.zeros(sampler.n_batches, 3, device=device)
+    parts = torch.zeros(sampler.n_batches, 4, device=device)
     batches, seen = enumerate(sampler.epoch(1)), {user: set(mine) for user, mine in splits["train"].items()}
     pairs = [(user, item) for user, mine in splits["train"].items() for item in mine]
     random.Random(0).shuffle(pairs)

@@ -12,15 +12,14 @@ from torch import Tensor
 
 from cm3.checkpoint import Checkpoint
 from cm3.config import Training
-from cm3.model import CM3, Embeddings, Loss
+from cm3.network import Embeddings, Loss, Network
 from cm3.ranking import Validation
-from cm3.sampling import Batch, Sampler, derived_seed, mixing_parameters
+from cm3.sampling import Batch, Sampler, derived_seed
 from cm3.schedule import Stopping, lr_factor
 from stages.errors import UserError
 
 log = logging.getLogger(__name__)
 
-PARTS = ("alignment", "user_uniformity", "item_uniformity")
 _LOG_SECONDS = 20.0
 
 
@@ -58,7 +57,7 @@ class Fitted:
 
 
 def fit(
-    model: CM3,
+    model: Network,
     sampler: Sampler,
     validation: Validation,
     settings: Training,
@@ -81,12 +80,12 @@ def fit(
         UserError: the loss is not finite; the message names the epoch, the batch and the culprit.
         SystemExit: SIGTERM asked to stop; the checkpoint is written.
     """
-    device = model.users.device
+    device = sampler.users.device
     optimiser = torch.optim.Adam(
         model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=device.type in ("cpu", "cuda")
     )
     state, best_tensors = State(), dict[str, Tensor]()
-    parts = torch.zeros(sampler.n_batches, len(PARTS), device=device)
+    parts = torch.zeros(sampler.n_batches, 1 + len(model.parts), device=device)
     stored = checkpoint.load()
     if stored:
         state, best_tensors = _restore(*stored, model, optimiser, parts)
@@ -97,6 +96,7 @@ def fit(
         while not stopped:
             started = logged = time.monotonic()
             embeddings, first = None, state.batch
+            model.begin_epoch(derived_seed(settings.seed, state.epoch))
             for number, batch in enumerate(sampler.epoch(state.epoch, first), start=first):
                 embeddings = _step(model, optimiser, batch, settings, state.epoch, number, parts)
                 state.batch = number + 1
@@ -130,7 +130,7 @@ def fit(
 
 
 def _step(
-    model: CM3,
+    model: Network,
     optimiser: torch.optim.Optimizer,
     batch: Batch,
     settings: Training,
@@ -139,13 +139,12 @@ def _step(
     parts: Tensor,
 ) -> Embeddings:
     device = parts.device
-    t = mixing_parameters(model.settings.alpha, model.n_items, device, derived_seed(settings.seed, epoch, number))
     for group in optimiser.param_groups:
         group["lr"] = settings.lr * lr_factor(settings, epoch, number, len(parts))
     optimiser.zero_grad(set_to_none=True)
-    embeddings = model(t)
+    embeddings: Embeddings = model.training_embeddings(derived_seed(settings.seed, epoch, number))
     loss = model.loss(embeddings, batch)
-    parts[number] = torch.stack([loss.alignment, loss.user_uniformity, loss.item_uniformity]).detach()
+    parts[number] = torch.stack([loss.total, *(loss.parts[name] for name in model.parts)]).detach()
     if device.type == "cpu":
         _require_finite(loss, model, epoch, number)
     loss.total.backward()
@@ -171,7 +170,7 @@ def _finished(state: State, settings: Training) -> str:
 
 def _validate(
     state: State,
-    model: CM3,
+    model: Network,
     last: Embeddings | None,
     parts: Tensor,
     settings: Training,
@@ -179,9 +178,8 @@ def _validate(
     test: Validation | None,
     best_tensors: dict[str, Tensor],
 ) -> None:
-    means = dict(zip(PARTS, parts.cpu().double().mean(0).tolist(), strict=True))
-    loss = means["alignment"] + model.settings.gamma * (means["user_uniformity"] + means["item_uniformity"]) / 2
-    row: dict[str, Any] = {"epoch": state.epoch, "loss": loss, **means, f"valid_{settings.monitor}": None}
+    means = dict(zip(("loss", *model.parts), parts.cpu().double().mean(0).tolist(), strict=True))
+    row: dict[str, Any] = {"epoch": state.epoch, **means, f"valid_{settings.monitor}": None}
     if test is not None:
         row[f"test_{settings.monitor}"] = None
     state.history.append(row)
@@ -222,7 +220,7 @@ def _log_epoch(state: State, settings: Training, seconds: float) -> None:
 def _save(
     checkpoint: Checkpoint,
     state: State,
-    model: CM3,
+    model: Network,
     optimiser: torch.optim.Optimizer,
     parts: Tensor,
     best_tensors: dict[str, Tensor],
@@ -236,7 +234,7 @@ def _save(
 def _restore(
     tensors: dict[str, Tensor],
     stored: dict[str, Any],
-    model: CM3,
+    model: Network,
     optimiser: torch.optim.Optimizer,
     parts: Tensor,
 ) -> tuple[State, dict[str, Tensor]]:
@@ -255,25 +253,25 @@ def _restore(
     return state, {name: value.to(device) for name, value in tensors.items() if name.startswith("best")}
 
 
-def _require_finite_parts(parts: Tensor, model: CM3, epoch: int) -> None:
+def _require_finite_parts(parts: Tensor, model: Network, epoch: int) -> None:
     bad = torch.nonzero(~torch.isfinite(parts).all(1)).flatten().tolist()
     if bad:
-        names = [name for name, value in zip(PARTS, parts[bad[0]].tolist(), strict=True) if not math.isfinite(value)]
+        values = parts[bad[0], 1:].tolist()
+        names = [name for name, value in zip(model.parts, values, strict=True) if not math.isfinite(value)]
         raise UserError(_not_finite(names, model, epoch, bad[0]))
 
 
-def _require_finite(loss: Loss, model: CM3, epoch: int, batch: int) -> None:
+def _require_finite(loss: Loss, model: Network, epoch: int, batch: int) -> None:
     if not torch.isfinite(loss.total):
-        names = [name for name in PARTS if not torch.isfinite(getattr(loss, name))]
+        names = [name for name, value in loss.parts.items() if not torch.isfinite(value)]
         raise UserError(_not_finite(names, model, epoch, batch))
 
 
-def _not_finite(names: list[str], model: CM3, epoch: int, batch: int) -> str:
+def _not_finite(names: list[str], model: Network, epoch: int, batch: int) -> str:
     culprits = [f"parameter {name}" for name, p in model.named_parameters() if not torch.isfinite(p).all()]
-    if not culprits and model.settings.slerp == "reference":
-        culprits = ["model.slerp: reference, which is undefined for equal vectors (use safe)"]
+    suspects = culprits or list(model.suspects())
     return (
         f"epoch {epoch}, batch {batch + 1}: the loss is not finite, in {', '.join(names) or 'its sum'}; "
-        f"culprit: {', '.join(culprits) or 'none of the parameters; look at the features'}. "
+        f"culprit: {', '.join(suspects) or 'none of the parameters; look at the features'}. "
         "Lower training.lr or check the features, and run again."
     )

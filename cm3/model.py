@@ -14,27 +14,16 @@ from cm3.config import Model
 from cm3.fusion import reference_slerp, slerp, spherical_bezier
 from cm3.graph import SparseMatrix, add_neighbours, propagate, user_item_matrix
 from cm3.losses import alignment, calibrated_uniformity, uniformity
-from cm3.sampling import Batch, derived_seed
+from cm3.network import Embeddings, Loss, Network
+from cm3.sampling import Batch, derived_seed, mixing_parameters
 from stages.errors import UserError
 
 
 @dataclass(frozen=True)
-class Embeddings:
+class FusedEmbeddings(Embeddings):
     """What a forward gives: users (U, (M+1)d) and items (I, (M+1)d), not normalised, and fused (I, d) of unit norm."""
 
-    users: Tensor
-    items: Tensor
     fused: Tensor
-
-
-@dataclass(frozen=True)
-class Loss:
-    """The scalar loss and its parts."""
-
-    total: Tensor
-    alignment: Tensor
-    user_uniformity: Tensor
-    item_uniformity: Tensor
 
 
 class Modality(nn.Module):
@@ -63,12 +52,14 @@ class Modality(nn.Module):
         return functional.normalize(stream, dim=1), functional.normalize(control, dim=1)
 
 
-class CM3(nn.Module):
+class CM3(Network):
     """CM3 over U users, I items and M >= 1 modalities (arXiv 2508.01226).
 
     Each entity has M + 1 streams of width d, one per modality and one fused. Weights of users are drawn from
     N(0, 2 / (U + d)), which sets how fast Adam turns them, as they are normalised before use.
     """
+
+    parts = ("alignment", "user_uniformity", "item_uniformity")
 
     def __init__(
         self, features: Sequence[Tensor], interactions: sp.csr_matrix, item_graph: sp.csr_matrix, settings: Model
@@ -89,7 +80,7 @@ class CM3(nn.Module):
         self.item_graph_transposed = SparseMatrix(item_graph.T.tocsr())
         self.interpolate = {"safe": slerp, "reference": reference_slerp}[settings.slerp]
 
-    def forward(self, t: Tensor) -> Embeddings:
+    def forward(self, t: Tensor) -> FusedEmbeddings:
         """Embed every user and item; `t` (I,) places each item on its fusion curve, 0.5 in evaluation."""
         streams, points = zip(*(modality() for modality in self.modalities), strict=True)
         fused = spherical_bezier(torch.stack(points), t, self.interpolate)
@@ -103,9 +94,13 @@ class CM3(nn.Module):
         items = add_neighbours(
             self.item_graph, self.item_graph_transposed, nodes[n_users:], self.settings.n_mm_layers
         )  # fmt: skip
-        return Embeddings(users, items, fused)
+        return FusedEmbeddings(users, items, fused)
 
-    def loss(self, embeddings: Embeddings, batch: Batch) -> Loss:
+    def training_embeddings(self, seed: int) -> FusedEmbeddings:
+        """Return a forward whose t ~ Beta(alpha, alpha), one draw per item, come from `seed`."""
+        return self(mixing_parameters(self.settings.alpha, self.n_items, self.users.device, seed))
+
+    def loss(self, embeddings: FusedEmbeddings, batch: Batch) -> Loss:
         """Return alignment + gamma (uniformity of users + calibrated uniformity of items) / 2 over a batch."""
         align = alignment(_unit_rows(embeddings.users, batch.users), _unit_rows(embeddings.items, batch.items))
         users, items = batch.spread_users, batch.spread_items
@@ -114,7 +109,7 @@ class CM3(nn.Module):
             _unit_rows(embeddings.items, items.ids), self._similarity(embeddings.fused, items.ids), counts=items.counts
         )
         total = align + self.settings.gamma * (user_uniformity + item_uniformity) / 2
-        return Loss(total, align, user_uniformity, item_uniformity)
+        return Loss(total, dict(zip(self.parts, (align, user_uniformity, item_uniformity), strict=True)))
 
     def _similarity(self, fused: Tensor, items: Tensor) -> Tensor:
         settings = self.settings
@@ -124,9 +119,17 @@ class CM3(nn.Module):
             return (rows @ rows.T).clamp_(settings.min_sim, settings.max_sim)
 
     @torch.no_grad()
-    def embed(self) -> Embeddings:
+    def embed(self) -> FusedEmbeddings:
         """Return the embeddings that are evaluated: t = 0.5 for every item."""
         return self(torch.full((self.n_items,), 0.5, device=self.users.device))
+
+    def suspects(self) -> tuple[str, ...]:
+        """Name the reference's slerp where it is in use."""
+        return (
+            ("model.slerp: reference, which is undefined for equal vectors (use safe)",)
+            if self.settings.slerp == "reference"
+            else ()
+        )
 
 
 def _unit_rows(table: Tensor, ids: Tensor) -> Tensor:

@@ -22,10 +22,12 @@ class Spread:
 
 @dataclass(frozen=True)
 class Batch:
-    """Training pairs, users (B,) and items (B,), and the users and items that the uniformity losses spread."""
+    """Training pairs, users (B,) and items (B,), an item (B,) to contrast with each pair's own, and the users and items
+    that the uniformity losses spread."""
 
     users: Tensor
     items: Tensor
+    contrast: Tensor
     spread_users: Spread
     spread_items: Spread
 
@@ -82,6 +84,7 @@ class Sampler:
         parts = zip(
             users.split(self.batch_size),
             items.split(self.batch_size),
+            contrast.split(self.batch_size),
             spreads(users, self.batch_size, self.dedup_pairs),
             spreads(contrast, self.batch_size, self.dedup_pairs),
             strict=True,

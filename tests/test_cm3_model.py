@@ -30,7 +30,7 @@ def build(modalities: int, **changes: object) -> tuple[CM3, dict[str, torch.Tens
 
 def batch(dedup: bool = True) -> Batch:
     users, items, contrast = (torch.tensor(x) for x in BATCH)
-    return Batch(users, items, spreads(users, len(users), dedup)[0], spreads(contrast, len(users), dedup)[0])
+    return Batch(users, items, contrast, spreads(users, len(users), dedup)[0], spreads(contrast, len(users), dedup)[0])
 
 
 BATCH = ([0, 1, 2, 3, 1, 8], [1, 2, 3, 4, 6, 0], [5, 0, 2, 5, 3, 1])
@@ -76,7 +76,8 @@ def test_forward_loss_and_gradients(modalities, changes):
 def test_parts_add_up_to_the_loss():
     model, _ = build(2, gamma=0.7)
     loss = model.loss(model(torch.full((ITEMS,), 0.3, dtype=torch.float64)), batch())
-    torch.testing.assert_close(loss.total, loss.alignment + 0.7 * (loss.user_uniformity + loss.item_uniformity) / 2)
+    align, *uniformities = (loss.parts[name] for name in model.parts)
+    torch.testing.assert_close(loss.total, align + 0.7 * sum(uniformities) / 2)
 
 
 def test_embedding_for_evaluation_uses_the_middle_of_the_curve():

@@ -209,7 +209,7 @@ def test_the_reference_slerp_is_named_when_it_breaks(tmp_path, monkeypatch):
 
 
 def test_accelerators_check_the_whole_epoch_at_once(shop):
-    parts = torch.tensor([[1.0, 2.0, 3.0], [1.0, float("inf"), 3.0]])
+    parts = torch.tensor([[6.0, 1.0, 2.0, 3.0], [float("inf"), 1.0, float("inf"), 3.0]])
     with pytest.raises(UserError, match="epoch 4, batch 2: the loss is not finite, in user_uniformity"):
         cm3.loop._require_finite_parts(parts, rebuilt(shop)[0], 4)
 

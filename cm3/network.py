@@ -1,0 +1,58 @@
+"""What the training loop asks of a model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from cm3.sampling import Batch
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """What a forward gives: users (U, D) and items (I, D), whose dot product is the score. Models may add fields."""
+
+    users: Tensor
+    items: Tensor
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The scalar loss, and the parts that are worth a curve of their own, by name."""
+
+    total: Tensor
+    parts: Mapping[str, Tensor]
+
+
+class Network(nn.Module):
+    """A model of user and item embeddings that the loop can train, checkpoint and score.
+
+    Attributes:
+        parts: the names of the loss's parts.
+    """
+
+    parts: tuple[str, ...] = ()
+
+    def begin_epoch(self, seed: int) -> None:
+        """Make what stays fixed for an epoch, such as a sampled graph; from `seed` alone, so that runs can go on."""
+
+    def training_embeddings(self, seed: int) -> Any:
+        """Return the `Embeddings` of a training step; all its draws come from `seed`, none from a global generator."""
+        raise NotImplementedError
+
+    def loss(self, embeddings: Any, batch: Batch) -> Loss:
+        """Return the loss of a batch under the embeddings of a training step."""
+        raise NotImplementedError
+
+    def embed(self) -> Embeddings:
+        """Return the embeddings that are scored and exported, outside autograd."""
+        raise NotImplementedError
+
+    def suspects(self) -> tuple[str, ...]:
+        """Return settings that can make a loss infinite while every parameter is finite."""
+        return ()
+
+    def curves(self) -> dict[str, float]:
+        """Return numbers that say what the model has learnt, such as the mean weight of each stream."""
+        return {}
