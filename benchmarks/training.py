@@ -29,9 +29,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cm3.checkpoint import Unkept
 from cm3.config import Model, Training
 from cm3.graph import item_item_matrix
-from cm3.loop import _step
+from cm3.loop import _Run
 from cm3.model import seeded
 from cm3.neighbours import knn
 from cm3.ranking import Validation
@@ -140,6 +141,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--image-dim", type=int, default=4096)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="float32", help="of our products of features: float32 or bfloat16")
     parser.add_argument("--steps", type=int, default=21, help="steps of each that are timed; an epoch is extrapolated")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
@@ -155,22 +157,21 @@ def main() -> None:
         neighbours.append((np.repeat(np.arange(n_items), 10), found.numpy().ravel()))
     graph = item_item_matrix(neighbours, [0.9, 0.1], n_items)
     settings, training = Model(), Training(batch_size=BATCH)
-    ours = seeded([x.numpy() for x in features], train, graph, settings, 0).to(device)
+    ours = seeded([x.numpy() for x in features], train, graph, settings, 0, arguments.precision).to(device)
     theirs = Opponent([x.to(device) for x in features], train, graph).to(device)
     users, items = (torch.from_numpy(x.astype(np.int64)).to(device) for x in train.nonzero())
     sampler = Sampler(users, items, n_items, batch_size=BATCH, contrast="negative", dedup_pairs=True, seed=0)
-    optimisers = [
-        torch.optim.Adam(ours.parameters(), lr=1e-3, fused=True),
-        torch.optim.Adam(theirs.parameters(), lr=1e-3),
-    ]
-    parts = torch.zeros(sampler.n_batches, 4, device=device)
-    batches, seen = enumerate(sampler.epoch(1)), {user: set(mine) for user, mine in splits["train"].items()}
+    valid = matrix(splits["val"], (n_users, n_items))
+    ranking = Validation(valid, train, "recall@20", device)
+    run = _Run(ours, sampler, ranking, training, Unkept(), None)
+    optimiser = torch.optim.Adam(theirs.parameters(), lr=1e-3)
+    batches, seen = sampler.epoch(1), {user: set(mine) for user, mine in splits["train"].items()}
     pairs = [(user, item) for user, mine in splits["train"].items() for item in mine]
     random.Random(0).shuffle(pairs)
 
     def our_step() -> None:
-        number, batch = next(batches)
-        _step(ours, optimisers[0], batch, training, 1, number, parts)
+        run.step([next(batches)])
+        run.state.step += 1
 
     def their_step() -> None:
         some = [pairs[random.randrange(len(pairs))] for _ in range(BATCH)]
@@ -181,10 +182,10 @@ def main() -> None:
                 item = random.randrange(n_items)
             negatives.append(item)
         t = torch.distributions.Beta(0.5, 0.5).sample((n_items,)).to(device)
-        optimisers[1].zero_grad()
+        optimiser.zero_grad()
         batch = [torch.tensor(x, device=device) for x in ([u for u, _ in some], [i for _, i in some], negatives)]
         theirs.loss(t, *batch).backward()
-        optimisers[1].step()
+        optimiser.step()
 
     def timed(work: Callable[[], None], times: int) -> float:
         if device.type == "cuda":
@@ -204,9 +205,6 @@ def main() -> None:
             seconds[which] += timed(step, TURN)
     epoch = [value / (arguments.steps // TURN * TURN) * sampler.n_batches for value in seconds]
 
-    valid = matrix(splits["val"], (n_users, n_items))
-    ranking = Validation(valid, train, "recall@20", device)
-
     def our_validation() -> None:
         found = ours.embed()
         ranking.score(found.users.detach(), found.items.detach())
@@ -219,7 +217,7 @@ def main() -> None:
 
     validation = [min(timed(work, 1) for _ in range(2)) for work in (our_validation, their_validation)]
     print(
-        f"{n_users} users, {n_items} items, {len(users)} training pairs, image vectors of {arguments.image_dim}, {device}"
+        f"{n_users} users, {n_items} items, {len(users)} training pairs, image vectors of {arguments.image_dim}, {device}, {arguments.precision}"
     )
     print("\n| | epoch, s | validation, s | both, s |\n|---|---|---|---|")
     for name, a, b in zip(("ours", "opponent"), epoch, validation, strict=True):

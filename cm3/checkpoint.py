@@ -44,6 +44,10 @@ class Checkpoint:
             log.warning("%s: unreadable (%s); starting afresh", self.path, error)
             return None
 
+    def kept(self) -> str:
+        """Say where the last state lies, as a sentence with a space behind it; nothing where there is none."""
+        return f"The last good state is kept in {self.path}. " if self.path.exists() else ""
+
     def remove(self) -> None:
         """Delete the checkpoint, what a killed writer left beside it, and the folder."""
         with contextlib.suppress(OSError):
@@ -63,6 +67,10 @@ class Unkept(Checkpoint):
 
     def load(self) -> None:
         """Return None: nothing is kept."""
+
+    def kept(self) -> str:
+        """Return nothing."""
+        return ""
 
     def remove(self) -> None:
         """Do nothing."""

@@ -39,8 +39,15 @@ class Model(Strict):
         description="weight of each modality's item-item graph, scaled to sum 1; "
         "null: image 0.1 and the others share 0.9, or all equal where there is no image or nothing else",
     )
+    item_graph: bool = Field(True, description="add an item's neighbours to it; false: an ablation")
+    fusion: Literal["bezier", "linear", "mean", "concat"] = Field(
+        "bezier",
+        description="what makes the fused stream of the modalities' points: the curve on the sphere, or as ablations the "
+        "curve through chords, their mean, or a linear map of all in a row; of unit norm in each case",
+    )
     alpha: Float = Field(0.5, gt=0, description="t ~ Beta(alpha, alpha) mixes the modalities of each item in training")
     gamma: Float = Field(0.9, ge=0, description="weight of the uniformity losses")
+    calibration: bool = Field(True, description="let similar items stay close; false: plain uniformity, an ablation")
     min_sim: Float = Field(0.0, ge=-1, le=1, description="lower clamp of the similarity that calibrates uniformity")
     max_sim: Float = Field(1.0, ge=-1, le=1, description="upper clamp of the similarity that calibrates uniformity")
     detach_similarity: bool = Field(False, description="whether the calibrating similarity is a constant to the gradient")  # fmt: skip
@@ -81,11 +88,24 @@ class Model(Strict):
 class Training(Strict):
     """How the model is fitted."""
 
-    runtime_fields: ClassVar[frozenset[str]] = frozenset({"device", "checkpoint_seconds"})
+    runtime_fields: ClassVar[frozenset[str]] = frozenset({"device", "checkpoint_seconds", "tensorboard"})
 
     seed: int = Field(42, ge=0, lt=2**32, description="of initial values, batches, negatives and mixing draws")
     epochs: int = Field(1000, gt=0, description="at most this many passes over the training interactions")
-    batch_size: int = Field(2048, gt=1, description="interactions per step")
+    batch_size: int = Field(
+        2048, gt=1, description="interactions whose users and items a loss compares with one another"
+    )
+    batches_per_step: int = Field(
+        1,
+        gt=0,
+        description="batches that share one propagation and one step: an epoch of a large data set then takes fewer "
+        "propagations; see docs/training.md for what it does to accuracy",
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="type of the products of features and weights; bfloat16 is faster where the processor or GPU has "
+        "instructions for it, and halves the features' memory",
+    )
     lr: Float = Field(1e-3, gt=0, description="step size of Adam")
     weight_decay: Float = Field(0.0, ge=0, description="L2 penalty that Adam adds to the gradient")
     schedule: Literal["constant", "cosine", "exponential"] = Field(
@@ -110,7 +130,8 @@ class Training(Strict):
     )
     round_valid: int | None = Field(None, ge=0, le=15, description="digits kept of the monitored value; null: all")
     device: Device = Field("auto", description="auto takes CUDA, then MPS, then the CPU")
-    checkpoint_seconds: Float = Field(30.0, ge=0, description="least time between checkpoints; 0: after every batch")
+    checkpoint_seconds: Float = Field(30.0, ge=0, description="least time between checkpoints; 0: after every step")
+    tensorboard: bool = Field(True, description="write TensorBoard curves beside the model, where it is installed")
 
 
 class Evaluation(Strict):

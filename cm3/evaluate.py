@@ -1,6 +1,7 @@
-"""Stage `evaluate`: score the exported embeddings on the validation and test splits, and write recommendations."""
+"""Stage `evaluate`: score what a model exported on the validation and test splits, and write recommendations."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from cm3.config import Evaluation
 from cm3.device import select_device, set_threads
 from cm3.embeddings import read_embeddings
 from cm3.interactions import Interactions, read_interactions
+from cm3.item_weights import read_item_weights
 from cm3.metrics import per_user
 from cm3.ranking import Ranking
 from stages.command import stage
@@ -26,7 +28,7 @@ from stages.tables import write_table
 
 log = logging.getLogger("cm3.evaluate")
 
-SCORES = ("dot", "cosine")
+Score = Callable[[Tensor], Tensor]
 MASKS = {"train": ("train",), "train+valid": ("train", "valid")}
 
 
@@ -50,8 +52,9 @@ def evaluate(
     interactions: Path,
     items: Path,
     users: Path,
-    user_embeddings: Path,
-    item_embeddings: Path,
+    user_embeddings: Path | None = None,
+    item_embeddings: Path | None = None,
+    weights: Path | None = None,
     settings: Evaluation,
     metrics_output: Path,
     per_user_output: Path,
@@ -60,6 +63,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Rank all items for every user of the test and validation splits and write metrics and recommendations.
 
+    The scores come from the embeddings of users and items, or from the item `weights` and the training interactions.
     Writes evaluation.json (test, valid, detail, counts), per_user.parquet (user, n_test, a float64 column per
     metric@k of the main test metrics) and recommendations.parquet (user_id, item_id, rank from 1, score).
     Validation always masks the training items; the test mask is `settings.mask`.
@@ -68,28 +72,36 @@ def evaluate(
         The content of evaluation.json.
 
     Raises:
-        UserError: unreadable inputs, embeddings of other users or items, or an empty test split.
+        UserError: unreadable inputs, embeddings or weights of other users or items, an empty test split, or a
+            cosine asked for where there are no embeddings.
     """
     data = read_interactions(interactions, items, users)
-    user_vectors, _ = read_embeddings(user_embeddings, "user_id", data.user_ids)
-    item_vectors, metadata = read_embeddings(item_embeddings, "item_id", data.item_ids)
-    vectors = {"dot": (torch.tensor(user_vectors, device=device), torch.tensor(item_vectors, device=device))}
-    vectors["cosine"] = tuple(functional.normalize(x, dim=1) for x in vectors["dot"])  # type: ignore[assignment]
     train, test, valid = data.matrix("train"), data.matrix("test"), data.matrix("valid")
     if not test.nnz:
         raise UserError(
             f"{interactions}: no row is in the test split; check the split settings and prepare the data again"
         )
+    metadata: dict[str, Any] = {}
+    if weights is not None:
+        by_name = {"dot": read_item_weights(weights, len(data.item_ids)).scores(train, device)}
+    elif user_embeddings is not None and item_embeddings is not None:
+        user_vectors, _ = read_embeddings(user_embeddings, "user_id", data.user_ids)
+        item_vectors, metadata = read_embeddings(item_embeddings, "item_id", data.item_ids)
+        by_name = _scores(torch.tensor(user_vectors, device=device), torch.tensor(item_vectors, device=device))
+    else:
+        raise ValueError("neither the embeddings of users and items nor item weights are given")
+    if settings.score not in by_name:
+        raise UserError(f"evaluation.score = {settings.score!r}: {weights} has no embeddings to take it of; set dot")
 
     k = max(settings.ks)
     measured = {}
-    for score in SCORES:
+    for score in by_name:
         for mask, splits in MASKS.items():
             main = score == settings.score and mask == settings.mask
             length = max(k, settings.top_n) if main else k
-            measured[score, mask] = _measure(vectors[score], test, data.matrix(*splits), settings.ks, length)
+            measured[score, mask] = _measure(by_name[score], test, data.matrix(*splits), settings.ks, length, device)
     primary = measured[settings.score, settings.mask]
-    validated = _measure(vectors[settings.score], valid, train, settings.ks, k) if valid.nnz else None
+    validated = _measure(by_name[settings.score], valid, train, settings.ks, k, device) if valid.nnz else None
     cold = np.asarray(train.sum(0)).ravel() == 0
 
     result: dict[str, Any] = {
@@ -122,11 +134,16 @@ def evaluate(
     return result
 
 
+def _scores(users: Tensor, items: Tensor) -> dict[str, Score]:
+    unit_users, unit_items = functional.normalize(users, dim=1), functional.normalize(items, dim=1)
+    return {"dot": lambda rows: users[rows] @ items.T, "cosine": lambda rows: unit_users[rows] @ unit_items.T}
+
+
 def _measure(
-    vectors: tuple[Tensor, Tensor], truth: sp.csr_matrix, masked: sp.csr_matrix, ks: list[int], length: int
+    score: Score, truth: sp.csr_matrix, masked: sp.csr_matrix, ks: list[int], length: int, device: str
 ) -> Measured:
     users = np.flatnonzero(np.diff(truth.indptr))
-    items, scores = Ranking(users, masked, vectors[0].device).top(*vectors, length)
+    items, scores = Ranking(users, masked, device).top_by(score, length)
     return Measured(users, np.diff(truth.indptr)[users], per_user(items, truth[users], ks), items, scores)
 
 
@@ -168,16 +185,18 @@ def _write_recommendations(path: Path, found: Measured, data: Interactions, top_
 
 
 def main() -> None:
-    """Run the stage: spec of `Evaluation`; inputs interactions, items, users, user_embeddings, item_embeddings;
-    outputs metrics, per_user, recommendations, record.
+    """Run the stage: spec of `Evaluation`; inputs interactions, items, users, and user_embeddings and item_embeddings, or
+    weights; outputs metrics, per_user, recommendations, record.
     """
     with stage("cm3.evaluate") as call:
         set_threads(call.runtime.get("threads"))
         # On the CPU by default: results then do not depend on the machine that trained.
         device = select_device(call.runtime.get("device", "cpu"))
-        names = ("interactions", "items", "users", "user_embeddings", "item_embeddings")
+        names = ("interactions", "items", "users")
+        scored = [n for n in ("user_embeddings", "item_embeddings", "weights") if n in call.inputs]
         result = evaluate(
             **{name: call.inputs[name] for name in names},
+            **{name: call.inputs[name] for name in scored},
             settings=validate(Evaluation, call.spec, "evaluation"),
             metrics_output=call.outputs["metrics"],
             per_user_output=call.outputs["per_user"],

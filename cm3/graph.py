@@ -12,7 +12,15 @@ from torch.nn import functional
 
 from cm3.neighbours import knn
 
-__all__ = ["SparseMatrix", "add_neighbours", "item_item_matrix", "knn", "propagate", "user_item_matrix"]
+__all__ = [
+    "SparseMatrix",
+    "add_neighbours",
+    "item_item_matrix",
+    "knn",
+    "propagate",
+    "propagate_to",
+    "user_item_matrix",
+]
 
 
 class SparseMatrix(nn.Module):
@@ -24,7 +32,8 @@ class SparseMatrix(nn.Module):
 
     def __init__(self, matrix: sp.csr_matrix) -> None:
         super().__init__()
-        matrix = sp.csr_matrix(matrix, dtype=np.float32)
+        # A copy: sorting would reorder columns that it shares with the caller's matrix, but not the caller's values.
+        matrix = sp.csr_matrix(matrix, dtype=np.float32, copy=True)
         matrix.sum_duplicates()
         self.shape = matrix.shape
         index = np.int32 if max(matrix.nnz, *matrix.shape) < 2**31 else np.int64
@@ -119,6 +128,47 @@ def _horner(adjacency: SparseMatrix, x: Tensor, layers: int) -> Tensor:
     for _ in range(layers):
         y = adjacency.product(y).add_(x)
     return y
+
+
+def propagate_to(adjacency: SparseMatrix, x: Tensor, layers: int, users: Tensor, n_users: int) -> tuple[Tensor, Tensor]:
+    """Return rows of `propagate`: those of `users` (n,), (n, D), and those of all nodes behind the users, (I, D).
+
+    A training step reads few users. Sums over layers are taken of the rows that are read, and the gradient starts from
+    them, so whole tables are passed over by the products with A alone.
+
+    Args:
+        adjacency, x, layers: as in `propagate`; the first `n_users` nodes are the users.
+        users: indices, repeats allowed.
+        n_users: U.
+    """
+    return _Rows.apply(x, adjacency, layers, users, n_users)
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, adjacency: SparseMatrix, layers: int, users: Tensor, n_users: int
+    ) -> tuple[Tensor, Tensor]:
+        ctx.adjacency, ctx.layers, ctx.n_users = adjacency, layers, n_users
+        ctx.save_for_backward(users)
+        by_user, rest, y = x[users], x[n_users:].clone(), x
+        for _ in range(layers):
+            y = adjacency.product(y)
+            by_user += y[users]
+            rest += y[n_users:]
+        return by_user, rest
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_user: Tensor, rest: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (users,) = ctx.saved_tensors
+        grad = by_user.new_zeros(ctx.n_users + len(rest), by_user.shape[1])
+        for layer in range(ctx.layers + 1):
+            if layer:
+                grad = ctx.adjacency.product(grad)
+            grad[: ctx.n_users].index_add_(0, users, by_user)
+            grad[ctx.n_users :] += rest
+        return grad, None, None, None, None
 
 
 def add_neighbours(matrix: SparseMatrix, transposed: SparseMatrix, x: Tensor, layers: int) -> Tensor:

@@ -254,7 +254,7 @@ def _network(
         raise ValueError("features: at least one modality is needed")
     weights = modality_weights(model, list(features))
     graph = item_item_matrix(neighbours, list(weights.values()), len(names))
-    return seeded(filled, observed, graph, model, training.seed).to(device)
+    return seeded(filled, observed, graph, model, training.seed, training.precision).to(device)
 
 
 def _named(best: np.ndarray, scores: np.ndarray, ids: list[str]) -> list[list[tuple[str, float]]]:

@@ -32,9 +32,12 @@ def per_user(recommended: np.ndarray, truth: sp.csr_matrix, ks: Sequence[int]) -
     for k in ks:
         if not 0 < k <= recommended.shape[1]:
             raise ValueError(f"k = {k} is not between 1 and the {recommended.shape[1]} recommendations per user")
-    hits = hit_matrix(recommended, truth)
-    n_truth = np.diff(_binary(truth).indptr)
-    ranks = np.arange(1, recommended.shape[1] + 1)
+    return of_hits(hit_matrix(recommended, truth), np.diff(_binary(truth).indptr), ks)
+
+
+def of_hits(hits: np.ndarray, n_truth: np.ndarray, ks: Sequence[int]) -> dict[str, np.ndarray]:
+    """Return what `per_user` does from (U, K) hits by rank and (U,) sizes of the truth; no k is above K."""
+    ranks = np.arange(1, hits.shape[1] + 1)
     found = hits.cumsum(1)
     summed = (hits * found / ranks).cumsum(1)
     first = np.where(hits.any(1), hits.argmax(1) + 1, np.inf)

@@ -3,18 +3,20 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from cm3.config import Model
-from cm3.fusion import reference_slerp, slerp, spherical_bezier
-from cm3.graph import SparseMatrix, add_neighbours, propagate, user_item_matrix
-from cm3.losses import alignment, calibrated_uniformity, uniformity
-from cm3.network import Embeddings, Loss, Network
+from cm3.fusion import lerp, reference_slerp, slerp, spherical_bezier
+from cm3.graph import SparseMatrix, add_neighbours, propagate, propagate_to, user_item_matrix
+from cm3.losses import alignment, calibrated_by, uniformity
+from cm3.network import Embeddings, Loss, Network, mean_loss
 from cm3.sampling import Batch, derived_seed, mixing_parameters
 from stages.errors import UserError
 
@@ -46,7 +48,11 @@ class Modality(nn.Module):
         """Return the stream and the control point, (I, d) each, of unit norm."""
         # The features are by far the widest factor: both maps read them in one product.
         weight = torch.cat([self.hidden.weight, self.point.weight])
-        both = functional.linear(self.features, weight, torch.cat([self.hidden.bias, self.point.bias]))
+        bias = torch.cat([self.hidden.bias, self.point.bias])
+        if self.features.dtype == torch.bfloat16:
+            both = functional.linear(self.features, weight.bfloat16()).to(weight.dtype) + bias
+        else:
+            both = functional.linear(self.features, weight, bias)
         inner, control = both.split([self.hidden.out_features, self.point.out_features], dim=1)
         stream = self.output(functional.leaky_relu(inner))
         return functional.normalize(stream, dim=1), functional.normalize(control, dim=1)
@@ -70,58 +76,97 @@ class CM3(Network):
         """
         super().__init__()
         self.settings = settings
-        n_users, self.n_items = interactions.shape
+        self.stream_names = [*map(str, range(1, len(features) + 1)), "fused"]
+        self.n_users, self.n_items = interactions.shape
         d, streams = settings.embedding_dim, len(features) + 1
         self.modalities = nn.ModuleList(Modality(x, settings.hidden_factor * d, d) for x in features)
-        self.users = nn.Parameter(torch.randn(n_users, streams, d) * math.sqrt(2 / (n_users + d)))
-        self.stream_logits = nn.Parameter(torch.randn(n_users, streams) * math.sqrt(2 / (n_users + streams)))
+        self.users = nn.Parameter(torch.randn(self.n_users, streams, d) * math.sqrt(2 / (self.n_users + d)))
+        self.stream_logits = nn.Parameter(torch.randn(self.n_users, streams) * math.sqrt(2 / (self.n_users + streams)))
         self.adjacency = SparseMatrix(user_item_matrix(interactions))
         self.item_graph = SparseMatrix(item_graph)
         self.item_graph_transposed = SparseMatrix(item_graph.T.tocsr())
-        self.interpolate = {"safe": slerp, "reference": reference_slerp}[settings.slerp]
+        arc = {"safe": slerp, "reference": reference_slerp}[settings.slerp]
+        self.interpolate = lerp if settings.fusion == "linear" else arc
+        if settings.fusion == "concat":
+            self.mix = nn.Linear(len(features) * d, d)
 
     def forward(self, t: Tensor) -> FusedEmbeddings:
         """Embed every user and item; `t` (I,) places each item on its fusion curve, 0.5 in evaluation."""
+        ego, fused = self._ego(t)
+        users, items = propagate(self.adjacency, ego, self.settings.n_ui_layers).split([self.n_users, self.n_items])
+        return FusedEmbeddings(self._weighted(users, self.stream_logits), self._with_neighbours(items), fused)
+
+    def _ego(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what propagation starts from, (U + I, (M+1)d), and the fused points, (I, d)."""
         streams, points = zip(*(modality() for modality in self.modalities), strict=True)
-        fused = spherical_bezier(torch.stack(points), t, self.interpolate)
-        n_users = len(self.users)
-        users = functional.normalize(self.users, dim=2).flatten(1)
-        nodes = propagate(
-            self.adjacency, torch.cat([users, torch.cat([*streams, fused], 1)]), self.settings.n_ui_layers
-        )
-        weights = self.stream_logits.softmax(1)
-        users = (nodes[:n_users].unflatten(1, (*weights.shape[1:], -1)) * weights[:, :, None]).flatten(1)
-        items = add_neighbours(
-            self.item_graph, self.item_graph_transposed, nodes[n_users:], self.settings.n_mm_layers
-        )  # fmt: skip
-        return FusedEmbeddings(users, items, fused)
+        fused = self._fused(points, t)
+        return UnitStreams.apply(self.users, torch.cat([*streams, fused], 1)), fused
+
+    def _fused(self, points: Sequence[Tensor], t: Tensor) -> Tensor:
+        fusion = self.settings.fusion
+        if fusion == "mean":
+            return functional.normalize(torch.stack(list(points)).mean(0), dim=1)
+        if fusion == "concat":
+            return functional.normalize(self.mix(torch.cat(list(points), 1)), dim=1)
+        curve = spherical_bezier(torch.stack(list(points)), t, self.interpolate)
+        return functional.normalize(curve, dim=1) if fusion == "linear" else curve
+
+    def _weighted(self, users: Tensor, logits: Tensor) -> Tensor:
+        weights = logits.softmax(1)
+        return (users.unflatten(1, (weights.shape[1], -1)) * weights[:, :, None]).flatten(1)
+
+    def _with_neighbours(self, items: Tensor) -> Tensor:
+        if not self.settings.item_graph:
+            return items
+        return add_neighbours(self.item_graph, self.item_graph_transposed, items, self.settings.n_mm_layers)
 
     def training_embeddings(self, seed: int) -> FusedEmbeddings:
         """Return a forward whose t ~ Beta(alpha, alpha), one draw per item, come from `seed`."""
-        return self(mixing_parameters(self.settings.alpha, self.n_items, self.users.device, seed))
+        return self(self._mixing(seed))
+
+    def _mixing(self, seed: int) -> Tensor:
+        return mixing_parameters(self.settings.alpha, self.n_items, self.users.device, seed)
 
     def loss(self, embeddings: FusedEmbeddings, batch: Batch) -> Loss:
         """Return alignment + gamma (uniformity of users + calibrated uniformity of items) / 2 over a batch."""
-        align = alignment(_unit_rows(embeddings.users, batch.users), _unit_rows(embeddings.items, batch.items))
-        users, items = batch.spread_users, batch.spread_items
-        user_uniformity = uniformity(_unit_rows(embeddings.users, users.ids), counts=users.counts)
-        item_uniformity = calibrated_uniformity(
-            _unit_rows(embeddings.items, items.ids), self._similarity(embeddings.fused, items.ids), counts=items.counts
-        )
+        return self._loss(_rows(embeddings.users, batch.spread_users.ids), embeddings.items, embeddings.fused, batch)
+
+    def step_loss(self, batches: Sequence[Batch], seed: int) -> Loss:
+        """Return the mean loss of `batches` over one forward, which embeds only the users that the batches hold."""
+        ego, fused = self._ego(self._mixing(seed))
+        held = [batch.spread_users.ids for batch in batches]
+        ids = torch.cat(held)
+        users, items = propagate_to(self.adjacency, ego, self.settings.n_ui_layers, ids, self.n_users)
+        users, items = self._weighted(users, _rows(self.stream_logits, ids)), self._with_neighbours(items)
+        parts = zip(users.split([len(some) for some in held]), batches, strict=True)
+        return mean_loss([self._loss(rows, items, fused, batch) for rows, batch in parts])
+
+    def _loss(self, users: Tensor, items: Tensor, fused: Tensor, batch: Batch) -> Loss:
+        spread = batch.spread_items
+        users = functional.normalize(users, dim=1)
+        # The pairs' own items and the spread ones in one gather, whose gradient is then one table.
+        held = functional.normalize(_rows(items, torch.cat([batch.items, spread.ids])), dim=1)
+        positive, others = held.split([len(batch.items), len(spread.ids)])
+        align = alignment(_rows(users, batch.spread_users.places), positive)
+        user_uniformity = uniformity(users, counts=batch.spread_users.counts)
+        if self.settings.calibration:
+            points = _rows(fused.detach() if self.settings.detach_similarity else fused, spread.ids)
+            clamp = (self.settings.min_sim, self.settings.max_sim)
+            item_uniformity = calibrated_by(others, points, clamp, counts=spread.counts)
+        else:
+            item_uniformity = uniformity(others, counts=spread.counts)
         total = align + self.settings.gamma * (user_uniformity + item_uniformity) / 2
         return Loss(total, dict(zip(self.parts, (align, user_uniformity, item_uniformity), strict=True)))
-
-    def _similarity(self, fused: Tensor, items: Tensor) -> Tensor:
-        settings = self.settings
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not settings.detach_similarity):
-            rows = _unit_rows(fused, items)
-            # In place: a (B, B) matrix is the largest thing in a step.
-            return (rows @ rows.T).clamp_(settings.min_sim, settings.max_sim)
 
     @torch.no_grad()
     def embed(self) -> FusedEmbeddings:
         """Return the embeddings that are evaluated: t = 0.5 for every item."""
         return self(torch.full((self.n_items,), 0.5, device=self.users.device))
+
+    def curves(self) -> dict[str, float]:
+        """Return the mean weight of each stream over the users, `stream_weight_NAME`."""
+        weights = self.stream_logits.detach().softmax(1).mean(0).tolist()
+        return {f"stream_weight_{name}": value for name, value in zip(self.stream_names, weights, strict=True)}
 
     def suspects(self) -> tuple[str, ...]:
         """Name the reference's slerp where it is in use."""
@@ -132,9 +177,48 @@ class CM3(Network):
         )
 
 
-def _unit_rows(table: Tensor, ids: Tensor) -> Tensor:
+def _rows(table: Tensor, ids: Tensor) -> Tensor:
     # `embedding` sums repeated rows in one order in its backward, which indexing does not promise.
-    return functional.normalize(functional.embedding(ids, table), dim=1)
+    return functional.embedding(ids, table)
+
+
+class UnitStreams(torch.autograd.Function):
+    """Rows of normalised streams, (U + I, S d): of users (U, S, d), each stream made a unit vector; of items as given.
+
+    Tables of users are the largest there are: on the CPU they are gone through in parts that stay in the cache.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, users: Tensor, items: Tensor) -> Tensor:
+        """Return the rows of both."""
+        out = items.new_empty(len(users) + len(items), items.shape[1])
+        norms = users.new_empty(*users.shape[:2], 1)
+        for part in _parts(users):
+            torch.linalg.vector_norm(users[part], dim=2, keepdim=True, out=norms[part])
+            torch.div(users[part], norms[part].clamp_min_(_TINY), out=out[part].unflatten(1, users.shape[1:]))
+        out[len(users) :] = items
+        ctx.save_for_backward(out, norms)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (g - x <x, g>) / norm for the users."""
+        out, norms = ctx.saved_tensors
+        result = out.new_empty(len(norms), norms.shape[1], out.shape[1] // norms.shape[1])
+        for part in _parts(norms):
+            x, g = (table[part].unflatten(1, result.shape[1:]) for table in (out, grad))
+            along = (x * g).sum(2, keepdim=True)
+            torch.addcmul(g, x, along, value=-1, out=result[part]).div_(norms[part])
+        return result, grad[len(norms) :]
+
+
+_TINY = 1e-12  # least norm that is divided by, as in torch.nn.functional.normalize
+
+
+def _parts(users: Tensor) -> list[slice]:
+    size = 2048 if users.device.type == "cpu" else max(len(users), 1)
+    return [slice(start, min(start + size, len(users))) for start in range(0, len(users), size)]
 
 
 def fill_missing(embedding: np.ndarray, ok: np.ndarray, missing: str, name: str) -> np.ndarray:
@@ -151,9 +235,18 @@ def fill_missing(embedding: np.ndarray, ok: np.ndarray, missing: str, name: str)
 
 
 def seeded(
-    features: Sequence[np.ndarray], interactions: sp.csr_matrix, item_graph: sp.csr_matrix, settings: Model, seed: int
+    features: Sequence[np.ndarray],
+    interactions: sp.csr_matrix,
+    item_graph: sp.csr_matrix,
+    settings: Model,
+    seed: int,
+    precision: str = "float32",
 ) -> CM3:
-    """Return a CM3 whose initial weights depend on `seed` alone; torch's global generator is left as it was."""
+    """Return a CM3 whose initial weights depend on `seed` alone; torch's global generator is left as it was.
+
+    With `precision` bfloat16 it keeps its features in that type and multiplies them in it.
+    """
+    dtype = getattr(torch, precision)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(seed))
-        return CM3([torch.from_numpy(x) for x in features], interactions, item_graph, settings)
+        return CM3([torch.from_numpy(x).to(dtype) for x in features], interactions, item_graph, settings)

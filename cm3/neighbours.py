@@ -21,7 +21,9 @@ _ROUNDING = 2.0**-24
 _PIECE = {"cpu": 2**18, "cuda": 2**26}
 
 
-def knn(features: Tensor, k: int, include_self: bool = True, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def knn(
+    features: Tensor, k: int, include_self: bool = True, rows: Tensor | None = None, among: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the k nearest rows of each row by cosine, (indices (N, k) int64, scores (N, k)).
 
     The scores are cosines computed in float64 and rounded (`Directions.settled`), equal ones ordered by lower index:
@@ -38,19 +40,22 @@ def knn(features: Tensor, k: int, include_self: bool = True, rows: Tensor | None
         k: neighbours per row.
         include_self: whether a row may be its own neighbour.
         rows: (R,) the rows to answer for, all by default; the results then have R rows.
+        among: (A,) ascending, the rows that may be neighbours, all by default. With it `include_self` stays True.
 
     Raises:
         ValueError: fewer than k rows to choose from, or a value that is not finite.
     """
     x = torch.as_tensor(features)
-    n = len(x)
+    n = len(x if among is None else among)
     if not 0 < k <= n - (not include_self):
         raise ValueError(f"k = {k} neighbours of {n} rows{'' if include_self else ' without the row itself'}")
     space = Directions(x)
-    rows = torch.arange(n, device=x.device) if rows is None else rows.to(x.device)
+    rows = torch.arange(len(x), device=x.device) if rows is None else rows.to(x.device)
     if include_self:
-        return _nearest(space, rows, k)
-    indices, scores = _nearest(space, rows, k + 1)
+        return _nearest(space, rows, k, None if among is None else among.to(x.device))
+    if among is not None:
+        raise ValueError("among is for include_self=True")
+    indices, scores = _nearest(space, rows, k + 1, None)
     # Drop the row itself, or the last neighbour where k + 1 equal ones of lower index came before it.
     drop = indices == rows[:, None]
     drop[:, -1] |= ~drop.any(dim=1)
@@ -58,16 +63,16 @@ def knn(features: Tensor, k: int, include_self: bool = True, rows: Tensor | None
     return indices.gather(1, kept), scores.gather(1, kept)
 
 
-def _nearest(space: Directions, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _nearest(space: Directions, rows: Tensor, k: int, among: Tensor | None) -> tuple[Tensor, Tensor]:
     indices = torch.empty((len(rows), k), dtype=torch.int64, device=rows.device)
     scores = torch.empty((len(rows), k), dtype=space.dtype, device=rows.device)
     pending = torch.arange(len(rows), device=rows.device)
     for dropped_bits in dict.fromkeys((_droppable_bits(rows.device), 0)):
         if len(pending):
-            indices[pending], scores[pending], unsure = _scan(space, rows[pending], k, dropped_bits)
+            indices[pending], scores[pending], unsure = _scan(space, rows[pending], k, among, dropped_bits)
             pending = pending[unsure]
     if len(pending):
-        indices[pending], scores[pending] = _finish(space, rows[pending], k, scores[pending, -1])
+        indices[pending], scores[pending] = _finish(space, rows[pending], k, among, scores[pending, -1])
     return indices, scores
 
 
@@ -90,13 +95,16 @@ def _reduced_products(allowed: bool) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _scan(space: Directions, rows: Tensor, k: int, dropped_bits: int) -> tuple[Tensor, Tensor, Tensor]:
+def _scan(
+    space: Directions, rows: Tensor, k: int, among: Tensor | None, dropped_bits: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return indices and scores (R, k) of the nearest among the best candidates, and which rows are unsure (R,).
 
     Does not wait for a GPU.
     """
     rough, error = space.rough(dropped_bits)
-    n = len(rough)
+    others = rough if among is None else rough[among]
+    n = len(others)
     # A wider error needs more candidates; too few cost a second pass over the row.
     width = min(n, k + (2 * _MARGIN if dropped_bits else _MARGIN))
     indices = torch.empty((len(rows), k), dtype=torch.int64, device=rows.device)
@@ -109,8 +117,9 @@ def _scan(space: Directions, rows: Tensor, k: int, dropped_bits: int) -> tuple[T
     with _reduced_products(dropped_bits > 0):
         for start in range(0, len(rows), block):
             here = slice(start, start + block)
-            bounds, candidates = _candidates(rough, rows[here], width, columns, buffer)
+            bounds, candidates = _candidates(rough[rows[here]], others, width, columns, buffer)
             candidates, order = candidates.sort(dim=1)
+            candidates = candidates if among is None else among[candidates]
             bounds = bounds.gather(1, order)
             cosines = space.cosines(rows[here], candidates)
             # Stable, and the candidates stand by index: so do equal scores.
@@ -131,15 +140,14 @@ def _entries(device: torch.device) -> int:
     return _BLOCK_ENTRIES
 
 
-def _candidates(rough: Tensor, rows: Tensor, width: int, columns: int, buffer: Tensor) -> tuple[Tensor, Tensor]:
-    """Return rough cosines and indices (R, width) of the largest products of `rows` with all rows, in no order."""
-    vectors = rough[rows]
+def _candidates(vectors: Tensor, others: Tensor, width: int, columns: int, buffer: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rough cosines and places (R, width) of the largest products of `vectors` with `others`, in no order."""
     found: list[tuple[Tensor, Tensor]] = []
-    for first in range(0, len(rough), columns):
-        others = rough[first : first + columns]
-        product = buffer[: len(vectors) * len(others)].view(len(vectors), len(others))
-        torch.mm(vectors, others.T, out=product)
-        values, places = _largest(product, min(width, len(others)))
+    for first in range(0, len(others), columns):
+        some = others[first : first + columns]
+        product = buffer[: len(vectors) * len(some)].view(len(vectors), len(some))
+        torch.mm(vectors, some.T, out=product)
+        values, places = _largest(product, min(width, len(some)))
         found.append((values, places + first))
         if len(found) > 1:
             values, places = (torch.cat(pair, dim=1) for pair in zip(*found, strict=True))
@@ -170,14 +178,16 @@ def _largest(product: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return values, members.gather(1, places)
 
 
-def _finish(space: Directions, rows: Tensor, k: int, floor: Tensor) -> tuple[Tensor, Tensor]:
+def _finish(space: Directions, rows: Tensor, k: int, among: Tensor | None, floor: Tensor) -> tuple[Tensor, Tensor]:
     """Return indices and scores (R, k) of the nearest of all rows, by float64 products with every one of them.
 
     A product that rounds to the same score from either end of its error needs no second look; the few others that
     reach `floor` (R,), a lower bound of the k-th score, are summed in the fixed order. So thousands of rows that differ
     by noise alone, a shop's placeholder picture for one, cost a product and not a gather.
     """
-    n, d = space.shape
+    d = space.shape[1]
+    every = torch.arange(space.shape[0], device=rows.device) if among is None else among
+    n = len(every)
     error = (d + 8) * 2.0**-50
     columns = max(1, min(n, 8192, _entries(rows.device) // (4 * d)))
     block = max(1, _entries(rows.device) // (16 * columns))
@@ -186,8 +196,7 @@ def _finish(space: Directions, rows: Tensor, k: int, floor: Tensor) -> tuple[Ten
         vectors = space.unit(part)
         best = torch.full((len(part), k), -torch.inf, dtype=space.dtype, device=rows.device)
         nearest = torch.zeros((len(part), k), dtype=torch.int64, device=rows.device)
-        for first in range(0, n, columns):
-            others = torch.arange(first, min(first + columns, n), device=rows.device)
+        for others in every.split(columns):
             product = vectors @ space.unit(others).T
             low, high = space.settled(product - error), space.settled(product + error)
             at, column = torch.nonzero((low != high) & (high >= least[:, None]), as_tuple=True)

@@ -1,9 +1,10 @@
 """What the training loop asks of a model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cm3.sampling import Batch
@@ -25,6 +26,14 @@ class Loss:
     parts: Mapping[str, Tensor]
 
 
+def mean_loss(losses: Sequence[Loss]) -> Loss:
+    """Return the mean of losses and of each of their parts."""
+    if len(losses) == 1:
+        return losses[0]
+    parts = {name: torch.stack([loss.parts[name] for loss in losses]).mean() for name in losses[0].parts}
+    return Loss(torch.stack([loss.total for loss in losses]).mean(), parts)
+
+
 class Network(nn.Module):
     """A model of user and item embeddings that the loop can train, checkpoint and score.
 
@@ -44,6 +53,11 @@ class Network(nn.Module):
     def loss(self, embeddings: Any, batch: Batch) -> Loss:
         """Return the loss of a batch under the embeddings of a training step."""
         raise NotImplementedError
+
+    def step_loss(self, batches: Sequence[Batch], seed: int) -> Loss:
+        """Return the mean loss of `batches` over one training forward; a model may embed less than all for it."""
+        embeddings = self.training_embeddings(seed)
+        return mean_loss([self.loss(embeddings, batch) for batch in batches])
 
     def embed(self) -> Embeddings:
         """Return the embeddings that are scored and exported, outside autograd."""

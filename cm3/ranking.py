@@ -1,6 +1,7 @@
 """Full ranking of all items for many users, and the hit counts that validation needs."""
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import scipy.sparse as sp
@@ -9,11 +10,16 @@ from torch import Tensor
 
 from cm3.topk import top_k
 
+log = logging.getLogger(__name__)
+
 _BLOCK_ENTRIES = 16_000_000
 
 
 class Ranking:
-    """Ranks every item for chosen users by the product of their embeddings, without the masked items."""
+    """Ranks every item for chosen users by the product of their embeddings, without the masked items.
+
+    Users go in blocks; where a block does not fit into the GPU's memory it is halved, for good.
+    """
 
     def __init__(self, users: np.ndarray, masked: sp.csr_matrix, device: torch.device | str = "cpu") -> None:
         """Take the (R,) user indices to rank for and the (U, I) items to leave out per user."""
@@ -23,7 +29,7 @@ class Ranking:
         self.block = max(1, _BLOCK_ENTRIES // max(1, self.n_items))
         self.columns = torch.as_tensor(rows.indices, dtype=torch.int64, device=device)
         self.rows = torch.as_tensor(np.repeat(np.arange(len(users)), np.diff(rows.indptr)), device=device)
-        self.cuts = rows.indptr[np.append(np.arange(0, len(users), self.block), len(users))]
+        self.offsets = rows.indptr
 
     def top(self, users: Tensor, items: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (items, scores) of the k best per chosen user, (R, k) int64 and float32, best first.
@@ -34,23 +40,40 @@ class Ranking:
             users, items: (U, D) and (I, D) embeddings on this ranking's device.
             k: length of the lists; may exceed I.
         """
+        return self.top_by(lambda rows: users[rows] @ items.T, k)
+
+    def top_by(self, score: Callable[[Tensor], Tensor], k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return what `top` does for any function from user indices (b,) to fresh scores (b, I) on this device."""
         width = min(k, self.n_items)
         best = np.full((len(self.users), k), -1, np.int64)
         values = np.full((len(self.users), k), -np.inf, np.float32)
-        for start, scores in self._blocks(users, items):
-            indices, top = top_k(scores, width)
-            indices = indices.masked_fill_(top == -torch.inf, -1)
-            best[start : start + len(scores), :width] = indices.cpu().numpy()
-            values[start : start + len(scores), :width] = top.cpu().numpy()
+        for start, indices, top in self._blocks(score, width):
+            best[start : start + len(top), :width] = indices.cpu().numpy()
+            values[start : start + len(top), :width] = top.cpu().numpy()
         return best, values
 
     @torch.no_grad()
-    def _blocks(self, users: Tensor, items: Tensor) -> Iterator[tuple[int, Tensor]]:
-        for number, start in enumerate(range(0, len(self.users), self.block)):
-            scores = users[self.users[start : start + self.block]] @ items.T
-            part = slice(self.cuts[number], self.cuts[number + 1])
-            scores[self.rows[part] - start, self.columns[part]] = -torch.inf
-            yield start, scores
+    def _blocks(self, score: Callable[[Tensor], Tensor], k: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        start = 0
+        while start < len(self.users):
+            stop = min(start + self.block, len(self.users))
+            try:
+                found = self._best(score, start, stop, k)
+            except torch.OutOfMemoryError:
+                if self.block == 1:
+                    raise
+                self.block = -(-(stop - start) // 2)
+                log.warning("out of memory while ranking; going on with blocks of %d users", self.block)
+                continue
+            yield start, *found
+            start = stop
+
+    def _best(self, score: Callable[[Tensor], Tensor], start: int, stop: int, k: int) -> tuple[Tensor, Tensor]:
+        scores = score(self.users[start:stop])
+        part = slice(self.offsets[start], self.offsets[stop])
+        scores[self.rows[part] - start, self.columns[part]] = -torch.inf
+        indices, top = top_k(scores, k)
+        return indices.masked_fill_(top == -torch.inf, -1), top
 
 
 def hit_matrix(recommended: np.ndarray, truth: sp.csr_matrix) -> np.ndarray:
@@ -111,5 +134,9 @@ class Validation:
 
     def score(self, users: Tensor, items: Tensor) -> float:
         """Return the metric's mean over the users that have truth, for (U, D) and (I, D) embeddings."""
-        best, _ = self.ranking.top(users, items, self.k)
+        return self.score_by(lambda rows: users[rows] @ items.T)
+
+    def score_by(self, score: Callable[[Tensor], Tensor]) -> float:
+        """Return the same for any function from user indices (b,) to scores (b, I)."""
+        best, _ = self.ranking.top_by(score, self.k)
         return float(self.metric(hit_matrix(best, self.truth), self.n_truth, self.k).mean())

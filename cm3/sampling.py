@@ -14,10 +14,14 @@ Contrast = Literal["negative", "positive", "uniform"]
 
 @dataclass(frozen=True)
 class Spread:
-    """Users or items that a uniformity loss spreads, (n,) ids; with counts, distinct ids and how often each stands."""
+    """Users or items that a uniformity loss spreads, (n,) ids; with counts, distinct ids and how often each stands.
+
+    `places` (B,) says where in `ids` each entry of the batch stands.
+    """
 
     ids: Tensor
     counts: Tensor | None
+    places: Tensor
 
 
 @dataclass(frozen=True)
@@ -115,12 +119,15 @@ class Sampler:
 def spreads(ids: Tensor, batch_size: int, dedup_pairs: bool) -> list[Spread]:
     """Return what each batch of (E,) ids spreads. All batches are counted at once: one wait for the device per epoch."""
     if not dedup_pairs:
-        return [Spread(part, None) for part in ids.split(batch_size)]
+        return [Spread(part, None, torch.arange(len(part), device=ids.device)) for part in ids.split(batch_size)]
     n = int(ids.max()) + 1
     batch = torch.arange(len(ids), device=ids.device).div(batch_size, rounding_mode="floor")
-    keys, counts = torch.unique(batch * n + ids, return_counts=True)
-    sizes = torch.bincount(keys // n).tolist()
-    return [Spread(key % n, count) for key, count in zip(keys.split(sizes), counts.split(sizes), strict=True)]
+    keys, places, counts = torch.unique(batch * n + ids, return_inverse=True, return_counts=True)
+    found = torch.bincount(keys // n)
+    places -= (found.cumsum(0) - found)[batch]
+    sizes = found.tolist()
+    parts = zip((keys % n).split(sizes), counts.split(sizes), places.split(batch_size), strict=True)
+    return [Spread(*part) for part in parts]
 
 
 def derived_seed(*parts: int) -> int:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 
 from cm3.device import select_device, set_threads
-from cm3.neighbours import knn
+from cm3.kept_neighbours import kept_path, keys_of, neighbours, read_lists, write_lists
 from stages.command import stage
 from stages.errors import UserError
 from stages.tables import SIMILARITY, read_features, write_table
@@ -19,18 +19,30 @@ log = logging.getLogger("cm3.similarity")
 
 
 def similarity(
-    *, features: Path, output: Path, knn_k: int, method: str = "exact", missing: str = "drop", device: str = "cpu"
+    *,
+    features: Path,
+    output: Path,
+    knn_k: int,
+    method: str = "exact",
+    missing: str = "drop",
+    device: str = "cpu",
+    code: str = "",
 ) -> dict[str, Any]:
     """Write the `knn_k` nearest items of every item that has a vector, itself included (`stages.tables.SIMILARITY`).
 
     An item without a vector has no rows and is nobody's neighbour (`missing` drop), or has the mean of the others'
     vectors (mean), as in the reference. A vector of zero length has no direction and is left out by either.
 
+    An exact graph is brought up to date where one of much the same items was made by the same code: the result is that
+    of a full search to the byte (`cm3.kept_neighbours`). Without a digest of the code nothing is kept.
+
     Args:
         method: exact, or by faiss hnsw or ivf, whose recall on a sample is measured, logged and written too.
+        code: digest of the code; graphs of other code are not taken up.
 
     Returns:
-        Facts for the stage's record: counts of items, and the recall of an approximate search.
+        Facts for the stage's record: counts of items; of an exact graph how many rows were searched, the others being
+        kept; and the recall of an approximate search.
 
     Raises:
         UserError: no item has a vector, fewer than `knn_k` have one, or faiss is wanted and absent.
@@ -53,27 +65,38 @@ def similarity(
         raise UserError(f"{features}: {len(usable)} items have a vector, fewer than knn_k = {knn_k}; lower model.knn_k to {len(usable)} or less")  # fmt: skip
     if facts["zero_vectors"]:
         log.warning("%s: %d items have a vector of zero length and get no neighbours", features, facts["zero_vectors"])
+    item_ids = [table.item_ids[row] for row in usable]
     del table
     if len(usable) < n_items:
         vectors = vectors[usable]
     described = {"knn_k": knn_k, "method": method, "missing": missing, "features": metadata}
     if method == "exact":
         # MPS has no float64, which the exact scores need.
-        indices, scores = knn(torch.from_numpy(vectors).to("cpu" if device == "mps" else device), knn_k)
+        rows = torch.from_numpy(vectors).to("cpu" if device == "mps" else device)
+        earlier = read_lists(kept_path(output), code) if code else None
+        lists, facts["searched"] = neighbours(keys_of(item_ids, vectors), rows, knn_k, earlier)
+        indices, scores = lists.indices[:, :knn_k], lists.scores[:, :knn_k]
     else:
         # By name, so that the digest of exact graphs' code does not cover it.
         approximate = import_module("cm3.approximate")
-        indices, scores, measured = approximate.approximate_knn(torch.from_numpy(vectors), knn_k, method)
+        *found, measured = approximate.approximate_knn(torch.from_numpy(vectors), knn_k, method)
+        indices, scores = (one.numpy() for one in found)
         facts |= measured
         described |= measured
         log.info("%s: recall %.4f against exact search on %d items", method, measured["recall"], measured["recall_rows"])  # fmt: skip
     columns = {
         "item": np.repeat(usable, knn_k).astype(np.int32),
-        "neighbour": usable[indices.cpu().numpy().ravel()].astype(np.int32),
-        "score": scores.cpu().numpy().ravel(),
+        "neighbour": usable[indices.ravel()].astype(np.int32),
+        "score": scores.ravel(),
     }
     write_table(output, pa.table(columns), SIMILARITY, described)
     log.info("%d of %d items have neighbours, %d each", len(usable), n_items, knn_k)
+    if method == "exact" and code:
+        write_lists(kept_path(output), lists, code)
+        log.info(
+            "%s items: %s kept, %s searched",
+            *(f"{count:,}" for count in (len(usable), len(usable) - facts["searched"], facts["searched"])),
+        )
     return facts
 
 
@@ -89,6 +112,7 @@ def main() -> None:
             method=call.spec["method"],
             missing=call.spec["missing"],
             device=device.type,
+            code=call.code,
         )
         call.record["device"] = device.type
 

@@ -83,13 +83,19 @@ def plain_forward(
     t: torch.Tensor,
     n_ui_layers: int,
     n_mm_layers: int,
+    fusion: str = "bezier",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """CM3's forward with dense matrices, explicit powers and an item loop; differentiable by torch alone."""
+    """CM3's forward with dense matrices, explicit powers and an item loop; differentiable by torch alone.
+
+    `n_mm_layers` below 0 leaves the item graph out.
+    """
 
     def normalise(x: torch.Tensor) -> torch.Tensor:
         return x / (x * x).sum(-1, keepdim=True).sqrt()
 
     def between(a: torch.Tensor, b: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        if fusion == "linear":
+            return (1 - at) * a + at * b
         w = torch.arccos((a * b).sum())
         return (torch.sin((1 - at) * w) * a + torch.sin(at * w) * b) / torch.sin(w)
 
@@ -102,9 +108,13 @@ def plain_forward(
     fused = []
     for i in range(len(t)):
         curve = [p[i] for p in points]
+        if fusion == "mean":
+            curve = [sum(curve, torch.zeros_like(curve[0]))]
+        elif fusion == "concat":
+            curve = [weights["mix.weight"] @ torch.cat(curve) + weights["mix.bias"]]
         while len(curve) > 1:
             curve = [between(a, b, t[i]) for a, b in itertools.pairwise(curve)]
-        fused.append(curve[0])
+        fused.append(curve[0] if fusion == "bezier" else normalise(curve[0]))
     mixed = torch.stack(fused)
     n_users = len(weights["users"])
     ego = torch.cat([normalise(weights["users"]).reshape(n_users, -1), torch.cat([*streams, mixed], 1)])
@@ -112,7 +122,8 @@ def plain_forward(
     d = weights["users"].shape[2]
     share = weights["stream_logits"].softmax(1).repeat_interleave(d, dim=1)
     items = nodes[n_users:]
-    return nodes[:n_users] * share, items + torch.linalg.matrix_power(item_graph, n_mm_layers) @ items, mixed
+    spread = torch.linalg.matrix_power(item_graph, n_mm_layers) @ items if n_mm_layers >= 0 else torch.zeros_like(items)
+    return nodes[:n_users] * share, items + spread, mixed
 
 
 def plain_loss(
@@ -124,6 +135,7 @@ def plain_loss(
     clamp: tuple[float, float],
     dedup: bool,
     detach: bool,
+    calibration: bool = True,
 ) -> torch.Tensor:
     def normalise(x: torch.Tensor) -> torch.Tensor:
         return x / (x * x).sum().sqrt()
@@ -144,7 +156,7 @@ def plain_loss(
 
     pairs = zip(batch[0], batch[1], strict=True)
     align = torch.stack([((normalise(users[u]) - normalise(items[i])) ** 2).sum() for u, i in pairs]).mean()
-    return align + gamma * (potential(batch[0], users, False) + potential(batch[2], items, True)) / 2
+    return align + gamma * (potential(batch[0], users, False) + potential(batch[2], items, calibration)) / 2
 
 
 def write_shop(

@@ -86,7 +86,7 @@ def test_a_killed_process_goes_on_to_the_same_bytes(shop, tmp_path):
 def test_sigterm_writes_a_checkpoint_and_the_run_goes_on_from_it(shop, tmp_path, monkeypatch, caplog):
     training = {"checkpoint_seconds": 1000, "epochs": 4, "schedule": "cosine", "warmup_epochs": 0.5, "clip_norm": 0.5}
     run(shop, tmp_path / "whole", training=training)
-    step, steps = cm3.loop._step, 0
+    step, steps = cm3.loop._Run.step, 0
 
     def step_then_signal(*arguments):
         nonlocal steps
@@ -96,7 +96,7 @@ def test_sigterm_writes_a_checkpoint_and_the_run_goes_on_from_it(shop, tmp_path,
             os.kill(os.getpid(), signal.SIGTERM)
         return done
 
-    monkeypatch.setattr(cm3.loop, "_step", step_then_signal)
+    monkeypatch.setattr(cm3.loop._Run, "step", step_then_signal)
     before = signal.getsignal(signal.SIGTERM)
     for _ in range(2):
         with pytest.raises(SystemExit) as stopped:

@@ -36,7 +36,7 @@ def test_rows_are_the_nearest_usable_items_in_order(tmp_path):
     status = ["ok"] * 40
     status[3], status[20] = "missing", "failed"
     facts, table = run(tmp_path, vectors, status, 5)
-    assert facts == {"items": 40, "with_vector": 38, "zero_vectors": 1 + int((~vectors[[i for i in range(40) if i not in (3, 7, 20)]].any(1)).sum())}  # fmt: skip
+    assert facts == {"items": 40, "with_vector": 38, "searched": table.num_rows // 5, "zero_vectors": 1 + int((~vectors[[i for i in range(40) if i not in (3, 7, 20)]].any(1)).sum())}  # fmt: skip
     usable = [i for i in range(40) if status[i] == "ok" and vectors[i].any()]
     items, neighbours, scores = (table.column(name).to_numpy() for name in SIMILARITY.names)
     assert items.tolist() == [i for i in usable for _ in range(5)]
@@ -93,7 +93,7 @@ def test_missing_items_take_part_with_the_mean_of_the_others(tmp_path):
     status = ["ok"] * 30
     status[3], status[20] = "missing", "failed"
     facts, table = run(tmp_path, vectors, status, 3, missing="mean")
-    assert facts == {"items": 30, "with_vector": 28, "zero_vectors": 1}
+    assert facts == {"items": 30, "with_vector": 28, "zero_vectors": 1, "searched": 29}
     ok = [i for i in range(30) if i not in (3, 20)]
     vectors[[3, 20]] = vectors[ok].mean(0, dtype=np.float64)
     usable = np.delete(np.arange(30), 4)

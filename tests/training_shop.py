@@ -23,7 +23,7 @@ def one_thread():
 
 OUTPUTS = ("model.safetensors", "history.csv", "users.parquet", "items.parquet")
 MODEL = {"embedding_dim": 8, "knn_k": 4}
-TRAINING = {"batch_size": 64, "epochs": 6, "lr": 0.02, "device": "cpu"}
+TRAINING = {"batch_size": 64, "epochs": 6, "lr": 0.02, "device": "cpu", "tensorboard": False}
 
 
 @pytest.fixture(scope="module")
