@@ -88,7 +88,7 @@ class Model(Strict):
 class Training(Strict):
     """How the model is fitted."""
 
-    runtime_fields: ClassVar[frozenset[str]] = frozenset({"device", "checkpoint_seconds", "tensorboard"})
+    runtime_fields: ClassVar[frozenset[str]] = frozenset({"device", "processes", "checkpoint_seconds", "tensorboard"})
 
     seed: int = Field(42, ge=0, lt=2**32, description="of initial values, batches, negatives and mixing draws")
     epochs: int = Field(1000, gt=0, description="at most this many passes over the training interactions")
@@ -100,6 +100,11 @@ class Training(Strict):
         gt=0,
         description="batches that share one propagation and one step: an epoch of a large data set then takes fewer "
         "propagations; see docs/training.md for what it does to accuracy",
+    )
+    warm_start: str | None = Field(
+        None,
+        description="folder with model.safetensors and user_embeddings.parquet of an earlier run, whose parameters this one "
+        "starts from; for data that have grown since (docs/growing-data.md)",
     )
     precision: Literal["float32", "bfloat16"] = Field(
         "float32",
@@ -130,6 +135,9 @@ class Training(Strict):
     )
     round_valid: int | None = Field(None, ge=0, le=15, description="digits kept of the monitored value; null: all")
     device: Device = Field("auto", description="auto takes CUDA, then MPS, then the CPU")
+    processes: int = Field(
+        1, gt=0, description="processes that share each batch, one per GPU; more is for cm3 alone (docs/training.md)"
+    )
     checkpoint_seconds: Float = Field(30.0, ge=0, description="least time between checkpoints; 0: after every step")
     tensorboard: bool = Field(True, description="write TensorBoard curves beside the model, where it is installed")
 

@@ -58,9 +58,7 @@ def keys_of(item_ids: Sequence[str], vectors: np.ndarray) -> pa.FixedSizeBinaryA
     )  # fmt: skip
 
 
-def neighbours(
-    keys: pa.FixedSizeBinaryArray, vectors: Tensor, k: int, earlier: Lists | None
-) -> tuple[Lists, int]:
+def neighbours(keys: pa.FixedSizeBinaryArray, vectors: Tensor, k: int, earlier: Lists | None) -> tuple[Lists, int]:
     """Return lists whose first k entries are those of `knn(vectors, k)` to the bit, and how many rows were searched.
 
     Args:

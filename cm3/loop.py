@@ -16,6 +16,7 @@ from torch import Tensor
 from cm3.checkpoint import Checkpoint
 from cm3.config import Training
 from cm3.curves import Curves
+from cm3.distributed import Share
 from cm3.network import Embeddings, Loss, Network
 from cm3.ranking import Validation
 from cm3.sampling import Batch, Sampler, derived_seed
@@ -49,6 +50,7 @@ def fit(
     checkpoint: Checkpoint,
     test: Validation | None = None,
     curves: Path | None = None,
+    share: Share | None = None,
 ) -> Fitted:
     """Train until validation has not improved for `settings.patience` validations in a row, or epochs run out.
 
@@ -62,16 +64,22 @@ def fit(
         checkpoint: where the state is kept between batches.
         test: scores the same metric on the test split each epoch; only for `select_on: test`.
         curves: folder for TensorBoard's event files; None writes none.
+        share: of several processes that train together; the first one writes.
 
     Raises:
-        UserError: the loss is not finite; the message names the epoch, the batch, the culprit, and the checkpoint.
+        UserError: the loss is not finite; the message names the epoch, the batch, the culprit, and the checkpoint. Or
+            several processes train a model that one alone can.
         SystemExit: SIGTERM asked to stop; the checkpoint is written.
     """
+    if share and not model.shares:
+        raise UserError("training.processes: this model is trained by one process; set it to 1")
+    model.share = share
+    first = share is None or share.rank == 0
     run = _Run(model, sampler, validation, settings, checkpoint, test)
-    drawn = Curves(curves if settings.tensorboard else None, run.state.epoch)
+    drawn = Curves(curves if settings.tensorboard and first else None, run.state.epoch)
     state, seconds, epochs_here = run.state, 0.0, 0
     stopped = run.finished()
-    with Stopping() as stopping:
+    with Stopping(heeds=first) as stopping:
         while not stopped:
             started = time.monotonic()
             last = run.epoch(stopping)
@@ -154,6 +162,8 @@ class _Run:
         if self.device.type == "cpu":
             self._require_finite(loss)
         loss.total.backward()
+        if self.model.share:
+            self.model.share.sum_gradients(self.model.parameters())
         if settings.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
         self.optimiser.step()
@@ -170,6 +180,8 @@ class _Run:
         embeddings = last if last is not None else self.model.embed()
         users, items = embeddings.users.detach(), embeddings.items.detach()
         value, tested = self.validation.score(users, items), None
+        if self.model.share:
+            value = self.model.share.agree(value)
         if settings.round_valid is not None:
             value = round(value, settings.round_valid)
         row[f"valid_{name}"] = value
@@ -204,8 +216,10 @@ class _Run:
             raise SystemExit(128 + signal.SIGTERM)
 
     def _save(self) -> None:
-        self.state.save(self.checkpoint, self.model, self.optimiser)
         self.saved = time.monotonic()
+        if self.model.share and self.model.share.rank:
+            return
+        self.state.save(self.checkpoint, self.model, self.optimiser)
 
     def log_epoch(self, seconds: float) -> None:
         """Say what the epoch brought."""

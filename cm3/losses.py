@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from cm3.distributed import Share
+
 _CPU_BLOCK = 256  # rows; the tile of a block stays in a core's cache
 
 
@@ -14,7 +16,7 @@ def alignment(users: Tensor, items: Tensor) -> Tensor:
     return (users - items).square().sum(-1).mean()
 
 
-def uniformity(x: Tensor, t: float = 2.0, counts: Tensor | None = None) -> Tensor:
+def uniformity(x: Tensor, t: float = 2.0, counts: Tensor | None = None, share: Share | None = None) -> Tensor:
     """Log of the mean Gaussian potential over pairs: log mean_{a<b} exp(-t ||x_a - x_b||^2).
 
     Args:
@@ -22,11 +24,12 @@ def uniformity(x: Tensor, t: float = 2.0, counts: Tensor | None = None) -> Tenso
         t: inverse temperature.
         counts: (B,) integers, how often each row stands for itself: a pair then weighs n_a n_b, which is what
             repeated rows give once the pairs of a row with its own repetitions are left out. None: all 1.
+        share: of several processes; the value is that of all pairs, the gradient of this process's alone.
 
     Returns:
         A scalar; 0 where there is no pair. Differentiable once.
     """
-    return _PairPotential.apply(x, None, None, counts, t, None)
+    return _PairPotential.apply(x, None, None, counts, t, None, share)
 
 
 def calibrated_uniformity(x: Tensor, similarity: Tensor, t: float = 2.0, counts: Tensor | None = None) -> Tensor:
@@ -41,17 +44,23 @@ def calibrated_uniformity(x: Tensor, similarity: Tensor, t: float = 2.0, counts:
     Returns:
         A scalar; 0 where there is no pair. Differentiable once, in x and in the similarity.
     """
-    return _PairPotential.apply(x, similarity, None, counts, t, None)
+    return _PairPotential.apply(x, similarity, None, counts, t, None, None)
 
 
 def calibrated_by(
-    x: Tensor, points: Tensor, clamp: tuple[float, float], t: float = 2.0, counts: Tensor | None = None
+    x: Tensor,
+    points: Tensor,
+    clamp: tuple[float, float],
+    t: float = 2.0,
+    counts: Tensor | None = None,
+    share: Share | None = None,
 ) -> Tensor:
     """Return `calibrated_uniformity` with s_ab = clamp(<f_a, f_b>) of the points f, (B, d) unit rows.
 
-    The similarity exists a block of rows at a time. Differentiable once, in x and in the points.
+    The similarity exists a block of rows at a time. Differentiable once, in x and in the points. `share` as in
+    `uniformity`.
     """
-    return _PairPotential.apply(x, None, points, counts, t, clamp)
+    return _PairPotential.apply(x, None, points, counts, t, clamp, share)
 
 
 class _PairPotential(torch.autograd.Function):
@@ -71,6 +80,7 @@ class _PairPotential(torch.autograd.Function):
         counts: Tensor | None,
         t: float,
         clamp: tuple[float, float] | None,
+        share: Share | None,
     ) -> Tensor:
         n, wanted = len(x), ctx.needs_input_grad
         sums = _Sums(x, similarity if wanted[1] else None, points if wanted[2] else None, wanted[0])
@@ -78,8 +88,11 @@ class _PairPotential(torch.autograd.Function):
         if counts is not None:
             offset -= counts.to(x.dtype).log()
         calibrated = similarity is not None or points is not None
-        size = _CPU_BLOCK if x.device.type == "cpu" else max(n, 1)
-        for start in range(0, n, size):
+        size = -(-max(n, 1) // (4 * share.size if share else 1))
+        size = min(size, _CPU_BLOCK) if x.device.type == "cpu" else size
+        for block, start in enumerate(range(0, n, size)):
+            if share and not share.owns(block):
+                continue
             rows, columns = slice(start, start + size), slice(start, n)
             above = offset[rows, None] - 2 * t if calibrated else offset[rows, None]
             q = torch.addmm(offset[columns], x[rows], x[columns].T, beta=-1, alpha=2 * t).sub_(above)
@@ -96,6 +109,8 @@ class _PairPotential(torch.autograd.Function):
             sums.add(q, rows, columns, clamped)
         n_pairs = n * (n - 1) // 2 if counts is None else (counts.sum().square() - counts.square().sum()) // 2
         n_pairs = torch.as_tensor(n_pairs, device=x.device)
+        if share:
+            sums.merge(share)
         ctx.save_for_backward(*sums.gradients(torch.where(n_pairs > 0, t / sums.total, torch.zeros_like(sums.total))))
         value = sums.total.log() + sums.peak - n_pairs.to(x.dtype).log()
         return torch.where(n_pairs > 0, value, torch.zeros_like(value))
@@ -103,7 +118,7 @@ class _PairPotential(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *(None if part is None else part * grad for part in ctx.saved_tensors), None, None, None
+        return *(None if part is None else part * grad for part in ctx.saved_tensors), None, None, None, None
 
 
 class _Sums:
@@ -120,14 +135,8 @@ class _Sums:
 
     def add(self, q: Tensor, rows: slice, columns: slice, clamped: Tensor | None) -> None:
         """Add the pairs of a block, whose exponents `q` are overwritten."""
-        peak = torch.maximum(self.peak, q.max())
-        if rows.start:
-            shrink = (self.peak - peak).exp()
-            for part in (self.total, self.degree, self.pulls, self.similarity, self.point_pulls):
-                if part is not None and (part.device.type != "cpu" or shrink != 1):
-                    part.mul_(shrink)
-        self.peak = peak
-        weights = q.sub_(peak).exp_()
+        self._raise(torch.maximum(self.peak, q.max()))
+        weights = q.sub_(self.peak).exp_()
         by_row = weights.sum(1)
         self.total += by_row.sum()
         if self.pulls is not None:
@@ -141,6 +150,19 @@ class _Sums:
             weights.masked_fill_(clamped, 0)
             self.point_pulls[rows].addmm_(weights, self.points[columns])
             self.point_pulls[columns].addmm_(weights.T, self.points[rows])
+
+    def _raise(self, peak: Tensor) -> None:
+        shrink = (self.peak - peak).exp()
+        for part in (self.total, self.degree, self.pulls, self.similarity, self.point_pulls):
+            if part is not None and (part.device.type != "cpu" or shrink != 1):
+                part.mul_(shrink)
+        self.peak = peak
+
+    def merge(self, share: Share) -> None:
+        """Make the total that of all processes' pairs; what the gradients need stays that of this one's."""
+        peak, total = share.merge(self.peak, self.total)
+        self._raise(peak)
+        self.total = total
 
     def gradients(self, scale: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return those in x, the similarity and the points, given t over the sum of all exp(q - peak)."""

@@ -66,6 +66,7 @@ class CM3(Network):
     """
 
     parts = ("alignment", "user_uniformity", "item_uniformity")
+    shares = True
 
     def __init__(
         self, features: Sequence[Tensor], interactions: sp.csr_matrix, item_graph: sp.csr_matrix, settings: Model
@@ -147,16 +148,22 @@ class CM3(Network):
         # The pairs' own items and the spread ones in one gather, whose gradient is then one table.
         held = functional.normalize(_rows(items, torch.cat([batch.items, spread.ids])), dim=1)
         positive, others = held.split([len(batch.items), len(spread.ids)])
-        align = alignment(_rows(users, batch.spread_users.places), positive)
-        user_uniformity = uniformity(users, counts=batch.spread_users.counts)
+        align = self._alignment(_rows(users, batch.spread_users.places), positive)
+        user_uniformity = uniformity(users, counts=batch.spread_users.counts, share=self.share)
         if self.settings.calibration:
             points = _rows(fused.detach() if self.settings.detach_similarity else fused, spread.ids)
             clamp = (self.settings.min_sim, self.settings.max_sim)
-            item_uniformity = calibrated_by(others, points, clamp, counts=spread.counts)
+            item_uniformity = calibrated_by(others, points, clamp, counts=spread.counts, share=self.share)
         else:
-            item_uniformity = uniformity(others, counts=spread.counts)
+            item_uniformity = uniformity(others, counts=spread.counts, share=self.share)
         total = align + self.settings.gamma * (user_uniformity + item_uniformity) / 2
         return Loss(total, dict(zip(self.parts, (align, user_uniformity, item_uniformity), strict=True)))
+
+    def _alignment(self, users: Tensor, items: Tensor) -> Tensor:
+        if self.share is None:
+            return alignment(users, items)
+        mine = self.share.pairs(len(users))
+        return self.share.sum((users[mine] - items[mine]).square().sum() / len(users))
 
     @torch.no_grad()
     def embed(self) -> FusedEmbeddings:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cm3.distributed import Share
 from cm3.sampling import Batch
 
 
@@ -39,9 +40,12 @@ class Network(nn.Module):
 
     Attributes:
         parts: the names of the loss's parts.
+        share: this process's part of each step, where several train; a model that heeds it sets `shares`.
     """
 
     parts: tuple[str, ...] = ()
+    share: Share | None = None
+    shares: bool = False
 
     def begin_epoch(self, seed: int) -> None:
         """Make what stays fixed for an epoch, such as a sampled graph; from `seed` alone, so that runs can go on."""

@@ -111,6 +111,7 @@ def run_facts(fitted: Fitted, training: Training, device: torch.device, n_parame
         "seconds_per_epoch": fitted.seconds_per_epoch,
         "device": device.type,
         "threads": torch.get_num_threads(),
+        "processes": training.processes,
         "seed": training.seed,
         "parameters": n_parameters,
     }

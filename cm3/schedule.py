@@ -32,9 +32,15 @@ def lr_factor(settings: Training, epoch: int, batch: int, batches: int) -> float
 
 
 class Stopping:
-    """Whether SIGTERM has asked to stop: a context manager that takes the first one as a wish, the next as an order."""
+    """Whether SIGTERM has asked to stop: a context manager that takes the first one as a wish, the next as an order.
+
+    One that does not heed it leaves the decision to another process, which ends this one.
+    """
 
     asked = False
+
+    def __init__(self, heeds: bool = True) -> None:
+        self.heeds = heeds
 
     def __enter__(self) -> "Stopping":
         # Signals can be handled in the main thread alone; elsewhere somebody else does it.
@@ -44,7 +50,7 @@ class Stopping:
         return self
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
+        self.asked = self.heeds
         signal.signal(signal.SIGTERM, self._before)
 
     def __exit__(

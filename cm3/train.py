@@ -1,6 +1,7 @@
 """Stage `train`: fit CM3 to the training interactions, stop early by validation, export the best epoch."""
 
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ import torch
 from cm3.checkpoint import Checkpoint
 from cm3.config import Model, Training
 from cm3.device import select_device, set_threads
+from cm3.distributed import Share, joined, launch, started_by_torchrun
 from cm3.graph import item_item_matrix
 from cm3.interactions import Interactions, read_interactions
 from cm3.loop import fit
 from cm3.model import fill_missing, seeded
 from cm3.run import read_neighbours, run_facts, validations, write_run
 from cm3.sampling import Sampler, derived_seed
+from cm3.warm import warm_start
 from cm3.weights import modality_weights
 from stages.command import stage
 from stages.errors import UserError
@@ -42,6 +45,8 @@ def train(
     users_output: Path,
     items_output: Path,
     code: str = "",
+    share: Share | None = None,
+    warm: Mapping[str, Path] | None = None,
 ) -> dict[str, Any]:
     """Train and write the model (safetensors), its history (CSV) and the embeddings of users and items (Parquet).
 
@@ -53,6 +58,8 @@ def train(
         modalities: order of the control points of the fusion.
         model, training: settings.
         code: digest of the code, part of what a checkpoint is tied to.
+        share: of several processes that train together (`cm3.distributed.joined`); the first one writes.
+        warm: `model` and `users` of an earlier run to start from.
 
     Returns:
         Facts for the stage's record.
@@ -61,6 +68,7 @@ def train(
         UserError: inputs that do not fit together, no validation interactions, or a loss that is not finite.
     """
     inputs = [interactions, items, users, *(files[m] for m in modalities for files in (features, similarity))]
+    inputs += list(warm.values()) if warm else []
     identity = {"modalities": list(modalities), "model": model.identity(), "training": training.identity()}
     fingerprint = key_of({"spec": identity, "code": code, "inputs": [sha256_of(path) for path in inputs]})
     checkpoint = Checkpoint(model_output.parent / "checkpoints", fingerprint)
@@ -75,6 +83,10 @@ def train(
     graph = item_item_matrix(neighbours, [weights[m] for m in modalities], len(data.item_ids))
     network = seeded(filled, observed, graph, model, training.seed, training.precision).to(device)
     network.stream_names = [*modalities, "fused"]
+    started = {}
+    if warm:
+        started = {"warm_start": warm_start(network, data.user_ids, warm["model"], warm["users"])}
+        log.info("starting from %s: %s", warm["model"], started["warm_start"])
     n_parameters = sum(p.numel() for p in network.parameters())
     log.info(
         "%d users, %d items, %d training interactions, modalities %s, %d parameters, on %s",
@@ -82,13 +94,16 @@ def train(
     )  # fmt: skip
     valid, test = validations(data, observed, training, device, interactions)
     sampler = _sampler(data, model, training, device)
-    fitted = fit(network, sampler, valid, training, checkpoint, test, model_output.parent / "tensorboard")
+    curves = model_output.parent / "tensorboard"
+    fitted = fit(network, sampler, valid, training, checkpoint, test, curves, share)
+    if share and share.rank:
+        return {}
     write_run(
         fitted, data, identity, model_output=model_output, history_output=history_output, users_output=users_output,
         items_output=items_output,
     )  # fmt: skip
     checkpoint.remove()
-    return run_facts(fitted, training, device, n_parameters) | {"modality_weights": weights}
+    return run_facts(fitted, training, device, n_parameters) | {"modality_weights": weights} | started
 
 
 def _sampler(data: Interactions, model: Model, training: Training, device: torch.device) -> Sampler:
@@ -107,27 +122,37 @@ def main() -> None:
     outputs model, history, users, items, record.
     """
     with stage("cm3.train") as call:
-        set_threads(call.runtime.get("threads"))
         spec, outputs = call.spec, call.outputs
         speed = {name: call.runtime[name] for name in Training.runtime_fields if name in call.runtime}
         by_kind = {
             kind: {m: call.inputs[f"{kind}.{m}"] for m in spec["modalities"]} for kind in ("features", "similarity")
         }
-        facts = train(
-            interactions=call.inputs["interactions"],
-            items=call.inputs["items"],
-            users=call.inputs["users"],
-            features=by_kind["features"],
-            similarity=by_kind["similarity"],
-            modalities=spec["modalities"],
-            model=validate(Model, spec["model"], "model"),
-            training=validate(Training, {**spec["training"], **speed}, "training"),
-            model_output=outputs["model"],
-            history_output=outputs["history"],
-            users_output=outputs["users"],
-            items_output=outputs["items"],
-            code=call.code,
-        )
+        training = validate(Training, {**spec["training"], **speed}, "training")
+        if training.processes > 1 and not started_by_torchrun():
+            launch(training.processes, "cm3.train", sys.argv[1:])
+            return
+        threads = call.runtime.get("threads")
+        set_threads(threads and max(1, threads // training.processes))
+        with joined(select_device(training.device)) as share:
+            facts = train(
+                interactions=call.inputs["interactions"],
+                items=call.inputs["items"],
+                users=call.inputs["users"],
+                features=by_kind["features"],
+                similarity=by_kind["similarity"],
+                modalities=spec["modalities"],
+                model=validate(Model, spec["model"], "model"),
+                training=training,
+                model_output=outputs["model"],
+                history_output=outputs["history"],
+                users_output=outputs["users"],
+                items_output=outputs["items"],
+                code=call.code,
+                share=share,
+                warm={name: call.inputs[f"warm.{name}"] for name in ("model", "users")}
+                if training.warm_start
+                else None,
+            )
         call.record.update(facts)
 
 

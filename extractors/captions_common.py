@@ -101,7 +101,7 @@ class Captioned(Result):
             counts={"captions_cut": sum(answer.cut for answer in answers)},
         )
 
-    def columns(self) -> dict[str, pa.Array]:
+    def columns(self, dtype: str) -> dict[str, pa.Array]:
         """Return captions and tokens."""
         return {"caption": pa.array(self.captions, pa.string()), "tokens": pa.array(self.tokens, pa.int32())}
 

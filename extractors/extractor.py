@@ -35,8 +35,8 @@ class Result(ABC):
     counts: dict[str, int] = field(default_factory=dict)
 
     @abstractmethod
-    def columns(self) -> dict[str, pa.Array]:
-        """Return the output itself as columns of n rows, for a shard's table."""
+    def columns(self, dtype: str) -> dict[str, pa.Array]:
+        """Return the output itself as columns of n rows, for a shard's table; vectors of the type `dtype`."""
 
     @abstractmethod
     def check(self, names: Sequence[str]) -> None:
@@ -53,10 +53,11 @@ class Encoded(Result):
 
     embedding: np.ndarray
 
-    def columns(self) -> dict[str, pa.Array]:
-        """Return the vectors as lists of fixed size, in full precision."""
-        values = pa.array(np.ascontiguousarray(self.embedding, np.float32).reshape(-1))
-        kind = features_schema(self.embedding.shape[1], "float32").field("embedding").type
+    def columns(self, dtype: str) -> dict[str, pa.Array]:
+        """Return the vectors as lists of fixed size."""
+        with np.errstate(over="ignore"):  # an overflow to float16 is infinite, and refused when the output is written
+            values = pa.array(np.ascontiguousarray(self.embedding, dtype).reshape(-1))
+        kind = features_schema(self.embedding.shape[1], dtype).field("embedding").type
         return {"embedding": pa.FixedSizeListArray.from_arrays(values, type=kind)}
 
     def check(self, names: Sequence[str]) -> None:

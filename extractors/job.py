@@ -1,7 +1,9 @@
 """What the extract and caption stages share: from a stage's call to finished shards, provenance and the record."""
 
+import hashlib
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -12,17 +14,21 @@ import numpy as np
 import pyarrow as pa
 
 from extractors.extractor import Model
+from extractors.kept import Distinct, Kept
 from extractors.shards import Shards, notes_of, with_notes
 from extractors.source import Source, require_some
 from extractors.spec import ExtractorSpec, parse_extractor
 from stages.command import Call, versions
 from stages.errors import UserError
+from stages.keys import key_of
 from stages.progress import Progress
 from stages.tables import FAILED, MISSING, OK
 
 log = logging.getLogger(__name__)
 
 FAILURES_TOLD = 20
+# They write files or run jobs, and have no part in what a model answers.
+_NOT_OF_MODELS = {"pyarrow", "snakemake"}
 
 
 def spec_of(call: Call) -> tuple[str, ExtractorSpec]:
@@ -53,6 +59,9 @@ def spec_of(call: Call) -> tuple[str, ExtractorSpec]:
 class Job:
     """One extractor over all items of a data set, in shards, its model loaded once and only if there is work.
 
+    What an earlier job of the same model, settings, code and libraries made of an input is taken from `Kept`, and of
+    several equal inputs one is encoded for all. Without a digest of the code nothing is kept.
+
     Attributes:
         source: the items' inputs.
         status, errors: by row, filled in while `tables` runs.
@@ -65,21 +74,40 @@ class Job:
         self.source: Source[Any] = spec.read(inputs)
         require_some(self.source, name, spec.modality)
         self.identity = spec.identity()
-        self.shards = Shards(output, [self.identity, code, self.source.fingerprint, spec.items_per_shard()])
+        libraries = {library: version for library, version in versions().items() if library not in _NOT_OF_MODELS}
+        address = key_of([self.identity, code, libraries])
+        self._find_work(output, address)
+        leftovers = list(self.shards.leftovers())
+        for folder, same in leftovers:
+            # Of a job that was killed before its inputs changed: what it has finished still holds for those that didn't.
+            self.kept.adopt(folder) if same else shutil.rmtree(folder)
+        if leftovers:
+            self._find_work(output, address)
         self.status, self.errors = self.source.status.copy(), dict(self.source.errors)
         self._model: Model[Any] | None = None
         self._facts: dict[str, Any] = {}
         self._record: dict[str, Any] = {}
 
+    def _find_work(self, output: Path, address: str) -> None:
+        """Settle which rows' outputs are kept, and which inputs are to be encoded in which shards."""
+        self.kept = Kept(output, address if self.code and self.spec.keeps else None)
+        rows = self.source.rows
+        places = self.kept.find(self.source.digests)[rows]
+        self._there, self._places = rows[places >= 0], places[places >= 0]
+        self.work = Distinct(rows[places < 0], self.source.digests)
+        inputs = hashlib.sha256(b"".join(self.work.digests.to_pylist())).hexdigest()
+        self.shards = Shards(output, address, [inputs, self.spec.items_per_shard()])
+
     def tables(self) -> Iterator[tuple[np.ndarray, pa.Table]]:
-        """Yield (rows, table) per shard; the table has the model's output, status and error.
+        """Yield (rows, table) per file of kept outputs, then per shard; the table has output, status and error.
 
         Raises:
             UserError: the model is not to be had, its output is not to be kept, or not one input came through.
         """
-        rows = self.source.rows
+        rows = self.work.rows
         counts: dict[str, int] = {}
-        done, new, loading, start = 0, 0, 0.0, time.perf_counter()
+        notes: dict[str, Any] = {}
+        done, new, repeated, loading, start = 0, 0, 0, 0.0, time.perf_counter()
         with Progress(len(self.status), "items") as progress:
 
             def work(part: np.ndarray) -> pa.Table:
@@ -91,7 +119,8 @@ class Job:
                 new += len(part)
                 result = self._model.run(self.source.stream(part), progress.advance)
                 result.check([self.source.item_ids[row] for row in part])
-                columns = result.columns() | {
+                columns = result.columns(self.spec.dtype) | {
+                    "digest": self.source.digests.take(pa.array(part)),
                     "status": pa.array(result.status.tolist(), pa.string()),
                     "error": pa.array([result.errors.get(row) for row in range(len(part))], pa.string()),
                 }
@@ -100,22 +129,35 @@ class Job:
 
             without_input = self.status != OK
             progress.advance(int(without_input.sum()), **_counts(self.status[without_input]))
+            for some, table in self.kept.tables(self._there, self._places):
+                notes = notes_of(table)
+                progress.advance(len(some), ok=len(some))
+                yield some, table
             for part, table, before in self.shards.run(rows, self.spec.items_per_shard(), work):
-                self.status[part] = table.column("status").to_pylist()
-                told = zip(part.tolist(), table.column("error").to_pylist(), strict=True)
-                self.errors |= {row: error for row, error in told if error}
                 notes = notes_of(table)
                 counts = {key: counts.get(key, 0) + count for key, count in notes["counts"].items()}
+                same, groups = self.work.members(done, done + len(part))
                 done += len(part)
-                if before:
-                    progress.advance(len(part), **_counts(self.status[part]))
-                yield part, table
+                table = table.take(pa.array(groups))
+                self.status[same] = table.column("status").to_pylist()
+                told = zip(same.tolist(), table.column("error").to_pylist(), strict=True)
+                self.errors |= {row: error for row, error in told if error}
+                # The model has told of those that it has worked on.
+                silent = same if before else np.setdiff1d(same, part)
+                progress.advance(len(silent), **_counts(self.status[silent]))
+                repeated += 0 if before else len(silent)
+                yield same, table
         if not (self.status == OK).any():
             reason = next(iter(self.errors.values()), "unknown")
-            raise UserError(f"{self.name}: not one of {len(rows)} inputs came through, first reason: {reason}")
+            total = len(self.source.rows)
+            raise UserError(f"{self.name}: not one of {total} inputs came through, first reason: {reason}")
         seconds = max(time.perf_counter() - start - loading, 1e-9)
         self._facts = notes["facts"]
-        self._record = {**counts, "device": notes["device"], "items_per_second": new / seconds, "load_seconds": loading}
+        self._record = {
+            **counts,
+            "kept": len(self.source.rows) - new - repeated, "encoded": new, "repeated": repeated,
+            "device": notes["device"], "items_per_second": new / seconds, "load_seconds": loading,
+        }  # fmt: skip
 
     def _load(self, items: int) -> Model[Any]:
         # Threads that spin while they wait take the processors from other jobs: on shared cores this costs a factor
@@ -141,8 +183,21 @@ class Job:
         }  # fmt: skip
 
     def finish(self) -> dict[str, Any]:
-        """Remove the shards, for the output is written, and return the record: counts, first failures, speed."""
-        self.shards.remove()
+        """Keep what the shards hold, for the output is written, and return the record: counts, first failures, speed.
+
+        Of the record, kept + encoded + repeated are the items with an input: made before, shown to the model, and equal
+        to one that was. What else the model counts, such as truncated texts, is of the encoded ones.
+        """
+        self.kept.adopt(self.shards.folder)
+        self.kept.drop_others()
+        without = len(self.status) - len(self.source.rows)
+        log.info(
+            "%s: %s items: %s kept, %s encoded%s%s", self.name, *(
+                f"{count:,}" for count in (len(self.status), self._record["kept"], self._record["encoded"])
+            ),
+            f", {self._record['repeated']:,} equal to one of these" if self._record["repeated"] else "",
+            f", {without:,} without input" if without else "",
+        )  # fmt: skip
         failed = np.flatnonzero(self.status == FAILED).tolist()
         for row in failed[:3]:
             log.warning("%s: item %s failed: %s", self.name, self.source.item_ids[row], self.errors.get(row))

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
-from extractors.source import Source, digest_of_rows
+from extractors.kept import DIGEST
+from extractors.source import Source
 from stages.errors import UserError
 from stages.pictures import iter_pictures
 from stages.tables import ITEMS, MANIFEST, MISSING, OK, read_table
@@ -33,12 +35,16 @@ def read_pictures(items: Path, manifest: Path) -> Source[bytes]:
     shard = table.column("shard").to_numpy()[rows].astype(np.int64)
     place = table.column("row").to_numpy()[rows].astype(np.int64)
     errors = table.column("error").to_pylist()
+    digests = (
+        bytes.fromhex(sha256) if state == OK else None
+        for sha256, state in zip(table.column("sha256").to_pylist(), status, strict=True)
+    )
     return Source(
         item_ids=ids,
         status=status,
         rows=rows[np.lexsort((rows, place, shard))],
         stream=lambda wanted: _stream(manifest, wanted),
-        fingerprint=digest_of_rows(zip(ids, status, table.column("sha256").to_pylist(), strict=True)),
+        digests=pa.array(digests, DIGEST),
         errors={
             row: errors[row] or "the picture could not be fetched"
             for row in range(len(ids))

@@ -33,6 +33,7 @@ class PrecomputedSpec(ExtractorSpec):
 
     runtime_fields: ClassVar[frozenset[str]] = ExtractorSpec.runtime_fields | {"path", "ids"}
     shard_items: ClassVar[int | None] = None
+    keeps: ClassVar[bool] = False
 
     backend: Literal["precomputed"] = Field(description="Look vectors up by item id in a file made elsewhere.")
     path: str | None = Field(

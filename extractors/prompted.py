@@ -1,5 +1,6 @@
 """A question to a vision-language model: a picture, and a prompt that may hold fields of its item."""
 
+import hashlib
 import string
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -7,11 +8,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+import pyarrow as pa
 from pydantic import Field, field_validator
 
 from extractors import text_of
+from extractors.kept import DIGEST
 from extractors.pictures_of import read_pictures
-from extractors.source import Source, digest_of_rows
+from extractors.source import Source
 from extractors.spec import ExtractorSpec
 from stages.strict import nearest
 from stages.tables import ITEMS, read_table
@@ -61,9 +64,12 @@ class PromptedSpec(ExtractorSpec):
             for one, picture in zip(fields, pictures.stream(rows), strict=True):
                 yield Prompted(picture, self.prompt_of(one))
 
-        prompts = digest_of_rows(self.prompt_of(one) for one in items.to_pylist())
+        digests = (
+            picture and hashlib.sha256(picture + self.prompt_of(one).encode("utf-8", "surrogatepass")).digest()
+            for picture, one in zip(pictures.digests.to_pylist(), items.to_pylist(), strict=True)
+        )
         return Source(
-            pictures.item_ids, pictures.status, pictures.rows, stream, pictures.fingerprint + prompts, pictures.errors
+            pictures.item_ids, pictures.status, pictures.rows, stream, pa.array(digests, DIGEST), pictures.errors
         )
 
     def prompt_of(self, item: Mapping[str, Any]) -> str:

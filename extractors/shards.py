@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,23 @@ log = logging.getLogger(__name__)
 class Shards:
     """A hidden folder beside an output file, tied to all that its content depends on."""
 
-    def __init__(self, output: Path, fingerprint: Any) -> None:
-        """Open the folder of this fingerprint, and remove those of others: their settings or inputs are past."""
-        self.folder = output.parent / f".{output.name}.shards-{key_of(fingerprint)}"
-        for other in output.parent.glob(f".{output.name}.shards-*"):
+    def __init__(self, output: Path, address: str, work: Any) -> None:
+        """Name the folder.
+
+        Args:
+            output: the file that the shards become.
+            address: key of what decides an output beside its input.
+            work: which inputs go into which shard.
+        """
+        self._output = output
+        self._prefix = f".{output.name}.shards-{address}-"
+        self.folder = output.parent / f"{self._prefix}{key_of(work)}"
+
+    def leftovers(self) -> Iterator[tuple[Path, bool]]:
+        """Yield the folders that other jobs for this output left, and whether their shards are of the same address."""
+        for other in sorted(self._output.parent.glob(f".{self._output.name}.shards-*")):
             if other != self.folder:
-                shutil.rmtree(other)
+                yield other, other.name.startswith(self._prefix)
 
     def run(
         self, rows: np.ndarray, size: int | None, work: Callable[[np.ndarray], pa.Table]
@@ -46,12 +56,10 @@ class Shards:
         for part, path, before in zip(parts, paths, finished, strict=True):
             if not before:
                 with atomic(path) as temporary:
-                    pq.write_table(work(part), temporary, compression="none", use_dictionary=False)
+                    pq.write_table(
+                        work(part), temporary, compression="none", use_dictionary=False, write_page_checksum=True
+                    )
             yield part, pq.read_table(path, partitioning=None), before
-
-    def remove(self) -> None:
-        """Remove the folder: the whole output is written."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def with_notes(table: pa.Table, notes: dict[str, Any]) -> pa.Table:

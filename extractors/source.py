@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 import numpy as np
+import pyarrow as pa
 
+from extractors.kept import DIGEST
 from stages.errors import UserError
 from stages.tables import ITEMS, MISSING, OK, read_table
 
@@ -24,31 +26,30 @@ class Source(Generic[T]):
         errors: reasons by row, for rows that are not ok.
         rows: the ok rows in the order in which they stream.
         stream: yields the inputs of the rows asked for, a part of `rows` in its order.
-        fingerprint: digest of the content; equal content, equal fingerprint.
+        digests: (N,) sha256 of what the model is shown of each item, 32 bytes; null where there is nothing. Neither the
+            item's id nor its row is in it: equal inputs, equal digests.
     """
 
     item_ids: list[str]
     status: np.ndarray
     rows: np.ndarray
     stream: Callable[[np.ndarray], Iterator[T]]
-    fingerprint: str
+    digests: pa.FixedSizeBinaryArray
     errors: dict[int, str] = field(default_factory=dict)
 
 
-def digest_of_rows(rows: Iterable[object]) -> str:
-    """Return a digest of the rows' values in their order."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(repr(row).encode("utf-8", "backslashreplace"))
-        digest.update(b"\0")
-    return digest.hexdigest()
+def digests_of(texts: Iterable[str | None]) -> pa.FixedSizeBinaryArray:
+    """Return the digests of texts, null for None."""
+    return pa.array(
+        (None if t is None else hashlib.sha256(t.encode("utf-8", "surrogatepass")).digest() for t in texts), DIGEST
+    )
 
 
 def read_ids(items: Path) -> Source[str]:
     """Return the item ids themselves as inputs: what precomputed vectors are looked up by."""
     ids: list[str] = read_table(items, ITEMS).column("item_id").to_pylist()
     status = np.full(len(ids), OK, dtype=object)
-    return Source(ids, status, np.arange(len(ids)), lambda rows: (ids[row] for row in rows), digest_of_rows(ids))
+    return Source(ids, status, np.arange(len(ids)), lambda rows: (ids[row] for row in rows), digests_of(ids))
 
 
 def statuses(present: Iterable[bool]) -> np.ndarray:

@@ -26,6 +26,8 @@ class ExtractorSpec(Strict):
     """What the backend can make vectors of; empty: any modality."""
     shard_items: ClassVar[int | None] = 2048
     """Items per shard where shard_size is not set; None: all at once."""
+    keeps: ClassVar[bool] = True
+    """Whether an output stays for later runs: not where looking it up again is as cheap."""
 
     modality: str = Field(description="What the vectors stand for; some backends take any name.")
     backend: str = Field(description="What computes the vectors; extractors/registry.py lists the names.")

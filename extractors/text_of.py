@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from extractors.source import Source, digest_of_rows, statuses
+from extractors.source import Source, digests_of, statuses
 from stages.errors import UserError
 from stages.tables import CAPTIONS, FAILED, ITEMS, OK, read_table
 
@@ -68,5 +68,5 @@ def _source(ids: list[str], texts: list[str | None]) -> Source[str]:
         status=status,
         rows=np.flatnonzero(status == OK),
         stream=lambda rows: (texts[row] or "" for row in rows),
-        fingerprint=digest_of_rows(zip(ids, texts, strict=True)),
+        digests=digests_of(texts),
     )

@@ -20,7 +20,7 @@ from typing import Any
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from stages.errors import UserError
-from stages.files import exclusive, remove_stale_parts, write_json
+from stages.files import exclusive, read_json, remove_stale_parts, write_json
 from stages.gpus import own_gpus
 
 log = logging.getLogger("stage")
@@ -46,12 +46,28 @@ class Call:
     record: dict[str, Any] = field(default_factory=dict)
 
 
+class Several:
+    """A stage in several processes (runtime `processes`): one starts them and holds the GPUs, the first of them writes.
+
+    Attributes:
+        started: this is one of those that torchrun started.
+        rank: its number.
+        writes: it holds the lock of the outputs, and writes outputs and record.
+    """
+
+    def __init__(self, processes: int) -> None:
+        self.started = "TORCHELASTIC_RUN_ID" in os.environ
+        self.rank = int(os.environ["RANK"]) if self.started else 0
+        self.writes = self.rank == 0 and (self.started or processes == 1)
+
+
 @contextlib.contextmanager
 def stage(name: str) -> Iterator[Call]:
     """Parse the command line, run the body with logging set up, and write the record of time and memory.
 
     The record (output `record`, if asked for) holds wall_seconds, peak_memory_mb, started, versions and what
-    the body put into `call.record`. A UserError, Ctrl-C or SIGTERM ends the process with a message of one line
+    the body put into `call.record`. Of several processes (`Several`) the first one
+    writes. A UserError, Ctrl-C or SIGTERM ends the process with a message of one line
     and status 1, 130 or 143; partial results stay where the stage resumes from.
     """
     parser = argparse.ArgumentParser(prog=f"python -m {name}")
@@ -63,23 +79,32 @@ def stage(name: str) -> Iterator[Call]:
     parser.add_argument("--output", action="append", default=[], type=_pair, metavar="NAME=PATH")
     parser.add_argument("--code", default="", help="digest of the code, kept as provenance")
     parser.add_argument("--log", type=Path, help="file that the log goes to, beside the terminal")
+    parser.add_argument(
+        "--call", type=Path, metavar="FILE", help="JSON of all these, for more than a command line holds"
+    )
     arguments = parser.parse_args()
     call = Call(arguments.spec, arguments.runtime, dict(arguments.input), dict(arguments.output), arguments.code)
-    _configure_logging(arguments.log)
+    if arguments.call:
+        told = read_json(arguments.call)
+        inputs, outputs = ({name: Path(path) for name, path in told[kind].items()} for kind in ("inputs", "outputs"))
+        call = Call(told["spec"], told["runtime"], inputs, outputs, told["code"])
+    several = Several(call.runtime.get("processes", 1))
+    _configure_logging(None if several.rank else arguments.log, several)
     signal.signal(signal.SIGTERM, _terminate)
-    if os.environ.get("CM3_STOP_WITH_PARENT"):
+    if os.environ.get("CM3_STOP_WITH_PARENT") or several.started:
         threading.Thread(target=_stop_with_parent, args=(os.getppid(),), daemon=True).start()
     started, clock = time.time(), time.perf_counter()
-    first = next(iter(call.outputs.values()), None)
-    lock = exclusive(first.parent / f".{first.name}.lock") if first else contextlib.nullcontext()
+    outputs = list(call.outputs.values()) if several.writes else []
+    lock = exclusive(outputs[0].parent / f".{outputs[0].name}.lock") if outputs else contextlib.nullcontext()
     try:
         # How many GPUs the job may take is the workflow's business, and none of the stage's settings.
-        with logging_redirect_tqdm(), lock, own_gpus(call.runtime.pop("gpus", 0)):
-            for output in call.outputs.values():
+        gpus = call.runtime.pop("gpus", 0)
+        with logging_redirect_tqdm(), lock, own_gpus(0 if several.started else gpus):
+            for output in outputs:
                 remove_stale_parts(output)
             yield call
             path = call.outputs.get("record")
-            if path:
+            if path and several.writes:
                 call.record.update(
                     stage=name, started=started, wall_seconds=time.perf_counter() - clock, peak_memory_mb=peak_memory_mb(),
                     code=call.code, versions=versions(),
@@ -99,13 +124,15 @@ def _pair(text: str) -> tuple[str, Path]:
     return name, Path(path)
 
 
-def _configure_logging(path: Path | None) -> None:
+def _configure_logging(path: Path | None, several: Several) -> None:
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(path, mode="w", encoding="utf-8"))
+        # Appended to, as several processes may write to it; the one that starts them empties it.
+        path.open("a" if several.started else "w").close()
+        handlers.append(logging.FileHandler(path, mode="a", encoding="utf-8"))
     logging.basicConfig(
-        level=logging.INFO,
+        level=logging.WARNING if several.rank else logging.INFO,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         datefmt="%H:%M:%S",
         handlers=handlers,

@@ -16,17 +16,27 @@ log = logging.getLogger("stage")
 
 _POLL_SECONDS = 0.5
 
+# What CUDA_VISIBLE_DEVICES holds for none: nothing, the usual way to hide all, and SLURM's word.
+_NONE = ("", "-1", "NoDevFiles")
+
 
 def visible_gpus() -> list[str]:
     """Return the ids of the GPUs that this process may use: of CUDA_VISIBLE_DEVICES, else all that nvidia-smi lists."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
+        return [name.strip() for name in visible.split(",") if name.strip() not in _NONE]
+    return list(_listed())
+
+
+def _listed() -> dict[str, str]:
+    """Return the GPUs that nvidia-smi lists: index -> what is its alone on the whole machine, its UUID."""
     if shutil.which("nvidia-smi") is None:
-        return []
-    query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+        return {}
+    query = ["nvidia-smi", "--query-gpu=index,uuid", "--format=csv,noheader"]
     answer = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
-    return answer.stdout.split() if answer.returncode == 0 else []
+    rows = answer.stdout.splitlines() if answer.returncode == 0 else []
+    pairs = ([part.strip() for part in row.split(",")] for row in rows if row.strip())
+    return {pair[0]: pair[-1] for pair in pairs}
 
 
 @contextlib.contextmanager
@@ -34,7 +44,9 @@ def own_gpus(wanted: int) -> Iterator[list[str]]:
     """Hold GPUs that no other job of this user on this machine holds, and make them the only ones that CUDA sees.
 
     Waits until enough are free. The kernel lets go of them when the job ends, however it ends. Must be entered before
-    CUDA is initialised; importing torch does not do that.
+    CUDA is initialised; importing torch does not do that. What a scheduler allots by CUDA_VISIBLE_DEVICES is all that is
+    chosen from. Where it also hides the others, each job's GPU is called 0, and yet no job waits for another: what is
+    held is the device, by its UUID.
 
     Args:
         wanted: how many; where the machine has fewer, all of them.
@@ -48,12 +60,14 @@ def own_gpus(wanted: int) -> Iterator[list[str]]:
         return
     folder = Path(tempfile.gettempdir()) / f"cm3-gpus-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    held = _free(folder, ids, min(wanted, len(ids)))
+    uuids = _listed()
+    devices = {name: uuids.get(name, name) for name in ids}
+    held = _free(folder, devices, min(wanted, len(ids)))
     if not held:
         log.info("of %d GPUs too few are free for this job's %d; waiting", len(ids), wanted)
     while not held:
         time.sleep(_POLL_SECONDS)
-        held = _free(folder, ids, min(wanted, len(ids)))
+        held = _free(folder, devices, min(wanted, len(ids)))
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(held)
     try:
@@ -67,11 +81,11 @@ def own_gpus(wanted: int) -> Iterator[list[str]]:
             os.environ["CUDA_VISIBLE_DEVICES"] = before
 
 
-def _free(folder: Path, ids: list[str], wanted: int) -> dict[str, IO[str]]:
-    """Return `wanted` ids with their locks; nothing, and no lock held, where fewer are free."""
+def _free(folder: Path, devices: dict[str, str], wanted: int) -> dict[str, IO[str]]:
+    """Return `wanted` of the ids in `devices` (id -> device) with their locks; none, and no lock, where fewer are free."""
     held: dict[str, IO[str]] = {}
-    for name in ids:
-        lock: IO[str] = (folder / f"{name.replace('/', '_')}.lock").open("a")
+    for name, device in devices.items():
+        lock: IO[str] = (folder / f"{device.replace('/', '_')}.lock").open("a")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

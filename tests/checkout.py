@@ -14,7 +14,10 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-CODE = ("Snakefile", "workflow", "profiles", "cm3", "extractors", "sources", "stages", "config", "environment.yml")
+CODE = (
+    "Snakefile", "workflow", "profiles", "baselines", "cm3", "extractors", "reports", "sources", "stages", "config",
+    "environment.yml",
+)  # fmt: skip
 DATA = ("raw", "processed", "results")
 
 SMALL: dict[str, Any] = {

@@ -117,7 +117,7 @@ def test_finished_shards_of_other_code_settings_or_inputs_are_not_used(
         with pytest.raises(KeyboardInterrupt):
             extract(descriptor(), inputs, output, code="a")
     if change == "pictures":
-        inputs = tables(tmp_path, PICTURES[::-1])
+        inputs = tables(tmp_path, [shape("square", "green", 64, seed) for seed in range(10)])
     seen: list[int] = []
     run = DescriptorExtractor.run
     monkeypatch.setattr(DescriptorExtractor, "run", lambda self, *args: (seen.append(1), run(self, *args))[1])
@@ -144,7 +144,8 @@ def stage(folder: Path, inputs: dict[str, Path], output: Path, shard: int) -> su
 
 
 def test_a_killed_job_goes_on_where_it_was_and_gives_identical_bytes(tmp_path: Path) -> None:
-    pictures: list[bytes | str | None] = [*PICTURES, b"", None] * 40
+    pictures: list[bytes | str | None] = [shape("circle", "green", 32 + row, row) for row in range(400)]
+    pictures += [b"not a picture %d" % row for row in range(40)] + [None] * 40
     inputs = tables(tmp_path, pictures, per_shard=100)
     whole = tmp_path / "whole" / "f.parquet"
     assert stage(tmp_path, inputs, whole, 10).wait() == 0

@@ -122,7 +122,7 @@ def test_texts_without_a_token_fail_and_take_no_other_along(folders: dict[str, P
 
 
 def test_any_batch_and_shard_size_gives_the_same_file(folders: dict[str, Path], tmp_path: Path) -> None:
-    items = write_items(tmp_path, [{"title": text} for text in TEXTS * 3] + [{}])
+    items = write_items(tmp_path, [{"title": f"{copy} {text}"} for copy in "abc" for text in TEXTS] + [{}])
     found = []
     for number, runtime in enumerate([{}, {}, {"shard_size": 4}, {"batch_size": 1, "shard_size": 7}]):
         data = {"modality": "text", "backend": "transformers-text", "weights": str(folders["qwen"]), "device": "cpu"}

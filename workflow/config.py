@@ -3,16 +3,17 @@
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import Field
 
-from cm3.config import Evaluation, Model, Training, modality_weights, settings
 from extractors.spec import ExtractorSpec, parse_extractor
 from sources.config import parse_dataset
 from sources.dataset_config import Dataset
 from stages.errors import UserError
 from stages.strict import Strict, nearest, validate
+from workflow.experiments import Experiment, ExperimentSection, inherit, parse_settings
+from workflow.studies import Study, parse_study
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -25,38 +26,17 @@ class Sections(Strict):
     datasets: dict[str, dict[str, Any]] = Field(description="where interactions, items and pictures come from")
     extractors: dict[str, dict[str, Any]] = Field(description="models that turn items into vectors")
     experiments: dict[str, dict[str, Any]] = Field(description="a dataset, its modalities, a model and its training")
-
-
-class ExperimentSection(Strict):
-    """One entry of `experiments`."""
-
-    dataset: str = Field(description="a name under datasets")
-    modalities: dict[str, str] = Field(min_length=1, description="modality -> extractor, in the order of fusion")
-    preset: Literal["default", "official"] = Field("default", description="where unset values come from")
-    model: dict[str, Any] = Field(default_factory=dict, description="overrides of the preset's model")
-    training: dict[str, Any] = Field(default_factory=dict, description="overrides of the preset's training")
-    evaluation: dict[str, Any] = Field(default_factory=dict, description="overrides of the preset's evaluation")
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """A checked experiment: the preset's values with the section's own over them."""
-
-    dataset: str
-    modalities: Mapping[str, str]
-    preset: str
-    model: Model
-    training: Training
-    evaluation: Evaluation
+    studies: dict[str, dict[str, Any]] = Field(default_factory=dict, description="experiments to compare")
 
 
 @dataclass(frozen=True)
 class Config:
-    """The checked configuration. Every name in an experiment exists and fits."""
+    """The checked configuration. Every name in an experiment or study exists and fits."""
 
     datasets: Mapping[str, Dataset]
     extractors: Mapping[str, ExtractorSpec]
     experiments: Mapping[str, Experiment]
+    studies: Mapping[str, Study]
 
 
 def load_config(raw: Any) -> Config:
@@ -84,7 +64,7 @@ def load_config(raw: Any) -> Config:
                 )
 
     def parse_experiment(name: str, data: dict[str, Any], where: str) -> Experiment:
-        section = validate(ExperimentSection, data, where)
+        section = validate(ExperimentSection, inherit(name, sections.experiments), where)
         wrong = _reference(f"{where}.dataset", section.dataset, sections.datasets)
         for modality, extractor in section.modalities.items():
             path = f"{where}.modalities.{modality}"
@@ -97,16 +77,23 @@ def load_config(raw: Any) -> Config:
                 )
         if wrong:
             raise UserError("\n".join(wrong))
-        chosen = settings(section.preset, section.model, section.training, section.evaluation, where)
-        modality_weights(chosen.model, list(section.modalities), f"{where}.model")
-        return Experiment(
-            section.dataset, section.modalities, section.preset, chosen.model, chosen.training, chosen.evaluation
-        )
+        return parse_settings(section, where)
 
     experiments = _parse_each("experiments", sections.experiments, parse_experiment, faults)
+
+    def parse_comparison(name: str, data: dict[str, Any], where: str) -> Study | None:
+        if name in sections.experiments:
+            raise UserError(f"{where}: there is an experiment {name!r}, too, and both would write to results/{name}; rename one")  # fmt: skip
+        named = data.get("experiments")
+        refused = sections.experiments.keys() - experiments.keys()
+        if isinstance(named, list) and any(isinstance(n, str) and n in refused for n in named):
+            return None  # what is wrong with that experiment is told already
+        return parse_study(data, experiments, where)
+
+    studies = _parse_each("studies", sections.studies, parse_comparison, faults)
     if faults:
         raise UserError("\n".join(faults))
-    return Config(datasets, extractors, experiments)
+    return Config(datasets, extractors, experiments, {name: study for name, study in studies.items() if study})
 
 
 def _parse_each(

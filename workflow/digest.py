@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-PACKAGES = ("cm3", "extractors", "sources", "stages", "workflow")
+PACKAGES = ("baselines", "cm3", "extractors", "reports", "sources", "stages", "workflow")
 
 # These move bytes, wait, parse arguments or print; what a stage computes does not depend on them.
 PLUMBING = frozenset(

@@ -1,45 +1,24 @@
-"""The plan: which file each stage makes for a configuration, under which key, from which settings and code."""
+"""The plan: which runs the configuration asks for, from which files, settings and code each is made, and its key."""
 
 import functools
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cm3.config import Model
-from sources.config import stage_modules
-from sources.dataset_config import Dataset
-from sources.sample_config import Sample
 from stages.errors import UserError
 from stages.keys import key_of
 from workflow.config import Config
-from workflow.digest import code_digest
+from workflow.data_plan import DataPlan, Task
+from workflow.experiments import Experiment
 from workflow.folder import digest_of_folder
 
-
-@dataclass(frozen=True)
-class Task:
-    """What a stage is told, and what of it decides its output.
-
-    Attributes:
-        spec: the stage's settings.
-        code: digest of the code that it runs.
-        runtime: settings that change speed or place only, and rerun nothing.
-        decides: what in place of `spec` decides the output, where the spec holds more than that.
-    """
-
-    spec: dict[str, Any]
-    code: str
-    runtime: dict[str, Any] = field(default_factory=dict)
-    decides: Any = None
-
-    @property
-    def identity(self) -> str:
-        """What Snakemake records and compares: short, so that its reason for a rerun can be read."""
-        return f"settings {key_of(self.spec if self.decides is None else self.decides)}, code {self.code}"
+__all__ = ["Plan", "Task"]
 
 
-class Plan:
+class Plan(DataPlan):
     """Tasks, paths and keys by name. Every method is cheap and deterministic.
+
+    An experiment's own settings make one run; a study makes more of them, at other seeds and grid points. All of them
+    are alike: cells of an experiment, known by the key of their settings, in `results/{experiment}/runs/{run}`.
 
     Args:
         config: the checked configuration.
@@ -47,277 +26,184 @@ class Plan:
     """
 
     def __init__(self, config: Config, root: Path) -> None:
-        self.config = config
-        self.root = root
-        # Asked for once per job by Snakemake, and each answer reads files or hashes settings.
-        self.code = functools.cache(self._code)
-        self.identity = functools.cache(self._identity)
+        super().__init__(config, root)
         self.run = functools.cache(self._run)
+        self.cells = functools.cache(self._cells)
+        self.train = functools.cache(self._train)
 
-    # Datasets
+    # Experiments and their cells
 
-    def dataset(self, name: str) -> Dataset:
-        """Return one dataset's settings."""
-        return self.config.datasets[name]
+    def experiment(self, name: str) -> Experiment:
+        """Return an experiment as its section has it."""
+        return self.config.experiments[name]
 
-    def generated(self) -> list[str]:
-        """Return the names of datasets that are drawn by our generator."""
-        return [name for name, dataset in self.config.datasets.items() if isinstance(dataset, Sample)]
+    def features_of(self, experiment: Experiment) -> dict[str, str]:
+        """Return the path of what the experiment reads as each modality's features: its control, where it has one."""
+        return {
+            modality: self.features_path(experiment.dataset, extractor, control=experiment.control(modality))
+            for modality, extractor in experiment.modalities.items()
+        }
 
-    def generate(self, name: str) -> Task:
-        """Return the task of drawing one of the datasets of `generated`."""
-        return Task(self._generator(name), self.code("sources.sample"))
+    def graphs_of(self, experiment: Experiment) -> dict[str, str]:
+        """Return the path of each modality's item graph, none where the model reads none."""
+        if not experiment.traits.graphs:
+            return {}
+        return {
+            m: self.similarity_path(experiment.dataset, extractor, experiment.model, experiment.control(m))
+            for m, extractor in experiment.modalities.items()
+        }
 
-    def _generator(self, name: str) -> dict[str, Any]:
-        dataset = self.dataset(name)
-        if not isinstance(dataset, Sample):
-            raise UserError(f"datasets.{name}: is of source {dataset.source!r} and is not generated")
-        return dataset.sample_spec()
-
-    def _source(self, name: str) -> dict[str, Any] | None:
-        # Of data that come from elsewhere, Snakemake watches the files themselves.
-        return self._generator(name) if name in self.generated() else None
-
-    def downloaded(self) -> list[str]:
-        """Return the names of datasets that have files to fetch."""
-        return [name for name, dataset in self.config.datasets.items() if dataset.downloads(name)]
-
-    def download(self, dataset: str, file: str) -> Task:
-        """Return the task of fetching a raw file. What it must be decides, not which mirror it comes from.
-
-        Raises:
-            UserError: the dataset has no such file.
-        """
-        files = self.dataset(dataset).downloads(dataset)
-        path = f"raw/{dataset}/{file}"
-        if path not in files:
-            raise UserError(f"{path}: dataset {dataset!r} has no such file; it has {', '.join(files)}")
-        expected = {name: value for name, value in files[path].items() if name != "urls"}
-        # The code that fetches does not decide the bytes of a published file.
-        return Task(files[path], "any", decides=expected)
-
-    def prepare(self, dataset: str) -> Task:
-        """Return the task of turning raw files into k-cored tables."""
-        return Task(self.dataset(dataset).prepare_spec(), self._source_code(dataset, "prepare"))
-
-    def split(self, dataset: str) -> Task:
-        """Return the task of labelling interactions."""
-        return Task(self.dataset(dataset).split_spec(), self.code("sources.label"))
-
-    def images(self, dataset: str) -> Task:
-        """Return the task of gathering pictures; the contents of a user's own folder decide too."""
-        chosen = self.dataset(dataset)
-        folder = chosen.image_folder()
-        digest = digest_of_folder(Path(folder)) if folder else None
-        return Task(
-            chosen.images_spec(), self._source_code(dataset, "images"), chosen.images_runtime(),
-            decides=[chosen.images_spec(), digest],
-        )  # fmt: skip
-
-    def _source_code(self, dataset: str, stage: str) -> str:
-        return self.code(f"sources.{stage}", *stage_modules(self.dataset(dataset))[stage])
-
-    # Extractors
-
-    def _identity(self, extractor: str) -> dict[str, Any]:
-        return self.config.extractors[extractor].identity()
-
-    def encoder(self, extractor: str) -> str | None:
-        """Return the text extractor that encodes this captioner's captions, None for other extractors."""
-        return getattr(self.config.extractors[extractor], "encoder", None)
-
-    def features_identity(self, extractor: str) -> dict[str, Any]:
-        """Return what decides an extractor's features: weights by digest or revision, never by path."""
-        encoder = self.encoder(extractor)
-        if encoder is None:
-            return self.identity(extractor)
-        return {"caption": self.identity(extractor), "encoder": self.identity(encoder)}
-
-    def features_path(self, dataset: str, extractor: str, key: str | None = None) -> str:
-        """Return the path of an extractor's features.
-
-        Raises:
-            UserError: `key` is not that of the configured extractor.
-        """
-        expected = key_of(self.features_identity(extractor))
-        _check_key(extractor, key, expected)
-        modality = self.config.extractors[extractor].modality
-        return f"processed/{dataset}/features/{modality}/{extractor}-{expected}.parquet"
-
-    def captions_path(self, dataset: str, extractor: str, key: str | None = None) -> str:
-        """Return the path of a captioner's captions; their key does not depend on what encodes them.
-
-        Raises:
-            UserError: `key` is not that of the configured captioner.
-        """
-        expected = key_of(self.identity(extractor))
-        _check_key(extractor, key, expected)
-        return f"processed/{dataset}/captions/{extractor}-{expected}.parquet"
-
-    def similarity_path(self, dataset: str, extractor: str, model: Model) -> str:
-        """Return the path of the top-k item graph of an extractor's features; what is not the default ends its name."""
-        stem = Path(self.features_path(dataset, extractor)).stem
-        method = "" if model.knn_method == "exact" else f"-{model.knn_method}"
-        missing = "" if model.knn_missing == "drop" else f"-{model.knn_missing}"
-        return f"processed/{dataset}/similarity/{stem}-k{model.knn_k}{method}{missing}.parquet"
-
-    def extract_inputs(self, dataset: str, extractor: str, key: str) -> dict[str, str]:
-        """Return the named input files of an extraction."""
-        self.features_path(dataset, extractor, key)
-        if self.encoder(extractor) is not None:
-            return {"items": f"processed/{dataset}/items.parquet", "captions": self.captions_path(dataset, extractor)}
-        return self._item_inputs(dataset, extractor)
-
-    def caption_inputs(self, dataset: str, extractor: str, key: str) -> dict[str, str]:
-        """Return the named input files of captioning."""
-        self.captions_path(dataset, extractor, key)
-        return self._item_inputs(dataset, extractor)
-
-    def _item_inputs(self, dataset: str, extractor: str) -> dict[str, str]:
-        spec = self.config.extractors[extractor]
-        paths = {"items": f"processed/{dataset}/items.parquet"}
-        if "manifest" in spec.needs():
-            paths["manifest"] = f"processed/{dataset}/images/manifest.parquet"
-        if "vectors" in spec.needs():
-            paths |= self._published_vectors(dataset, extractor)
-        return paths
-
-    def _published_vectors(self, dataset: str, extractor: str) -> dict[str, str]:
-        modality = self.config.extractors[extractor].modality
-        paths = self.dataset(dataset).published_vectors(dataset, modality)
-        if not paths:
-            raise UserError(
-                f"extractors.{extractor}: takes the {modality} vectors published with a dataset, but "
-                f"datasets.{dataset} (source {self.dataset(dataset).source}) has none; set path to a file of vectors"
-            )
-        return paths
-
-    def extract(self, extractor: str) -> Task:
-        """Return the task of an extraction: of captions, by their text encoder."""
-        return self._extraction("extractors.extract", extractor, self.encoder(extractor) or extractor)
-
-    def caption(self, extractor: str) -> Task:
-        """Return the task of captioning."""
-        return self._extraction("extractors.caption", extractor, extractor)
-
-    def _extraction(self, entry: str, name: str, extractor: str) -> Task:
-        spec = self.config.extractors[extractor]
-        identity = self.identity(extractor)
-        # Settings and runtime hold paths of weights; the identity holds the weights' digest instead.
-        told = {"name": name, "settings": spec.settings(), "identity": identity}
-        return Task(told, self.code(entry, *spec.modules()), spec.runtime(), decides=[name, identity])
-
-    def gpus(self, extractor: str) -> int:
-        """Return how many GPUs an extractor's job asks for."""
-        spec = self.config.extractors[extractor]
-        return getattr(spec, "tensor_parallel_size", 1) if spec.uses_gpu() else 0
-
-    def similarity(self, knn_k: int, variant: str = "") -> Task:
-        """Return the task of finding each item's nearest items; `variant` is what follows k in the graph's name."""
-        words = variant.split("-")
-        method = next((word for word in ("hnsw", "ivf") if word in words), "exact")
-        spec = {"knn_k": knn_k, "method": method, "missing": "mean" if "mean" in words else "drop"}
-        # Loaded by name where it is wanted, so that exact graphs do not depend on it.
-        modules = ["cm3.similarity"] if method == "exact" else ["cm3.similarity", "cm3.approximate"]
-        return Task(spec, self.code(*modules))
-
-    # Experiments and runs
-
-    def _run(self, experiment: str) -> str:
-        chosen = self.config.experiments[experiment]
-        dataset = self.dataset(chosen.dataset)
+    def key(self, experiment: Experiment) -> str:
+        """Return the key of a run of these settings; it covers all but evaluation."""
+        dataset = self.dataset(experiment.dataset)
+        source = self._source(experiment.dataset)
+        features: list[list[Any]] = []
+        for modality, extractor in experiment.modalities.items():
+            control = experiment.control(modality)
+            features.append([modality, extractor, self.features_identity(extractor), *([control] if control else [])])
         return key_of(
             {
-                "dataset": [chosen.dataset, self._source(chosen.dataset), dataset.prepare_spec(), dataset.split_spec()],
-                "features": [[m, e, self.features_identity(e)] for m, e in chosen.modalities.items()],
-                "model": chosen.model.identity(),
-                "training": chosen.training.identity(),
+                "dataset": [experiment.dataset, source, dataset.prepare_spec(), dataset.split_spec()],
+                "features": features,
+                "model": experiment.model.identity(),
+                "training": experiment.training_identity(),
             }
         )
 
-    def run_folder(self, experiment: str) -> str:
-        """Return the folder of the run that the configuration selects: its key covers all but evaluation."""
-        return f"results/{experiment}/runs/{self.run(experiment)}"
+    def _run(self, name: str) -> str:
+        return self.key(self.experiment(name))
 
-    def train_inputs(self, experiment: str, run: str) -> dict[str, str]:
+    def run_folder(self, name: str) -> str:
+        """Return the folder of an experiment's own run."""
+        return f"results/{name}/runs/{self.run(name)}"
+
+    def _cells(self, name: str) -> dict[str, Experiment]:
+        cells = {self.run(name): self.experiment(name)}
+        for study in self.config.studies.values():
+            if name in study.points:
+                for _, _, settings in study.settings(name):
+                    cells.setdefault(self.key(settings), settings)
+        return cells
+
+    def cell(self, name: str, run: str) -> Experiment:
+        """Return the settings of one of an experiment's runs.
+
+        Raises:
+            UserError: neither the experiment's section nor a study has settings of this key.
+        """
+        cells = self.cells(name)
+        if run not in cells:
+            raise UserError(
+                f"results/{name}/runs/{run}: the config selects run {self.run(name)} and {len(cells) - 1} others for "
+                "studies; a run of other settings cannot be made from these"
+            )
+        return cells[run]
+
+    def named(self, **traits: bool) -> list[str]:
+        """Return the names of the experiments whose models have all these traits, such as embeddings=True."""
+        return [
+            name
+            for name, experiment in self.config.experiments.items()
+            if all(getattr(experiment.traits, trait) == value for trait, value in traits.items())
+        ]
+
+    def train_inputs(self, name: str, run: str) -> dict[str, str]:
         """Return the named input files of training.
 
         Raises:
-            UserError: `run` is not the run that the configuration selects.
+            UserError: the configuration asks for no such run.
         """
-        if run != self.run(experiment):
-            raise UserError(
-                f"results/{experiment}/runs/{run}: the config selects run {self.run(experiment)}; "
-                "a run of other settings cannot be made from these"
-            )
-        chosen = self.config.experiments[experiment]
-        tables = ("interactions", "items", "users")
-        paths = {name: f"processed/{chosen.dataset}/{name}.parquet" for name in tables}
-        for modality, extractor in chosen.modalities.items():
-            paths[f"features.{modality}"] = self.features_path(chosen.dataset, extractor)
-            paths[f"similarity.{modality}"] = self.similarity_path(chosen.dataset, extractor, chosen.model)
-        return paths
+        chosen = self.cell(name, run)
+        paths = self.tables(name)
+        paths |= {f"features.{modality}": path for modality, path in self.features_of(chosen).items()}
+        paths |= {f"similarity.{modality}": path for modality, path in self.graphs_of(chosen).items()}
+        return paths | self._warm(name, chosen)
 
-    def train(self, experiment: str) -> Task:
+    def _warm(self, name: str, chosen: Experiment) -> dict[str, str]:
+        if not chosen.training.warm_start:
+            return {}
+        folder = Path(chosen.training.warm_start)
+        if folder.resolve().is_relative_to((Path("results") / name).resolve()):
+            raise UserError(
+                f"experiments.{name}.training.warm_start = {str(folder)!r}: lies in the results that this run replaces; "
+                "copy the folder elsewhere and name the copy"
+            )
+        return {"warm.model": f"{folder}/model.safetensors", "warm.users": f"{folder}/user_embeddings.parquet"}
+
+    def trainer(self, name: str) -> str:
+        """Return the module of the stage that trains an experiment's model."""
+        return self.experiment(name).traits.stage
+
+    def train_gpus(self, name: str) -> int:
+        """Return how many GPUs training asks for, one a process; a closed form needs none."""
+        experiment = self.experiment(name)
+        return experiment.training.processes if experiment.traits.trains else 0
+
+    def _train(self, name: str, run: str) -> Task:
         """Return the task of training: modalities in the order of fusion, the model and its training."""
-        chosen = self.config.experiments[experiment]
+        chosen = self.cell(name, run)
         spec = {
             "modalities": list(chosen.modalities),
             "model": chosen.model.identity(),
-            "training": chosen.training.identity(),
+            "training": chosen.training_identity(),
         }
-        return Task(spec, self.code("cm3.train"), chosen.training.runtime())
+        code = self.code(chosen.traits.stage, *chosen.traits.modules)
+        return Task(spec, code, chosen.training.runtime())
 
-    def evaluate_inputs(self, experiment: str) -> dict[str, str]:
-        """Return the named tables that evaluation reads beside the run's embeddings."""
-        dataset = self.config.experiments[experiment].dataset
-        return {name: f"processed/{dataset}/{name}.parquet" for name in ("interactions", "items", "users")}
+    def tables(self, name: str) -> dict[str, str]:
+        """Return the paths of interactions, items and users of an experiment's dataset."""
+        dataset = self.experiment(name).dataset
+        return {table: f"processed/{dataset}/{table}.parquet" for table in ("interactions", "items", "users")}
 
-    def evaluate(self, experiment: str) -> Task:
+    def evaluate(self, name: str, run: str) -> Task:
         """Return the task of evaluation: cut-offs, score and mask."""
-        return Task(self.config.experiments[experiment].evaluation.identity(), self.code("cm3.evaluate"))
+        return Task(self.cell(name, run).evaluation.identity(), self.code("cm3.evaluate"))
 
-    def publish_inputs(self, experiment: str) -> dict[str, str]:
-        """Return the selected run's files, the data statistics, and the records of all stages behind them."""
-        chosen = self.config.experiments[experiment]
-        run, base = self.run_folder(experiment), f"processed/{chosen.dataset}"
+    # Publishing
+
+    def publish_inputs(self, name: str) -> dict[str, str]:
+        """Return the files of the experiment's own run, the data statistics, and the records of all stages behind them."""
+        chosen = self.experiment(name)
+        run, base = self.run_folder(name), f"processed/{chosen.dataset}"
         paths = {
             "evaluation": f"{run}/evaluation.json",
             "per_user": f"{run}/per_user.parquet",
             "recommendations": f"{run}/recommendations.parquet",
-            "history": f"{run}/history.csv",
             "model": f"{run}/model.safetensors",
-            "user_embeddings": f"{run}/user_embeddings.parquet",
-            "item_embeddings": f"{run}/item_embeddings.parquet",
-            "stats": f"{base}/stats.json",
-            **self._raw_records(chosen.dataset),
-            "record.prepare": f"{base}/prepare.stage.json",
-            "record.split": f"{base}/split.stage.json",
         }
-        for modality, extractor in chosen.modalities.items():
+        if chosen.traits.embeddings:
+            paths |= {
+                "history": f"{run}/history.csv",
+                "user_embeddings": f"{run}/user_embeddings.parquet",
+                "item_embeddings": f"{run}/item_embeddings.parquet",
+            }
+        paths["stats"] = f"{base}/stats.json"
+        if chosen.dataset in self.generated():
+            paths["record.generate"] = f"raw/{chosen.dataset}/generate.stage.json"
+        paths |= {f"record.{stage}": f"{base}/{stage}.stage.json" for stage in ("prepare", "split")}
+        graphs = self.graphs_of(chosen)
+        for modality, features in self.features_of(chosen).items():
+            extractor = chosen.modalities[modality]
             if "manifest" in self.config.extractors[extractor].needs():
                 paths["record.images"] = f"{base}/images/images.stage.json"
             if self.encoder(extractor) is not None:
                 paths[f"record.caption.{modality}"] = _record(self.captions_path(chosen.dataset, extractor))
             paths[f"record.extract.{modality}"] = _record(self.features_path(chosen.dataset, extractor))
-            graph = self.similarity_path(chosen.dataset, extractor, chosen.model)
-            paths[f"record.similarity.{modality}"] = _record(graph)
+            if chosen.control(modality):
+                paths[f"record.control.{modality}"] = _record(features)
+            if modality in graphs:
+                paths[f"record.similarity.{modality}"] = _record(graphs[modality])
         return paths | {f"record.{stage}": f"{run}/{stage}.stage.json" for stage in ("train", "evaluate")}
 
-    def _raw_records(self, dataset: str) -> dict[str, str]:
-        if dataset in self.generated():
-            return {"record.generate": f"raw/{dataset}/generate.stage.json"}
-        return {}
-
-    def publish(self, experiment: str) -> Task:
+    def publish(self, name: str) -> Task:
         """Return the task of publishing: what metrics.json says of where its numbers come from."""
-        return Task(self._provenance(experiment), self.code("workflow.publish"))
+        return Task(self._provenance(name), self.code("workflow.publish"))
 
-    def _provenance(self, experiment: str) -> dict[str, Any]:
-        chosen = self.config.experiments[experiment]
+    def _provenance(self, name: str) -> dict[str, Any]:
+        chosen = self.experiment(name)
         dataset = self.dataset(chosen.dataset)
         return {
-            "experiment": experiment,
+            "experiment": name,
             "dataset": chosen.dataset,
             "config": {
                 "preset": chosen.preset,
@@ -327,27 +213,127 @@ class Plan:
                 "images": dataset.images_spec(),
                 "modalities": list(chosen.modalities),
                 "extractors": {m: {"name": e} | self.features_identity(e) for m, e in chosen.modalities.items()},
-                "model": chosen.model.identity(),
-                "training": chosen.training.identity(),
+                "control": dict(chosen.controls) or None,
+                "model": {"name": chosen.model_name} | chosen.model.identity(),
+                "training": chosen.training_identity(),
                 "evaluation": chosen.evaluation.identity(),
             },
             "keys": {
-                "run": self.run(experiment),
+                "run": self.run(name),
                 "features": {m: key_of(self.features_identity(e)) for m, e in chosen.modalities.items()},
             },
         }
+
+    # Studies
+
+    def study_inputs(self, study: str) -> dict[str, str]:
+        """Return the tables of the dataset, and of each cell what `reports.compare` reads: `evaluation.EXPERIMENT.RUN`, ..."""
+        points = self.config.studies[study].points
+        paths = self.tables(next(iter(points)))
+        for name in points:
+            for cell in self._study_cells(study, name):
+                run = cell["run"]
+                paths |= {
+                    f"{what}.{name}.{run}": f"results/{name}/runs/{run}/{file}"
+                    for what, file in _COMPARED.items()
+                    if self.experiment(name).traits.embeddings or not what.endswith("_embeddings")
+                }
+        return paths
+
+    def study(self, study: str) -> Task:
+        """Return the task of comparing a study's cells."""
+        chosen = self.config.studies[study]
+        spec = {
+            "study": study,
+            "reference": chosen.reference,
+            "metrics": list(chosen.metrics),
+            "experiments": {name: self._described(name, list(chosen.points)) for name in chosen.points},
+            "cells": [cell for name in chosen.points for cell in self._study_cells(study, name)],
+        }
+        return Task(spec, self.code("reports.compare"))
+
+    def study_call(self, study: str) -> dict[str, Any]:
+        """Return what `reports.compare` is told: the task, its inputs and its outputs."""
+        task, folder = self.study(study), f"results/{study}"
+        outputs = {
+            "comparison": f"{folder}/comparison.json",
+            "table": f"{folder}/comparison.csv",
+            "record": f"{folder}/compare.stage.json",
+        }
+        inputs = self.study_inputs(study)
+        return {"spec": task.spec, "runtime": {}, "inputs": inputs, "outputs": outputs, "code": task.code}
+
+    def _study_cells(self, study: str, name: str) -> list[dict[str, Any]]:
+        cells = []
+        for point, seed, settings in self.config.studies[study].settings(name):
+            run = self.key(settings)
+            command = f"snakemake --cores 8 results/{name}/runs/{run}/evaluation.json"
+            features = {m: Path(path).stem for m, path in self.features_of(settings).items()}
+            cells.append(
+                {
+                    "experiment": name, "run": run, "seed": seed, "point": dict(point.values), "command": command,
+                    "keys": {"features": features},
+                }
+            )  # fmt: skip
+        return cells
+
+    def _described(self, name: str, among: list[str]) -> dict[str, Any]:
+        chosen = self.experiment(name)
+        plain = self._but_for_control(name)
+        same = (
+            other for other in among if not self.experiment(other).controls and self._but_for_control(other) == plain
+        )
+        return {
+            "model": chosen.model_name,
+            "dataset": chosen.dataset,
+            "modalities": dict(chosen.modalities),
+            "control": dict(chosen.controls) or None,
+            "control_of": next(same, None) if chosen.controls else None,
+        }
+
+    def _but_for_control(self, name: str) -> list[Any]:
+        chosen = self.experiment(name)
+        model, training = chosen.model.identity(), chosen.training_identity()
+        return [chosen.dataset, list(chosen.modalities.items()), chosen.model_name, model, training]
+
+    # Pages
+
+    def report_inputs(self, name: str) -> dict[str, str]:
+        """Return the published files of an experiment, and of its dataset and modalities what its page shows.
+
+        Pictures are shown where the experiment reads them, and where they are at hand without a download.
+        """
+        chosen = self.experiment(name)
+        base, folder = f"processed/{chosen.dataset}", f"results/{name}"
+        published = ["metrics.json", "per_user.parquet", "recommendations.parquet", "model.safetensors"]
+        if chosen.traits.embeddings:
+            published += ["history.csv", "user_embeddings.parquet", "item_embeddings.parquet"]
+        paths = self.tables(name) | {Path(file).stem: f"{folder}/{file}" for file in published}
+        reads = any("manifest" in self.config.extractors[e].needs() for e in chosen.modalities.values())
+        if reads or self.dataset(chosen.dataset).images_spec()["find"] == "folder":
+            paths["manifest"] = f"{base}/images/manifest.parquet"
+        for modality, extractor in chosen.modalities.items():
+            paths[f"record.extract.{modality}"] = _record(self.features_path(chosen.dataset, extractor))
+            if self.encoder(extractor) is not None:
+                paths[f"captions.{modality}"] = self.captions_path(chosen.dataset, extractor)
+        return paths | {f"similarity.{modality}": path for modality, path in self.graphs_of(chosen).items()}
+
+    def page(self, module: str) -> Task:
+        """Return the task of a page; its templates count as code."""
+        templates = digest_of_folder(self.root / "reports/templates")
+        return Task({}, self.code(module), decides=templates)
 
     # Export to MMRec
 
     def mmrec_inputs(self, experiment: str) -> dict[str, str]:
         """Return the tables that the export reads, and the vectors that belong to it."""
         folder = f"results/{experiment}/mmrec/{experiment}"
-        modalities = self.config.experiments[experiment].modalities
-        return self.evaluate_inputs(experiment) | {f"vectors.{m}": f"{folder}/{m}_feat.npy" for m in modalities}
+        modalities = self.experiment(experiment).modalities
+        return self.tables(experiment) | {f"vectors.{m}": f"{folder}/{m}_feat.npy" for m in modalities}
 
     def mmrec(self, experiment: str) -> Task:
         """Return the task of writing interactions, ids and settings for MMRec."""
-        spec = {"experiment": experiment, "modalities": list(self.config.experiments[experiment].modalities)}
+        spec = {"experiment": experiment, "modalities": list(self.experiment(experiment).modalities)}
         return Task(spec, self.code("workflow.mmrec"))
 
     def mmrec_vectors_inputs(self, experiment: str, modality: str) -> dict[str, str]:
@@ -356,13 +342,13 @@ class Plan:
         Raises:
             UserError: the experiment has no such modality.
         """
-        chosen = self.config.experiments[experiment]
+        chosen = self.experiment(experiment)
         if modality not in chosen.modalities:
             raise UserError(
                 f"experiments.{experiment} has no modality {modality!r}; it has {', '.join(chosen.modalities)}"
             )
         return {
-            "features": self.features_path(chosen.dataset, chosen.modalities[modality]),
+            "features": self.features_of(chosen)[modality],
             "interactions": f"processed/{chosen.dataset}/interactions.parquet",
         }
 
@@ -370,16 +356,15 @@ class Plan:
         """Return the task of writing one modality's vectors for MMRec."""
         return Task({}, self.code("workflow.mmrec_vectors"))
 
-    def _code(self, *modules: str) -> str:
-        return code_digest(self.root, modules)
 
-
-def _check_key(extractor: str, key: str | None, expected: str) -> None:
-    if key not in (None, expected):
-        raise UserError(
-            f"{extractor}-{key}: the config's {extractor!r} has key {expected}; "
-            "a file of other settings cannot be made from these"
-        )
+_COMPARED = {
+    "evaluation": "evaluation.json",
+    "per_user": "per_user.parquet",
+    "recommendations": "recommendations.parquet",
+    "train": "train.stage.json",
+    "user_embeddings": "user_embeddings.parquet",
+    "item_embeddings": "item_embeddings.parquet",
+}
 
 
 def _record(output: str) -> str:

@@ -13,17 +13,20 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import Field, create_model
 from pydantic.fields import FieldInfo
 
+from baselines.config import MODELS, BaselineSettings
 from cm3.config import Evaluation, Model, Training
 from extractors.registry import spec_classes
 from sources.config import SOURCES
 from sources.dataset_config import Dataset
 from stages.strict import Strict
-from workflow.config import ExperimentSection
+from workflow.experiments import ExperimentSection
+from workflow.models import CM3
+from workflow.studies import StudySection
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "config/README.md"
 SCHEMA = ROOT / "workflow/schemas/config.schema.json"
-SETTINGS: dict[str, type[Strict]] = {"model": Model, "training": Training, "evaluation": Evaluation}
+SETTINGS: dict[str, type[Strict]] = {"training": Training, "evaluation": Evaluation}
 BEGIN, END = "<!-- written by python -m workflow.reference; edit the models, not this part -->", "<!-- end -->"
 
 
@@ -37,9 +40,31 @@ def tables() -> str:
     for name, spec in spec_classes().items():
         sections += ["", f"### backend: {name}", "", _first_line(spec), "", *_table(spec)]
     sections += ["", "## experiments", "", *_table(ExperimentSection)]
+    sections += [
+        "",
+        "### model",
+        "",
+        _first_line(Model),
+        "This is the model where `name` is not given.",
+        "",
+        *_table(Model),
+    ]
+    for name, settings in MODELS.items():
+        sections += ["", f"### model, name: {name}", "", _first_line(settings), _needs(settings), *_rows(settings)]
     for title, model in SETTINGS.items():
         sections += ["", f"### {title}", "", _first_line(model), "", *_table(model)]
+    sections += ["", "## studies", "", *_table(StudySection)]
     return "\n".join(sections)
+
+
+def _needs(model: type[BaselineSettings]) -> str:
+    modalities = "It needs modalities" if model.modalities == "required" else "It takes no modalities"
+    return modalities + (", and is trained." if model.trains else ", and is computed in closed form.")
+
+
+def _rows(model: type[Strict]) -> list[str]:
+    keys = model.model_fields.keys() - {"name"}
+    return ["", *_table(model, skip={"name"})] if keys else []
 
 
 def _first_line(model: type[Strict]) -> str:
@@ -98,10 +123,15 @@ def schema() -> dict[str, Any]:
     """Return the JSON Schema of config.yaml, for editors that complete and check YAML."""
     datasets: Any = Annotated[Union[tuple(SOURCES.values())], Field(discriminator="source")]  # noqa: UP007
     extractors: Any = Union[tuple(spec_classes().values())]  # noqa: UP007
+    named: Any = {"name": (Literal[CM3], CM3)}  # type: ignore[valid-type]
+    models: Any = Union[(create_model("CM3", __base__=Model, **named), *MODELS.values())]
     settings: Any = {name: (model, Field(default_factory=model)) for name, model in SETTINGS.items()}
+    settings["model"] = (models, Field(default_factory=Model))
+    settings["dataset"] = (str, Field("", description="a name under datasets; required unless like gives it"))
     experiment: Any = create_model("Experiment", __base__=ExperimentSection, **settings)
     parts = {"datasets": datasets, "extractors": extractors, "experiments": experiment}
     sections: Any = {name: (dict.__class_getitem__((str, part)), ...) for name, part in parts.items()}
+    sections["studies"] = (dict[str, StudySection], Field(default_factory=dict))
     whole = create_model("Config", __base__=Strict, **sections)
     return whole.model_json_schema() | {"$schema": "https://json-schema.org/draft/2020-12/schema"}
 

@@ -8,12 +8,21 @@ from typing import Any
 from stages.files import read_json
 
 
-def print_summary(experiments: Iterable[str], since: float) -> None:
-    """Print the test metrics of each experiment whose metrics.json was written after `since` (Unix seconds)."""
+def print_summary(experiments: Iterable[str], studies: Iterable[str], since: float) -> None:
+    """Print what was written after `since` (Unix seconds): experiments' test metrics, and where comparisons lie."""
     for experiment in experiments:
         path = Path(f"results/{experiment}/metrics.json")
-        if path.exists() and path.stat().st_mtime >= since:
+        if _written(path, since):
             print(summary(read_json(path), path.parent), file=sys.stderr)
+    for study in studies:
+        folder = Path(f"results/{study}")
+        made = [path for path in sorted(folder.glob("comparison.*")) if _written(path, since)]
+        if made:
+            print("\n".join(["", f"{study}: compared", *(f"  {path}" for path in made)]), file=sys.stderr)
+
+
+def _written(path: Path, since: float) -> bool:
+    return path.exists() and path.stat().st_mtime >= since
 
 
 def summary(metrics: dict[str, Any], folder: Path) -> str:
@@ -22,10 +31,15 @@ def summary(metrics: dict[str, Any], folder: Path) -> str:
     names = list(dict.fromkeys(name for name, _ in cells))
     cuts = sorted({cut for _, cut in cells}, key=int)
     config = metrics["config"]
-    features = ", ".join(f"{m} {config['extractors'][m]['name']}" for m in config["modalities"])
+    control = config.get("control") or {}
+    features = ", ".join(
+        f"{m} {config['extractors'][m]['name']}" + (f" as {control[m]}" if m in control else "")
+        for m in config["modalities"]
+    )
+    model = config["model"]["name"]
     lines = [
         "",
-        f"{metrics['experiment']}: CM3 on {metrics['dataset']} ({features})",
+        f"{metrics['experiment']}: {'CM3' if model == 'cm3' else model} on {metrics['dataset']} ({features or 'no features'})",
         f"  {'test':<12}" + "".join(f"{'@' + cut:>9}" for cut in cuts),
     ]
     for name in names:

@@ -18,6 +18,8 @@ rule caption:
     threads: 8
     resources:
         gpu=lambda wildcards: plan.gpus(wildcards.extractor),
+        mem_mb=needs.mem_mb("caption"),
+        runtime=needs.runtime("caption"),
     params:
         identity=identity(lambda wildcards: plan.caption(wildcards.extractor)),
         arguments=arguments(lambda wildcards: plan.caption(wildcards.extractor)),

@@ -8,9 +8,11 @@ ROOT = Path(str(workflow.current_basedir)).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from stages.errors import UserError
+from stages.files import write_json
 from stages.keys import canonical_json
 from workflow.config import load_config
 from workflow.plan import Plan
+from workflow.resources import Needs
 from workflow.working_directory import (
     RunLock,
     keep_metadata_with_data,
@@ -30,6 +32,8 @@ try:
 except UserError as error:
     raise WorkflowError(f"The configuration is refused:\n{error}") from None
 
+needs = Needs(plan)
+
 lend_environment_to_jobs(ROOT)
 keep_metadata_with_data()
 run_lock = RunLock()
@@ -43,6 +47,7 @@ wildcard_constraints:
     dataset=one_of(plan.config.datasets),
     extractor=one_of(plan.config.extractors),
     experiment=one_of(plan.config.experiments),
+    study=one_of(plan.config.studies),
     key="[0-9a-f]{12}",
     run="[0-9a-f]{12}",
     knn_k="[0-9]+",
@@ -82,4 +87,4 @@ onstart:
 
 
 onsuccess:
-    print_summary(plan.config.experiments, run_lock.since)
+    print_summary(plan.config.experiments, plan.config.studies, run_lock.since)

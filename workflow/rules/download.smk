@@ -12,6 +12,9 @@ rule generate:
         dataset=one_of(plan.generated()),
     conda:
         "../../environment.yml"
+    resources:
+        mem_mb=needs.mem_mb("generate"),
+        runtime=needs.runtime("generate"),
     params:
         identity=identity(lambda wildcards: plan.generate(wildcards.dataset)),
         arguments=arguments(lambda wildcards: plan.generate(wildcards.dataset)),
@@ -31,6 +34,9 @@ rule download:
         file="[^/]+(?<!\\.stage\\.json)",
     conda:
         "../../environment.yml"
+    resources:
+        mem_mb=needs.mem_mb("download"),
+        runtime=needs.runtime("download"),
     params:
         identity=identity(
             lambda wildcards: plan.download(wildcards.dataset, wildcards.file)

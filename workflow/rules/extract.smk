@@ -18,6 +18,8 @@ rule extract:
     threads: 8
     resources:
         gpu=lambda wildcards: plan.gpus(wildcards.extractor),
+        mem_mb=needs.mem_mb("extract"),
+        runtime=needs.runtime("extract"),
     params:
         identity=identity(lambda wildcards: plan.extract(wildcards.extractor)),
         arguments=arguments(lambda wildcards: plan.extract(wildcards.extractor)),

@@ -15,6 +15,9 @@ rule images:
     conda:
         "../../environment.yml"
     threads: 4
+    resources:
+        mem_mb=needs.mem_mb("images"),
+        runtime=needs.runtime("images"),
     params:
         identity=identity(lambda wildcards: plan.images(wildcards.dataset)),
         arguments=arguments(lambda wildcards: plan.images(wildcards.dataset)),

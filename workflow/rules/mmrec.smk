@@ -13,6 +13,9 @@ rule mmrec:
         "logs/{experiment}/mmrec.log",
     conda:
         "../../environment.yml"
+    resources:
+        mem_mb=needs.mem_mb("light"),
+        runtime=needs.runtime("light"),
     params:
         identity=identity(lambda wildcards: plan.mmrec(wildcards.experiment)),
         arguments=arguments(lambda wildcards: plan.mmrec(wildcards.experiment)),
@@ -38,6 +41,9 @@ rule mmrec_vectors:
         modality="[A-Za-z0-9][A-Za-z0-9._-]*",
     conda:
         "../../environment.yml"
+    resources:
+        mem_mb=needs.mem_mb("control"),
+        runtime=needs.runtime("control"),
     params:
         identity=identity(lambda wildcards: plan.mmrec_vectors()),
         arguments=arguments(lambda wildcards: plan.mmrec_vectors()),

@@ -16,6 +16,9 @@ rule prepare:
         "logs/{dataset}/prepare.log",
     conda:
         "../../environment.yml"
+    resources:
+        mem_mb=needs.mem_mb("prepare"),
+        runtime=needs.runtime("prepare"),
     params:
         identity=identity(lambda wildcards: plan.prepare(wildcards.dataset)),
         arguments=arguments(lambda wildcards: plan.prepare(wildcards.dataset)),
@@ -34,6 +37,9 @@ rule split:
         "logs/{dataset}/split.log",
     conda:
         "../../environment.yml"
+    resources:
+        mem_mb=needs.mem_mb("split"),
+        runtime=needs.runtime("split"),
     params:
         identity=identity(lambda wildcards: plan.split(wildcards.dataset)),
         arguments=arguments(lambda wildcards: plan.split(wildcards.dataset)),

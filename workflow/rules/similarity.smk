@@ -1,19 +1,55 @@
-# vectors to each item's nearest items
-rule similarity:
+# features without content, in place of the real ones
+rule control:
     input:
         features=lambda wildcards: plan.features_path(
             wildcards.dataset, wildcards.extractor, wildcards.key
         ),
     output:
-        similarity="processed/{dataset}/similarity/{extractor}-{key}-k{knn_k}{variant}.parquet",
-        record="processed/{dataset}/similarity/{extractor}-{key}-k{knn_k}{variant}.stage.json",
+        features="processed/{dataset}/features/{modality}/{extractor}-{key}-{control}.parquet",
+        record="processed/{dataset}/features/{modality}/{extractor}-{key}-{control}.stage.json",
     log:
-        "logs/{dataset}/similarity-{extractor}-{key}-k{knn_k}{variant}.log",
+        "logs/{dataset}/control-{modality}-{extractor}-{key}-{control}.log",
     wildcard_constraints:
+        control="(gaussian|shuffled)-[0-9]+|constant",
+    conda:
+        "../../environment.yml"
+    resources:
+        mem_mb=needs.mem_mb("control"),
+        runtime=needs.runtime("control"),
+    params:
+        identity=identity(
+            lambda wildcards: plan.control(wildcards.modality, wildcards.control)
+        ),
+        arguments=arguments(
+            lambda wildcards: plan.control(wildcards.modality, wildcards.control)
+        ),
+    shell:
+        "exec python -m extractors.control {params.arguments} --log {log:q}"
+
+
+# vectors to each item's nearest items
+rule similarity:
+    input:
+        features=lambda wildcards: plan.features_path(
+            wildcards.dataset,
+            wildcards.extractor,
+            wildcards.key,
+            wildcards.control.removeprefix("-"),
+        ),
+    output:
+        similarity="processed/{dataset}/similarity/{extractor}-{key}{control}-k{knn_k}{variant}.parquet",
+        record="processed/{dataset}/similarity/{extractor}-{key}{control}-k{knn_k}{variant}.stage.json",
+    log:
+        "logs/{dataset}/similarity-{extractor}-{key}{control}-k{knn_k}{variant}.log",
+    wildcard_constraints:
+        control="(-(gaussian|shuffled)-[0-9]+|-constant)?",
         variant="(-hnsw|-ivf)?(-mean)?",
     conda:
         "../../environment.yml"
     threads: 8
+    resources:
+        mem_mb=needs.mem_mb("similarity"),
+        runtime=needs.runtime("similarity"),
     params:
         identity=identity(
             lambda wildcards: plan.similarity(int(wildcards.knn_k), wildcards.variant)

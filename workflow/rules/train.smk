@@ -1,4 +1,4 @@
-# features, graphs and interactions to a model
+# features, graphs and interactions to a model and its embeddings
 rule train:
     input:
         unpack(
@@ -14,13 +14,31 @@ rule train:
         record="results/{experiment}/runs/{run}/train.stage.json",
     log:
         "logs/{experiment}/train-{run}.log",
+    wildcard_constraints:
+        experiment=one_of(plan.named(embeddings=True)),
     conda:
         "../../environment.yml"
     threads: 8
     resources:
-        gpu=1,
+        gpu=lambda wildcards: plan.train_gpus(wildcards.experiment),
+        mem_mb=needs.mem_mb("train"),
+        runtime=needs.runtime("train"),
     params:
-        identity=identity(lambda wildcards: plan.train(wildcards.experiment)),
-        arguments=arguments(lambda wildcards: plan.train(wildcards.experiment)),
+        stage=lambda wildcards: plan.trainer(wildcards.experiment),
+        identity=identity(
+            lambda wildcards: plan.train(wildcards.experiment, wildcards.run)
+        ),
+        arguments=arguments(
+            lambda wildcards: plan.train(wildcards.experiment, wildcards.run)
+        ),
     shell:
-        "exec python -m cm3.train {params.arguments} --log {log:q}"
+        "exec python -m {params.stage} {params.arguments} --log {log:q}"
+
+
+# interactions, and features for some, to weights between items
+use rule train as train_item_weights with:
+    output:
+        model="results/{experiment}/runs/{run}/model.safetensors",
+        record="results/{experiment}/runs/{run}/train.stage.json",
+    wildcard_constraints:
+        experiment=one_of(plan.named(embeddings=False)),

@@ -1,0 +1,18 @@
+# The pinned environment, without the pipeline's code: that comes from the checkout (Apptainer, docker run) or is sent
+# along by Snakemake (Kubernetes), so that an edit of a stage needs no new image. docs/cluster.md tells how to use it.
+#
+#   docker build -t cm3-pipeline:0.1.0 .
+FROM python:3.12-slim-bookworm
+
+ENV PIP_NO_CACHE_DIR=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PYTHONUNBUFFERED=1
+
+WORKDIR /opt/cm3
+COPY requirements.txt requirements-cluster.txt constraints.txt ./
+RUN pip install uv==0.13.8 \
+    && uv pip install --system --no-cache -r requirements-cluster.txt -c constraints.txt
+
+# Jobs bring their own command and folder.
+WORKDIR /workdir
+CMD ["snakemake", "--version"]

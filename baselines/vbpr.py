@@ -1,0 +1,63 @@
+"""VBPR: BPR whose items have, beside free embeddings, a projection of their features."""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from baselines.config import VBPR
+from baselines.inputs import Inputs
+from baselines.parts import free, named, penalty, ranking_loss, rows
+from cm3.network import Embeddings, Loss, Network
+from cm3.sampling import Batch
+
+
+class VisualRanking(Network):
+    """Scores b_i + g_u g_i + t_u (E x_i) + c x_i for features x of all modalities side by side; BPR and an L2 penalty.
+
+    He and McAuley, VBPR: Visual Bayesian Personalized Ranking from Implicit Feedback, AAAI 2016, equation 4; the global
+    and the user's bias move no ranking. MMRec leaves both item biases out and gives E an offset; here they are as in
+    the paper, which also leaves E and c out of the penalty (lambda_E = 0). Several modalities side by side are MMRec's.
+    """
+
+    parts = ("ranking", "penalty")
+    features: Tensor
+
+    def __init__(self, n_users: int, features: np.ndarray, settings: VBPR) -> None:
+        super().__init__()
+        self.settings = settings
+        d = settings.embedding_dim
+        self.register_buffer("features", torch.from_numpy(features), persistent=False)
+        self.users = free(n_users, 2 * d)
+        self.items = free(len(features), d)
+        self.biases = nn.Parameter(torch.zeros(len(features), 1))
+        # The rows of E, and c below them: the features are by far the widest factor, and are read once.
+        bias = torch.zeros(1, features.shape[1])
+        self.content = nn.Parameter(torch.cat([free(d, features.shape[1]).detach(), bias]))
+
+    def training_embeddings(self, seed: int) -> Embeddings:
+        """Return users [g_u | t_u | 1] and items [g_i | E x_i | b_i + c x_i], both 2d + 1 wide; nothing is drawn."""
+        content = functional.linear(self.features, self.content)
+        projected, bias = content[:, :-1], content[:, -1:] + self.biases
+        users = torch.cat([self.users, self.users.new_ones(len(self.users), 1)], 1)
+        return Embeddings(users, torch.cat([self.items, projected, bias], 1))
+
+    def loss(self, embeddings: Embeddings, batch: Batch) -> Loss:
+        """Return BPR + reg_weight * penalty."""
+        users = rows(embeddings.users, batch.users)
+        items, others = (rows(embeddings.items, ids) for ids in (batch.items, batch.contrast))
+        ranking = ranking_loss(users, items, others)
+        own = [rows(table, ids) for table in (self.items, self.biases) for ids in (batch.items, batch.contrast)]
+        size = penalty(rows(self.users, batch.users), *own)
+        return Loss(ranking + self.settings.reg_weight * size, named(self.parts, (ranking, size)))
+
+    @torch.no_grad()
+    def embed(self) -> Embeddings:
+        """Return a forward."""
+        return self.training_embeddings(0)
+
+
+def network(inputs: Inputs, settings: VBPR) -> VisualRanking:
+    """Return the model; its initial values come from torch's global generator."""
+    joined = np.concatenate(list(inputs.features.values()), axis=1)
+    return VisualRanking(inputs.interactions.shape[0], joined, settings)

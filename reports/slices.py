@@ -1,0 +1,122 @@
+"""Slices: which items and users a model serves, from its recommendation lists and the interactions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse as sp
+
+from cm3.metrics import of_hits
+from cm3.ranking import hit_matrix
+
+ITEM_CLASSES = ("head", "middle", "tail", "cold")
+HEAD_SHARE, HEAD_AND_MIDDLE_SHARE = 0.2, 0.8
+_DEFINITIONS = {
+    "head": "the items most bought in training that make up the first 20 % of its interactions",
+    "middle": "the items after the head, up to 80 % of the training interactions",
+    "tail": "the items of the last 20 % of the training interactions",
+    "cold": "items never bought in training",
+}
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A part of the test split.
+
+    Attributes:
+        kind: items, if the truth is cut to some items; users, if the users are.
+        name, definition: what it is.
+        users, interactions: how many test users and test interactions it has.
+        items: number of items; None for users.
+    """
+
+    kind: str
+    name: str
+    definition: str
+    users: int
+    interactions: int
+    items: int | None
+
+
+def item_classes(counts: np.ndarray) -> np.ndarray:
+    """Return each item's class, (I,) positions in ITEM_CLASSES, from (I,) numbers of training interactions.
+
+    Items stand by falling count, equal counts by lower item. An item is head where the items before it hold less than
+    20 % of the interactions, else middle where they hold less than 80 %, else tail; with no interaction it is cold.
+    """
+    order = np.lexsort((np.arange(len(counts)), -counts))
+    before = np.cumsum(counts[order]) - counts[order]
+    # Compared as whole numbers: 0.2 is not a float.
+    classes = np.where(5 * before < counts.sum(), 0, np.where(5 * before < 4 * counts.sum(), 1, 2))
+    result = np.empty(len(counts), np.int64)
+    result[order] = np.where(counts[order] == 0, 3, classes)
+    return result
+
+
+def history_bins(lengths: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """Split (R,) test users by the number of their training items at its quartiles: names and (R,) masks.
+
+    A quartile is a length that some user has, and users of equal length stay together, so that there are four bins at
+    most; users without any training item are one more bin, in front.
+    """
+    bins = []
+    if (lengths == 0).any():
+        bins.append(("no items", lengths == 0))
+    some = lengths[lengths > 0]
+    below = 0
+    edges = np.quantile(some, [0.25, 0.5, 0.75, 1.0], method="inverted_cdf") if len(some) else []
+    for edge in np.unique(edges):
+        mask = (lengths > below) & (lengths <= edge)
+        shortest, longest = int(lengths[mask].min()), int(edge)
+        name = f"{shortest}-{longest} items" if shortest < longest else f"{longest} item{'s' if longest > 1 else ''}"
+        bins.append((name, mask))
+        below = longest
+    return bins
+
+
+class Slices:
+    """The slices of one test split, ready to judge many models' lists."""
+
+    def __init__(self, users: np.ndarray, train: sp.csr_matrix, test: sp.csr_matrix, cutoffs: Sequence[int]) -> None:
+        """Take the (R,) test users, the (U, I) training and test matrices, and the cut-offs of the metrics."""
+        self.truth, self.cutoffs = test[users], list(cutoffs)
+        counts = np.asarray(train.sum(0)).ravel().astype(np.int64)
+        self.classes = item_classes(counts)
+        self.n_truth = np.column_stack(
+            [
+                np.asarray(self.truth[:, self.classes == c].sum(1)).ravel().astype(np.int64)
+                for c in range(len(ITEM_CLASSES))
+            ]
+        )
+        total = self.n_truth.sum(1)
+        self.bins = history_bins(np.diff(train.indptr)[users])
+        self.slices = [
+            Slice(
+                "items", name, _DEFINITIONS[name], int((self.n_truth[:, c] > 0).sum()), int(self.n_truth[:, c].sum()),
+                int((self.classes == c).sum()),
+            )
+            for c, name in enumerate(ITEM_CLASSES)
+        ]  # fmt: skip
+        self.slices += [
+            Slice("users", name, f"test users with {name} in training", int(mask.sum()), int(total[mask].sum()), None)
+            for name, mask in self.bins
+        ]
+
+    def measure(self, lists: np.ndarray) -> tuple[dict[str, np.ndarray], list[dict[str, float]]]:
+        """Return the per-user metrics of (R, k) lists, and for each of `slices` the means over its users.
+
+        In a slice of items, hits and truth count only where the item is in it, and users without such truth are left
+        out. A slice without users has no means. Cut-offs above k are left out.
+        """
+        cutoffs = [k for k in self.cutoffs if k <= lists.shape[1]]
+        hits = hit_matrix(lists, self.truth)
+        overall = of_hits(hits, self.n_truth.sum(1), cutoffs)
+        kinds = np.where(lists >= 0, self.classes[lists], -1)
+        means = []
+        for c in range(len(ITEM_CLASSES)):
+            rows = self.n_truth[:, c] > 0
+            values = of_hits((hits & (kinds == c))[rows], self.n_truth[rows, c], cutoffs) if rows.any() else {}
+            means.append({metric: float(value.mean()) for metric, value in values.items()})
+        for _, mask in self.bins:
+            means.append({metric: float(value[mask].mean()) for metric, value in overall.items()})
+        return overall, means

@@ -1,0 +1,33 @@
+# which cells a study has, and where they lie: too much for a command line
+rule cells:
+    output:
+        call="results/{study}/cells.json",
+    log:
+        "logs/{study}/cells.log",
+    localrule: True
+    params:
+        identity=identity(lambda wildcards: plan.study(wildcards.study)),
+    run:
+        write_json(output.call, plan.study_call(wildcards.study))
+
+
+# all cells of a study to means, intervals and tests
+rule study:
+    input:
+        unpack(lambda wildcards: named(plan.study_inputs(wildcards.study))),
+        call="results/{study}/cells.json",
+    output:
+        comparison="results/{study}/comparison.json",
+        table="results/{study}/comparison.csv",
+        record="results/{study}/compare.stage.json",
+    log:
+        "logs/{study}/compare.log",
+    conda:
+        "../../environment.yml"
+    resources:
+        mem_mb=needs.mem_mb("light"),
+        runtime=needs.runtime("light"),
+    params:
+        identity=identity(lambda wildcards: plan.study(wildcards.study)),
+    shell:
+        "exec python -m reports.compare --call {input.call:q} --log {log:q}"
