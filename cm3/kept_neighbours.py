@@ -109,8 +109,8 @@ def _updated(
     n, width = len(vectors), old.shape[1]
     indices, scores = np.empty((n, width), np.int32), np.empty((n, width), np.float32)
     if len(again := np.setdiff1d(np.arange(n), rows)):
-        found, values = knn(vectors, width, rows=torch.from_numpy(again))
-        indices[again], scores[again] = found.cpu().numpy(), values.cpu().numpy()
+        found, cosines = knn(vectors, width, rows=torch.from_numpy(again))
+        indices[again], scores[again] = found.cpu().numpy(), cosines.cpu().numpy()
     if len(new) and len(rows):
         among, best = knn(vectors, min(width, len(new)), rows=torch.from_numpy(rows), among=torch.from_numpy(new))
         added, gained = among.cpu().numpy().astype(np.int32), best.cpu().numpy()

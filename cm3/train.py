@@ -68,7 +68,10 @@ def train(
         UserError: inputs that do not fit together, no validation interactions, or a loss that is not finite.
     """
     inputs = [interactions, items, users, *(files[m] for m in modalities for files in (features, similarity))]
-    inputs += list(warm.values()) if warm else []
+    for path in (warm or {}).values():
+        if not path.exists():
+            raise UserError(f"training.warm_start: {path}: no such file")
+        inputs.append(path)
     identity = {"modalities": list(modalities), "model": model.identity(), "training": training.identity()}
     fingerprint = key_of({"spec": identity, "code": code, "inputs": [sha256_of(path) for path in inputs]})
     checkpoint = Checkpoint(model_output.parent / "checkpoints", fingerprint)

@@ -94,13 +94,13 @@ def stage(name: str) -> Iterator[Call]:
     if os.environ.get("CM3_STOP_WITH_PARENT") or several.started:
         threading.Thread(target=_stop_with_parent, args=(os.getppid(),), daemon=True).start()
     started, clock = time.time(), time.perf_counter()
-    outputs = list(call.outputs.values()) if several.writes else []
-    lock = exclusive(outputs[0].parent / f".{outputs[0].name}.lock") if outputs else contextlib.nullcontext()
+    written = list(call.outputs.values()) if several.writes else []
+    lock = exclusive(written[0].parent / f".{written[0].name}.lock") if written else contextlib.nullcontext()
     try:
         # How many GPUs the job may take is the workflow's business, and none of the stage's settings.
         gpus = call.runtime.pop("gpus", 0)
         with logging_redirect_tqdm(), lock, own_gpus(0 if several.started else gpus):
-            for output in outputs:
+            for output in written:
                 remove_stale_parts(output)
             yield call
             path = call.outputs.get("record")

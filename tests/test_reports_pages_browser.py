@@ -6,8 +6,7 @@ from pathlib import Path
 import page_shop
 import pytest
 from browser import Browser, chromium
-from study_cells import Shop, make_study
-from test_reports_compare import plans
+from study_cells import Shop, make_study, plans
 from training_shop import one_thread
 
 from reports.compare import compare

@@ -123,10 +123,11 @@ def schema() -> dict[str, Any]:
     """Return the JSON Schema of config.yaml, for editors that complete and check YAML."""
     datasets: Any = Annotated[Union[tuple(SOURCES.values())], Field(discriminator="source")]  # noqa: UP007
     extractors: Any = Union[tuple(spec_classes().values())]  # noqa: UP007
-    named: Any = {"name": (Literal[CM3], CM3)}  # type: ignore[valid-type]
+    named: Any = {"name": (Literal[CM3], CM3)}
     models: Any = Union[(create_model("CM3", __base__=Model, **named), *MODELS.values())]
     settings: Any = {name: (model, Field(default_factory=model)) for name, model in SETTINGS.items()}
-    settings["model"] = (models, Field(default_factory=Model))
+    plain: Any = Model
+    settings["model"] = (models, Field(default_factory=plain))
     settings["dataset"] = (str, Field("", description="a name under datasets; required unless like gives it"))
     experiment: Any = create_model("Experiment", __base__=ExperimentSection, **settings)
     parts = {"datasets": datasets, "extractors": extractors, "experiments": experiment}
