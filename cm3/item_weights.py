@@ -22,7 +22,7 @@ class ItemWeights:
     def tensors(self) -> dict[str, Tensor]:
         """Return what a file of the weights holds: `weights`, or `offsets`, `columns` and `values` of sparse rows."""
         if isinstance(self.matrix, np.ndarray):
-            return {"weights": torch.from_numpy(self.matrix)}
+            return {"weights": torch.from_numpy(np.ascontiguousarray(self.matrix))}
         parts = {"offsets": self.matrix.indptr, "columns": self.matrix.indices}
         indices = {name: torch.from_numpy(part.astype(np.int64)) for name, part in parts.items()}
         return indices | {"values": torch.from_numpy(self.matrix.data)}

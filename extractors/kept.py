@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from stages.errors import UserError
@@ -40,7 +39,7 @@ class Kept:
                 log.warning("%s cannot be read (%s); what it held is encoded again", path, error)
                 path.unlink(missing_ok=True)
                 continue
-            ok = np.flatnonzero(pc.equal(table.column("status"), OK).to_numpy())
+            ok = np.flatnonzero(np.asarray(table.column("status").to_pylist()) == OK)
             digests.append(table.column("digest").combine_chunks().take(pa.array(ok)))
             files.append(np.full(len(ok), len(self._paths), np.int32))
             rows.append(ok.astype(np.int32))
@@ -49,6 +48,9 @@ class Kept:
 
     def find(self, digests: pa.FixedSizeBinaryArray) -> np.ndarray:
         """Return (N,) int64, where the output of each of N inputs is kept: for `tables`; -1 for none."""
+        # A second to import, and the configuration is read with this module but without looking anything up.
+        import pyarrow.compute as pc
+
         return pc.fill_null(pc.index_in(digests, value_set=self._digests), -1).to_numpy().astype(np.int64)
 
     def tables(self, rows: np.ndarray, places: np.ndarray) -> Iterator[tuple[np.ndarray, pa.Table]]:

@@ -133,7 +133,7 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 def labelled(values: Sequence[float]) -> list[tuple[float, str]]:
     """Return each tick with its text: as many decimals as the step between them needs, and a true minus sign."""
     step = values[1] - values[0] if len(values) > 1 else 1.0
-    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    decimals = next((n for n in range(9) if abs(step * 10**n - round(step * 10**n)) < 1e-6 * step * 10**n), 9)
     return [(value, f"{value:,.{decimals}f}".replace("-", "\N{MINUS SIGN}")) for value in values]
 
 

@@ -51,6 +51,7 @@ def save_figures(charts: Sequence[Chart | Forest], folder: Path) -> list[Path]:
                 ("png", FigureCanvasAgg, {"Software": None}),
             ):
                 path = folder / f"{chart.name}.{suffix}"
+                figure.set_dpi(_DPI)  # drawing as SVG sets it to 72
                 with atomic(path) as temporary:
                     draw: Any = getattr(canvas(figure), f"print_{suffix}")
                     draw(temporary, metadata=metadata)

@@ -49,7 +49,7 @@ SelectTypeParameters=CR_Core_Memory
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=1,batch_sched_delay=0
 ReturnToService=2
-MinJobAge=600
+MinJobAge=7200
 KillWait=5
 MpiDefault=none
 GresTypes=gpu

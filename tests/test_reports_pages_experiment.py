@@ -29,6 +29,7 @@ class Page(HTMLParser):
         self.rows: list[list[str]] = []
         self.text = ""
         self._inside: list[str] = []
+        self._cell = False
         self.scripts: list[str] = []
         self.feed(self.source)
 
@@ -41,10 +42,13 @@ class Page(HTMLParser):
             self.rows.append([])
         if tag in ("td", "th") and self.rows:
             self.rows[-1].append("")
+            self._cell = True
 
     def handle_endtag(self, tag):
         if tag in ("script", "style"):
             self._inside.pop()
+        if tag in ("td", "th", "tr", "table"):
+            self._cell = False
 
     def handle_data(self, data):
         if self._inside:
@@ -52,7 +56,7 @@ class Page(HTMLParser):
                 self.scripts[-1] += data
             return
         self.text += data
-        if self.rows and self.rows[-1]:
+        if self._cell and self.rows and self.rows[-1]:
             self.rows[-1][-1] += data
 
     def row(self, first):
