@@ -114,7 +114,9 @@ def test_on_kubernetes_every_file_lies_below_the_storage_prefix(shop: Checkout, 
 
 
 def test_the_dockerfile_is_clean():
-    linted = subprocess.run([Path(sys.executable).parent / "hadolint", ROOT / "Dockerfile"], capture_output=True, text=True)
+    linted = subprocess.run(
+        [Path(sys.executable).parent / "hadolint", ROOT / "Dockerfile"], capture_output=True, text=True
+    )
     assert linted.returncode == 0, linted.stdout
 
 
