@@ -81,7 +81,7 @@ class Checkout:
     def run(self, *arguments: str, check: bool = True) -> str:
         """Run snakemake to its end and return what it printed."""
         process = self.start(*arguments)
-        output, _ = process.communicate(timeout=600)
+        output, _ = process.communicate(timeout=1800)
         if check:
             assert process.returncode == 0, output
         else:
