@@ -1,16 +1,15 @@
 """Settings of the baselines, by the name that a config gives them. Imports no torch."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
+from cm3.config import Neighbours, Weighted
 from stages.errors import UserError
 from stages.strict import Float, Strict, nearest, validate
 
 __all__ = ["MODELS", "BaselineSettings", "baseline_settings"]
-
-Weight = Annotated[Float, Field(ge=0)]
 
 
 class BaselineSettings(Strict):
@@ -45,33 +44,11 @@ class _Content(BaselineSettings):
     )
 
 
-class _Weighted(BaselineSettings):
-    """A model that weighs modalities against each other."""
-
-    modality_weights: dict[str, Weight] | None = Field(
-        None,
-        description="weight of each modality, scaled to sum 1; "
-        "null: image 0.1 and the others share 0.9, or all equal where there is no image or nothing else",
-    )
-
-    @field_validator("modality_weights")
-    @classmethod
-    def _some_weight(cls, value: dict[str, float] | None) -> dict[str, float] | None:
-        if value is not None and not sum(value.values()) > 0:
-            raise ValueError("at least one modality needs a weight above 0")
-        return value
-
-
-class _Graphs(_Content):
+class _Graphs(_Content, Neighbours):
     """A model that reads the items' neighbours in each modality."""
 
     graphs: ClassVar[bool] = True
 
-    knn_k: int = Field(10, gt=0, description="neighbours per item and modality in the item-item graph, itself included")
-    knn_method: Literal["exact", "hnsw", "ivf"] = Field("exact", description="search for those neighbours, as for CM3")
-    knn_missing: Literal["drop", "mean"] = Field(
-        "drop", description="an item without a vector has no neighbours and is none, or has the mean of the others"
-    )
     n_mm_layers: int = Field(1, ge=0, description="layers over the item-item graph")
 
 
@@ -96,7 +73,7 @@ class ItemKNN(BaselineSettings):
     shrink: Float = Field(10.0, ge=0, description="added to the cosine's denominator: distrust of few common users")
 
 
-class ItemKNNContent(_Weighted):
+class ItemKNNContent(BaselineSettings, Weighted):
     """The same with cosines of features, weighted over the modalities."""
 
     module: ClassVar[str] = "baselines.itemknn_content"
@@ -179,7 +156,7 @@ class BM3(_Content):
     train_features: bool = Field(False, description="whether the features are parameters, too, as in the MMRec toolbox")
 
 
-class FREEDOM(_Graphs, _Weighted):
+class FREEDOM(_Graphs, Weighted):
     """A frozen item-item graph and a user-item graph whose edges are pruned anew in each epoch."""
 
     module: ClassVar[str] = "baselines.freedom"

@@ -84,7 +84,9 @@ def train(
     if model.trains:
         scored = validations(data, inputs.interactions, training, device, interactions)
         network = _seeded(module, inputs, model, training.seed).to(device)
-        fitted = fit(network, _sampler(data, model, training, device), scored[0], training, checkpoint, scored[1])
+        curves = model_output.parent / "tensorboard"
+        sampler = _sampler(data, model, training, device)
+        fitted = fit(network, sampler, scored[0], training, checkpoint, scored[1], curves)
         n_parameters = sum(p.numel() for p in network.parameters())
     else:
         scored = validations(data, inputs.interactions, training, torch.device("cpu"), interactions)

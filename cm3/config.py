@@ -17,13 +17,9 @@ Positive = Annotated[int, Field(gt=0)]
 Weight = Annotated[Float, Field(ge=0)]
 
 
-class Model(Strict):
-    """The shape of CM3 and its loss."""
+class Neighbours(Strict):
+    """How a model finds its item-item graphs."""
 
-    embedding_dim: int = Field(64, gt=1, description="width d of one stream; a vector has one stream more than modalities")  # fmt: skip
-    hidden_factor: int = Field(4, gt=0, description="hidden width of the projections, in multiples of embedding_dim")
-    n_ui_layers: int = Field(3, ge=0, description="layers L over the user-item graph")
-    n_mm_layers: int = Field(1, ge=0, description="layers n over the item-item graph")
     knn_k: int = Field(10, gt=0, description="neighbours per item and modality in the item-item graph, itself included")
     knn_method: Literal["exact", "hnsw", "ivf"] = Field(
         "exact",
@@ -34,11 +30,32 @@ class Model(Strict):
         "drop",
         description="an item without a vector has no neighbours and is none (drop), or has the mean of the others (mean)",
     )
+
+
+class Weighted(Strict):
+    """How a model weighs its modalities."""
+
     modality_weights: dict[str, Weight] | None = Field(
         None,
-        description="weight of each modality's item-item graph, scaled to sum 1; "
+        description="weight of each modality, of its item-item graph in a model that has them, scaled to sum 1; "
         "null: image 0.1 and the others share 0.9, or all equal where there is no image or nothing else",
     )
+
+    @field_validator("modality_weights")
+    @classmethod
+    def _some_weight(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        if value is not None and not sum(value.values()) > 0:
+            raise ValueError("at least one modality needs a weight above 0")
+        return value
+
+
+class Model(Neighbours, Weighted):
+    """The shape of CM3 and its loss."""
+
+    embedding_dim: int = Field(64, gt=1, description="width d of one stream; a vector has one stream more than modalities")  # fmt: skip
+    hidden_factor: int = Field(4, gt=0, description="hidden width of the projections, in multiples of embedding_dim")
+    n_ui_layers: int = Field(3, ge=0, description="layers L over the user-item graph")
+    n_mm_layers: int = Field(1, ge=0, description="layers n over the item-item graph")
     item_graph: bool = Field(True, description="add an item's neighbours to it; false: an ablation")
     fusion: Literal["bezier", "linear", "mean", "concat"] = Field(
         "bezier",
@@ -69,13 +86,6 @@ class Model(Strict):
     def _no_dropout(cls, value: float) -> float:
         if value:
             raise ValueError("dropout is not implemented; leave it at 0")
-        return value
-
-    @field_validator("modality_weights")
-    @classmethod
-    def _some_weight(cls, value: dict[str, float] | None) -> dict[str, float] | None:
-        if value is not None and not sum(value.values()) > 0:
-            raise ValueError("at least one modality needs a weight above 0")
         return value
 
     @model_validator(mode="after")

@@ -96,6 +96,8 @@ def fit(
         [3, 3]
     """
     chosen = settings("default", model or {}, training or {}, {}, "fit")
+    if chosen.training.warm_start or chosen.training.processes > 1:
+        raise ValueError("training: warm_start and processes are the pipeline's; leave them out")
     names = [str(item) for item in item_ids]
     users, items, user_ids = _pairs(interactions, names)
     held = _held_out(users, valid_share, chosen.training.seed)

@@ -38,6 +38,12 @@ def trained() -> cm3.Recommender:
     return cm3.fit(pairs, features, items, SMALL, QUICK)
 
 
+@pytest.mark.parametrize("setting", [{"processes": 2}, {"warm_start": "old"}])
+def test_settings_of_the_pipeline_are_refused(setting):
+    with pytest.raises(ValueError, match="are the pipeline's"):
+        cm3.fit({"user": [1], "item": [1]}, {"text": np.ones((1, 2))}, [1], training=setting)
+
+
 def test_the_examples_run():
     assert doctest.testmod(cm3.library).attempted >= 5
     assert not doctest.testmod(cm3.library).failed

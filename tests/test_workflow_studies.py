@@ -140,6 +140,7 @@ def test_faults_of_an_experiment_are_told_once_and_not_again_for_its_study():
         ({"like": "shop", "control": {"text": "shufled"}}, r"odd\.control = .*no control 'shufled'.*mean 'shuffled'"),
         ({"like": "shop", "control": {"imge": "constant"}}, r"odd\.control\.imge: .*did you mean 'image'"),
         ({"like": "ease", "training": {"lr": 0.1}}, r"training\.lr: ease is computed in closed form and does not train"),
+        ({"like": "lightgcn", "training": {"processes": 2}}, r"odd\.training\.processes: cm3 alone heeds it.* lightgcn"),
         ({"like": "lightgcn", "preset": "official"}, r"preset = 'official': this preset is of cm3"),
     ],
 )  # fmt: skip
@@ -149,12 +150,14 @@ def test_a_wrong_variant_is_refused(section: dict[str, Any], message: str):
 
 def test_like_takes_over_what_is_not_said_again():
     whole = config(
-        wide={"like": "shop", "model": {"embedding_dim": 32}, "training": {"lr": 0.1}, "modalities": {"image": "coarse"}},
+        wide={"like": "shop", "model": {"embedding_dim": 32}, "training": {"lr": 0.1, "precision": "bfloat16"},
+            "modalities": {"image": "coarse"}},
         wider={"like": "wide", "model": {"hidden_factor": 2}},
         mf={"like": "wide", "model": {"name": "bpr-mf"}},
         popular={"like": "wide", "model": {"name": "mostpop"}, "training": {"monitor": "ndcg@5"}},
     )  # fmt: skip
     found = load_config(whole).experiments
+    assert found["wider"].training.precision == "bfloat16" and found["mf"].training.precision == "float32"
     assert found["wider"].model.embedding_dim == 32
     assert found["wider"].model.hidden_factor == 2
     assert found["wider"].modalities == {"image": "coarse"}

@@ -17,6 +17,9 @@ Kind = Literal["gaussian", "shuffled", "constant"]
 CLOSED_FORM = frozenset({"monitor", "device"})
 """What a model in closed form takes of `training`."""
 
+CM3_ALONE = frozenset({"precision", "processes", "warm_start"})
+"""What of `training` only CM3 heeds."""
+
 
 class ExperimentSection(Strict):
     """One entry of `experiments`."""
@@ -118,7 +121,7 @@ def _laid_over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any
     if model != _model(base).get("name", CM3):
         taken = {key: value for key, value in base.items() if key not in ("model", "preset")}
         if model in NAMES:
-            taken = _of_use(taken, traits(model))
+            taken = _of_use(taken, model)
     merged = {**taken, **own}
     for key in ("model", "training", "evaluation"):
         if isinstance(taken.get(key), dict) and isinstance(own.get(key), dict):
@@ -131,12 +134,19 @@ def _model(section: Mapping[str, Any]) -> Mapping[str, Any]:
     return model if isinstance(model, dict) else {}
 
 
-def _of_use(section: Mapping[str, Any], model: Traits) -> dict[str, Any]:
-    useless = () if model.content else ("modalities", "control")
+def _of_use(section: Mapping[str, Any], model: str) -> dict[str, Any]:
+    useless = () if traits(model).content else ("modalities", "control")
     kept = {key: value for key, value in section.items() if key not in useless}
-    if not model.trains and isinstance(kept.get("training"), dict):
-        kept["training"] = {key: value for key, value in kept["training"].items() if key in CLOSED_FORM}
+    if isinstance(kept.get("training"), dict):
+        kept["training"] = {key: value for key, value in kept["training"].items() if not _unheeded(key, model)}
     return kept
+
+
+def _unheeded(key: str, model: str) -> str:
+    """Return why a model does not heed a key of `training`, or nothing."""
+    if not traits(model).trains and key not in CLOSED_FORM:
+        return f"{model} is computed in closed form and does not train; of this section it takes {' and '.join(sorted(CLOSED_FORM))} only"
+    return f"{CM3} alone heeds it, but the model is {model}" if model != CM3 and key in CM3_ALONE else ""
 
 
 def parse_settings(section: ExperimentSection, where: str) -> Experiment:
@@ -182,10 +192,9 @@ def check(experiment: Experiment, where: str) -> None:
 
 def _training(model: str, given: Mapping[str, Any], where: str) -> Training:
     chosen = validate(Training, dict(given), where)
-    if not traits(model).trains:
-        for key in given:
-            if key not in CLOSED_FORM:
-                raise UserError(f"{where}.{key}: {model} is computed in closed form and does not train; of this section it takes {' and '.join(sorted(CLOSED_FORM))} only")  # fmt: skip
+    for key in given:
+        if why := _unheeded(key, model):
+            raise UserError(f"{where}.{key}: {why}")
     return chosen
 
 
