@@ -28,7 +28,10 @@ SMALL: dict[str, dict[str, Any]] = {
     "bm3": {"dropout": 0.2},
     "directau": {"gamma": 0.3},
 }
-TRAINING = {"batch_size": 256, "epochs": 40, "lr": 0.02, "patience": 10, "monitor": "recall@10", "device": "cpu"}
+TRAINING: dict[str, Any] = {
+    "batch_size": 256, "epochs": 40, "lr": 0.02, "patience": 10, "monitor": "recall@10", "device": "cpu",
+    "tensorboard": False,
+}  # fmt: skip
 # Its loss has little to say until the modalities agree.
 PATIENT = {"bm3": {"epochs": 80, "patience": 60}}
 

@@ -13,6 +13,7 @@ import oracles_cm3 as oracle
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_shop import one_thread, prepared  # noqa: F401
 
 from baselines.config import MODELS, baseline_settings
@@ -192,6 +193,13 @@ def test_a_score_that_needs_embeddings_is_refused_for_item_weights(shop, fitted,
     command = evaluation(shop, {"weights": folder / "model.safetensors"}, tmp_path, {"score": "cosine"})
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert done.returncode == 1 and "has no embeddings to take it of; set dot" in done.stderr
+
+
+def test_a_network_draws_its_curves_beside_its_model(shop, tmp_path):
+    small.fit(shop, tmp_path, "bpr-mf", FEW | {"tensorboard": True})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("training/loss")] == list(range(1, FEW["epochs"] + 1))
 
 
 @pytest.mark.parametrize("name", ["freedom", "itemknn"])
