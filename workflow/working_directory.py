@@ -48,9 +48,10 @@ def lend_environment_to_jobs(root: Path) -> None:
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     os.environ["CM3_STOP_WITH_PARENT"] = "1"
-    # Threads that spin at barriers take the cores from other jobs: a training step is 20 % faster with spinning on an
-    # idle machine, and 3 to 30 times slower on a busy one.
+    # Threads that spin at barriers take the cores from other jobs, threads that sleep at once are slow to wake: a short
+    # spin has nearly the speed of a long one on an idle machine, and of none on a busy one (benchmarks/RESULTS.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
 def keep_metadata_with_data() -> None:
