@@ -244,7 +244,7 @@ def _network(
 ) -> Any:
     device, filled, neighbours = select_device(training.device), [], []
     for modality, vectors in features.items():
-        values = np.asarray(vectors, np.float32)
+        values = np.array(vectors, np.float32)  # a copy: it is filled in
         if values.ndim != 2 or len(values) != len(names):
             raise ValueError(f"features[{modality!r}]: {values.shape} is not ({len(names)}, d), a row for each item")
         ok = np.asarray(np.isfinite(values).all(axis=1))

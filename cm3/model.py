@@ -18,6 +18,7 @@ from cm3.graph import SparseMatrix, add_neighbours, propagate, propagate_to, use
 from cm3.losses import alignment, calibrated_by, uniformity
 from cm3.network import Embeddings, Loss, Network, mean_loss
 from cm3.sampling import Batch, derived_seed, mixing_parameters
+from stages.arrays import blocks, mean_of_rows, zeros
 from stages.errors import UserError
 
 
@@ -229,16 +230,16 @@ def _parts(users: Tensor) -> list[slice]:
 
 
 def fill_missing(embedding: np.ndarray, ok: np.ndarray, missing: str, name: str) -> np.ndarray:
-    """Return (I, d) features whose rows that are not ok are the mean of the others (`mean`) or zero (`zero`).
+    """Fill the rows of (I, d) features that are not ok, with the mean of the others (`mean`) or zero (`zero`), in place.
 
     Raises:
         UserError: no row is ok; `name` says of what.
     """
     if not ok.any():
         raise UserError(f"{name}: none of its {len(ok)} items has a vector; leave this modality out or mend its inputs")
-    filled = embedding.copy()
-    filled[~ok] = embedding[ok].mean(0, dtype=np.float64) if missing == "mean" else 0
-    return filled
+    if not ok.all():
+        embedding[~ok] = mean_of_rows(embedding, ok) if missing == "mean" else 0
+    return embedding
 
 
 def seeded(
@@ -253,7 +254,14 @@ def seeded(
 
     With `precision` bfloat16 it keeps its features in that type and multiplies them in it.
     """
-    dtype = getattr(torch, precision)
+    given = [torch.from_numpy(x) if precision == "float32" else _bfloat16(x) for x in features]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(seed))
-        return CM3([torch.from_numpy(x).to(dtype) for x in features], interactions, item_graph, settings)
+        return CM3(given, interactions, item_graph, settings)
+
+
+def _bfloat16(x: np.ndarray) -> Tensor:
+    rounded = torch.from_numpy(zeros(x.shape, np.int16)).view(torch.bfloat16)
+    for rows in blocks(len(x)):
+        rounded[rows] = torch.from_numpy(x[rows])
+    return rounded

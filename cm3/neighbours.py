@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cm3.topk import top_k
+from stages.arrays import zeros
 
 _BLOCK_ENTRIES = 2**25  # of a block's product on the CPU: 128 MiB
 _CUDA_BLOCK_ENTRIES = 2**30  # as long as a quarter of the free memory holds them
@@ -269,7 +270,8 @@ class Directions:
         Cauchy and Schwarz; |r| is measured. Accumulating d products in float32, rounded or cut off and in any order,
         adds at most d 2^-22. The error is a 0-d float64 tensor on the rows' device.
         """
-        copies = torch.empty(self.shape, device=self._x.device)
+        on_cpu = self._x.device.type == "cpu"
+        copies = torch.from_numpy(zeros(self.shape)) if on_cpu else torch.empty(self.shape, device=self._x.device)
         residual = torch.zeros((), dtype=torch.float64, device=self._x.device)
         for part in self._parts():
             unit = self.unit(part)

@@ -11,6 +11,7 @@ import torch
 
 from cm3.device import select_device, set_threads
 from cm3.kept_neighbours import kept_path, keys_of, neighbours, read_lists, write_lists
+from stages.arrays import blocks, keep_rows, mean_of_rows
 from stages.command import stage
 from stages.errors import UserError
 from stages.tables import SIMILARITY, read_features, write_table
@@ -51,8 +52,8 @@ def similarity(
     n_items, ok, vectors, metadata = len(table.ok), table.ok, table.embedding, table.metadata
     if missing == "mean" and ok.any():
         # The mean that training fills in with.
-        vectors[~ok] = vectors[ok].mean(0, dtype=np.float64)
-    directed = vectors.any(axis=1)
+        vectors[~ok] = mean_of_rows(vectors, ok)
+    directed = np.concatenate([vectors[rows].any(axis=1) for rows in blocks(n_items)] or [ok])
     usable = np.flatnonzero(directed)
     facts: dict[str, Any] = {
         "items": n_items,
@@ -68,11 +69,10 @@ def similarity(
     item_ids = [table.item_ids[row] for row in usable]
     del table
     if len(usable) < n_items:
-        vectors = vectors[usable]
+        vectors = keep_rows(vectors, usable)
     described = {"knn_k": knn_k, "method": method, "missing": missing, "features": metadata}
     if method == "exact":
-        # MPS has no float64, which the exact scores need.
-        rows = torch.from_numpy(vectors).to("cpu" if device == "mps" else device)
+        rows = torch.from_numpy(vectors).to(_searching(device, vectors.nbytes))
         earlier = read_lists(kept_path(output), code) if code else None
         lists, facts["searched"] = neighbours(keys_of(item_ids, vectors), rows, knn_k, earlier)
         indices, scores = lists.indices[:, :knn_k], lists.scores[:, :knn_k]
@@ -98,6 +98,15 @@ def similarity(
             *(f"{count:,}" for count in (len(usable), len(usable) - facts["searched"], facts["searched"])),
         )
     return facts
+
+
+def _searching(device: str, size: int) -> str:
+    """Return where to search vectors of `size` bytes."""
+    if device == "cuda" and 3 * size > torch.cuda.mem_get_info()[0]:
+        log.warning("%.1f GB of vectors and their copies do not fit on the GPU; the CPU searches", size / 1e9)
+        return "cpu"
+    # MPS has no float64, which the exact scores need.
+    return "cpu" if device == "mps" else device
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from extractors.job import Job, spec_of
 from extractors.spec import ExtractorSpec
+from stages.arrays import zeros
 from stages.command import stage
 from stages.errors import UserError
 from stages.tables import write_features
@@ -46,7 +47,7 @@ def extract(
         column = table.column("embedding").combine_chunks()
         dim = column.type.list_size
         if embedding.shape[1] == 0:
-            embedding = np.zeros((len(job.status), dim), np.float32)
+            embedding = zeros((len(job.status), dim))
         if embedding.shape[1] != dim:
             raise UserError(f"{name}: the model made vectors of {embedding.shape[1]} dimensions, then of {dim}")
         embedding[rows] = column.flatten().to_numpy(zero_copy_only=True).reshape(-1, dim)

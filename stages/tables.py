@@ -1,8 +1,9 @@
 """The Arrow schemas that stages hand each other, and checked reading and writing of them."""
 
+import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stages.arrays import rows_not_finite, zeros
 from stages.errors import UserError
 from stages.files import atomic
 
@@ -104,8 +106,14 @@ def read_table(path: str | os.PathLike[str], schema: pa.Schema) -> pa.Table:
 
 
 def _read(path: str | os.PathLike[str]) -> pa.Table:
-    try:
+    with _reading(path):
         return pq.read_table(path, partitioning=None)
+
+
+@contextlib.contextmanager
+def _reading(path: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except pa.ArrowInvalid as error:
@@ -180,7 +188,7 @@ def write_features(
         raise ValueError(f"{path}: {len(item_ids)} ids, {len(embedding)} vectors, {len(state)} statuses")
     with np.errstate(over="ignore"):  # an overflow to float16 is infinite, and refused below
         values = np.ascontiguousarray(embedding, dtype=dtype)
-    bad = np.flatnonzero((state == OK) & ~np.isfinite(values).all(axis=1))
+    bad = np.flatnonzero((state == OK) & rows_not_finite(values))
     if len(bad):
         names = ", ".join(item_ids[i] for i in bad[:5])
         raise UserError(f"{path}: {len(bad)} vectors hold NaN or infinity in {dtype}, first for items {names}")
@@ -203,21 +211,32 @@ def write_features(
 
 
 def read_features(path: str | os.PathLike[str], item_ids: Sequence[str] | None = None) -> Features:
-    """Read a features file; with `item_ids`, check that row i belongs to item i.
+    """Read a features file a row group at a time; with `item_ids`, check that row i belongs to item i.
+
+    Vectors past memory lie in a temporary file (`stages.arrays.zeros`).
 
     Raises:
         UserError: unreadable, wrong columns, null vectors, ids in another order, or NaN in an ok row.
     """
-    table = _read(path)
-    if table.column_names != ["item_id", "embedding", "status"] or not pa.types.is_fixed_size_list(
-        table.schema.field("embedding").type
-    ):
-        raise UserError(f"{path}: not a features file; its columns are {_brief(table.schema)}")
-    if table.column("embedding").null_count:
-        raise UserError(
-            f"{path}: {table.column('embedding').null_count} vectors are null; a row without a vector needs a status, not a null"
-        )
-    ids = table.column("item_id").to_pylist()
+    with _reading(path), pq.ParquetFile(path) as file:
+        schema = file.schema_arrow
+        if schema.names != ["item_id", "embedding", "status"] or not pa.types.is_fixed_size_list(
+            schema.field("embedding").type
+        ):
+            raise UserError(f"{path}: not a features file; its columns are {_brief(schema)}")
+        names = file.read(["item_id", "status"])
+        embedding = zeros((file.metadata.num_rows, schema.field("embedding").type.list_size))
+        nulls = start = 0
+        for batch in file.iter_batches(ROW_GROUP, columns=["embedding"]):
+            column = batch.column(0)
+            nulls += column.null_count
+            if not nulls:
+                values = column.flatten().to_numpy(zero_copy_only=True)
+                embedding[start : start + len(column)] = values.reshape(len(column), -1)
+            start += len(column)
+    if nulls:
+        raise UserError(f"{path}: {nulls} vectors are null; a row without a vector needs a status, not a null")
+    ids = names.column("item_id").to_pylist()
     if item_ids is not None and list(item_ids) != ids:
         where = next(
             (i for i, (a, b) in enumerate(zip(item_ids, ids, strict=False)) if a != b), min(len(ids), len(item_ids))
@@ -225,13 +244,8 @@ def read_features(path: str | os.PathLike[str], item_ids: Sequence[str] | None =
         raise UserError(
             f"{path}: row {where} is not item {where} of items.parquet ({len(ids)} rows, {len(item_ids)} items); delete it and run again"
         )
-    dim = table.schema.field("embedding").type.list_size
-    chunks = [
-        chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, dim) for chunk in table.column("embedding").chunks
-    ]
-    embedding = np.concatenate(chunks).astype(np.float32, copy=False) if chunks else np.zeros((0, dim), np.float32)
-    status = np.asarray(table.column("status").to_pylist(), dtype=object)
-    bad = np.flatnonzero((status == OK) & ~np.isfinite(embedding).all(axis=1))
+    status = np.asarray(names.column("status").to_pylist(), dtype=object)
+    bad = np.flatnonzero((status == OK) & rows_not_finite(embedding))
     if len(bad):
         raise UserError(
             f"{path}: {len(bad)} vectors hold NaN or infinity, first for items {', '.join(ids[i] for i in bad[:5])}"

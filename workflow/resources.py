@@ -140,9 +140,9 @@ class Needs:
         return Need(1000 + 4 * self._vectors(files, "features", wildcards).megabytes, 15)
 
     def similarity(self, wildcards: Any, files: Files) -> Need:
-        """The features, their float32 and bfloat16 copies, one block of scores; the time is quadratic in the items."""
+        """The features, their unit copies, one block of scores; the time is quadratic in the items."""
         shape = self._vectors(files, "features", wildcards)
-        return Need(1500 + 3 * shape.megabytes, 10 + shape.rows**2 * shape.dim / 1e10 / 60)
+        return Need(1500 + 2.5 * shape.megabytes, 10 + shape.rows**2 * shape.dim / 1e10 / 60)
 
     def train(self, wildcards: Any, files: Files) -> Need:
         """Features, tables of users and items with gradients and Adam's moments, the graph; time by epochs and steps."""
@@ -153,7 +153,7 @@ class Needs:
         shapes = [self._vectors(files, name, wildcards) for name in features]
         width = getattr(experiment.model, "embedding_dim", 64) * (len(features) + 1)
         tables = (users + items) * width * 4 / MEBIBYTE
-        memory = 2500 + 3 * sum(shape.megabytes for shape in shapes) + 16 * tables + interactions * 100 / MEBIBYTE
+        memory = 2500 + 2 * sum(shape.megabytes for shape in shapes) + 16 * tables + interactions * 100 / MEBIBYTE
         if getattr(experiment, "model_name", "") == "ease":
             memory += 3 * items**2 * 8 / MEBIBYTE
         steps = interactions / experiment.training.batch_size + 1
