@@ -9,7 +9,14 @@ from cm3.config import Neighbours, Weighted
 from stages.errors import UserError
 from stages.strict import Float, Strict, nearest, validate
 
-__all__ = ["MODELS", "BaselineSettings", "baseline_settings"]
+__all__ = ["MODELS", "PATIENCE", "BaselineSettings", "baseline_settings"]
+
+PATIENCE = 20
+"""Validations without improvement after which a baseline stops, where the user says nothing, as in the MMRec toolbox.
+
+Losses over pairs of items first undo what the graph's smoothing alone achieves, and then climb slowly: on the fashion
+shop of benchmarks/RESULTS.md, LightGCN with CM3's patience of 10 can end with its first epoch as the best.
+"""
 
 
 class BaselineSettings(Strict):

@@ -130,7 +130,11 @@ class Training(Strict):
     lr_decay: Float = Field(0.99, gt=0, le=1, description="factor of lr an epoch; only with schedule: exponential")
     warmup_epochs: Float = Field(0.0, ge=0, description="epochs over which lr rises from 0, linearly")
     clip_norm: Float | None = Field(None, gt=0, description="largest norm of the gradient; larger ones are scaled down")
-    patience: int = Field(10, gt=0, description="stop after this many validations in a row without improvement")
+    patience: int = Field(
+        10,
+        gt=0,
+        description="stop after this many validations in a row without improvement; of a baseline, 20 unless set",
+    )
     validate_every: int = Field(1, gt=0, description="epochs between validations")
     monitor: str = Field(
         "recall@20", pattern=r"^(recall|ndcg)@[1-9]\d*$", description="recall@k or ndcg@k on the validation split"

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import pytest
 from checkout import SMALL
 
-from baselines.config import MODELS
+from baselines.config import MODELS, PATIENCE
 from extractors.control import CONTROLS
 from reports.spec import StudySpec, check_study
 from stages.errors import UserError
@@ -167,6 +167,19 @@ def test_like_takes_over_what_is_not_said_again():
     assert found["mf"].model == MODELS["bpr-mf"](name="bpr-mf")
     assert found["mf"].training.lr == 0.1
     assert found["popular"].training_identity() == {"monitor": "ndcg@5"}
+
+
+def test_a_model_has_a_patience_of_its_own():
+    whole = config(
+        hasty={"like": "shop", "training": {"patience": 3}},
+        hastier={"like": "hasty", "control": "gaussian"},
+        mf={"like": "hasty", "model": {"name": "bpr-mf"}},
+        told={"like": "hasty", "model": {"name": "bpr-mf"}, "training": {"patience": 4}},
+        told_too={"like": "told", "model": {"embedding_dim": 8}},
+    )
+    found = {name: one.training.patience for name, one in load_config(whole).experiments.items()}
+    expected = {"hasty": 3, "hastier": 3, "mf": PATIENCE, "told": 4, "told_too": 4}
+    assert {name: found[name] for name in expected} == expected
 
 
 def test_a_variant_that_says_all_again_is_the_same_run():

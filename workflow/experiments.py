@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator
 
+from baselines.config import PATIENCE
 from cm3.config import PRESETS, Evaluation, Training, modality_weights
 from stages.errors import UserError
 from stages.strict import Strict, nearest, validate
@@ -96,7 +97,8 @@ def inherit(name: str, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, An
     """Return an entry of `experiments` with what it does not set taken from the one that it is `like`.
 
     `model`, `training` and `evaluation` are taken key by key, all else whole. From an entry with another model, neither
-    preset nor model settings are taken, nor modalities, controls and training that this model has no use for.
+    preset nor model settings are taken, nor its patience, nor what this model has no use for of modalities, controls and
+    training.
 
     Raises:
         UserError: no such entry, or entries that are like each other.
@@ -138,7 +140,10 @@ def _of_use(section: Mapping[str, Any], model: str) -> dict[str, Any]:
     useless = () if traits(model).content else ("modalities", "control")
     kept = {key: value for key, value in section.items() if key not in useless}
     if isinstance(kept.get("training"), dict):
-        kept["training"] = {key: value for key, value in kept["training"].items() if not _unheeded(key, model)}
+        # Models plateau for unlike times: another one's patience would stop this one too early, or late.
+        kept["training"] = {
+            key: value for key, value in kept["training"].items() if key != "patience" and not _unheeded(key, model)
+        }
     return kept
 
 
@@ -160,12 +165,13 @@ def parse_settings(section: ExperimentSection, where: str) -> Experiment:
     if section.preset != "default" and name != CM3:
         raise UserError(f"{where}.preset = {section.preset!r}: this preset is of {CM3}, but the model is {name}")
     base = PRESETS[section.preset]
+    patience = {"patience": PATIENCE} if name != CM3 and traits(name).trains else {}
     chosen = Experiment(
         section.dataset,
         section.modalities,
         section.preset,
         model,
-        _training(name, {**base["training"], **section.training}, f"{where}.training"),
+        _training(name, {**base["training"], **patience, **section.training}, f"{where}.training"),
         validate(Evaluation, {**base["evaluation"], **section.evaluation}, f"{where}.evaluation"),
         _controls(section, where),
     )
