@@ -82,8 +82,8 @@ def test_retry_after_makes_all_requests_wait() -> None:
         result = captions(server.url, concurrency=2)
     assert result.captions == ANSWERS and server.peak == 2
     gaps = np.diff(times)
-    # The other request may be on its way already when the server asks for patience.
-    assert sorted(gaps)[-1] > 0.9 and gaps.argmax() in (2, 3) and len(times) == 13
+    # Until the answer has been read, the other worker sends some more.
+    assert (gaps > 0.9).sum() == 1 and 2 <= gaps.argmax() <= 8 and len(times) == 13
 
 
 def test_a_request_told_to_wait_for_ever_fails_alone_and_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
