@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import IO
 log = logging.getLogger("stage")
 
 _POLL_SECONDS = 0.5
+_DEVICES = Path("/dev")
 
 # What CUDA_VISIBLE_DEVICES holds for none: nothing, the usual way to hide all, and SLURM's word.
 _NONE = ("", "-1", "NoDevFiles")
@@ -26,6 +28,14 @@ def visible_gpus() -> list[str]:
     if visible is not None:
         return [name.strip() for name in visible.split(",") if name.strip() not in _NONE]
     return list(_listed())
+
+
+def gpu_here() -> bool:
+    """Return whether a job on this machine may find a GPU. Asks no driver, so that planning stays fast."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") is not None:
+        return bool(visible_gpus())
+    devices = any(any(_DEVICES.glob(name)) for name in ("nvidia[0-9]*", "kfd", "dxg"))
+    return sys.platform == "darwin" or devices or shutil.which("nvidia-smi") is not None
 
 
 def _listed() -> dict[str, str]:

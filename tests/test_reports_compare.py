@@ -255,6 +255,20 @@ def test_the_order_of_rows_on_disk_changes_nothing(study, tmp_path):
     assert run(spec, turned, tmp_path) == result
 
 
+def test_files_are_read_by_parts_and_whole_alike(study, tmp_path, monkeypatch):
+    _, spec, inputs, _, result = study
+    monkeypatch.setattr("reports.cells._GROUPS", 3)
+    monkeypatch.setattr("reports.cells._BATCH_ROWS", 11)
+    monkeypatch.setattr("reports.slices._BLOCK_PAIRS", 7)
+    monkeypatch.setattr("reports.slices._BLOCK_USERS", 5)
+    monkeypatch.setattr("reports.beyond._BLOCK_USERS", 13)
+    parts = {}
+    for name in (name for name in inputs if name.split(".")[0] in ("recommendations", "user_embeddings")):
+        parts[name] = tmp_path / f"{name}.parquet"
+        pq.write_table(pq.read_table(inputs[name]), parts[name], row_group_size=64)
+    assert run(spec, inputs | parts, tmp_path) == result
+
+
 def test_the_stage_runs_from_the_command_line(study, tmp_path):
     _, spec, inputs, *_ = study
     command = [sys.executable, "-m", "reports.compare", "--spec", json.dumps(spec | {"metrics": ["ndcg@10"]})]

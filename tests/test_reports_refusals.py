@@ -1,5 +1,6 @@
 """What a comparison refuses: cells that cannot be compared, and files that do not belong together."""
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from study_cells import changed, edited_json, one_thread, run, study  # noqa: F401
@@ -39,6 +40,13 @@ def twice(table):
     return table.set_column(2, "rank", pa.array(ranks))
 
 
+def undefined(table):
+    vectors = np.stack(table["embedding"].to_numpy())
+    vectors[7, 2] = np.nan
+    flat = pa.array(vectors.ravel(), pa.float32())
+    return table.set_column(1, "embedding", pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]))
+
+
 @pytest.mark.parametrize(
     ("kind", "edit", "message"),
     [
@@ -54,6 +62,11 @@ def twice(table):
         ("recommendations", stranger, "'nobody' is not an id"),
         ("recommendations", twice, "two items at one rank"),
         ("recommendations", lambda table: table.drop_columns(["rank"]), "not a readable file of recommendations"),
+        ("user_embeddings", lambda table: table.slice(1), "its 119 ids are not those of the data set, in order"),
+        ("user_embeddings", lambda table: table.slice(0, 119), "its 119 ids are not those of the data set"),
+        ("item_embeddings", lambda table: pa.concat_tables([table, table]), "its 120 ids are not those"),
+        ("item_embeddings", undefined, "the vector of item_id item7 holds NaN or infinity"),
+        ("item_embeddings", lambda table: table.drop_columns(["embedding"]), "has columns .'item_id'., not"),
     ],
 )
 def test_tables_that_do_not_belong_together_are_refused(study, tmp_path, kind, edit, message):

@@ -182,6 +182,14 @@ def test_geometry_is_that_of_the_losses_on_the_sphere(embedded):
     assert scaled == pytest.approx(found), "length plays no part"
 
 
+def test_the_rows_of_the_sample_are_measured_like_all(embedded):
+    train, users, items = embedded
+    sample = draw_sample(train, seed=1, pairs=20, rows=9)
+    some_users, some_items, places = sample.rows()
+    assert len(some_users) < 60 and (np.diff(some_users) > 0).all() and (np.diff(some_items) > 0).all()
+    assert measure(users[some_users], items[some_items], places) == measure(users, items, sample)
+
+
 def test_the_sample_is_bounded_seeded_and_without_repetition(embedded):
     train, *_ = embedded
     one, same, other = (draw_sample(train, seed, pairs=40, rows=12) for seed in (1, 1, 2))

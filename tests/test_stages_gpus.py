@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from stages.gpus import own_gpus, visible_gpus
+from stages import gpus
+from stages.gpus import gpu_here, own_gpus, visible_gpus
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLD = (
@@ -78,3 +79,19 @@ def test_a_job_that_wants_several_gets_all_or_waits():
         assert waiting.poll() is None
     assert told(waiting) == "0"
     waiting.wait(20)
+
+
+@pytest.mark.parametrize(("device", "there"), [("nvidia0", True), ("kfd", True), ("nvidiactl", False), ("null", False)])
+def test_whether_there_is_a_gpu_is_seen_without_asking_the_driver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, there: bool
+):
+    assert gpu_here(), "an nvidia-smi is there"
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr(gpus, "_DEVICES", tmp_path)
+    (tmp_path / device).touch()
+    assert gpu_here() == there
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert not gpu_here()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert gpu_here()

@@ -135,9 +135,10 @@ class Plan(DataPlan):
         return self.experiment(name).traits.stage
 
     def train_gpus(self, name: str) -> int:
-        """Return how many GPUs training asks for, one a process; a closed form needs none."""
+        """Return how many GPUs training asks for, one a process; a closed form needs none, nor does `device: cpu`."""
         experiment = self.experiment(name)
-        return experiment.training.processes if experiment.traits.trains else 0
+        needs = experiment.traits.trains and experiment.training.device != "cpu"
+        return experiment.training.processes if needs else 0
 
     def _train(self, name: str, run: str) -> Task:
         """Return the task of training: modalities in the order of fusion, the model and its training."""

@@ -9,6 +9,7 @@ sys.path.insert(0, str(ROOT))
 
 from stages.errors import UserError
 from stages.files import write_json
+from stages.gpus import gpu_here
 from stages.keys import canonical_json
 from workflow.config import load_config
 from workflow.plan import Plan
@@ -56,6 +57,15 @@ wildcard_constraints:
 # `items` is a method of Snakemake's named lists, so the item table goes by `items_` within rules.
 def named(paths):
     return {"items_" if name == "items" else name: path for name, path in paths.items()}
+
+
+# Where jobs run on this machine and it has no GPU, none is asked for: they then run side by side, as cores allow.
+def gpus(count):
+    def asked(wildcards):
+        elsewhere = workflow.non_local_exec_or_dryrun
+        return count(wildcards) if elsewhere or gpu_here() else 0
+
+    return asked
 
 
 # A params function of wildcards alone is recorded, and a change of what it returns reruns the job; one that takes more

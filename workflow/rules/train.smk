@@ -20,7 +20,7 @@ rule train:
         "../../environment.yml"
     threads: 8
     resources:
-        gpu=lambda wildcards: plan.train_gpus(wildcards.experiment),
+        gpu=gpus(lambda wildcards: plan.train_gpus(wildcards.experiment)),
         mem_mb=needs.mem_mb("train"),
         runtime=needs.runtime("train"),
     params:
