@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+_BLOCK_USERS = 8192  # small arrays: the system is slow to hand out large ones
+
 
 def beyond_accuracy(lists: np.ndarray, counts: np.ndarray, n_users: int, cutoffs: Sequence[int]) -> dict[str, float]:
     """Return coverage@k, popularity@k, novelty@k and gini@k of the first k recommendations.
@@ -23,19 +25,20 @@ def beyond_accuracy(lists: np.ndarray, counts: np.ndarray, n_users: int, cutoffs
     Source: Zhou et al., Solving the apparent diversity-accuracy dilemma (2010) for novelty.
     """
     information = np.log2(n_users) - np.log2(np.maximum(counts, 1))
+    # Where a list has ended, -1 is the last place, which holds 0.
+    values = {"popularity": np.append(counts, 0.0), "novelty": np.append(information, 0.0)}
+    n = len(counts)
     result = {}
     for k in cutoffs:
         if k > lists.shape[1]:
             continue
-        part = lists[:, :k]
-        there = part >= 0
-        shown = np.sort(np.bincount(part[there], minlength=len(counts)))
-        length = there.sum(1)
+        blocks = np.array_split(lists[:, :k], len(lists) // _BLOCK_USERS + 1)
+        shown = np.sort(np.sum([np.bincount(block.ravel() + 1, minlength=n + 1) for block in blocks], 0)[1:])
+        length = np.concatenate([(block >= 0).sum(1) for block in blocks])
         rows = length > 0
-        n = len(counts)
         result[f"coverage@{k}"] = float((shown > 0).sum() / n)
-        for name, value in (("popularity", counts), ("novelty", information)):
-            summed = np.where(there, value[part], 0.0).sum(1)
+        for name, value in values.items():
+            summed = np.concatenate([value[block].sum(1) for block in blocks])
             result[f"{name}@{k}"] = float((summed[rows] / length[rows]).mean()) if rows.any() else 0.0
         weights = 2 * np.arange(1, n + 1) - n - 1
         result[f"gini@{k}"] = float((weights * shown).sum() / (n * max(shown.sum(), 1)))

@@ -17,6 +17,7 @@ from stages.files import read_json
 from stages.strict import nearest
 
 _AGREE = 1e-9
+_GROUPS, _BATCH_ROWS = 16, 4096  # read at once, of lists and of embeddings
 # Models without embeddings have no files of the last two kinds.
 _FILES = ("evaluation", "per_user", "recommendations", "train", "user_embeddings", "item_embeddings")
 
@@ -158,7 +159,7 @@ def read_per_user(
     found = table.column("user").to_numpy()
     order = np.argsort(found, kind="stable")
     found = found[order]
-    if len(np.unique(found)) < len(found):
+    if (found[1:] == found[:-1]).any():
         raise UserError(f"{path}: a user stands there twice; delete it and run again")
     if users is not None and not np.array_equal(found, users):
         alone = np.setxor1d(found, users)
@@ -178,51 +179,101 @@ def read_per_user(
     return found, table.column("n_test").to_numpy()[order], values
 
 
-def read_lists(path: Path, user_ids: Sequence[str], item_ids: Sequence[str], users: np.ndarray, k: int) -> np.ndarray:
+def read_lists(path: Path, user_ids: pa.Array, item_ids: pa.Array, users: np.ndarray, k: int) -> np.ndarray:
     """Return the first k recommendations of each of (R,) users as (R, k') item indices, -1 where a list ends.
 
-    k' is the length of the longest list, at most k. The file is read by row groups: memory is that of the result.
+    k' is the length of the longest list, at most k. The file is read by several row groups at a time, which bounds
+    memory beside that of the result.
 
     Raises:
         UserError: unreadable, a user or an item that the data set lacks, a user who is not among `users`, or a rank
             below 1 or taken twice.
     """
     lists = np.full((len(users), k), -1, np.int32)
-    row_of = np.full(len(user_ids), -1, np.int64)
+    row_of = np.full(len(user_ids), -1, np.int32)
     row_of[users] = np.arange(len(users))
-    known = {"user_id": pa.array(user_ids, pa.string()), "item_id": pa.array(item_ids, pa.string())}
     columns = ["user_id", "item_id", "rank"]
     filled = 0
     try:
-        with pq.ParquetFile(path, read_dictionary=["user_id", "item_id"]) as file:
-            for group in range(file.num_row_groups):
-                table = file.read_row_group(group, columns=columns)
+        with pq.ParquetFile(path, read_dictionary=columns[:2]) as file:
+            for first in range(0, file.num_row_groups, _GROUPS):
+                groups = range(first, min(first + _GROUPS, file.num_row_groups))
+                table = file.read_row_groups(groups, columns=columns)
                 ranks = table.column("rank").to_numpy()
                 if len(ranks) and ranks.min() < 1:
                     raise UserError(f"{path}: holds rank {ranks.min()}; ranks start at 1. Delete it and run again")
-                near = ranks <= k
-                user, item = (_codes(table.column(name), known[name], path)[near] for name in columns[:2])
-                if len(user) and row_of[user].min() < 0:
-                    stranger = user_ids[user[row_of[user].argmin()]]
+                user = _codes(table.column("user_id"), user_ids, path)
+                item = _codes(table.column("item_id"), item_ids, path)
+                if len(ranks) and ranks.max() > k:
+                    near = ranks <= k
+                    user, item, ranks = user[near], item[near], ranks[near]
+                rows = row_of[user]
+                if len(rows) and rows.min() < 0:
+                    stranger = user_ids[int(user[rows.argmin()])]
                     raise UserError(f"{path}: user {stranger} is not a test user; delete it and run again")
-                lists[row_of[user], ranks[near] - 1] = item
-                filled += len(user)
+                lists[rows, ranks - 1] = item
+                filled += len(rows)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (pa.ArrowInvalid, KeyError) as error:
         raise UserError(f"{path}: not a readable file of recommendations ({error}); delete it and run again") from None
-    if filled != (lists >= 0).sum():
+    there = (lists >= 0).sum(0)
+    if filled != there.sum():
         raise UserError(f"{path}: a user has two items at one rank; delete it and run again")
-    return lists[:, : int((lists >= 0).any(0).sum())]
+    return lists[:, : np.count_nonzero(there)]
 
 
 def _codes(column: pa.ChunkedArray, known: pa.Array, path: Path) -> np.ndarray:
-    # The few distinct ids of a row group are looked up, not each of its rows.
-    parts = []
-    for chunk in column.chunks:
-        place = pc.index_in(chunk.dictionary, value_set=known)
-        if place.null_count:
-            stranger = chunk.dictionary.filter(pc.is_null(place))[0].as_py()
-            raise UserError(f"{path}: {stranger!r} is not an id of the data set; delete it and run again")
-        parts.append(place.to_numpy()[chunk.indices.to_numpy()])
-    return np.concatenate(parts) if parts else np.empty(0, np.int32)
+    # The few distinct ids are looked up, not each of the rows.
+    if not len(column):
+        return np.empty(0, np.int32)
+    column = column.unify_dictionaries()
+    ids = column.chunk(0).dictionary
+    place = pc.index_in(ids, value_set=known)
+    if place.null_count:
+        stranger = ids.filter(pc.is_null(place))[0].as_py()
+        raise UserError(f"{path}: {stranger!r} is not an id of the data set; delete it and run again")
+    return place.to_numpy()[np.concatenate([chunk.indices.to_numpy() for chunk in column.chunks])]
+
+
+def read_vectors(path: Path, id_name: str, ids: pa.Array, rows: np.ndarray) -> np.ndarray:
+    """Return the (R, D) float32 vectors of some `rows`, rising, of a file of embeddings of `ids`.
+
+    The whole file is checked as `cm3.embeddings.read_embeddings` does, but no more than a batch and the result are in
+    memory.
+
+    Raises:
+        UserError: absent, unreadable, other columns, other ids, or values that are not finite.
+    """
+    found, start = [], 0
+    try:
+        with pq.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            if schema.names != [id_name, "embedding"] or not pa.types.is_fixed_size_list(schema.field(1).type):
+                raise UserError(
+                    f"{path}: has columns {schema.names}, not {[id_name, 'embedding']} of fixed size; delete it and "
+                    "train again"
+                )
+            for batch in file.iter_batches(_BATCH_ROWS):
+                stop = start + len(batch)
+                if stop > len(ids) or not batch.column(0).equals(ids.slice(start, len(batch))):
+                    break
+                vectors = batch.column(1).flatten().to_numpy().reshape(len(batch), -1)
+                if not np.isfinite(vectors).all():
+                    row = start + int(np.flatnonzero(~np.isfinite(vectors).all(1))[0])
+                    raise UserError(
+                        f"{path}: the vector of {id_name} {ids[row]} holds NaN or infinity; delete it and train again"
+                    )
+                first, last = np.searchsorted(rows, [start, stop])
+                found.append(vectors[rows[first:last] - start])
+                start = stop
+            if start != len(ids) or file.metadata.num_rows != len(ids):
+                raise UserError(
+                    f"{path}: its {file.metadata.num_rows} ids are not those of the data set, in order; delete it and "
+                    "train again"
+                )
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path}: not a readable Parquet file ({error}); delete it and train again") from None
+    return np.concatenate(found)

@@ -4,17 +4,18 @@ docs/statistics.md tells what comparison.json and comparison.csv hold, and how e
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
-from cm3.embeddings import read_embeddings
 from cm3.interactions import Interactions, read_interactions
 from reports.beyond import beyond_accuracy
-from reports.cells import Cell, Experiment, Point, read_experiments, read_lists, read_per_user
+from reports.cells import Cell, Experiment, Point, read_experiments, read_lists, read_per_user, read_vectors
 from reports.geometry import Sample, draw_sample, measure
 from reports.pairs import ALPHA, CONFIDENCE, best_of, compare_pairs, pairs_to_test
 from reports.slices import Slices
@@ -29,12 +30,14 @@ from stages.strict import validate
 
 log = logging.getLogger("reports.compare")
 
+_READERS = 2  # threads, each of which measures a cell
+
 
 @dataclass(frozen=True)
 class Measured:
-    """What one chosen run amounts to: (n, M) per-user values, and numbers by name."""
+    """What one chosen run amounts to: (M,) means over users, and numbers by name."""
 
-    values: np.ndarray
+    means: np.ndarray
     beyond: dict[str, float]
     geometry: dict[str, float] | None
     slices: list[dict[str, float]]
@@ -45,6 +48,8 @@ class Data:
     """The data set and test users that all cells share."""
 
     interactions: Interactions
+    user_ids: pa.Array
+    item_ids: pa.Array
     users: np.ndarray
     counts: np.ndarray
     n_train_users: int
@@ -78,25 +83,25 @@ def compare(
     experiments = read_experiments(study, inputs)
     data = _read_data(study, inputs, experiments[0].chosen.cells[0])
     names, metrics = list(study.experiments), study.metrics
-    averages = np.zeros((len(data.users), len(names), len(metrics)))
+    averages = np.zeros((len(names), len(metrics), len(data.users)))  # a column in one piece, as tests read it often
     entries, measured = {}, {}
-    for number, experiment in enumerate(experiments):
-        measured[experiment.name] = found = _measure_point(experiment.chosen, data, metrics)
-        for each in found:
-            averages[:, number] += each.values / len(found)
+    of_points = _measure_points([experiment.chosen for experiment in experiments], data, metrics)
+    for experiment, average, cells in zip(experiments, averages, of_points, strict=True):
+        for values, _ in cells:
+            average += values.T / len(cells)
+        measured[experiment.name] = found = [each for _, each in cells]
         entries[experiment.name] = _entry(experiment, found, data.sample, metrics)
         log.info(
             "%s: %s %.4f over %d seeds, chosen: %s", experiment.name, metrics[0],
             entries[experiment.name]["metrics"][metrics[0]]["mean"], len(found), describe_point(experiment.chosen.settings),
         )  # fmt: skip
 
-    flat = averages.reshape(len(averages), -1)
+    flat = averages.reshape(-1, len(data.users)).T
     resampled = bootstrap_means(flat, study.resamples, study.bootstrap_seed).reshape(-1, len(names), len(metrics))
     by_seed = {name: {m: entry["metrics"][m]["values"] for m in metrics} for name, entry in entries.items()}
     control_of = {name: spec.control_of for name, spec in study.experiments.items()}
-    pairs = compare_pairs(
-        pairs_to_test(names, study.reference, control_of), names, metrics, averages, resampled, by_seed
-    )  # fmt: skip
+    per_user, tested = np.moveaxis(averages, -1, 0), pairs_to_test(names, study.reference, control_of)
+    pairs = compare_pairs(tested, names, metrics, per_user, resampled, by_seed)
     best = {m: best_of(names, m, {n: entries[n]["metrics"][m]["mean"] for n in names}, pairs) for m in metrics}
     low, high = interval(resampled, CONFIDENCE)
     for e, name in enumerate(names):
@@ -148,7 +153,9 @@ def _read_data(study: StudySpec, inputs: Mapping[str, Path], first: Cell) -> Dat
     counts = np.asarray(train.sum(0)).ravel().astype(np.int64)
     n_users = int((np.diff(train.indptr) > 0).sum())
     slices = Slices(users, train, test, cutoffs)
-    return Data(interactions, users, counts, n_users, slices, draw_sample(train, study.bootstrap_seed))
+    user_ids, item_ids = (pa.array(ids, pa.string()) for ids in (interactions.user_ids, interactions.item_ids))
+    sample = draw_sample(train, study.bootstrap_seed)
+    return Data(interactions, user_ids, item_ids, users, counts, n_users, slices, sample)
 
 
 def _cutoff(metric: str) -> int:
@@ -158,21 +165,24 @@ def _cutoff(metric: str) -> int:
     return int(k)
 
 
-def _measure_point(point: Point, data: Data, metrics: Sequence[str]) -> list[Measured]:
+def _measure_points(
+    points: Sequence[Point], data: Data, metrics: Sequence[str]
+) -> Iterator[list[tuple[np.ndarray, Measured]]]:
+    """Yield of each point the (n, M) per-user values of its cells and what else they amount to, by seed."""
     # A closed form does not depend on the seed: its seeds share one run, which is measured once.
-    by_run: dict[str, Measured] = {}
-    for cell in point.cells:
-        if cell.spec.run not in by_run:
-            by_run[cell.spec.run] = _measure_cell(cell, data, metrics)
-    return [by_run[cell.spec.run] for cell in point.cells]
+    runs = [{cell.spec.run: cell for cell in point.cells} for point in points]
+    with ThreadPoolExecutor(_READERS) as pool:
+        found = pool.map(lambda cell: _measure_cell(cell, data, metrics), [c for each in runs for c in each.values()])
+        for point, each in zip(points, runs, strict=True):
+            by_run = dict(zip(each, found, strict=False))
+            yield [by_run[cell.spec.run] for cell in point.cells]
 
 
-def _measure_cell(cell: Cell, data: Data, metrics: Sequence[str]) -> Measured:
+def _measure_cell(cell: Cell, data: Data, metrics: Sequence[str]) -> tuple[np.ndarray, Measured]:
     _, _, values = read_per_user(cell, metrics, data.users)
-    ids = data.interactions
     cutoffs = data.slices.cutoffs
     path = cell.files["recommendations"]
-    lists = read_lists(path, ids.user_ids, ids.item_ids, data.users, max(cutoffs))
+    lists = read_lists(path, data.user_ids, data.item_ids, data.users, max(cutoffs))
     overall, means = data.slices.measure(lists)
     for column, metric in enumerate(metrics):
         if metric in overall and not np.allclose(overall[metric], values[:, column], rtol=0, atol=1e-9):
@@ -183,11 +193,13 @@ def _measure_cell(cell: Cell, data: Data, metrics: Sequence[str]) -> Measured:
             )
     geometry = None
     if {"user_embeddings", "item_embeddings"} <= cell.files.keys():
-        users, _ = read_embeddings(cell.files["user_embeddings"], "user_id", ids.user_ids)
-        items, _ = read_embeddings(cell.files["item_embeddings"], "item_id", ids.item_ids)
-        geometry = measure(users, items, data.sample)
+        user_rows, item_rows, sample = data.sample.rows()
+        users = read_vectors(cell.files["user_embeddings"], "user_id", data.user_ids, user_rows)
+        items = read_vectors(cell.files["item_embeddings"], "item_id", data.item_ids, item_rows)
+        geometry = measure(users, items, sample)
     kept = [{metric: mean[metric] for metric in metrics if metric in mean} for mean in means]
-    return Measured(values, beyond_accuracy(lists, data.counts, data.n_train_users, cutoffs), geometry, kept)
+    beyond = beyond_accuracy(lists, data.counts, data.n_train_users, cutoffs)
+    return values, Measured(values.mean(0), beyond, geometry, kept)
 
 
 def _entry(
@@ -195,7 +207,7 @@ def _entry(
 ) -> dict[str, Any]:  # fmt: skip
     spec, chosen = experiment.spec, experiment.chosen
     cells = [cell.spec for cell in chosen.cells]
-    means = np.array([each.values.mean(0) for each in measured])
+    means = np.array([each.means for each in measured])
     geometry: dict[str, Any] | None = None
     if measured[0].geometry is not None:
         geometry = {name: spread([(m.geometry or {})[name] for m in measured]) for name in measured[0].geometry}

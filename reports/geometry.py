@@ -26,6 +26,12 @@ class Sample:
     users: np.ndarray
     items: np.ndarray
 
+    def rows(self) -> tuple[np.ndarray, np.ndarray, "Sample"]:
+        """Return the distinct users and items that are measured, rising, and the sample as places among these."""
+        users, items = np.union1d(self.pair_users, self.users), np.union1d(self.pair_items, self.items)
+        sides = ((users, self.pair_users), (items, self.pair_items), (users, self.users), (items, self.items))
+        return users, items, Sample(*(np.searchsorted(known, rows) for known, rows in sides))
+
 
 def draw_sample(train: sp.csr_matrix, seed: int, pairs: int = PAIRS, rows: int = ROWS) -> Sample:
     """Draw at most `pairs` training pairs and `rows` users and items from a (U, I) matrix, without replacement.

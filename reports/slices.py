@@ -7,9 +7,9 @@ import numpy as np
 import scipy.sparse as sp
 
 from cm3.metrics import of_hits
-from cm3.ranking import hit_matrix
 
 ITEM_CLASSES = ("head", "middle", "tail", "cold")
+_BLOCK_PAIRS, _BLOCK_USERS = 65_536, 8192
 HEAD_SHARE, HEAD_AND_MIDDLE_SHARE = 0.2, 0.8
 _DEFINITIONS = {
     "head": "the items most bought in training that make up the first 20 % of its interactions",
@@ -80,6 +80,7 @@ class Slices:
     def __init__(self, users: np.ndarray, train: sp.csr_matrix, test: sp.csr_matrix, cutoffs: Sequence[int]) -> None:
         """Take the (R,) test users, the (U, I) training and test matrices, and the cut-offs of the metrics."""
         self.truth, self.cutoffs = test[users], list(cutoffs)
+        self.rows = np.repeat(np.arange(len(users)), np.diff(self.truth.indptr))
         counts = np.asarray(train.sum(0)).ravel().astype(np.int64)
         self.classes = item_classes(counts)
         self.n_truth = np.column_stack(
@@ -89,7 +90,8 @@ class Slices:
             ]
         )
         total = self.n_truth.sum(1)
-        self.bins = history_bins(np.diff(train.indptr)[users])
+        bins = history_bins(np.diff(train.indptr)[users])
+        self.members = [np.flatnonzero(mask) for mask in (*(self.n_truth > 0).T, *(mask for _, mask in bins))]
         self.slices = [
             Slice(
                 "items", name, _DEFINITIONS[name], int((self.n_truth[:, c] > 0).sum()), int(self.n_truth[:, c].sum()),
@@ -99,7 +101,7 @@ class Slices:
         ]  # fmt: skip
         self.slices += [
             Slice("users", name, f"test users with {name} in training", int(mask.sum()), int(total[mask].sum()), None)
-            for name, mask in self.bins
+            for name, mask in bins
         ]
 
     def measure(self, lists: np.ndarray) -> tuple[dict[str, np.ndarray], list[dict[str, float]]]:
@@ -108,15 +110,37 @@ class Slices:
         In a slice of items, hits and truth count only where the item is in it, and users without such truth are left
         out. A slice without users has no means. Cut-offs above k are left out.
         """
-        cutoffs = [k for k in self.cutoffs if k <= lists.shape[1]]
-        hits = hit_matrix(lists, self.truth)
-        overall = of_hits(hits, self.n_truth.sum(1), cutoffs)
-        kinds = np.where(lists >= 0, self.classes[lists], -1)
-        means = []
-        for c in range(len(ITEM_CLASSES)):
-            rows = self.n_truth[:, c] > 0
-            values = of_hits((hits & (kinds == c))[rows], self.n_truth[rows, c], cutoffs) if rows.any() else {}
-            means.append({metric: float(value.mean()) for metric, value in values.items()})
-        for _, mask in self.bins:
-            means.append({metric: float(value[mask].mean()) for metric, value in overall.items()})
+        rows, ranks, classes = self._hits(lists)
+        judged = [(classes >= 0, self.n_truth.sum(1))]
+        judged += [(classes == c, self.n_truth[:, c]) for c in range(len(ITEM_CLASSES))]
+        overall, *found = (self._values(rows[hit], ranks[hit], n_truth, lists.shape[1]) for hit, n_truth in judged)
+        found += [overall] * (len(self.members) - len(found))
+        means = [
+            {metric: float(value[users].mean()) for metric, value in values.items()} if len(users) else {}
+            for users, values in zip(self.members, found, strict=True)
+        ]
         return overall, means
+
+    def _hits(self, lists: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        # Row, rank and item class of each hit: a user has many recommendations, but little truth to look for.
+        hits = []
+        for start in range(0, len(self.rows), _BLOCK_PAIRS):
+            part = slice(start, start + _BLOCK_PAIRS)
+            rows, items = self.rows[part], self.truth.indices[part]
+            pair, rank = np.nonzero(lists[rows] == items[:, None])
+            hits.append((rows[pair], rank, self.classes[items[pair]]))
+        rows, ranks, classes = (np.concatenate(column) for column in zip(*hits, strict=True))
+        return rows, ranks, classes
+
+    def _values(self, rows: np.ndarray, ranks: np.ndarray, n_truth: np.ndarray, k: int) -> dict[str, np.ndarray]:
+        # Most users have no hit and 0 everywhere.
+        users, place = np.unique(rows, return_inverse=True)
+        hits = np.zeros((len(users), k), bool)
+        hits[place, ranks] = True
+        cutoffs = [cutoff for cutoff in self.cutoffs if cutoff <= k]
+        parts = np.array_split(np.arange(len(users)), len(users) // _BLOCK_USERS + 1)
+        found = [of_hits(hits[part], n_truth[users[part]], cutoffs) for part in parts]
+        values = {metric: np.zeros(len(n_truth)) for metric in found[0]}
+        for metric, value in values.items():
+            value[users] = np.concatenate([part[metric] for part in found])
+        return values

@@ -38,10 +38,12 @@ def bootstrap_means(
     means = np.empty((resamples, values.shape[1]))
     size = max(1, min(resamples, block_entries // max(n, 1)))
     counts = np.empty((size, n))
+    drawn = np.empty(n, np.int64)  # what bincount counts without a copy
     for start in range(0, resamples, size):
         rows = min(size, resamples - start)
         for row in range(rows):
-            counts[row] = np.bincount(rng.integers(0, n, n, dtype=np.int32), minlength=n)
+            drawn[:] = rng.integers(0, n, n, dtype=np.int32)
+            counts[row] = np.bincount(drawn, minlength=n)
         means[start : start + rows] = counts[:rows] @ values
     return means / n
 

@@ -90,6 +90,7 @@ class Needs:
             "similarity": self.similarity,
             "train": self.train,
             "evaluate": self.evaluate,
+            "compare": self.compare,
             "light": self.light,
         }
 
@@ -167,6 +168,11 @@ class Needs:
         width = max(dims, default=256)
         tables = (users + items) * width * 4 / MEBIBYTE
         return Need(2000 + 4 * tables + self._interactions(wildcards, files) * 100 / MEBIBYTE, 15 + users * items / 1e9)
+
+    def compare(self, wildcards: Any, files: Files) -> Need:
+        """The lists of two cells at a time, and a column of users for each experiment and metric."""
+        users, cells = self._users(wildcards, files), sum(name.startswith("per_user") for name in files)
+        return Need(1500 + users * 0.015, 15 + users * cells / 1e6)
 
     def light(self, wildcards: Any, files: Files) -> Need:
         """Copies, tables and pages: what is read, a few times over."""

@@ -24,9 +24,10 @@ rule study:
         "logs/{study}/compare.log",
     conda:
         "../../environment.yml"
+    threads: 2
     resources:
-        mem_mb=needs.mem_mb("light"),
-        runtime=needs.runtime("light"),
+        mem_mb=needs.mem_mb("compare"),
+        runtime=needs.runtime("compare"),
     params:
         identity=identity(lambda wildcards: plan.study(wildcards.study)),
     shell:
