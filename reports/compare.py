@@ -117,7 +117,7 @@ def compare(
         "reference": study.reference,
         "metrics": metrics,
         "headline": metrics[0],
-        "command": f"snakemake --cores 8 results/{study.study}/comparison.json",
+        "command": study.command,
         "settings": {
             "resamples": study.resamples, "confidence": CONFIDENCE, "alpha": ALPHA, "bootstrap_seed": study.bootstrap_seed,
             "zero_method": "pratt", "correction": "holm", "tests": len(pairs),

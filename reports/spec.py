@@ -33,6 +33,7 @@ class StudySpec(Strict):
     """A study: which runs are compared, and how."""
 
     study: str
+    command: str = Field(description="what makes the comparison again")
     reference: str | None = Field(None, description="null tests all pairs; a name tests each against that experiment")
     metrics: list[str] = Field(min_length=1, description="columns; the first is the one that sentences speak of")
     experiments: dict[str, ExperimentSpec] = Field(min_length=1)

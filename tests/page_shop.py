@@ -105,6 +105,7 @@ def provenance(content: bool) -> dict[str, Any]:
     return {
         "experiment": "trial",
         "dataset": "shop",
+        "command": "snakemake --cores 8 results/trial/metrics.json",
         "config": {
             "preset": "default", "source": None, "split": {"strategy": "random", "seed": 42}, "modalities": list(used),
             "extractors": extractors, "model": {"name": "cm3" if content else "mostpop", "gamma": 0.9},

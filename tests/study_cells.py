@@ -140,7 +140,7 @@ def make_study(
                 cells.append(cell_spec(name, run, seed, point))
                 number += 1
     spec = {
-        "study": "trial", "metrics": ["recall@10", "ndcg@10", "recall@5"], "cells": cells,
+        "study": "trial", "command": "snakemake --cores 8 results/trial/comparison.json", "metrics": ["recall@10", "ndcg@10", "recall@5"], "cells": cells,
         "experiments": {name: plan["spec"] for name, plan in plans.items()}, "resamples": 1000, **study,
     }  # fmt: skip
     return spec, inputs

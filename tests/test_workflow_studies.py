@@ -169,6 +169,20 @@ def test_like_takes_over_what_is_not_said_again():
     assert found["popular"].training_identity() == {"monitor": "ndcg@5"}
 
 
+def test_commands_name_the_config_files_and_do_not_decide_what_is_rerun():
+    study = {"experiments": ["shop", "ease"], "seeds": [1]}
+    plain = plan(study)
+    elsewhere = Plan(plain.config, ROOT, [Path.cwd() / "config/my shop.yaml", Path("/lab/more.yaml")])
+    head = "snakemake --cores 8 --configfile 'config/my shop.yaml' /lab/more.yaml -- results/"
+    told = elsewhere.study("compared").spec
+    assert told["command"] == head + "compared/comparison.json"
+    assert all(cell["command"].startswith(head) for cell in told["cells"])
+    assert elsewhere.publish("shop").spec["command"] == head + "shop/metrics.json"
+    assert plain.publish("shop").spec["command"] == "snakemake --cores 8 results/shop/metrics.json"
+    assert elsewhere.study("compared").identity == plain.study("compared").identity
+    assert elsewhere.publish("shop").identity == plain.publish("shop").identity
+
+
 def test_a_model_has_a_patience_of_its_own():
     whole = config(
         hasty={"like": "shop", "training": {"patience": 3}},

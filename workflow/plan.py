@@ -1,6 +1,8 @@
 """The plan: which runs the configuration asks for, from which files, settings and code each is made, and its key."""
 
 import functools
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,12 @@ class Plan(DataPlan):
     Args:
         config: the checked configuration.
         root: the repository's root, whose code the digests cover.
+        configfiles: those that the command line names, for the commands that results show.
     """
 
-    def __init__(self, config: Config, root: Path) -> None:
+    def __init__(self, config: Config, root: Path, configfiles: Sequence[Path] = ()) -> None:
         super().__init__(config, root)
+        self.configfiles = configfiles
         self.run = functools.cache(self._run)
         self.cells = functools.cache(self._cells)
         self.train = functools.cache(self._train)
@@ -198,7 +202,16 @@ class Plan(DataPlan):
 
     def publish(self, name: str) -> Task:
         """Return the task of publishing: what metrics.json says of where its numbers come from."""
-        return Task(self._provenance(name), self.code("workflow.publish"))
+        provenance = self._provenance(name)
+        told = provenance | {"command": self.command(f"results/{name}/metrics.json")}
+        return Task(told, self.code("workflow.publish"), decides=provenance)
+
+    def command(self, target: str) -> str:
+        """Return the command that makes a file again, from the folder that holds the results."""
+        here = Path.cwd()
+        names = [str(path.relative_to(here) if path.is_relative_to(here) else path) for path in self.configfiles]
+        options = ["--configfile", *names, "--"] if names else []
+        return shlex.join(["snakemake", "--cores", "8", *options, target])
 
     def _provenance(self, name: str) -> dict[str, Any]:
         chosen = self.experiment(name)
@@ -244,14 +257,16 @@ class Plan(DataPlan):
     def study(self, study: str) -> Task:
         """Return the task of comparing a study's cells."""
         chosen = self.config.studies[study]
-        spec = {
+        spec: dict[str, Any] = {
             "study": study,
+            "command": self.command(f"results/{study}/comparison.json"),
             "reference": chosen.reference,
             "metrics": list(chosen.metrics),
             "experiments": {name: self._described(name, list(chosen.points)) for name in chosen.points},
             "cells": [cell for name in chosen.points for cell in self._study_cells(study, name)],
         }
-        return Task(spec, self.code("reports.compare"))
+        decides = _without_command(spec) | {"cells": [_without_command(cell) for cell in spec["cells"]]}
+        return Task(spec, self.code("reports.compare"), decides=decides)
 
     def study_call(self, study: str) -> dict[str, Any]:
         """Return what `reports.compare` is told: the task, its inputs and its outputs."""
@@ -268,7 +283,7 @@ class Plan(DataPlan):
         cells = []
         for point, seed, settings in self.config.studies[study].settings(name):
             run = self.key(settings)
-            command = f"snakemake --cores 8 results/{name}/runs/{run}/evaluation.json"
+            command = self.command(f"results/{name}/runs/{run}/evaluation.json")
             features = {m: Path(path).stem for m, path in self.features_of(settings).items()}
             cells.append(
                 {
@@ -370,3 +385,7 @@ _COMPARED = {
 
 def _record(output: str) -> str:
     return output.removesuffix(".parquet") + ".stage.json"
+
+
+def _without_command(spec: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in spec.items() if key != "command"}

@@ -12,7 +12,7 @@ def publish(provenance: dict[str, Any], files: dict[str, Path], outputs: dict[st
     """Copy a run's files to `outputs`, and gather its metrics with everything they came from in one JSON.
 
     Args:
-        provenance: experiment, dataset, config and keys.
+        provenance: experiment, dataset, command, config and keys.
         files: the run's files by name; `evaluation`, `stats` and `record.STAGE` are gathered, others copied.
         outputs: where to copy each file; `metrics` is the JSON.
     """
@@ -36,6 +36,7 @@ def gather(
         **({"warning": train["warning"]} if "warning" in train else {}),
         "experiment": provenance["experiment"],
         "dataset": provenance["dataset"],
+        "command": provenance["command"],
         **evaluation,
         "coverage": {modality: record["counts"] for modality, record in extractions.items()},
         "data": stats,

@@ -29,7 +29,7 @@ configfile:
 
 
 try:
-    plan = Plan(load_config(config), ROOT)
+    plan = Plan(load_config(config), ROOT, workflow.overwrite_configfiles)
 except UserError as error:
     raise WorkflowError(f"The configuration is refused:\n{error}") from None
 
