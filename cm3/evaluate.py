@@ -1,7 +1,7 @@
 """Stage `evaluate`: score what a model exported on the validation and test splits, and write recommendations."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,42 @@ from cm3.embeddings import read_embeddings
 from cm3.interactions import Interactions, read_interactions
 from cm3.item_weights import read_item_weights
 from cm3.metrics import per_user
-from cm3.ranking import Ranking
+from cm3.ranking import Ranking, hit_matrix
 from stages.command import stage
 from stages.errors import UserError
 from stages.files import write_json
 from stages.strict import validate
-from stages.tables import write_table
+from stages.tables import RECOMMENDATIONS, write_table, write_tables
 
 log = logging.getLogger("cm3.evaluate")
 
 Score = Callable[[Tensor], Tensor]
-MASKS = {"train": ("train",), "train+valid": ("train", "valid")}
+MASKS = ("train", "train+valid")
+
+_WRITTEN_USERS = 65_536  # at a time: an Arrow array of strings ends at 2 GiB
+
+
+@dataclass(frozen=True)
+class Lists:
+    """The best items of users (R,), rising, without their training items: items and scores (R, L), best first.
+
+    Where a list ends the item is -1, the score -inf.
+    """
+
+    users: np.ndarray
+    items: np.ndarray
+    scores: np.ndarray
+
+    def of(self, users: np.ndarray, length: int, masked: sp.csr_matrix | None = None) -> "Lists":
+        """Return some users' lists up to `length`; without (U, I) `masked` items, of which L - length may be in a list."""
+        rows = np.searchsorted(self.users, users)
+        items, scores = self.items[rows], self.scores[rows]
+        if masked is not None:
+            gone = hit_matrix(items, masked[users])
+            order = gone.argsort(axis=1, kind="stable")[:, :length]
+            gone, items, scores = (np.take_along_axis(each, order, 1) for each in (gone, items, scores))
+            items[gone], scores[gone] = -1, -np.inf
+        return Lists(users, items[:, :length], scores[:, :length])
 
 
 @dataclass(frozen=True)
@@ -93,15 +118,23 @@ def evaluate(
     if settings.score not in by_name:
         raise UserError(f"evaluation.score = {settings.score!r}: {weights} has no embeddings to take it of; set dot")
 
-    k = max(settings.ks)
-    measured = {}
-    for score in by_name:
-        for mask, splits in MASKS.items():
-            main = score == settings.score and mask == settings.mask
-            length = max(k, settings.top_n) if main else k
-            measured[score, mask] = _measure(by_name[score], test, data.matrix(*splits), settings.ks, length, device)
+    k, longest = max(settings.ks), max(*settings.ks, settings.top_n)
+    tested, validates = (np.flatnonzero(np.diff(split.indptr)) for split in (test, valid))
+    # Every list is one of the same ranking: without the validation items, too, it is what is left of a longer one.
+    spare = int(np.diff(valid.indptr)[tested].max())
+    measured: dict[tuple[str, str], Measured] = {}
+    validated = None
+    for score, of_users in by_name.items():
+        main = score == settings.score
+        ranked = np.union1d(tested, validates) if main else tested
+        length = longest if main else k
+        lists = Lists(ranked, *Ranking(ranked, train, device).top_by(of_users, length + spare))
+        for mask in MASKS:
+            found = lists.of(tested, length, valid if mask == "train+valid" else None)
+            measured[score, mask] = _measure(found, test, settings.ks)
+        if main and valid.nnz:
+            validated = _measure(lists.of(validates, k), valid, settings.ks)
     primary = measured[settings.score, settings.mask]
-    validated = _measure(by_name[settings.score], valid, train, settings.ks, k, device) if valid.nnz else None
     cold = np.asarray(train.sum(0)).ravel() == 0
 
     result: dict[str, Any] = {
@@ -139,12 +172,9 @@ def _scores(users: Tensor, items: Tensor) -> dict[str, Score]:
     return {"dot": lambda rows: users[rows] @ items.T, "cosine": lambda rows: unit_users[rows] @ unit_items.T}
 
 
-def _measure(
-    score: Score, truth: sp.csr_matrix, masked: sp.csr_matrix, ks: list[int], length: int, device: str
-) -> Measured:
-    users = np.flatnonzero(np.diff(truth.indptr))
-    items, scores = Ranking(users, masked, device).top_by(score, length)
-    return Measured(users, np.diff(truth.indptr)[users], per_user(items, truth[users], ks), items, scores)
+def _measure(found: Lists, truth: sp.csr_matrix, ks: list[int]) -> Measured:
+    some = truth[found.users]
+    return Measured(found.users, np.diff(some.indptr), per_user(found.items, some, ks), found.items, found.scores)
 
 
 def _by_kind(found: Measured, truth: sp.csr_matrix, cold: np.ndarray, ks: list[int]) -> dict[str, Any]:
@@ -170,18 +200,24 @@ def _write_per_user(path: Path, found: Measured) -> None:
 
 
 def _write_recommendations(path: Path, found: Measured, data: Interactions, top_n: int) -> None:
-    items, scores = found.items[:, :top_n], found.scores[:, :top_n]
-    there = items >= 0
-    ranks = np.broadcast_to(np.arange(1, items.shape[1] + 1, dtype=np.int32), items.shape)
-    users = np.broadcast_to(found.users[:, None], items.shape)
-    columns = {
-        "user_id": pa.array(data.user_ids, pa.string()).take(pa.array(users[there])),
-        "item_id": pa.array(data.item_ids, pa.string()).take(pa.array(items[there])),
-        "rank": ranks[there],
-        "score": scores[there],
-    }
-    table = pa.table(columns)
-    write_table(path, table, table.schema)
+    user_ids, item_ids = (pa.array(ids, pa.string()) for ids in (data.user_ids, data.item_ids))
+    ranks = np.arange(1, top_n + 1, dtype=np.int32)
+
+    def parts() -> Iterator[pa.Table]:
+        for start in range(0, len(found.users), _WRITTEN_USERS):
+            rows = slice(start, start + _WRITTEN_USERS)
+            items, scores = found.items[rows, :top_n], found.scores[rows, :top_n]
+            there = items >= 0
+            users = np.broadcast_to(found.users[rows, None], items.shape)
+            columns = {
+                "user_id": user_ids.take(pa.array(users[there])),
+                "item_id": item_ids.take(pa.array(items[there])),
+                "rank": np.broadcast_to(ranks[: items.shape[1]], items.shape)[there],
+                "score": scores[there],
+            }
+            yield pa.table(columns)
+
+    write_tables(path, parts(), RECOMMENDATIONS)
 
 
 def main() -> None:

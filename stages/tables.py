@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,14 @@ CAPTIONS = pa.schema(
         ("tokens", pa.int32()),  # generated tokens
     ]
 )
+RECOMMENDATIONS = pa.schema(
+    [
+        ("user_id", pa.string()),
+        ("item_id", pa.string()),
+        ("rank", pa.int32()),  # 1 is the best
+        ("score", pa.float32()),
+    ]
+)
 SIMILARITY = pa.schema([("item", pa.int32()), ("neighbour", pa.int32()), ("score", pa.float32())])
 
 
@@ -83,11 +91,19 @@ def write_table(
     Raises:
         ValueError: the table's columns are not those of the schema.
     """
-    if table.column_names != schema.names:
-        raise ValueError(f"{path}: columns {table.column_names} are not {schema.names}")
-    table = table.cast(schema).replace_schema_metadata(_encode(metadata))
-    with atomic(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd", row_group_size=ROW_GROUP * 16)
+    write_tables(path, [table], schema, metadata)
+
+
+def write_tables(
+    path: str | os.PathLike[str], tables: Iterable[pa.Table], schema: pa.Schema, metadata: dict[str, Any] | None = None
+) -> None:
+    """Write tables one after the other as `write_table` does one: no more than one is in memory."""
+    described = schema.with_metadata(_encode(metadata))
+    with atomic(path) as temporary, pq.ParquetWriter(temporary, described, compression="zstd") as writer:
+        for table in tables:
+            if table.column_names != schema.names:
+                raise ValueError(f"{path}: columns {table.column_names} are not {schema.names}")
+            writer.write_table(table.cast(described), row_group_size=ROW_GROUP * 16)
 
 
 def read_table(path: str | os.PathLike[str], schema: pa.Schema) -> pa.Table:

@@ -127,6 +127,16 @@ def test_lists_end_where_the_items_do(shop, tmp_path):
         assert [r["rank"] for r in mine] == list(range(1, len(mine) + 1))
 
 
+def test_recommendations_written_in_parts_are_the_same(shop, tmp_path, monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(shop, whole)
+    monkeypatch.setattr("cm3.evaluate._WRITTEN_USERS", 7)
+    run(shop, parts)
+    one, other = (pq.ParquetFile(folder / "recommendations.parquet") for folder in (whole, parts))
+    assert one.num_row_groups == 1 and other.num_row_groups == -(-USERS // 7)
+    assert one.read().equals(other.read())
+
+
 def test_two_runs_write_the_same_bytes(shop, tmp_path):
     written = []
     for name in "ab":
