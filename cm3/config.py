@@ -114,7 +114,8 @@ class Training(Strict):
     warm_start: str | None = Field(
         None,
         description="folder with model.safetensors and user_embeddings.parquet of an earlier run, whose parameters this one "
-        "starts from; for data that have grown since (docs/growing-data.md)",
+        "starts from, and interactions.parquet, items.parquet and users.parquet that it learnt from; for data that have "
+        "grown since (docs/growing-data.md)",
     )
     precision: Literal["float32", "bfloat16"] = Field(
         "float32",
@@ -173,6 +174,13 @@ class Evaluation(Strict):
             raise ValueError("a cut-off stands here twice")
         return sorted(value)
 
+
+WARM = {
+    "model": "model.safetensors",
+    "vectors": "user_embeddings.parquet",
+    **{name: f"{name}.parquet" for name in ("interactions", "items", "users")},
+}
+"""Files of an earlier run, and of the data that it learnt from, by the names that training has for them."""
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "default": {"model": {}, "training": {}, "evaluation": {}},

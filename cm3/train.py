@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from cm3.checkpoint import Checkpoint
-from cm3.config import Model, Training
+from cm3.config import WARM, Model, Training
 from cm3.device import select_device, set_threads
 from cm3.distributed import Share, joined, launch, started_by_torchrun
 from cm3.graph import item_item_matrix
@@ -18,7 +18,7 @@ from cm3.loop import fit
 from cm3.model import fill_missing, seeded
 from cm3.run import read_neighbours, run_facts, validations, write_run
 from cm3.sampling import Sampler, derived_seed
-from cm3.warm import warm_start
+from cm3.warm import require_untold, warm_start
 from cm3.weights import modality_weights
 from stages.command import stage
 from stages.errors import UserError
@@ -59,13 +59,14 @@ def train(
         model, training: settings.
         code: digest of the code, part of what a checkpoint is tied to.
         share: of several processes that train together (`cm3.distributed.joined`); the first one writes.
-        warm: `model` and `users` of an earlier run to start from.
+        warm: an earlier run to start from, files by the names of `cm3.config.WARM`.
 
     Returns:
         Facts for the stage's record.
 
     Raises:
-        UserError: inputs that do not fit together, no validation interactions, or a loss that is not finite.
+        UserError: inputs that do not fit together, no validation interactions, an earlier run that learnt from what is
+            validated or tested now, or a loss that is not finite.
     """
     inputs = [interactions, items, users, *(files[m] for m in modalities for files in (features, similarity))]
     for path in (warm or {}).values():
@@ -88,7 +89,10 @@ def train(
     network.stream_names = [*modalities, "fused"]
     started = {}
     if warm:
-        started = {"warm_start": warm_start(network, data.user_ids, warm["model"], warm["users"])}
+        require_untold(
+            data, read_interactions(warm["interactions"], warm["items"], warm["users"]), warm["model"].parent
+        )
+        started = {"warm_start": warm_start(network, data.user_ids, warm["model"], warm["vectors"])}
         log.info("starting from %s: %s", warm["model"], started["warm_start"])
     n_parameters = sum(p.numel() for p in network.parameters())
     log.info(
@@ -152,9 +156,7 @@ def main() -> None:
                 items_output=outputs["items"],
                 code=call.code,
                 share=share,
-                warm={name: call.inputs[f"warm.{name}"] for name in ("model", "users")}
-                if training.warm_start
-                else None,
+                warm={name: call.inputs[f"warm.{name}"] for name in WARM} if training.warm_start else None,
             )
         call.record.update(facts)
 

@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from cm3.interactions import Interactions
 from cm3.model import CM3
 from stages.errors import UserError
 
@@ -51,6 +53,31 @@ def warm_start(network: CM3, user_ids: Sequence[str], model: Path, users: Path) 
         else:
             parameter.copy_(old)
     return {"known_users": len(known), "new_users": len(user_ids) - len(known)}
+
+
+def require_untold(data: Interactions, earlier: Interactions, folder: Path) -> None:
+    """Refuse an earlier run that was trained on what validation and test now ask for: they would recall, not predict.
+
+    Args:
+        data, earlier: the interactions at hand, and those that the earlier run learnt from; matched by ids.
+        folder: of the earlier run, for the message.
+
+    Raises:
+        UserError: some of them were.
+    """
+    places = []
+    for now, then in ((data.user_ids, earlier.user_ids), (data.item_ids, earlier.item_ids)):
+        place = {name: row for row, name in enumerate(now)}
+        places.append(np.array([place.get(name, -1) for name in then], np.int64))
+    users, items = (place[rows] for place, rows in zip(places, earlier.pairs("train"), strict=True))
+    there = (users >= 0) & (items >= 0)
+    held = data.matrix("valid", "test")
+    told = int(held[users[there], items[there]].sum()) if there.any() else 0
+    if told:
+        raise UserError(
+            f"training.warm_start: the run in {folder} was trained on {told} of the {held.nnz} interactions that "
+            f"validation and test ask for now; keep the earlier split by split.keep: {folder} of the dataset"
+        )
 
 
 def _read(model: Path, users: Path) -> tuple[dict[str, Tensor], dict[str, int]]:

@@ -21,6 +21,11 @@ class Split(Strict):
         "that come with the data, the default where there are some",
     )
     seed: int = Field(default=42, ge=0, description="seed of the random choices")
+    keep: str | None = Field(
+        default=None,
+        description="folder with interactions.parquet, items.parquet and users.parquet of an earlier preparation: what it "
+        "labels keeps its label, and new interactions alone are split (docs/growing-data.md)",
+    )
 
 
 class Expected(Strict):
@@ -61,6 +66,8 @@ class Dataset(Strict):
     def _labels_exist(self) -> "Dataset":
         if self.split.strategy == "published" and not self.has_labels():
             raise ValueError("split.strategy published: these data come without labels; choose another strategy")
+        if self.split.keep and self.split_spec()["strategy"] in ("published", "global-time"):
+            raise ValueError(f"split.keep: strategy {self.split_spec()['strategy']} does not keep labels; leave it out")
         return self
 
     def has_labels(self) -> bool:

@@ -5,11 +5,12 @@ from stages.command import stage
 
 
 def main() -> None:
-    """Spec: strategy, seed. Input: ratings. Output: interactions, record."""
+    """Spec: strategy, seed, keep. Inputs: ratings; to keep labels `items`, `users`, and `keep.interactions`,
+    `keep.items`, `keep.users`. Outputs: interactions, record."""
     with stage("sources.label") as call:
-        facts = split_ratings(
-            call.inputs["ratings"], call.outputs["interactions"], call.spec["strategy"], call.spec["seed"]
-        )
+        strategy, seed = call.spec["strategy"], call.spec["seed"]
+        tables = call.inputs if call.spec.get("keep") else None
+        facts = split_ratings(call.inputs["ratings"], call.outputs["interactions"], strategy, seed, tables)
         call.record.update(facts)
 
 

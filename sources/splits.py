@@ -1,16 +1,17 @@
 """Train, valid and test labels for interactions."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from sources.reading import RATINGS
 from stages.errors import UserError
-from stages.tables import INTERACTIONS, SPLITS, read_table, write_table
+from stages.tables import INTERACTIONS, ITEMS, SPLITS, USERS, read_table, write_table
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +19,13 @@ TRAIN, VALID, TEST = 0, 1, 2
 STRATEGIES = ("random", "user-time", "global-time", "leave-one-out")
 
 
-def split(user: np.ndarray, seed: int, strategy: str = "random", timestamp: np.ndarray | None = None) -> np.ndarray:
+def split(
+    user: np.ndarray,
+    seed: int,
+    strategy: str = "random",
+    timestamp: np.ndarray | None = None,
+    kept: np.ndarray | None = None,
+) -> np.ndarray:
     """Label every interaction as train (0), valid (1) or test (2).
 
     - `random`: per user, after a shuffle; n < 10 interactions give n-2 / 1 / 1, else h = int(0.2 n),
@@ -35,15 +42,19 @@ def split(user: np.ndarray, seed: int, strategy: str = "random", timestamp: np.n
         user: (N,) integers, any values. Labels follow the rows; sort rows first where their order may vary.
         seed: of the shuffle.
         timestamp: (N,) integers, for the strategies that look at time.
+        kept: (N,) labels that stand already, -1 where there is none. The others fill up what a user lacks in test, then
+            in valid, to the sizes above; the rest is train.
 
     Returns:
         (N,) int8.
 
     Raises:
-        ValueError: unknown strategy, or `global-time` without three different timestamps.
+        ValueError: unknown strategy, or `global-time` without three different timestamps, or with kept labels.
     """
     user = np.asarray(user)
     if strategy == "global-time":
+        if kept is not None:
+            raise ValueError("a split by two points in time does not keep labels")
         return _by_time(user, timestamp)
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy {strategy!r} is not one of {', '.join(STRATEGIES)}")
@@ -54,13 +65,16 @@ def split(user: np.ndarray, seed: int, strategy: str = "random", timestamp: np.n
         keys = (shuffle, np.asarray(timestamp), user)
     order = np.lexsort(keys)
     codes, count = np.unique(user, return_inverse=True, return_counts=True)[1:]
-    first = np.cumsum(count) - count
-    rank = np.empty(n, dtype=np.int64)
-    rank[order] = np.arange(n) - first[codes[order]]
     valid, test = _last_two(count) if strategy == "leave-one-out" else _sizes(count)
-    labels = np.zeros(n, dtype=np.int8)
-    labels[rank >= (count - valid - test)[codes]] = VALID
-    labels[rank >= (count - test)[codes]] = TEST
+    labels = np.full(n, -1, np.int8) if kept is None else np.array(kept, np.int8)
+    order = order[labels[order] < 0]
+    drawn = np.bincount(codes[order], minlength=len(count))
+    has_valid, has_test = (np.bincount(codes[labels == label], minlength=len(count)) for label in (VALID, TEST))
+    test = np.clip(test - has_test, 0, drawn)
+    valid = np.clip(valid - has_valid, 0, drawn - test)
+    of = codes[order]
+    rank = np.arange(len(order)) - (np.cumsum(drawn) - drawn)[of]
+    labels[order] = (rank >= (drawn - valid - test)[of]).astype(np.int8) + (rank >= (drawn - test)[of])
     return labels
 
 
@@ -86,23 +100,31 @@ def _by_time(user: np.ndarray, timestamp: np.ndarray | None) -> np.ndarray:
     return ((place >= valid_from).astype(np.int8) + (place >= test_from)).astype(np.int8)
 
 
-def split_ratings(ratings: Path, interactions: Path, strategy: str, seed: int) -> dict[str, Any]:
+def split_ratings(
+    ratings: Path, interactions: Path, strategy: str, seed: int, tables: Mapping[str, Path] | None = None
+) -> dict[str, Any]:
     """Read ratings.parquet, label its rows, write interactions.parquet in the same row order.
 
+    Args:
+        tables: to keep labels, `items` and `users` of these ratings, and `keep.interactions`, `keep.items` and
+            `keep.users` of the earlier ones.
+
     Returns:
-        the number of train, valid and test interactions, and of users without any in train.
+        the number of train, valid and test interactions, of users without any in train, and of labels kept.
 
     Raises:
         UserError: the strategy looks at time and some interactions have none, or a split would be empty.
     """
     table = read_table(ratings, RATINGS)
     user = table.column("user").to_numpy()
+    kept = None
     if strategy == "published":
         if table.column("published").null_count:
             raise UserError(f"{ratings}: the data come without labels; choose another split.strategy than published")
         labels = table.column("published").to_numpy()
     else:
-        labels = _labels(ratings, user, table.column("timestamp"), strategy, seed)
+        kept = _kept(table, tables) if tables else None
+        labels = _labels(ratings, user, table.column("timestamp"), strategy, seed, kept)
     counts = {name: int((labels == code).sum()) for code, name in enumerate(SPLITS)}
     empty = [name for name, count in counts.items() if not count]
     if empty:
@@ -115,16 +137,41 @@ def split_ratings(ratings: Path, interactions: Path, strategy: str, seed: int) -
     metadata = {"strategy": strategy, "seed": seed}
     write_table(interactions, table.drop_columns("published").append_column("split", column), INTERACTIONS, metadata)
     log.info("%s: %s; %d users without a train interaction", strategy, counts, cold)
-    return {"split": counts, "users_without_train": cold}
+    facts = {"split": counts, "users_without_train": cold}
+    if kept is not None:
+        facts["kept_labels"] = int((kept >= 0).sum())
+        log.info("%d labels are those of the earlier split", facts["kept_labels"])
+    return facts
 
 
-def _labels(ratings: Path, user: np.ndarray, time: pa.ChunkedArray, strategy: str, seed: int) -> np.ndarray:
+def _kept(ratings: pa.Table, tables: Mapping[str, Path]) -> np.ndarray:
+    """Return (N,) int8, the label that each row's user and item had in the earlier tables, or -1."""
+    old = read_table(tables["keep.interactions"], INTERACTIONS)
+    places, n_items = [], 0
+    for name, schema in (("user", USERS), ("item", ITEMS)):
+        known = read_table(tables[f"keep.{name}s"], schema).column(f"{name}_id")
+        here = read_table(tables[f"{name}s"], schema).column(f"{name}_id")
+        place = pc.fill_null(pc.index_in(here, value_set=known), -1).to_numpy().astype(np.int64)
+        places.append(place[ratings.column(name).to_numpy()])
+        n_items = len(known)
+    keys = old.column("user").to_numpy().astype(np.int64) * n_items + old.column("item").to_numpy()
+    order = np.argsort(keys, kind="stable")
+    labels = pc.index_in(old.column("split").cast("string"), value_set=pa.array(SPLITS)).to_numpy()[order]
+    there = (places[0] >= 0) & (places[1] >= 0)
+    wanted = np.where(there, places[0] * n_items + places[1], -1)
+    at = np.searchsorted(keys[order], wanted).clip(max=len(keys) - 1)
+    return np.where(keys[order][at] == wanted, labels[at], -1).astype(np.int8)
+
+
+def _labels(
+    ratings: Path, user: np.ndarray, time: pa.ChunkedArray, strategy: str, seed: int, kept: np.ndarray | None
+) -> np.ndarray:
     if strategy != "random" and time.null_count:
         raise UserError(
             f"{ratings}: split strategy {strategy!r} needs a timestamp for every interaction; "
             "map the timestamp column in the data set's config, or use strategy: random"
         )
     try:
-        return split(user, seed, strategy, None if strategy == "random" else time.to_numpy())
+        return split(user, seed, strategy, None if strategy == "random" else time.to_numpy(), kept)
     except ValueError as error:
         raise UserError(f"{ratings}: {error}; use strategy: random") from None

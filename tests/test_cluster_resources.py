@@ -148,7 +148,7 @@ def test_every_attempt_asks_for_as_much_again(memory: float, minutes: float, att
     first, nth = Need(memory, minutes).for_attempt(1), Need(memory, minutes).for_attempt(attempt)
     assert (nth.mem_mb, nth.minutes) == (attempt * first.mem_mb, attempt * first.minutes)
     assert memory <= first.mem_mb < memory + 100 and first.mem_mb % 100 == 0
-    assert min(minutes, LONGEST_MINUTES) <= first.minutes < min(minutes, LONGEST_MINUTES) + 1
+    assert min(minutes, LONGEST_MINUTES) <= first.minutes <= min(minutes, LONGEST_MINUTES) + 1
 
 
 def test_every_rule_names_a_stage_that_is_known(needs: Needs):

@@ -18,7 +18,8 @@ from stages.errors import UserError
 __all__ = ["one_thread", "shop"]
 
 
-def go_on(shop, folder: Path, earlier: Path, model=None, training=None):
+def go_on(shop, folder: Path, earlier: Path, model=None, training=None, learnt=None):
+    learnt = learnt or shop
     names = ("model_output", "history_output", "users_output", "items_output")
     return cm3.train.train(
         **{name: shop[name] for name in ("interactions", "items", "users")},
@@ -27,7 +28,8 @@ def go_on(shop, folder: Path, earlier: Path, model=None, training=None):
         modalities=("text", "image"),
         model=Model(**MODEL | (model or {})),
         training=Training(**TRAINING | (training or {}) | {"warm_start": str(earlier)}),
-        warm={"model": earlier / "model.safetensors", "users": earlier / "users.parquet"},
+        warm={name: learnt[name] for name in ("interactions", "items", "users")}
+        | {"model": earlier / "model.safetensors", "vectors": earlier / "users.parquet"},
         **{name: folder / output for name, output in zip(names, OUTPUTS, strict=True)},
     )
 
@@ -72,6 +74,17 @@ def test_a_model_of_other_settings_is_refused(shop, tmp_path):
         go_on(shop, tmp_path / "later", tmp_path / "nowhere")
 
 
+def test_a_run_that_learnt_what_is_tested_now_is_refused(shop, tmp_path):
+    run(shop, tmp_path / "earlier")
+    data = read_interactions(shop["interactions"], shop["items"], shop["users"])
+    (tmp_path / "other").mkdir()
+    labels = np.array([2, 1, 0])[data.split]  # train and test change places
+    other = shop | oracle.write_interactions(tmp_path / "other", data.users, data.items, labels, 40, 30)
+    told, asked = (data.split == 0).sum(), (data.split != 2).sum()
+    with pytest.raises(UserError, match=rf"trained on {told} of the {asked} interactions that validation and test ask"):
+        go_on(other, tmp_path / "later", tmp_path / "earlier", learnt=shop)
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_on_grown_data_it_needs_fewer_epochs_for_the_same_score(tmp_path, seed):
     (tmp_path / "data").mkdir()
@@ -84,7 +97,7 @@ def test_on_grown_data_it_needs_fewer_epochs_for_the_same_score(tmp_path, seed):
     training = {"epochs": 60, "patience": 8, "batch_size": 256, "monitor": "ndcg@5"}
     run(less, tmp_path / "earlier", training=training)
     cold = run(whole, tmp_path / "cold", training=training)
-    warm = go_on(whole, tmp_path / "warm", tmp_path / "earlier", training=training)
+    warm = go_on(whole, tmp_path / "warm", tmp_path / "earlier", training=training, learnt=less)
     assert warm["best_valid"] >= cold["best_valid"] - 0.05
     values = [float(row["valid_ndcg@5"]) for row in history(tmp_path / "warm")]
     assert values[0] > float(history(tmp_path / "cold")[0]["valid_ndcg@5"])

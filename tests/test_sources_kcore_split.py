@@ -18,7 +18,7 @@ from sources.cores import kcore
 from sources.reading import RATINGS
 from sources.splits import split, split_ratings
 from stages.errors import UserError
-from stages.tables import INTERACTIONS, read_table, write_table
+from stages.tables import INTERACTIONS, ITEMS, USERS, read_table, write_table
 
 PAIRS = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 9)), max_size=90)
 
@@ -191,3 +191,57 @@ def test_the_published_baby_data_are_their_own_5_core(real_data: Path):
     strays = np.arange(4000) % 1000
     keep = kcore(np.concatenate([user, strays + 10**6]), np.concatenate([item, strays * 7 % 7050]), 5)
     assert keep[: len(user)].all() and not keep[len(user) :].any()
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 40)), max_size=90, unique=True), st.integers(0, 60))
+def test_kept_labels_stand_and_new_rows_fill_up_the_sizes(pairs: list[tuple[int, int]], n_old: int):
+    user = np.array([u for u, _ in pairs], np.int64)
+    old = split(user[:n_old], 1)
+    kept = np.full(len(user), -1, np.int8)
+    kept[: len(old)] = old
+    labels = split(user, 2, kept=kept)
+    assert np.array_equal(labels[: len(old)], old)
+    assert np.array_equal(split(user, 2, kept=np.full(len(user), -1)), split(user, 2))
+    for u in np.unique(user):
+        mine, had = labels[user == u], old[user[:n_old] == u]
+        _, valid, test = split_sizes_oracle(len(mine))
+        new = len(mine) - len(had)
+        more_test = min(new, max(0, test - (had == 2).sum()))
+        assert (mine == 2).sum() == (had == 2).sum() + more_test
+        assert (mine == 1).sum() == (had == 1).sum() + min(new - more_test, max(0, valid - (had == 1).sum()))
+
+
+def test_labels_are_kept_by_ids_whatever_the_numbers(tmp_path: Path):
+    def prepared(folder: str, users: list[str], items: list[str], pairs: list[tuple[str, str]]) -> dict[str, Path]:
+        place = tmp_path / folder
+        place.mkdir()
+        columns = {
+            "user": pa.array([users.index(u) for u, _ in pairs], pa.int32()),
+            "item": pa.array([items.index(i) for _, i in pairs], pa.int32()),
+            "rating": pa.nulls(len(pairs), pa.float32()),
+            "timestamp": pa.nulls(len(pairs), pa.int64()),
+            "published": pa.nulls(len(pairs), RATINGS.field("published").type),
+        }
+        write_table(place / "ratings.parquet", pa.table(columns), RATINGS)
+        write_table(place / "users.parquet", pa.table({"user": range(len(users)), "user_id": users}), USERS)
+        absent = {field.name: pa.nulls(len(items), field.type) for field in ITEMS}
+        write_table(place / "items.parquet", pa.table(absent | {"item": range(len(items)), "item_id": items}), ITEMS)
+        return {name: place / f"{name}.parquet" for name in ("ratings", "interactions", "users", "items")}
+
+    rng = np.random.default_rng(3)
+    users, items = [f"u{n}" for n in range(12)], [f"i{n}" for n in range(20)]
+    pairs = [(u, i) for u in users for i in items if rng.random() < 0.4]
+    old = [(u, i) for u, i in pairs if u != "u3" and i != "i7"]
+    first = prepared("first", [u for u in users if u != "u3"][::-1], [i for i in items if i != "i7"][::-1], old)
+    split_ratings(first["ratings"], first["interactions"], "random", 1)
+    later = prepared("later", users, items, pairs)
+    tables = later | {f"keep.{name}": first[name] for name in ("interactions", "items", "users")}
+    facts = split_ratings(later["ratings"], later["interactions"], "random", 2, tables)
+    assert facts["kept_labels"] == len(old) < len(pairs)
+    before, after = (
+        dict(zip(rows, read_table(place["interactions"], INTERACTIONS)["split"].to_pylist(), strict=True))
+        for rows, place in ((old, first), (pairs, later))
+    )
+    assert {pair: after[pair] for pair in old} == before
+    assert {after[u, i] for u, i in pairs if u == "u3"} == {"train", "valid", "test"}

@@ -103,6 +103,25 @@ class DataPlan:
         """Return the task of labelling interactions."""
         return Task(self.dataset(dataset).split_spec(), self.code("sources.label"))
 
+    def split_inputs(self, dataset: str) -> dict[str, str]:
+        """Return the ratings, and where labels are kept the tables by whose ids they are found again.
+
+        Raises:
+            UserError: the earlier tables are those that this preparation replaces.
+        """
+        base = f"processed/{dataset}"
+        paths = {"ratings": f"{base}/ratings.parquet"}
+        keep = self.dataset(dataset).split.keep
+        if keep is None:
+            return paths
+        if Path(keep).resolve().is_relative_to(Path(base).resolve()):
+            raise UserError(
+                f"datasets.{dataset}.split.keep = {keep!r}: lies in what this preparation replaces; copy its tables "
+                "elsewhere and name the copy"
+            )
+        paths |= {name: f"{base}/{name}.parquet" for name in ("items", "users")}
+        return paths | {f"keep.{name}": f"{keep}/{name}.parquet" for name in ("interactions", "items", "users")}
+
     def images(self, dataset: str) -> Task:
         """Return the task of gathering pictures; the contents of a user's own folder decide too."""
         chosen = self.dataset(dataset)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cm3.config import WARM
 from stages.errors import UserError
 from stages.keys import key_of
 from workflow.config import Config
@@ -132,7 +133,7 @@ class Plan(DataPlan):
                 f"experiments.{name}.training.warm_start = {str(folder)!r}: lies in the results that this run replaces; "
                 "copy the folder elsewhere and name the copy"
             )
-        return {"warm.model": f"{folder}/model.safetensors", "warm.users": f"{folder}/user_embeddings.parquet"}
+        return {f"warm.{name}": f"{folder}/{file}" for name, file in WARM.items()}
 
     def trainer(self, name: str) -> str:
         """Return the module of the stage that trains an experiment's model."""

@@ -29,7 +29,7 @@ rule prepare:
 # label interactions train, valid, test
 rule split:
     input:
-        ratings="processed/{dataset}/ratings.parquet",
+        unpack(lambda wildcards: named(plan.split_inputs(wildcards.dataset))),
     output:
         interactions="processed/{dataset}/interactions.parquet",
         record="processed/{dataset}/split.stage.json",
