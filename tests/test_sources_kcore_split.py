@@ -205,7 +205,7 @@ def test_kept_labels_stand_and_new_rows_fill_up_the_sizes(pairs: list[tuple[int,
     assert np.array_equal(split(user, 2, kept=np.full(len(user), -1)), split(user, 2))
     for u in np.unique(user):
         mine, had = labels[user == u], old[user[:n_old] == u]
-        _, valid, test = split_sizes_oracle(len(mine))
+        _, valid, test = split_sizes_oracle(len(mine)) if len(mine) > 1 else (1, 0, 0)
         new = len(mine) - len(had)
         more_test = min(new, max(0, test - (had == 2).sum()))
         assert (mine == 2).sum() == (had == 2).sum() + more_test
