@@ -162,12 +162,13 @@ class Needs:
         return Need(memory, 30 + experiment.training.epochs * steps * step_seconds / 60)
 
     def evaluate(self, wildcards: Any, files: Files) -> Need:
-        """Embeddings and a block of scores; time by users times items."""
+        """Embeddings, a block of scores, some 100 ranked items a user; time by users times items."""
         users, items = self._users(wildcards, files), self._items(wildcards, files).rows
         dims = [_shape(path).dim for name, path in files.items() if name.endswith("embeddings") and Path(path).exists()]
         width = max(dims, default=256)
         tables = (users + items) * width * 4 / MEBIBYTE
-        return Need(2000 + 4 * tables + self._interactions(wildcards, files) * 100 / MEBIBYTE, 15 + users * items / 1e9)
+        rows = self._interactions(wildcards, files) * 100 + users * 6000
+        return Need(2000 + 4 * tables + rows / MEBIBYTE, 15 + users * items / 1e9)
 
     def compare(self, wildcards: Any, files: Files) -> Need:
         """The lists of two cells at a time, and a column of users for each experiment and metric."""
