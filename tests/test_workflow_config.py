@@ -109,6 +109,24 @@ def plan(config: dict[str, Any]) -> Plan:
     return Plan(load_config(config), ROOT)
 
 
+def test_an_earlier_split_is_there_and_not_in_what_is_replaced(tmp_path: Path):
+    earlier = tmp_path / "earlier"
+    told = plan(with_value("datasets.shop.split.keep", str(earlier)))
+    with pytest.raises(UserError, match=r"datasets\.shop\.split\.keep = .*: there is no .*interactions\.parquet"):
+        told.split_inputs("shop")
+    earlier.mkdir()
+    for name in ("interactions", "items", "users"):
+        (earlier / f"{name}.parquet").touch()
+    assert set(told.split_inputs("shop")) == {"ratings", "items", "users"} | {
+        f"keep.{name}" for name in ("interactions", "items", "users")
+    }
+    assert set(plan(SMALL).split_inputs("shop")) == {"ratings"}
+    with pytest.raises(UserError, match="lies in what this preparation replaces"):
+        plan(with_value("datasets.shop.split.keep", "processed/shop")).split_inputs("shop")
+    with pytest.raises(UserError, match="global-time does not keep labels"):
+        plan(with_value("datasets.shop.split", {"strategy": "global-time", "keep": str(earlier)}))
+
+
 def test_the_run_key_follows_what_decides_the_model_and_nothing_else():
     base = plan(SMALL).run("shop")
     same = ["experiments.shop.training.device", "extractors.words.batch_size", "experiments.shop.evaluation.ks"]

@@ -107,7 +107,7 @@ class DataPlan:
         """Return the ratings, and where labels are kept the tables by whose ids they are found again.
 
         Raises:
-            UserError: the earlier tables are those that this preparation replaces.
+            UserError: the earlier tables are not there, or are those that this preparation replaces.
         """
         base = f"processed/{dataset}"
         paths = {"ratings": f"{base}/ratings.parquet"}
@@ -119,8 +119,12 @@ class DataPlan:
                 f"datasets.{dataset}.split.keep = {keep!r}: lies in what this preparation replaces; copy its tables "
                 "elsewhere and name the copy"
             )
-        paths |= {name: f"{base}/{name}.parquet" for name in ("items", "users")}
-        return paths | {f"keep.{name}": f"{keep}/{name}.parquet" for name in ("interactions", "items", "users")}
+        earlier = {f"keep.{name}": f"{keep}/{name}.parquet" for name in ("interactions", "items", "users")}
+        # Snakemake takes an output whose inputs are missing for up to date.
+        absent = [path for path in earlier.values() if not Path(path).is_file()]
+        if absent:
+            raise UserError(f"datasets.{dataset}.split.keep = {keep!r}: there is no {absent[0]}")
+        return paths | {name: f"{base}/{name}.parquet" for name in ("items", "users")} | earlier
 
     def images(self, dataset: str) -> Task:
         """Return the task of gathering pictures; the contents of a user's own folder decide too."""
