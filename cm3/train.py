@@ -89,9 +89,8 @@ def train(
     network.stream_names = [*modalities, "fused"]
     started = {}
     if warm:
-        require_untold(
-            data, read_interactions(warm["interactions"], warm["items"], warm["users"]), warm["model"].parent
-        )
+        tables = (warm[name] for name in ("interactions", "items", "users"))
+        require_untold(data, read_interactions(*tables), warm["vectors"])
         started = {"warm_start": warm_start(network, data.user_ids, warm["model"], warm["vectors"])}
         log.info("starting from %s: %s", warm["model"], started["warm_start"])
     n_parameters = sum(p.numel() for p in network.parameters())

@@ -55,16 +55,22 @@ def warm_start(network: CM3, user_ids: Sequence[str], model: Path, users: Path) 
     return {"known_users": len(known), "new_users": len(user_ids) - len(known)}
 
 
-def require_untold(data: Interactions, earlier: Interactions, folder: Path) -> None:
+def require_untold(data: Interactions, earlier: Interactions, vectors: Path) -> None:
     """Refuse an earlier run that was trained on what validation and test now ask for: they would recall, not predict.
 
     Args:
         data, earlier: the interactions at hand, and those that the earlier run learnt from; matched by ids.
-        folder: of the earlier run, for the message.
+        vectors: `user_embeddings.parquet` of the earlier run, whose users those of `earlier` must be.
 
     Raises:
-        UserError: some of them were.
+        UserError: some of them were, or the tables are not those that the earlier run learnt from.
     """
+    folder = vectors.parent
+    if earlier.user_ids != _user_ids(vectors):
+        raise UserError(
+            f"training.warm_start: the tables in {folder} have other users than {vectors.name}; copy those that the run "
+            "learnt from, as they were before new data came"
+        )
     places = []
     for now, then in ((data.user_ids, earlier.user_ids), (data.item_ids, earlier.item_ids)):
         place = {name: row for row, name in enumerate(now)}
@@ -83,7 +89,7 @@ def require_untold(data: Interactions, earlier: Interactions, folder: Path) -> N
 def _read(model: Path, users: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
     try:
         tensors = load_file(model)
-        ids = pq.read_table(users, columns=["user_id"], partitioning=None).column("user_id").to_pylist()
+        ids = _user_ids(users)
     except FileNotFoundError as error:
         raise UserError(f"training.warm_start: {error.filename or model}: no such file") from None
     except (SafetensorError, ValueError, OSError) as error:
@@ -91,3 +97,7 @@ def _read(model: Path, users: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
     if len(tensors.get("users", ())) != len(ids):
         raise UserError(f"training.warm_start: {model} is of other users than {users}; copy both from one run")
     return tensors, {name: row for row, name in enumerate(ids)}
+
+
+def _user_ids(vectors: Path) -> list[str]:
+    return pq.read_table(vectors, columns=["user_id"], partitioning=None).column("user_id").to_pylist()

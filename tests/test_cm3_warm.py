@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import oracles_cm3 as oracle
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,6 +15,7 @@ from cm3.config import Model, Training
 from cm3.embeddings import read_embeddings, write_embeddings
 from cm3.interactions import read_interactions
 from stages.errors import UserError
+from stages.tables import USERS, write_table
 
 __all__ = ["one_thread", "shop"]
 
@@ -57,7 +59,17 @@ def test_users_are_known_by_their_ids_and_new_ones_start_afresh(shop, tmp_path):
         for name, value in tensors.items()
     }
     save_file(kept, half / "model.safetensors")
-    facts = go_on(shop, tmp_path / "later", half, training={"epochs": 1, "lr": 1e-12})
+    data, place = read_interactions(shop["interactions"], shop["items"], shop["users"]), np.full(40, -1)
+    place[order] = np.arange(20)
+    mine = place[data.users] >= 0
+    (tmp_path / "data").mkdir()
+    learnt = oracle.write_interactions(
+        tmp_path / "data", place[data.users[mine]], data.items[mine], data.split[mine], 20, 30
+    )
+    write_table(learnt["users"], pa.table({"user": range(20), "user_id": [ids[n] for n in order]}), USERS)
+    with pytest.raises(UserError, match=r"have other users than users\.parquet; copy those that the run learnt from"):
+        go_on(shop, tmp_path / "later", half)
+    facts = go_on(shop, tmp_path / "later", half, training={"epochs": 1, "lr": 1e-12}, learnt=learnt)
     assert facts["warm_start"] == {"known_users": 20, "new_users": 20}
     later = load_file(tmp_path / "later/model.safetensors")
     np.testing.assert_allclose(later["users"][order], tensors["users"][order], atol=1e-6)
