@@ -17,7 +17,7 @@ from stages.files import read_json
 from stages.strict import nearest
 
 _AGREE = 1e-9
-_GROUPS, _BATCH_ROWS = 16, 4096  # read at once, of lists and of embeddings
+_GROUPS = 16  # of rows of lists, read at once
 # Models without embeddings have no files of the last two kinds.
 _FILES = ("evaluation", "per_user", "recommendations", "train", "user_embeddings", "item_embeddings")
 
@@ -234,46 +234,3 @@ def _codes(column: pa.ChunkedArray, known: pa.Array, path: Path) -> np.ndarray:
         stranger = ids.filter(pc.is_null(place))[0].as_py()
         raise UserError(f"{path}: {stranger!r} is not an id of the data set; delete it and run again")
     return place.to_numpy()[np.concatenate([chunk.indices.to_numpy() for chunk in column.chunks])]
-
-
-def read_vectors(path: Path, id_name: str, ids: pa.Array, rows: np.ndarray) -> np.ndarray:
-    """Return the (R, D) float32 vectors of some `rows`, rising, of a file of embeddings of `ids`.
-
-    The whole file is checked as `cm3.embeddings.read_embeddings` does, but no more than a batch and the result are in
-    memory.
-
-    Raises:
-        UserError: absent, unreadable, other columns, other ids, or values that are not finite.
-    """
-    found, start = [], 0
-    try:
-        with pq.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            if schema.names != [id_name, "embedding"] or not pa.types.is_fixed_size_list(schema.field(1).type):
-                raise UserError(
-                    f"{path}: has columns {schema.names}, not {[id_name, 'embedding']} of fixed size; delete it and "
-                    "train again"
-                )
-            for batch in file.iter_batches(_BATCH_ROWS):
-                stop = start + len(batch)
-                if stop > len(ids) or not batch.column(0).equals(ids.slice(start, len(batch))):
-                    break
-                vectors = batch.column(1).flatten().to_numpy().reshape(len(batch), -1)
-                if not np.isfinite(vectors).all():
-                    row = start + int(np.flatnonzero(~np.isfinite(vectors).all(1))[0])
-                    raise UserError(
-                        f"{path}: the vector of {id_name} {ids[row]} holds NaN or infinity; delete it and train again"
-                    )
-                first, last = np.searchsorted(rows, [start, stop])
-                found.append(vectors[rows[first:last] - start])
-                start = stop
-            if start != len(ids) or file.metadata.num_rows != len(ids):
-                raise UserError(
-                    f"{path}: its {file.metadata.num_rows} ids are not those of the data set, in order; delete it and "
-                    "train again"
-                )
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{path}: not a readable Parquet file ({error}); delete it and train again") from None
-    return np.concatenate(found)

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from cm3.embeddings import read_embeddings
 from cm3.interactions import Interactions, read_interactions
 from reports.beyond import beyond_accuracy
-from reports.cells import Cell, Experiment, Point, read_experiments, read_lists, read_per_user, read_vectors
+from reports.cells import Cell, Experiment, Point, read_experiments, read_lists, read_per_user
 from reports.geometry import Sample, draw_sample, measure
 from reports.pairs import ALPHA, CONFIDENCE, best_of, compare_pairs, pairs_to_test
 from reports.slices import Slices
@@ -194,8 +195,8 @@ def _measure_cell(cell: Cell, data: Data, metrics: Sequence[str]) -> tuple[np.nd
     geometry = None
     if {"user_embeddings", "item_embeddings"} <= cell.files.keys():
         user_rows, item_rows, sample = data.sample.rows()
-        users = read_vectors(cell.files["user_embeddings"], "user_id", data.user_ids, user_rows)
-        items = read_vectors(cell.files["item_embeddings"], "item_id", data.item_ids, item_rows)
+        users, _ = read_embeddings(cell.files["user_embeddings"], "user_id", data.user_ids, user_rows)
+        items, _ = read_embeddings(cell.files["item_embeddings"], "item_id", data.item_ids, item_rows)
         geometry = measure(users, items, sample)
     kept = [{metric: mean[metric] for metric in metrics if metric in mean} for mean in means]
     beyond = beyond_accuracy(lists, data.counts, data.n_train_users, cutoffs)

@@ -258,7 +258,7 @@ def test_the_order_of_rows_on_disk_changes_nothing(study, tmp_path):
 def test_files_are_read_by_parts_and_whole_alike(study, tmp_path, monkeypatch):
     _, spec, inputs, _, result = study
     monkeypatch.setattr("reports.cells._GROUPS", 3)
-    monkeypatch.setattr("reports.cells._BATCH_ROWS", 11)
+    monkeypatch.setattr("cm3.embeddings._BATCH_ROWS", 11)
     monkeypatch.setattr("reports.slices._BLOCK_PAIRS", 7)
     monkeypatch.setattr("reports.slices._BLOCK_USERS", 5)
     monkeypatch.setattr("reports.beyond._BLOCK_USERS", 13)
