@@ -157,11 +157,10 @@ class _Run:
         for group in self.optimiser.param_groups:
             group["lr"] = settings.lr * lr_factor(settings, state.epoch, state.step, self.steps)
         self.optimiser.zero_grad(set_to_none=True)
-        loss = self.model.step_loss(batches, self._seed())
-        state.parts[state.step] = torch.stack([loss.total, *(loss.parts[name] for name in self.model.parts)]).detach()
+        loss = self.model.descend(batches, self._seed())
+        state.parts[state.step] = torch.stack([loss.total, *(loss.parts[name] for name in self.model.parts)])
         if self.device.type == "cpu":
             self._require_finite(loss)
-        loss.total.backward()
         if self.model.share:
             self.model.share.sum_gradients(self.model.parameters())
         if settings.clip_norm is not None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from cm3.config import Model
 from cm3.fusion import lerp, reference_slerp, slerp, spherical_bezier
 from cm3.graph import SparseMatrix, add_neighbours, propagate, propagate_to, user_item_matrix
 from cm3.losses import alignment, calibrated_by, uniformity
-from cm3.network import Embeddings, Loss, Network, mean_loss
+from cm3.network import Embeddings, Loss, Network, descend
 from cm3.sampling import Batch, derived_seed, mixing_parameters
 from stages.arrays import blocks, mean_of_rows, zeros
 from stages.errors import UserError
@@ -26,6 +27,13 @@ from stages.errors import UserError
 class FusedEmbeddings(Embeddings):
     """What a forward gives: users (U, (M+1)d) and items (I, (M+1)d), not normalised, and fused (I, d) of unit norm."""
 
+    fused: Tensor
+
+
+@dataclass(frozen=True)
+class _StepEmbeddings:
+    users: list[Tensor]  # of each batch's spread users
+    items: Tensor
     fused: Tensor
 
 
@@ -133,15 +141,18 @@ class CM3(Network):
         """Return alignment + gamma (uniformity of users + calibrated uniformity of items) / 2 over a batch."""
         return self._loss(_rows(embeddings.users, batch.spread_users.ids), embeddings.items, embeddings.fused, batch)
 
-    def step_loss(self, batches: Sequence[Batch], seed: int) -> Loss:
-        """Return the mean loss of `batches` over one forward, which embeds only the users that the batches hold."""
+    def descend(self, batches: Sequence[Batch], seed: int) -> Loss:
+        """Add the gradient of the mean loss of `batches` over one forward, which embeds only the users they hold."""
         ego, fused = self._ego(self._mixing(seed))
         held = [batch.spread_users.ids for batch in batches]
         ids = torch.cat(held)
         users, items = propagate_to(self.adjacency, ego, self.settings.n_ui_layers, ids, self.n_users)
         users, items = self._weighted(users, _rows(self.stream_logits, ids)), self._with_neighbours(items)
-        parts = zip(users.split([len(some) for some in held]), batches, strict=True)
-        return mean_loss([self._loss(rows, items, fused, batch) for rows, batch in parts])
+        embeddings = _StepEmbeddings(list(users.split([len(some) for some in held])), items, fused)
+        return descend(embeddings, [partial(self._step_loss, n, batch) for n, batch in enumerate(batches)])
+
+    def _step_loss(self, n: int, batch: Batch, embeddings: "_StepEmbeddings") -> Loss:
+        return self._loss(embeddings.users[n], embeddings.items, embeddings.fused, batch)
 
     def _loss(self, users: Tensor, items: Tensor, fused: Tensor, batch: Batch) -> Loss:
         spread = batch.spread_items

@@ -1,14 +1,19 @@
 """What the training loop asks of a model."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from cm3.distributed import Share
 from cm3.sampling import Batch
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+_E = TypeVar("_E", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
@@ -27,12 +32,42 @@ class Loss:
     parts: Mapping[str, Tensor]
 
 
-def mean_loss(losses: Sequence[Loss]) -> Loss:
-    """Return the mean of losses and of each of their parts."""
+def descend(embeddings: _E, losses: Sequence[Callable[[_E], Loss]]) -> Loss:
+    """Return the mean of `losses` outside autograd, its gradient added to that of the parameters.
+
+    Where there are several, one loss's graph stands at a time: memory does not grow with their number.
+
+    Args:
+        embeddings: a dataclass of tensors and lists of tensors, of which the losses are functions.
+    """
     if len(losses) == 1:
-        return losses[0]
-    parts = {name: torch.stack([loss.parts[name] for loss in losses]).mean() for name in losses[0].parts}
-    return Loss(torch.stack([loss.total for loss in losses]).mean(), parts)
+        loss = losses[0](embeddings)
+        loss.total.backward()
+        return _detached(loss)
+    joints: list[tuple[Tensor, Tensor]] = []
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, list):
+            return [cut(x) for x in value]
+        if value.grad_fn is None:
+            return value
+        joints.append((value, value.detach().requires_grad_()))
+        return joints[-1][1]
+
+    leaves = replace(embeddings, **{name: cut(value) for name, value in vars(embeddings).items()})
+    found = []
+    for of in losses:
+        loss = of(leaves)
+        (loss.total / len(losses)).backward()
+        found.append(_detached(loss))
+    reached = [(joint, leaf.grad) for joint, leaf in joints if leaf.grad is not None]
+    torch.autograd.backward([joint for joint, _ in reached], [grad for _, grad in reached])
+    parts = {name: torch.stack([loss.parts[name] for loss in found]).mean() for name in found[0].parts}
+    return Loss(torch.stack([loss.total for loss in found]).mean(), parts)
+
+
+def _detached(loss: Loss) -> Loss:
+    return Loss(loss.total.detach(), {name: part.detach() for name, part in loss.parts.items()})
 
 
 class Network(nn.Module):
@@ -58,10 +93,13 @@ class Network(nn.Module):
         """Return the loss of a batch under the embeddings of a training step."""
         raise NotImplementedError
 
-    def step_loss(self, batches: Sequence[Batch], seed: int) -> Loss:
-        """Return the mean loss of `batches` over one training forward; a model may embed less than all for it."""
-        embeddings = self.training_embeddings(seed)
-        return mean_loss([self.loss(embeddings, batch) for batch in batches])
+    def descend(self, batches: Sequence[Batch], seed: int) -> Loss:
+        """Return the mean loss of `batches` over one training forward, its gradient added to the parameters'.
+
+        A model may embed less than all for it.
+        """
+        losses = [lambda embeddings, batch=batch: self.loss(embeddings, batch) for batch in batches]
+        return descend(self.training_embeddings(seed), losses)
 
     def embed(self) -> Embeddings:
         """Return the embeddings that are scored and exported, outside autograd."""

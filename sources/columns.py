@@ -39,38 +39,51 @@ def parse_ratings(table: Columns, column: str) -> np.ndarray:
     return numbers.astype(np.float32)
 
 
-def parse_times(table: Columns, column: str) -> np.ndarray:
-    """Return (N,) int64 Unix seconds from Unix seconds, Unix milliseconds or ISO dates and times (UTC by default).
+class Times:
+    """Unix seconds from Unix seconds, Unix milliseconds or ISO dates and times (UTC by default), the same in all parts."""
 
-    Raises:
-        UserError: a value is none of these, or the column mixes seconds and milliseconds.
-    """
-    values = table.values[column]
-    if pa.types.is_temporal(values.type) or not _looks_numeric(values):
-        return _parse_dates(table, column)
-    numbers = _numbers(values)
-    _refuse(table, column, ~np.isfinite(numbers), values, "is not a time; give Unix seconds, milliseconds or dates")
-    milliseconds = np.abs(numbers) >= _MILLISECONDS_FROM
-    if milliseconds.any():
-        few = ~milliseconds & (numbers != 0)
-        _refuse(table, column, few, values, "looks like Unix seconds in a column of milliseconds")
-        numbers = numbers / 1000
-    return np.floor(numbers).astype(np.int64)
+    def __init__(self) -> None:
+        self.milliseconds: bool | None = None
+        self.dates: pa.DataType | None = None
 
+    def parse(self, table: Columns, column: str) -> np.ndarray:
+        """Return (N,) int64 Unix seconds of a part of the table.
 
-def _parse_dates(table: Columns, column: str) -> np.ndarray:
-    values = table.values[column]
-    for kind in (pa.timestamp("us"), pa.timestamp("us", tz="UTC")):
-        try:
-            stamps = values.cast(kind)
-        except pa.ArrowInvalid:
-            continue
-        seconds = stamps.cast(pa.int64())
-        _refuse(table, column, pc.is_null(seconds).to_numpy().astype(bool), values, "is empty; a time is needed")
-        return seconds.to_numpy() // 1_000_000
-    _refuse(table, column, np.asarray([not _is_date(v) for v in values.to_pylist()]), values, "is not a time; "
-            "give Unix seconds, milliseconds or dates like 2020-09-16")  # fmt: skip
-    raise UserError(f"{table.path}: column {column!r} mixes times with and without a zone; use one of them throughout")
+        Raises:
+            UserError: a value is none of these, or the column mixes them.
+        """
+        values = table.values[column]
+        numeric = self.milliseconds is not None
+        if self.dates or (not numeric and (pa.types.is_temporal(values.type) or not _looks_numeric(values))):
+            return self._dates(table, column)
+        numbers = _numbers(values)
+        _refuse(table, column, ~np.isfinite(numbers), values, "is not a time; give Unix seconds, milliseconds or dates")
+        many, few = np.abs(numbers) >= _MILLISECONDS_FROM, numbers != 0
+        few &= ~many
+        if self.milliseconds is False:
+            _refuse(table, column, many, values, "looks like milliseconds in a column of Unix seconds")
+        elif self.milliseconds or many.any():
+            _refuse(table, column, few, values, "looks like Unix seconds in a column of milliseconds")
+        if many.any() or few.any():
+            self.milliseconds = bool(many.any())
+        return np.floor(numbers / 1000 if self.milliseconds else numbers).astype(np.int64)
+
+    def _dates(self, table: Columns, column: str) -> np.ndarray:
+        values = table.values[column]
+        for kind in (self.dates,) if self.dates else (pa.timestamp("us"), pa.timestamp("us", tz="UTC")):
+            try:
+                stamps = values.cast(kind)
+            except pa.ArrowInvalid:
+                continue
+            seconds = stamps.cast(pa.int64())
+            _refuse(table, column, pc.is_null(seconds).to_numpy().astype(bool), values, "is empty; a time is needed")
+            self.dates = kind
+            return seconds.to_numpy() // 1_000_000
+        _refuse(table, column, np.asarray([not _is_date(v) for v in values.to_pylist()]), values, "is not a time; "
+                "give Unix seconds, milliseconds or dates like 2020-09-16")  # fmt: skip
+        raise UserError(
+            f"{table.path}: column {column!r} mixes times with and without a zone; use one of them throughout"
+        )
 
 
 def _is_date(value: Any) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from sources.columns import parse_ids, parse_ratings, parse_times
+from sources.columns import Times, parse_ids, parse_ratings
 from sources.reading import Item, rows
 from sources.tabular import read_columns, read_rows
 from sources.text import clean
@@ -30,14 +30,14 @@ class Reader:
         """
         columns: dict[str, str | None] = self.spec["interactions"]["columns"]
         names = list(dict.fromkeys(name for name in columns.values() if name is not None))
-        table = read_columns(self.inputs["interactions"], self.spec["interactions"]["format"], names)
-        rating, timestamp = columns.get("rating"), columns.get("timestamp")
-        yield rows(
-            parse_ids(table, columns["user"] or ""),
-            parse_ids(table, columns["item"] or ""),
-            pa.array(parse_ratings(table, rating)) if rating else None,
-            pa.array(parse_times(table, timestamp)) if timestamp else None,
-        )
+        rating, timestamp, times = columns.get("rating"), columns.get("timestamp"), Times()
+        for part in read_columns(self.inputs["interactions"], self.spec["interactions"]["format"], names):
+            yield rows(
+                parse_ids(part, columns["user"] or ""),
+                parse_ids(part, columns["item"] or ""),
+                pa.array(parse_ratings(part, rating)) if rating else None,
+                pa.array(times.parse(part, timestamp)) if timestamp else None,
+            )
 
     def known_items(self) -> Iterable[list[str]] | None:
         """Return the ids of the item table, or None without one."""

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,68 +18,86 @@ from stages.errors import UserError
 from stages.strict import nearest
 
 _DELIMITER = {"csv": ",", "tsv": "\t"}
+_PART_ROWS, _PART_BYTES = 1 << 18, 1 << 24
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Some columns of a table file, and where its rows stand in the file.
+    """Some columns of a part of a table file, and where its rows stand in the file.
 
     Attributes:
         values: arrays of equal length by column name; text in csv, tsv and jsonl, the stored type in parquet.
-        header: whether the first line of a csv or tsv file names the columns.
+        first: rows of the file before this part.
     """
 
     path: Path
     format: str
     values: dict[str, pa.ChunkedArray]
-    header: bool = True
+    first: int
 
     def place(self, row: int) -> str:
-        """Return "path, line N" of a row (0-based), for messages."""
+        """Return "path, line N" of a row (0-based) of this part, for messages."""
+        row += self.first
         if self.format == "parquet":
             return f"{self.path}, row {row}"
         if self.format == "jsonl":
             return f"{self.path}, line {next(n for i, (n, _) in enumerate(lines(self.path)) if i == row)}"
         found = _delimited_lines(self.path, _DELIMITER[self.format])
-        return f"{self.path}, line {next(n for i, (n, _) in enumerate(found) if i == row + self.header)}"
+        return f"{self.path}, line {next(n for i, (n, _) in enumerate(found) if i == row + 1)}"
 
 
-def read_columns(path: Path, format: str, names: Sequence[str], header: Sequence[str] | None = None) -> Columns:
-    """Read the columns `names` of a csv, tsv, jsonl or parquet file.
-
-    Args:
-        header: the names of all columns, for a csv or tsv file whose first line is data already.
+def read_columns(path: Path, format: str, names: Sequence[str]) -> Iterator[Columns]:
+    """Yield the columns `names` of a csv, tsv, jsonl or parquet file in parts that memory takes lightly.
 
     Raises:
-        UserError: absent or empty file, a column that it lacks, or a malformed line, named.
+        UserError: absent or empty file, a column that it lacks (in jsonl: its first part), or a malformed line, named.
     """
-    if format == "parquet":
-        return Columns(path, format, _read_parquet(path, names))
-    if format == "jsonl":
-        rows = [row for _, row in read_rows(path, format, names)]
-        columns = {name: [_text(row.get(name)) for row in rows] for name in names}
-        return Columns(
-            path, format, {name: pa.chunked_array([pa.array(v, pa.string())]) for name, v in columns.items()}
-        )
-    if next(_delimited_lines(path, _DELIMITER[format]), None) is None:
-        raise UserError(f"{path}: is empty")
-    found = list(header) if header else _header(path, _DELIMITER[format])
+    parts = {"parquet": _parquet_parts, "jsonl": _jsonl_parts}.get(format, _delimited_parts)
+    first = 0
+    for table in parts(path, format, names):
+        yield Columns(path, format, {name: table.column(name) for name in names}, first)
+        first += len(table)
+    if not first:
+        raise UserError(f"{path}: holds no rows" + (", only a header" if format in _DELIMITER else ""))
+
+
+def _parquet_parts(path: Path, format: str, names: Sequence[str]) -> Iterator[pa.Table]:
+    with _open_parquet(path, names) as file:
+        try:
+            for batch in file.iter_batches(_PART_ROWS, columns=list(names)):
+                yield pa.Table.from_batches([batch])
+        except (pa.ArrowInvalid, OSError) as error:
+            raise _unreadable_parquet(path, error) from None
+
+
+def _jsonl_parts(path: Path, format: str, names: Sequence[str]) -> Iterator[pa.Table]:
+    rows = _read_jsonl(path, names)
+    first = True
+    while part := [row for _, row in itertools.islice(rows, _PART_ROWS)]:
+        if first:
+            _require(path, names, set().union(*part))
+        first = False
+        yield pa.table({name: pa.array([_text(row.get(name)) for row in part], pa.string()) for name in names})
+
+
+def _delimited_parts(path: Path, format: str, names: Sequence[str]) -> Iterator[pa.Table]:
+    delimiter = _DELIMITER[format]
+    found = _header(path, delimiter)
     _require(path, names, found)
     with open_bytes(path) as file:
         try:
-            table = pa_csv.read_csv(
+            with pa_csv.open_csv(
                 file,
-                read_options=pa_csv.ReadOptions(column_names=list(header) if header else None),
-                parse_options=pa_csv.ParseOptions(delimiter=_DELIMITER[format]),
+                read_options=pa_csv.ReadOptions(block_size=_PART_BYTES),
+                parse_options=pa_csv.ParseOptions(delimiter=delimiter),
                 convert_options=pa_csv.ConvertOptions(
                     include_columns=list(names), column_types=dict.fromkeys(names, pa.string())
                 ),
-            )
+            ) as batches:
+                for batch in batches:
+                    yield pa.Table.from_batches([batch])
         except (pa.ArrowInvalid, OSError, *GZIP_ERRORS) as error:
-            raise _malformed(path, _DELIMITER[format], len(found), error) from None
-    if not len(table):
-        raise UserError(f"{path}: holds no rows, only a header")
-    return Columns(path, format, {name: table.column(name) for name in names}, header=header is None)
+            raise _malformed(path, delimiter, len(found), error) from None
 
 
 def read_rows(path: Path, format: str, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -88,9 +107,9 @@ def read_rows(path: Path, format: str, names: Sequence[str]) -> Iterator[tuple[s
         UserError: as `read_columns`; in jsonl a column may be absent from some rows, but not from all.
     """
     if format == "parquet":
-        columns = _read_parquet(path, names)
-        for number, row in enumerate(pa.table(columns).to_pylist()):
-            yield f"{path}, row {number}", row
+        for part in read_columns(path, format, names):
+            for number, row in enumerate(pa.table(part.values).to_pylist(), part.first):
+                yield f"{path}, row {number}", row
     elif format == "jsonl":
         yield from _read_jsonl(path, names)
     else:
@@ -123,18 +142,19 @@ def _read_jsonl(path: Path, names: Sequence[str]) -> Iterator[tuple[str, dict[st
     _require(path, sorted(unseen), keys)
 
 
-def _read_parquet(path: Path, names: Sequence[str]) -> dict[str, pa.ChunkedArray]:
+def _open_parquet(path: Path, names: Sequence[str]) -> pq.ParquetFile:
     try:
-        with pq.ParquetFile(path) as file:
-            _require(path, names, file.schema_arrow.names)
-            table = file.read(columns=list(dict.fromkeys(names)))
+        file = pq.ParquetFile(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path}: not a readable Parquet file ({error})") from None
-    if not len(table):
-        raise UserError(f"{path}: holds no rows")
-    return {name: table.column(name) for name in names}
+        raise _unreadable_parquet(path, error) from None
+    _require(path, names, file.schema_arrow.names)
+    return file
+
+
+def _unreadable_parquet(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path}: not a readable Parquet file ({error})")
 
 
 def _header(path: Path, delimiter: str) -> list[str]:

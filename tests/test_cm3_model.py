@@ -8,6 +8,7 @@ import torch
 
 from cm3.config import PRESETS, Evaluation, Model, Training, modality_weights, settings
 from cm3.model import CM3
+from cm3.network import Loss
 from cm3.sampling import Batch, Sampler, mixing_parameters, spreads
 from stages.errors import UserError
 
@@ -78,13 +79,21 @@ def test_forward_loss_and_gradients(modalities, changes, dtype, tolerance):
     # What a training step computes embeds the batch's users alone; it must be the same loss.
     model._mixing = lambda seed: t.to(dtype)
     some = batch(chosen.dedup_pairs)
-    for loss in (model.loss(embeddings, some), model.step_loss([some], 0), model.step_loss([some, some], 0)):
-        assert float(loss.total.detach()) == pytest.approx(float(expected.detach()), rel=tolerance)
-        gradients = torch.autograd.grad(loss.total, list(model.parameters()), allow_unused=True, retain_graph=True)
-        for name, found, plain in zip(weights, gradients, plain_gradients, strict=True):
-            assert (found is None) == (plain is None), name
-            if found is not None:
-                assert_near(found, plain, tolerance, name)
+    for descend in (
+        lambda: descend_by(model.loss(embeddings, some)), lambda: model.descend([some], 0),
+        lambda: model.descend([some, some], 0),
+    ):  # fmt: skip
+        model.zero_grad()
+        assert float(descend().total) == pytest.approx(float(expected.detach()), rel=tolerance)
+        for (name, parameter), plain in zip(model.named_parameters(), plain_gradients, strict=True):
+            assert (parameter.grad is None) == (plain is None), name
+            if plain is not None:
+                assert_near(parameter.grad, plain, tolerance, name)
+
+
+def descend_by(loss: Loss) -> Loss:
+    loss.total.backward()
+    return Loss(loss.total.detach(), loss.parts)
 
 
 def assert_near(found: torch.Tensor, expected: torch.Tensor, tolerance: float, name: str) -> None:
@@ -104,10 +113,15 @@ def test_a_step_over_two_batches_is_the_mean_of_their_losses_over_one_forward():
     )
     embeddings = model.training_embeddings(3)
     losses = [model.loss(embeddings, some) for some in (one, other)]
-    both = model.step_loss([one, other], 3)
-    torch.testing.assert_close(both.total, (losses[0].total + losses[1].total) / 2)
+    ((losses[0].total + losses[1].total) / 2).backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    both = model.descend([one, other], 3)
+    torch.testing.assert_close(both.total, (losses[0].total + losses[1].total).detach() / 2)
     for name in model.parts:
-        torch.testing.assert_close(both.parts[name], (losses[0].parts[name] + losses[1].parts[name]) / 2)
+        torch.testing.assert_close(both.parts[name], (losses[0].parts[name] + losses[1].parts[name]).detach() / 2)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name])
 
 
 def test_bfloat16_products_are_near_those_of_float32():

@@ -100,6 +100,14 @@ def test_times_become_unix_seconds(tmp_path: Path, written: str, seconds: int):
     assert rows(tmp_path / "ratings.parquet", RATINGS)[0]["timestamp"] == seconds
 
 
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch):
+    """Files are read two rows, or two lines of some twenty bytes, at a time."""
+    monkeypatch.setattr("sources.tabular._PART_ROWS", 2)
+    monkeypatch.setattr("sources.tabular._PART_BYTES", 40)
+
+
+@pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize("suffix", ["csv", "csv.gz", "tsv", "tsv.gz", "jsonl", "jsonl.gz", "parquet"])
 def test_every_format_gives_the_same_tables(tmp_path: Path, suffix: str):
     records = [{"who": 100 + u, "what": f"i{i}", "when": 1_600_000_000 + i} for u in range(5) for i in range(5)]
@@ -159,6 +167,28 @@ def test_malformed_interactions_name_file_and_line(tmp_path: Path, text: str, co
     with pytest.raises(UserError, match=complaint):
         dataset(tmp_path, text, kcore=0)()
     assert not (tmp_path / "ratings.parquet").exists()
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize(
+    ("times", "complaint"),
+    [
+        (["1600000000"] * 8 + ["1600000000000"], "line 10: .*'1600000000000' looks like milliseconds in a column of Unix"),
+        (["1600000000000"] * 8 + ["1600000000"], "line 10: .*looks like Unix seconds in a column of milliseconds"),
+        (["0"] * 4 + ["1600000000000"] * 4 + ["5"], "line 10: .*looks like Unix seconds in a column of milliseconds"),
+        (["2020-09-16"] * 8 + ["1600000000"], "line 10: timestamp = '1600000000' is not a time"),
+        (["1600000000"] * 8 + ["2020-09-16"], "line 10: timestamp = '2020-09-16' is not a time"),
+        (["2020-09-16T00:00:01"] * 8 + ["2020-09-16T00:00:01Z"], "mixes times with and without a zone"),
+        (["2020-09-16T00:00:01Z"] * 8 + ["2020-09-16T00:00:01"], "mixes times with and without a zone"),
+        (["1600000000"] * 8 + ["1,2"], "line 10: has 4 values where 3 are expected"),
+    ],
+)  # fmt: skip
+def test_all_parts_of_a_table_write_times_alike(tmp_path: Path, times: list[str], complaint: str):
+    lines = [f"u,i{n},{time}\n" for n, time in enumerate(times)]
+    with pytest.raises(UserError, match=complaint):
+        dataset(tmp_path, "user,item,timestamp\n" + "".join(lines), kcore=0)()
+    dataset(tmp_path, "user,item,timestamp\n" + "".join(lines[:-1]), kcore=0)()
+    assert len(rows(tmp_path / "ratings.parquet", RATINGS)) == 8
 
 
 def test_bytes_that_are_no_text_name_the_line(tmp_path: Path):
