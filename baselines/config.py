@@ -111,7 +111,7 @@ class BPRMF(BaselineSettings):
 
     name: Literal["bpr-mf"] = "bpr-mf"
     embedding_dim: int = Field(64, gt=0, description="width d of the embeddings")
-    reg_weight: Float = Field(1e-4, ge=0, description="weight of the L2 penalty on a batch's embeddings")
+    reg_weight: Float = Field(0.01, ge=0, description="weight of the L2 penalty on a batch's embeddings")
 
 
 class LightGCN(BaselineSettings):
@@ -145,7 +145,7 @@ class VBPR(_Content):
 
     name: Literal["vbpr"] = "vbpr"
     embedding_dim: int = Field(64, gt=0, description="width d of the free embeddings, and of the projected features")
-    reg_weight: Float = Field(1e-4, ge=0, description="weight of the L2 penalty on a batch's embeddings and biases")
+    reg_weight: Float = Field(0.01, ge=0, description="weight of the L2 penalty on a batch's whole user and item vectors")
 
 
 class BM3(_Content):

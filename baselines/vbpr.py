@@ -17,7 +17,8 @@ class VisualRanking(Network):
 
     He and McAuley, VBPR: Visual Bayesian Personalized Ranking from Implicit Feedback, AAAI 2016, equation 4; the global
     and the user's bias move no ranking. MMRec leaves both item biases out and gives E an offset; here they are as in
-    the paper, which also leaves E and c out of the penalty (lambda_E = 0). Several modalities side by side are MMRec's.
+    the paper. Several modalities side by side, and a penalty on whole item vectors, projections and biases included, are
+    MMRec's: the paper's leaves E and c out (lambda_E = 0), and then grows through them as the rest is held small.
     """
 
     parts = ("ranking", "penalty")
@@ -47,8 +48,7 @@ class VisualRanking(Network):
         users = rows(embeddings.users, batch.users)
         items, others = (rows(embeddings.items, ids) for ids in (batch.items, batch.contrast))
         ranking = ranking_loss(users, items, others)
-        own = [rows(table, ids) for table in (self.items, self.biases) for ids in (batch.items, batch.contrast)]
-        size = penalty(rows(self.users, batch.users), *own)
+        size = penalty(rows(self.users, batch.users), items, others)
         return Loss(ranking + self.settings.reg_weight * size, named(self.parts, (ranking, size)))
 
     @torch.no_grad()

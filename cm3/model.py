@@ -142,9 +142,11 @@ class CM3(Network):
         return self._loss(_rows(embeddings.users, batch.spread_users.ids), embeddings.items, embeddings.fused, batch)
 
     def descend(self, batches: Sequence[Batch], seed: int) -> Loss:
-        """Add the gradient of the mean loss of `batches` over one forward, which embeds only the users they hold."""
-        ego, fused = self._ego(self._mixing(seed))
+        """Add the gradient of the mean loss of `batches` over one forward, which embeds no more users than they hold."""
         held = [batch.spread_users.ids for batch in batches]
+        if len(held) > 1 and sum(len(some) for some in held) >= self.n_users:
+            return super().descend(batches, seed)
+        ego, fused = self._ego(self._mixing(seed))
         ids = torch.cat(held)
         users, items = propagate_to(self.adjacency, ego, self.settings.n_ui_layers, ids, self.n_users)
         users, items = self._weighted(users, _rows(self.stream_logits, ids)), self._with_neighbours(items)

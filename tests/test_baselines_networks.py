@@ -133,8 +133,9 @@ def test_vbpr():
     same(found.users @ found.items.T, score, 1e-12)
     pairs = list(zip(*PAIRS, OTHERS, strict=True))
     ranking = np.mean([-math.log(sigmoid(score[u, i] - score[u, j])) for u, i, j in pairs])
-    free_items = np.concatenate([p["items"], p["biases"]], 1)
-    squares = [p["users"][u] @ p["users"][u] + sum(free_items[k] @ free_items[k] for k in (i, j)) for u, i, j in pairs]
+    contents = x @ p["content"].T
+    whole = np.concatenate([p["items"], contents[:, :D], p["biases"] + contents[:, D:]], 1)
+    squares = [p["users"][u] @ p["users"][u] + sum(whole[k] @ whole[k] for k in (i, j)) for u, i, j in pairs]
     same(network.loss(network.training_embeddings(0), batch()).total, ranking + 0.3 * np.mean(squares) / 2, 1e-12)
 
 

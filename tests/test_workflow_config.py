@@ -12,6 +12,7 @@ import pytest
 import yaml
 from checkout import SMALL, Checkout
 
+from cm3.config import WARM
 from stages.errors import UserError
 from workflow import reference
 from workflow.config import Config, load_config
@@ -125,6 +126,23 @@ def test_an_earlier_split_is_there_and_not_in_what_is_replaced(tmp_path: Path):
         plan(with_value("datasets.shop.split.keep", "processed/shop")).split_inputs("shop")
     with pytest.raises(UserError, match="global-time does not keep labels"):
         plan(with_value("datasets.shop.split", {"strategy": "global-time", "keep": str(earlier)}))
+
+
+def test_an_earlier_run_is_there_and_not_in_what_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def inputs(folder: str) -> dict[str, str]:
+        told = plan(with_value("experiments.shop.training.warm_start", folder))
+        return told.train_inputs("shop", told.run("shop"))
+
+    monkeypatch.setenv("EARLIER", str(tmp_path))
+    with pytest.raises(UserError, match=r"experiments\.shop\.training\.warm_start = .*: there is no .*model\.safetensors"):
+        inputs("$EARLIER")
+    for name in WARM.values():
+        (tmp_path / name).touch()
+    assert {name: path for name, path in inputs("$EARLIER").items() if name.startswith("warm.")} == {
+        f"warm.{name}": f"{tmp_path}/{file}" for name, file in WARM.items()
+    }
+    with pytest.raises(UserError, match="lies in the results that this run replaces"):
+        inputs("results/shop/runs/0")
 
 
 def test_the_run_key_follows_what_decides_the_model_and_nothing_else():

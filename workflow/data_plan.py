@@ -10,6 +10,7 @@ from sources.dataset_config import Dataset
 from sources.sample_config import Sample
 from stages.errors import UserError
 from stages.keys import key_of
+from stages.paths import expand
 from workflow.config import Config
 from workflow.digest import code_digest
 from workflow.folder import digest_of_folder
@@ -114,6 +115,7 @@ class DataPlan:
         keep = self.dataset(dataset).split.keep
         if keep is None:
             return paths
+        keep = expand(keep)
         if Path(keep).resolve().is_relative_to(Path(base).resolve()):
             raise UserError(
                 f"datasets.{dataset}.split.keep = {keep!r}: lies in what this preparation replaces; copy its tables "

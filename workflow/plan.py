@@ -9,6 +9,7 @@ from typing import Any
 from cm3.config import WARM
 from stages.errors import UserError
 from stages.keys import key_of
+from stages.paths import expand
 from workflow.config import Config
 from workflow.data_plan import DataPlan, Task
 from workflow.experiments import Experiment
@@ -116,7 +117,8 @@ class Plan(DataPlan):
         """Return the named input files of training.
 
         Raises:
-            UserError: the configuration asks for no such run.
+            UserError: the configuration asks for no such run, or an earlier run to start from is not there, or is what
+                this run replaces.
         """
         chosen = self.cell(name, run)
         paths = self.tables(name)
@@ -127,13 +129,18 @@ class Plan(DataPlan):
     def _warm(self, name: str, chosen: Experiment) -> dict[str, str]:
         if not chosen.training.warm_start:
             return {}
-        folder = Path(chosen.training.warm_start)
+        folder = Path(expand(chosen.training.warm_start))
         if folder.resolve().is_relative_to((Path("results") / name).resolve()):
             raise UserError(
                 f"experiments.{name}.training.warm_start = {str(folder)!r}: lies in the results that this run replaces; "
                 "copy the folder elsewhere and name the copy"
             )
-        return {f"warm.{name}": f"{folder}/{file}" for name, file in WARM.items()}
+        earlier = {f"warm.{name}": f"{folder}/{file}" for name, file in WARM.items()}
+        # Snakemake takes an output whose inputs are missing for up to date.
+        absent = [path for path in earlier.values() if not Path(path).is_file()]
+        if absent:
+            raise UserError(f"experiments.{name}.training.warm_start = {str(folder)!r}: there is no {absent[0]}")
+        return earlier
 
     def trainer(self, name: str) -> str:
         """Return the module of the stage that trains an experiment's model."""
