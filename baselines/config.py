@@ -145,7 +145,9 @@ class VBPR(_Content):
 
     name: Literal["vbpr"] = "vbpr"
     embedding_dim: int = Field(64, gt=0, description="width d of the free embeddings, and of the projected features")
-    reg_weight: Float = Field(0.01, ge=0, description="weight of the L2 penalty on a batch's whole user and item vectors")
+    reg_weight: Float = Field(
+        0.01, ge=0, description="weight of the L2 penalty on a batch's whole user and item vectors"
+    )
 
 
 class BM3(_Content):

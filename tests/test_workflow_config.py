@@ -134,7 +134,9 @@ def test_an_earlier_run_is_there_and_not_in_what_is_replaced(tmp_path: Path, mon
         return told.train_inputs("shop", told.run("shop"))
 
     monkeypatch.setenv("EARLIER", str(tmp_path))
-    with pytest.raises(UserError, match=r"experiments\.shop\.training\.warm_start = .*: there is no .*model\.safetensors"):
+    with pytest.raises(
+        UserError, match=r"experiments\.shop\.training\.warm_start = .*: there is no .*model\.safetensors"
+    ):
         inputs("$EARLIER")
     for name in WARM.values():
         (tmp_path / name).touch()
