@@ -145,10 +145,10 @@ def test_rows_for_which_faiss_finds_too_little_are_searched_exactly(monkeypatch)
     pytest.importorskip("faiss", reason="faiss-cpu is not installed")
     from cm3 import approximate
 
-    def poor(faiss, unit, width, method):
-        found = honest(faiss, unit, width, method)
+    def poor(*given):
+        found, breadth = honest(*given)
         found[::3, 2:] = -1
-        return found
+        return found, breadth
 
     honest = approximate._candidates
     monkeypatch.setattr(approximate, "_candidates", poor)
@@ -157,6 +157,20 @@ def test_rows_for_which_faiss_finds_too_little_are_searched_exactly(monkeypatch)
     exact, best = knn(x, 5)
     assert facts["searched_exactly"] == 100
     assert torch.equal(indices[::3], exact[::3]) and torch.equal(scores[::3], best[::3])
+
+
+def test_the_search_widens_until_its_recall_is_good_or_exact_search_would_be_faster(caplog):
+    pytest.importorskip("faiss", reason="faiss-cpu is not installed")
+    from cm3.approximate import approximate_knn
+
+    # Rows without clusters, the harder the more dimensions they have.
+    generator = torch.Generator().manual_seed(0)
+    found = [approximate_knn(torch.randn(3000, d, generator=generator), 10, "ivf")[2] for d in (4, 12)]
+    assert found[0]["breadth"] < found[1]["breadth"] <= 64
+    assert min(facts["recall"] for facts in found) >= 0.99 and not caplog.text
+    facts = approximate_knn(torch.randn(3000, 96, generator=generator), 10, "ivf")[2]
+    assert facts["recall"] < 0.99 and facts["breadth"] == 64
+    assert f"recall {facts['recall']:.4f} of ivf at a breadth of 64; knn_method: exact finds all" in caplog.text
 
 
 @pytest.mark.parametrize("method", ["hnsw", "ivf"])
