@@ -85,7 +85,11 @@ def _beyond(study: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _planes(study: Mapping[str, Any]) -> list[Chart]:
-    """Return the alignment-uniformity planes of users and of items, controls hollow."""
+    """Return the alignment-uniformity planes of users and of items, controls hollow.
+
+    A model whose vectors all point the same way, such as that of the most popular items, has no place there: at (0, 0)
+    it would squeeze all others into a corner.
+    """
     found = []
     for who in ("users", "items"):
         series = []
@@ -93,7 +97,7 @@ def _planes(study: Mapping[str, Any]) -> list[Chart]:
             placed = {
                 name: (one["geometry"][f"uniformity_{who}"]["mean"], one["geometry"]["alignment"]["mean"])
                 for name, one in study["experiments"].items()
-                if one["geometry"] and bool(one["control"]) == control
+                if _has_directions(one["geometry"]) and bool(one["control"]) == control
             }
             if placed:
                 x, y = [u for u, _ in placed.values()], [a for _, a in placed.values()]
@@ -112,6 +116,10 @@ def _planes(study: Mapping[str, Any]) -> list[Chart]:
                 )
             )
     return found
+
+
+def _has_directions(geometry: Mapping[str, Any] | None) -> bool:
+    return geometry is not None and any(geometry[f"uniformity_{who}"]["mean"] < -1e-6 for who in ("users", "items"))
 
 
 def _cost_chart(study: Mapping[str, Any]) -> Chart | None:

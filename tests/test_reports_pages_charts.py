@@ -16,6 +16,7 @@ from reports.chart_layout import labels
 from reports.chart_svg import interval, share_bar, svg
 from reports.figures import save_figures
 from reports.page import count, duration, megabytes, metric, percent, pretty, setting, short
+from reports.study_page import _planes
 
 NUMBERS = st.floats(-1e6, 1e6, allow_nan=False)
 
@@ -50,6 +51,19 @@ def test_a_logarithmic_axis_places_by_powers():
     assert [text for _, text in chart.x_ticks()] == ["1", "10", "100", "1,000"]
     places = [float(x) for x in _attributes(svg(chart), "circle", "cx")]
     assert (places[2] - places[1]) == pytest.approx(2 * (places[1] - places[0]), abs=0.3)
+
+
+def test_a_model_whose_vectors_all_point_one_way_has_no_place_in_the_plane():
+    def one(users: float, items: float, alignment: float) -> dict:
+        geometry = {"uniformity_users": users, "uniformity_items": items, "alignment": alignment}
+        return {"control": None, "geometry": {name: {"mean": value} for name, value in geometry.items()}}
+
+    closed_form = {"control": None, "geometry": None}
+    study = {"experiments": {"cm3": one(-2.0, -1.5, 0.6), "mostpop": one(0.0, 0.0, 0.0), "ease": closed_form}}
+    users, items = _planes(study)
+    for plane, place in ((users, -2.0), (items, -1.5)):
+        (series,) = plane.series
+        assert (series.x, series.y, series.labels) == ([place], [0.6], ["cm3"])
 
 
 def _attributes(drawn, tag, name):
