@@ -1,7 +1,7 @@
 """Stage `evaluate`: score what a model exported on the validation and test splits, and write recommendations."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ log = logging.getLogger("cm3.evaluate")
 Score = Callable[[Tensor], Tensor]
 MASKS = ("train", "train+valid")
 
-_WRITTEN_USERS = 65_536  # at a time: an Arrow array of strings ends at 2 GiB
+_PART = 65_536  # users that are ranked, judged and written at a time; an Arrow array of strings ends at 2 GiB
 
 
 @dataclass(frozen=True)
@@ -56,16 +56,24 @@ class Lists:
             items[gone], scores[gone] = -1, -np.inf
         return Lists(users, items[:, :length], scores[:, :length])
 
+    def compact(self) -> "Lists":
+        """Return a copy that takes half of the memory."""
+        return Lists(self.users, self.items.astype(np.int32), self.scores.copy())
+
 
 @dataclass(frozen=True)
 class Measured:
-    """Metrics of the users that have truth in a split: user indices (R,), sizes of their truth, values, top lists."""
+    """Metrics of the users that have truth in a split: user indices (R,), sizes of their truth, (R,) values by name."""
 
     users: np.ndarray
     n_truth: np.ndarray
     values: dict[str, np.ndarray]
-    items: np.ndarray
-    scores: np.ndarray
+
+    @classmethod
+    def joined(cls, parts: Sequence["Measured"]) -> "Measured":
+        """Return the metrics of all parts' users."""
+        values = {name: np.concatenate([part.values[name] for part in parts]) for name in parts[0].values}
+        return cls(np.concatenate([p.users for p in parts]), np.concatenate([p.n_truth for p in parts]), values)
 
     def means(self) -> dict[str, float]:
         """Return each metric's mean over the users, in full precision."""
@@ -112,7 +120,7 @@ def evaluate(
     elif user_embeddings is not None and item_embeddings is not None:
         user_vectors, _ = read_embeddings(user_embeddings, "user_id", data.user_ids)
         item_vectors, metadata = read_embeddings(item_embeddings, "item_id", data.item_ids)
-        by_name = _scores(torch.tensor(user_vectors, device=device), torch.tensor(item_vectors, device=device))
+        by_name = _scores(*(torch.as_tensor(vectors, device=device) for vectors in (user_vectors, item_vectors)))
     else:
         raise ValueError("neither the embeddings of users and items nor item weights are given")
     if settings.score not in by_name:
@@ -122,35 +130,41 @@ def evaluate(
     tested, validates = (np.flatnonzero(np.diff(split.indptr)) for split in (test, valid))
     # Every list is one of the same ranking: without the validation items, too, it is what is left of a longer one.
     spare = int(np.diff(valid.indptr)[tested].max())
-    measured: dict[tuple[str, str], Measured] = {}
-    validated = None
-    for score, of_users in by_name.items():
-        main = score == settings.score
-        ranked = np.union1d(tested, validates) if main else tested
-        length = longest if main else k
-        lists = Lists(ranked, *Ranking(ranked, train, device).top_by(of_users, length + spare))
-        for mask in MASKS:
-            found = lists.of(tested, length, valid if mask == "train+valid" else None)
-            measured[score, mask] = _measure(found, test, settings.ks)
-        if main and valid.nnz:
-            validated = _measure(lists.of(validates, k), valid, settings.ks)
+    parts: dict[tuple[str, str], list[Measured]] = {(score, mask): [] for score in by_name for mask in MASKS}
+    kept: list[Lists] = []
+    validated: list[Measured] = []
+    for some, some_valid in _in_parts(tested, validates):
+        for score, of_users in by_name.items():
+            main = score == settings.score
+            ranked = np.union1d(some, some_valid) if main else some
+            length = longest if main else k
+            lists = Lists(ranked, *Ranking(ranked, train, device).top_by(of_users, length + spare))
+            for mask in MASKS:
+                found = lists.of(some, length, valid if mask == "train+valid" else None)
+                parts[score, mask].append(_measure(found, test, settings.ks))
+                if main and mask == settings.mask:
+                    kept.append(found.compact())
+            if main and valid.nnz:
+                validated.append(_measure(lists.of(some_valid, k), valid, settings.ks))
+    measured = {name: Measured.joined(found) for name, found in parts.items()}
     primary = measured[settings.score, settings.mask]
+    of_valid = Measured.joined(validated) if validated else None
     cold = np.asarray(train.sum(0)).ravel() == 0
 
     result: dict[str, Any] = {
         "test": primary.means(),
-        "valid": validated.means() if validated else None,
+        "valid": of_valid.means() if of_valid else None,
         "detail": {
             "test": {
                 f"score {score}, mask {mask}": found.means() for (score, mask), found in measured.items()
             },
-            "items": _by_kind(primary, test, cold, settings.ks),
+            "items": _by_kind(kept, test, cold, settings.ks),
         },
         "counts": {
             "users": train.shape[0],
             "items": train.shape[1],
             "test_users": len(primary.users),
-            "valid_users": len(validated.users) if validated else 0,
+            "valid_users": len(of_valid.users) if of_valid else 0,
             "test_interactions": test.nnz,
             "cold_items": int(cold.sum()),
             "cold_users": int((np.diff(train.indptr) == 0).sum()),
@@ -162,35 +176,46 @@ def evaluate(
     }  # fmt: skip
     write_json(metrics_output, result)
     _write_per_user(per_user_output, primary)
-    _write_recommendations(recommendations_output, primary, data, settings.top_n)
+    _write_recommendations(recommendations_output, kept, data, settings.top_n)
     log.info("test: %s", ", ".join(f"{name} {value:.4f}" for name, value in result["test"].items()))
     return result
 
 
 def _scores(users: Tensor, items: Tensor) -> dict[str, Score]:
-    unit_users, unit_items = functional.normalize(users, dim=1), functional.normalize(items, dim=1)
-    return {"dot": lambda rows: users[rows] @ items.T, "cosine": lambda rows: unit_users[rows] @ unit_items.T}
+    unit_items = functional.normalize(items, dim=1)
+    return {
+        "dot": lambda rows: users[rows] @ items.T,
+        "cosine": lambda rows: functional.normalize(users[rows], dim=1) @ unit_items.T,
+    }
+
+
+def _in_parts(tested: np.ndarray, validates: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield `tested` users, rising, in parts, and with each part those of `validates` that lie before the next."""
+    starts = tested[::_PART]
+    bounds = np.searchsorted(validates, starts[1:])
+    yield from zip(np.split(tested, range(_PART, len(tested), _PART)), np.split(validates, bounds), strict=True)
 
 
 def _measure(found: Lists, truth: sp.csr_matrix, ks: list[int]) -> Measured:
     some = truth[found.users]
-    return Measured(found.users, np.diff(some.indptr), per_user(found.items, some, ks), found.items, found.scores)
+    return Measured(found.users, np.diff(some.indptr), per_user(found.items, some, ks))
 
 
-def _by_kind(found: Measured, truth: sp.csr_matrix, cold: np.ndarray, ks: list[int]) -> dict[str, Any]:
+def _by_kind(kept: Sequence[Lists], truth: sp.csr_matrix, cold: np.ndarray, ks: list[int]) -> dict[str, Any]:
     # The same lists, judged by the cold (never bought in training) and by the other items of the truth alone.
-    parts = {}
+    kinds = {}
     for name, kind in (("cold", cold), ("warm", ~cold)):
-        part = sp.csr_matrix(truth[found.users] @ sp.diags_array(kind.astype(np.float32)))
+        part = sp.csr_matrix(truth @ sp.diags_array(kind.astype(np.float32)))
         part.eliminate_zeros()
-        rows = np.flatnonzero(np.diff(part.indptr))
-        values = per_user(found.items[rows], part[rows], ks) if len(rows) else {}
-        parts[name] = {
-            "users": len(rows),
-            "interactions": part.nnz,
-            **{metric: float(value.mean()) for metric, value in values.items()},
+        sizes = np.diff(part.indptr)
+        judged = [_measure(found.of(found.users[sizes[found.users] > 0], max(ks)), part, ks) for found in kept]
+        whole = Measured.joined(judged)
+        kinds[name] = {
+            "users": len(whole.users),
+            "interactions": int(sizes[np.concatenate([found.users for found in kept])].sum()),
+            **(whole.means() if len(whole.users) else {}),
         }
-    return parts
+    return kinds
 
 
 def _write_per_user(path: Path, found: Measured) -> None:
@@ -199,16 +224,15 @@ def _write_per_user(path: Path, found: Measured) -> None:
     write_table(path, table, table.schema)
 
 
-def _write_recommendations(path: Path, found: Measured, data: Interactions, top_n: int) -> None:
+def _write_recommendations(path: Path, kept: Sequence[Lists], data: Interactions, top_n: int) -> None:
     user_ids, item_ids = (pa.array(ids, pa.string()) for ids in (data.user_ids, data.item_ids))
     ranks = np.arange(1, top_n + 1, dtype=np.int32)
 
     def parts() -> Iterator[pa.Table]:
-        for start in range(0, len(found.users), _WRITTEN_USERS):
-            rows = slice(start, start + _WRITTEN_USERS)
-            items, scores = found.items[rows, :top_n], found.scores[rows, :top_n]
+        for found in kept:
+            items, scores = found.items[:, :top_n], found.scores[:, :top_n]
             there = items >= 0
-            users = np.broadcast_to(found.users[rows, None], items.shape)
+            users = np.broadcast_to(found.users[:, None], items.shape)
             columns = {
                 "user_id": user_ids.take(pa.array(users[there])),
                 "item_id": item_ids.take(pa.array(items[there])),

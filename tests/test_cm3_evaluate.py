@@ -127,14 +127,18 @@ def test_lists_end_where_the_items_do(shop, tmp_path):
         assert [r["rank"] for r in mine] == list(range(1, len(mine) + 1))
 
 
-def test_recommendations_written_in_parts_are_the_same(shop, tmp_path, monkeypatch):
+@pytest.mark.parametrize("mask", ["train", "train+valid"])
+def test_a_part_of_the_users_at_a_time_gives_the_same(shop, tmp_path, monkeypatch, mask):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run(shop, whole)
-    monkeypatch.setattr("cm3.evaluate._WRITTEN_USERS", 7)
-    run(shop, parts)
+    run(shop, whole, mask=mask)
+    monkeypatch.setattr("cm3.evaluate._PART", 7)
+    run(shop, parts, mask=mask)
     one, other = (pq.ParquetFile(folder / "recommendations.parquet") for folder in (whole, parts))
     assert one.num_row_groups == 1 and other.num_row_groups == -(-USERS // 7)
     assert one.read().equals(other.read())
+    assert (parts / "per_user.parquet").read_bytes() == (whole / "per_user.parquet").read_bytes()
+    (metrics,) = whole.glob("*.json")
+    assert (parts / metrics.name).read_text() == metrics.read_text()
 
 
 def test_two_runs_write_the_same_bytes(shop, tmp_path):
