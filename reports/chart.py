@@ -89,13 +89,13 @@ class Chart:
         low, high = self.limits()[0]
         if not self.log_x:
             return labelled(ticks(low, high))
-        found: list[tuple[float, str]] = []
         for factors in ((1,), (1, 3), (1, 2, 5), range(1, 10)):
             values = [f * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for f in factors]
             found = [(math.log10(value), f"{value:,g}") for value in values if low <= math.log10(value) <= high]
             if len(found) > 2:
-                break
-        return found
+                return found
+        # So short a piece of the axis is nearly even.
+        return [(math.log10(value), text) for value, text in labelled(ticks(10**low, 10**high))]
 
     def limits(self) -> tuple[tuple[float, float], tuple[float, float]]:
         """Return the lower and upper limits of x and of y, with some room around the values; of x as `place` has it."""

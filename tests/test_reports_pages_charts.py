@@ -53,6 +53,18 @@ def test_a_logarithmic_axis_places_by_powers():
     assert (places[2] - places[1]) == pytest.approx(2 * (places[1] - places[0]), abs=0.3)
 
 
+@pytest.mark.parametrize("seconds", [[349.2, 393.5], [0.0203, 0.0204], [7.0], [5.0, 5.0], [19.9, 21.0]])
+def test_a_short_piece_of_a_logarithmic_axis_has_ticks_that_differ(seconds):
+    chart = Chart("c", "t", "x", "y", (Points(seconds, [1.0 + n for n in range(len(seconds))]),), log_x=True)
+    found = chart.x_ticks()
+    low, high = chart.limits()[0]
+    assert len(found) > 1 and len({text for _, text in found}) == len(found)
+    assert all(low - 1e-9 <= place <= high + 1e-9 for place, _ in found)
+    for place, text in found:
+        assert 10**place == pytest.approx(float(text.replace(",", "")), rel=1e-6)
+    assert svg(chart)
+
+
 def test_a_model_whose_vectors_all_point_one_way_has_no_place_in_the_plane():
     def one(users: float, items: float, alignment: float) -> dict:
         geometry = {"uniformity_users": users, "uniformity_items": items, "alignment": alignment}
