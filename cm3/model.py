@@ -184,10 +184,21 @@ class CM3(Network):
         """Return the embeddings that are evaluated: t = 0.5 for every item."""
         return self(torch.full((self.n_items,), 0.5, device=self.users.device))
 
+    @torch.no_grad()
     def curves(self) -> dict[str, float]:
-        """Return the mean weight of each stream over the users, `stream_weight_NAME`."""
-        weights = self.stream_logits.detach().softmax(1).mean(0).tolist()
-        return {f"stream_weight_{name}": value for name, value in zip(self.stream_names, weights, strict=True)}
+        """Return the mean weight of each stream over the users, `stream_weight_NAME`, and `fused_cosine`.
+
+        That is the mean cosine between the fused points of two items, t = 0.5: near 1 they say nothing of an item any
+        more, and the calibration has come to the plain uniformity.
+        """
+        weights = self.stream_logits.softmax(1).mean(0).tolist()
+        found = {f"stream_weight_{name}": value for name, value in zip(self.stream_names, weights, strict=True)}
+        points = [modality()[1] for modality in self.modalities]
+        n = self.n_items
+        fused = functional.normalize(self._fused(points, torch.full((n,), 0.5, device=self.users.device)), dim=1)
+        if n > 1:
+            found["fused_cosine"] = float((fused.sum(0).square().sum() - n) / (n * (n - 1)))
+        return found
 
     def suspects(self) -> tuple[str, ...]:
         """Name the reference's slerp where it is in use."""

@@ -16,6 +16,7 @@ _NAMES = {
     "alignment": "Alignment loss",
     "user_uniformity": "Uniformity loss of users",
     "item_uniformity": "Uniformity loss of items",
+    "fused_cosine": "Mean cosine of fused points",
 }
 _BINS = 40
 

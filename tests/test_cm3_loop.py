@@ -37,6 +37,7 @@ def test_curves_are_the_history_also_of_a_run_that_was_stopped(shop, tmp_path, m
         "user_uniformity": "training/user_uniformity",
         "item_uniformity": "training/item_uniformity",
         "grad_norm": "training/grad_norm",
+        "fused_cosine": "training/fused_cosine",
         "valid_recall@20": "validation/recall@20",
         **{f"stream_weight_{name}": f"stream weight/{name}" for name in ("text", "image", "fused")},
     }

@@ -124,6 +124,20 @@ def test_a_step_over_two_batches_is_the_mean_of_their_losses_over_one_forward():
         torch.testing.assert_close(parameter.grad, expected[name])
 
 
+@pytest.mark.parametrize("fusion", ["bezier", "mean"])
+def test_the_curve_of_fused_points_is_their_mean_cosine(fusion):
+    model, _ = build(2, fusion=fusion)
+    fused = model.embed().fused
+    fused = fused / fused.norm(dim=1, keepdim=True)
+    cosines = fused @ fused.T
+    expected = (float(cosines.sum()) - ITEMS) / (ITEMS * (ITEMS - 1))
+    assert model.curves()["fused_cosine"] == pytest.approx(expected, abs=1e-9)
+    with torch.no_grad():
+        for modality in model.modalities:
+            modality.point.weight.zero_()
+    assert model.curves()["fused_cosine"] == pytest.approx(1)
+
+
 def test_bfloat16_products_are_near_those_of_float32():
     model, _ = build(2)
     model = model.float()
