@@ -101,7 +101,7 @@ def _candidates(
         index = faiss.IndexIVFFlat(faiss.IndexFlatIP(d), d, cells, faiss.METRIC_INNER_PRODUCT)
         index.cp.seed, index.cp.spherical, index.cp.min_points_per_centroid = _SEED, True, 1
         index.cp.max_points_per_centroid = 64
-        # A sixteenth of the rows takes as long as an exact search of all, whose products run many times faster.
+        # A sixteenth of the rows takes about as long as an exact search of all, whose products run many times faster.
         chosen, name, breadth, most = index, "nprobe", 8, min(cells, max(64, cells // 16))
     else:
         raise ValueError(f"method {method!r} is neither hnsw nor ivf")

@@ -157,7 +157,7 @@ class _Run:
         for group in self.optimiser.param_groups:
             group["lr"] = settings.lr * lr_factor(settings, state.epoch, state.step, self.steps)
         self.optimiser.zero_grad(set_to_none=True)
-        loss = self.model.descend(batches, self._seed())
+        loss = self.model.backward(batches, self._seed())
         state.parts[state.step] = torch.stack([loss.total, *(loss.parts[name] for name in self.model.parts)])
         if self.device.type == "cpu":
             self._require_finite(loss)

@@ -17,7 +17,7 @@ from cm3.config import Model
 from cm3.fusion import lerp, reference_slerp, slerp, spherical_bezier
 from cm3.graph import SparseMatrix, add_neighbours, propagate, propagate_to, user_item_matrix
 from cm3.losses import alignment, calibrated_by, uniformity
-from cm3.network import Embeddings, Loss, Network, descend
+from cm3.network import Embeddings, Loss, Network, backward
 from cm3.sampling import Batch, derived_seed, mixing_parameters
 from stages.arrays import blocks, mean_of_rows, zeros
 from stages.errors import UserError
@@ -141,17 +141,17 @@ class CM3(Network):
         """Return alignment + gamma (uniformity of users + calibrated uniformity of items) / 2 over a batch."""
         return self._loss(_rows(embeddings.users, batch.spread_users.ids), embeddings.items, embeddings.fused, batch)
 
-    def descend(self, batches: Sequence[Batch], seed: int) -> Loss:
-        """Add the gradient of the mean loss of `batches` over one forward, which embeds no more users than they hold."""
+    def backward(self, batches: Sequence[Batch], seed: int) -> Loss:
+        """Return the mean loss of `batches`, its gradient added to the parameters'; no more users are embedded than they hold."""
         held = [batch.spread_users.ids for batch in batches]
         if len(held) > 1 and sum(len(some) for some in held) >= self.n_users:
-            return super().descend(batches, seed)
+            return super().backward(batches, seed)
         ego, fused = self._ego(self._mixing(seed))
         ids = torch.cat(held)
         users, items = propagate_to(self.adjacency, ego, self.settings.n_ui_layers, ids, self.n_users)
         users, items = self._weighted(users, _rows(self.stream_logits, ids)), self._with_neighbours(items)
         embeddings = _StepEmbeddings(list(users.split([len(some) for some in held])), items, fused)
-        return descend(embeddings, [partial(self._step_loss, n, batch) for n, batch in enumerate(batches)])
+        return backward(embeddings, [partial(self._step_loss, n, batch) for n, batch in enumerate(batches)])
 
     def _step_loss(self, n: int, batch: Batch, embeddings: "_StepEmbeddings") -> Loss:
         return self._loss(embeddings.users[n], embeddings.items, embeddings.fused, batch)

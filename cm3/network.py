@@ -32,7 +32,7 @@ class Loss:
     parts: Mapping[str, Tensor]
 
 
-def descend(embeddings: _E, losses: Sequence[Callable[[_E], Loss]]) -> Loss:
+def backward(embeddings: _E, losses: Sequence[Callable[[_E], Loss]]) -> Loss:
     """Return the mean of `losses` outside autograd, its gradient added to that of the parameters.
 
     Where there are several, one loss's graph stands at a time: memory does not grow with their number.
@@ -93,13 +93,13 @@ class Network(nn.Module):
         """Return the loss of a batch under the embeddings of a training step."""
         raise NotImplementedError
 
-    def descend(self, batches: Sequence[Batch], seed: int) -> Loss:
+    def backward(self, batches: Sequence[Batch], seed: int) -> Loss:
         """Return the mean loss of `batches` over one training forward, its gradient added to the parameters'.
 
         A model may embed less than all for it.
         """
         losses = [lambda embeddings, batch=batch: self.loss(embeddings, batch) for batch in batches]
-        return descend(self.training_embeddings(seed), losses)
+        return backward(self.training_embeddings(seed), losses)
 
     def embed(self) -> Embeddings:
         """Return the embeddings that are scored and exported, outside autograd."""

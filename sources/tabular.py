@@ -52,16 +52,21 @@ def read_columns(path: Path, format: str, names: Sequence[str]) -> Iterator[Colu
     Raises:
         UserError: absent or empty file, a column that it lacks (in jsonl: its first part), or a malformed line, named.
     """
-    parts = {"parquet": _parquet_parts, "jsonl": _jsonl_parts}.get(format, _delimited_parts)
+    if format == "parquet":
+        parts = _parquet_parts(path, names)
+    elif format == "jsonl":
+        parts = _jsonl_parts(path, names)
+    else:
+        parts = _delimited_parts(path, _DELIMITER[format], names)
     first = 0
-    for table in parts(path, format, names):
+    for table in parts:
         yield Columns(path, format, {name: table.column(name) for name in names}, first)
         first += len(table)
     if not first:
         raise UserError(f"{path}: holds no rows" + (", only a header" if format in _DELIMITER else ""))
 
 
-def _parquet_parts(path: Path, format: str, names: Sequence[str]) -> Iterator[pa.Table]:
+def _parquet_parts(path: Path, names: Sequence[str]) -> Iterator[pa.Table]:
     with _open_parquet(path, names) as file:
         try:
             for batch in file.iter_batches(_PART_ROWS, columns=list(names)):
@@ -70,7 +75,7 @@ def _parquet_parts(path: Path, format: str, names: Sequence[str]) -> Iterator[pa
             raise _unreadable_parquet(path, error) from None
 
 
-def _jsonl_parts(path: Path, format: str, names: Sequence[str]) -> Iterator[pa.Table]:
+def _jsonl_parts(path: Path, names: Sequence[str]) -> Iterator[pa.Table]:
     rows = _read_jsonl(path, names)
     first = True
     while part := [row for _, row in itertools.islice(rows, _PART_ROWS)]:
@@ -80,8 +85,7 @@ def _jsonl_parts(path: Path, format: str, names: Sequence[str]) -> Iterator[pa.T
         yield pa.table({name: pa.array([_text(row.get(name)) for row in part], pa.string()) for name in names})
 
 
-def _delimited_parts(path: Path, format: str, names: Sequence[str]) -> Iterator[pa.Table]:
-    delimiter = _DELIMITER[format]
+def _delimited_parts(path: Path, delimiter: str, names: Sequence[str]) -> Iterator[pa.Table]:
     found = _header(path, delimiter)
     _require(path, names, found)
     with open_bytes(path) as file:

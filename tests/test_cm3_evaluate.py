@@ -10,7 +10,7 @@ import pytest
 
 from cm3.config import Evaluation
 from cm3.embeddings import write_embeddings
-from cm3.evaluate import evaluate
+from cm3.evaluate import _in_parts, evaluate
 from cm3.metrics import NAMES
 from stages.errors import UserError
 from stages.files import read_json
@@ -139,6 +139,12 @@ def test_a_part_of_the_users_at_a_time_gives_the_same(shop, tmp_path, monkeypatc
     assert (parts / "per_user.parquet").read_bytes() == (whole / "per_user.parquet").read_bytes()
     (metrics,) = whole.glob("*.json")
     assert (parts / metrics.name).read_text() == metrics.read_text()
+
+
+def test_users_with_validation_alone_go_with_the_part_before_the_next(monkeypatch):
+    monkeypatch.setattr("cm3.evaluate._PART", 2)
+    parts = _in_parts(np.array([2, 5, 9]), np.array([0, 2, 3, 5, 7, 9, 11]))
+    assert [(some.tolist(), valid.tolist()) for some, valid in parts] == [([2, 5], [0, 2, 3, 5, 7]), ([9], [9, 11])]
 
 
 def test_two_runs_write_the_same_bytes(shop, tmp_path):

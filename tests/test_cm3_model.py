@@ -79,19 +79,19 @@ def test_forward_loss_and_gradients(modalities, changes, dtype, tolerance):
     # What a training step computes embeds the batch's users alone; it must be the same loss.
     model._mixing = lambda seed: t.to(dtype)
     some = batch(chosen.dedup_pairs)
-    for descend in (
-        lambda: descend_by(model.loss(embeddings, some)), lambda: model.descend([some], 0),
-        lambda: model.descend([some, some], 0),
+    for run in (
+        lambda: backward_of(model.loss(embeddings, some)), lambda: model.backward([some], 0),
+        lambda: model.backward([some, some], 0),
     ):  # fmt: skip
         model.zero_grad()
-        assert float(descend().total) == pytest.approx(float(expected.detach()), rel=tolerance)
+        assert float(run().total) == pytest.approx(float(expected.detach()), rel=tolerance)
         for (name, parameter), plain in zip(model.named_parameters(), plain_gradients, strict=True):
             assert (parameter.grad is None) == (plain is None), name
             if plain is not None:
                 assert_near(parameter.grad, plain, tolerance, name)
 
 
-def descend_by(loss: Loss) -> Loss:
+def backward_of(loss: Loss) -> Loss:
     loss.total.backward()
     return Loss(loss.total.detach(), loss.parts)
 
@@ -116,7 +116,7 @@ def test_a_step_over_two_batches_is_the_mean_of_their_losses_over_one_forward():
     ((losses[0].total + losses[1].total) / 2).backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    both = model.descend([one, other], 3)
+    both = model.backward([one, other], 3)
     torch.testing.assert_close(both.total, (losses[0].total + losses[1].total).detach() / 2)
     for name in model.parts:
         torch.testing.assert_close(both.parts[name], (losses[0].parts[name] + losses[1].parts[name]).detach() / 2)
