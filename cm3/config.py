@@ -153,7 +153,11 @@ class Training(Strict):
     processes: int = Field(
         1, gt=0, description="processes that share each batch, one per GPU; more is for cm3 alone (docs/training.md)"
     )
-    checkpoint_seconds: Float = Field(30.0, ge=0, description="least time between checkpoints; 0: after every step")
+    checkpoint_seconds: Float = Field(
+        30.0,
+        ge=0,
+        description="least time between checkpoints, of which large ones take a tenth at most; 0: after every step",
+    )
     tensorboard: bool = Field(True, description="write TensorBoard curves beside the model, where it is installed")
 
 

@@ -26,6 +26,7 @@ from stages.errors import UserError
 
 log = logging.getLogger(__name__)
 
+_REST = 9  # times as long as a checkpoint takes to write, until the next
 _LOG_SECONDS = 20.0
 
 
@@ -123,7 +124,7 @@ class _Run:
         self.state = stored or State(parts)
         if stored:
             log.info("going on from the checkpoint: epoch %d, after step %d of %d", stored.epoch, stored.step, self.steps)  # fmt: skip
-        self.saved = time.monotonic()
+        self.saved, self.writing = time.monotonic(), 0.0
 
     def epoch(self, stopping: Stopping) -> Embeddings | None:
         """Take the epoch's steps, or those that are left; return the last step's embeddings where they are scored."""
@@ -206,7 +207,7 @@ class _Run:
 
     def save_if_due(self, stopping: Stopping, finished: bool = False) -> None:
         """Write a checkpoint when it is time or the end, and heed a wish to stop."""
-        if not (finished or stopping.asked or time.monotonic() - self.saved >= self.settings.checkpoint_seconds):
+        if not (finished or stopping.asked or self._due()):
             return
         self._require_finite_parts()
         self._save()
@@ -214,11 +215,16 @@ class _Run:
             log.info("asked to stop; the checkpoint is written, the same command goes on from it")
             raise SystemExit(128 + signal.SIGTERM)
 
+    def _due(self) -> bool:
+        least = self.settings.checkpoint_seconds
+        return time.monotonic() - self.saved >= (max(least, _REST * self.writing) if least else 0)
+
     def _save(self) -> None:
+        started = time.monotonic()
+        if not (self.model.share and self.model.share.rank):
+            self.state.save(self.checkpoint, self.model, self.optimiser)
         self.saved = time.monotonic()
-        if self.model.share and self.model.share.rank:
-            return
-        self.state.save(self.checkpoint, self.model, self.optimiser)
+        self.writing = self.saved - started
 
     def log_epoch(self, seconds: float) -> None:
         """Say what the epoch brought."""

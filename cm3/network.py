@@ -45,16 +45,7 @@ def backward(embeddings: _E, losses: Sequence[Callable[[_E], Loss]]) -> Loss:
         loss.total.backward()
         return _detached(loss)
     joints: list[tuple[Tensor, Tensor]] = []
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, list):
-            return [cut(x) for x in value]
-        if value.grad_fn is None:
-            return value
-        joints.append((value, value.detach().requires_grad_()))
-        return joints[-1][1]
-
-    leaves = replace(embeddings, **{name: cut(value) for name, value in vars(embeddings).items()})
+    leaves = replace(embeddings, **{name: _cut(value, joints) for name, value in vars(embeddings).items()})
     found = []
     for of in losses:
         loss = of(leaves)
@@ -64,6 +55,17 @@ def backward(embeddings: _E, losses: Sequence[Callable[[_E], Loss]]) -> Loss:
     torch.autograd.backward([joint for joint, _ in reached], [grad for _, grad in reached])
     parts = {name: torch.stack([loss.parts[name] for loss in found]).mean() for name in found[0].parts}
     return Loss(torch.stack([loss.total for loss in found]).mean(), parts)
+
+
+def _cut(value: Any, joints: list[tuple[Tensor, Tensor]]) -> Any:
+    """Return `value`, a tensor or a list of them, cut off from its graph; each tensor and its leaf go into `joints`."""
+    # No closure that calls itself: such a cycle would keep the graphs of several steps until the garbage collector runs.
+    if isinstance(value, list):
+        return [_cut(x, joints) for x in value]
+    if value.grad_fn is None:
+        return value
+    joints.append((value, value.detach().requires_grad_()))
+    return joints[-1][1]
 
 
 def _detached(loss: Loss) -> Loss:

@@ -22,7 +22,7 @@ def lr_factor(settings: Training, epoch: int, batch: int, batches: int) -> float
     """
     progress = epoch - 1 + batch / batches
     if progress < settings.warmup_epochs:
-        return (progress + 1 / batches) / settings.warmup_epochs
+        return min(1.0, (progress + 1 / batches) / settings.warmup_epochs)
     if settings.schedule == "cosine":
         length = max(settings.epochs - settings.warmup_epochs, 1)
         return 0.5 * (1 + math.cos(math.pi * min((progress - settings.warmup_epochs) / length, 1)))

@@ -1,5 +1,8 @@
 """The network and its loss against a dense float64 recomputation, and the sampler and settings that feed it."""
 
+import gc
+import weakref
+
 import numpy as np
 import oracles_cm3 as oracle
 import pytest
@@ -122,6 +125,26 @@ def test_a_step_over_two_batches_is_the_mean_of_their_losses_over_one_forward():
         torch.testing.assert_close(both.parts[name], (losses[0].parts[name] + losses[1].parts[name]).detach() / 2)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name])
+
+
+@pytest.mark.parametrize("batches", [1, 2, 3])
+def test_a_step_leaves_nothing_to_the_garbage_collector(batches, monkeypatch):
+    model, _ = build(2)
+    kept = []
+    ego = model._ego
+
+    def watched(t):
+        found = ego(t)
+        kept.extend(weakref.ref(x) for x in found)
+        return found
+
+    monkeypatch.setattr(model, "_ego", watched)
+    gc.disable()
+    try:
+        model.backward([batch()] * batches, 3)
+        assert len(kept) == 2 and all(ref() is None for ref in kept)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("fusion", ["bezier", "mean"])

@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,6 +119,8 @@ def test_learning_rates_follow_their_schedule():
 
     assert factors() == [1.0] * 12
     assert factors(warmup_epochs=1.0)[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert factors(warmup_epochs=0.6)[:4] == pytest.approx([0.25 / 0.6, 0.5 / 0.6, 1.0, 1.0])
+    assert factors(warmup_epochs=0.1)[0] == 1.0
     assert factors(schedule="exponential", lr_decay=0.5)[::4] == [1.0, 0.5, 0.25]
     cosine = factors(schedule="cosine", epochs=3)
     assert cosine == sorted(cosine, reverse=True) and cosine[0] == 1.0
@@ -177,3 +181,24 @@ def test_a_resume_may_change_the_checkpoint_interval(shop, tmp_path):
         run(shop, tmp_path / name, training={"checkpoint_seconds": seconds})
         shared[name] = written(tmp_path / name)
     assert shared["a"] == shared["b"]
+
+
+def test_checkpoints_that_take_long_are_written_more_rarely(shop, tmp_path, monkeypatch):
+    now, saved, save, step = [0.0], [], Checkpoint.save, cm3.loop._Run.step
+
+    def slowly(self, tensors, state):
+        saved.append(now[0])
+        save(self, tensors, state)
+        now[0] += 1
+
+    def counted(self, batches):
+        step(self, batches)
+        now[0] += 1
+
+    monkeypatch.setattr(cm3.loop, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(Checkpoint, "save", slowly)
+    monkeypatch.setattr(cm3.loop._Run, "step", counted)
+    run(shop, tmp_path, training={"checkpoint_seconds": 2, "epochs": 20, "patience": 20})
+    *due, finished = saved
+    assert due[0] == 2 and [later - one for one, later in pairwise(due)] == [10.0] * (len(due) - 1)
+    assert len(due) > 2 and finished == now[0] - 1
