@@ -8,13 +8,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from cm3.topk import top_k
+from cm3.topk import largest, top_k
 from stages.arrays import zeros
 
 _BLOCK_ENTRIES = 2**25  # of a block's product on the CPU: 128 MiB
 _CUDA_BLOCK_ENTRIES = 2**30  # as long as a quarter of the free memory holds them
 _CHUNK_COLUMNS = 2**16
-_GROUP = 32
 _MARGIN = 16
 # Half a unit in the last place of a float32 of at most 1, doubled.
 _ROUNDING = 2.0**-24
@@ -148,35 +147,13 @@ def _candidates(vectors: Tensor, others: Tensor, width: int, columns: int, buffe
         some = others[first : first + columns]
         product = buffer[: len(vectors) * len(some)].view(len(vectors), len(some))
         torch.mm(vectors, some.T, out=product)
-        values, places = _largest(product, min(width, len(some)))
+        values, places = largest(product, min(width, len(some)))
         found.append((values, places + first))
         if len(found) > 1:
             values, places = (torch.cat(pair, dim=1) for pair in zip(*found, strict=True))
             values, best = values.topk(min(width, values.shape[1]), dim=1, sorted=False)
             found = [(values, places.gather(1, best))]
     return found[0]
-
-
-def _largest(product: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Return values and columns of the `width` largest entries of each row, in no order.
-
-    They lie in the `width` groups of columns whose maxima are largest, for any other group's entries have `width`
-    maxima above them. Maxima cost one pass over memory where topk over all columns costs as much as the product.
-    """
-    n_columns = product.shape[1]
-    n_groups = n_columns // _GROUP
-    if n_groups < 2 * width:
-        values, places = product.topk(width, dim=1, sorted=False)
-        return values, places
-    # Group i holds columns i, i + G, i + 2G, ..: neighbouring groups lie side by side, and the maximum vectorises.
-    whole = n_groups * _GROUP
-    maxima = product[:, :whole].unflatten(1, (_GROUP, n_groups)).amax(dim=1)
-    groups = maxima.topk(width, dim=1, sorted=False).indices
-    steps = torch.arange(0, whole, n_groups, device=product.device)
-    rest = torch.arange(whole, n_columns, device=product.device).expand(len(product), -1)
-    members = torch.cat([(groups[:, :, None] + steps).flatten(1), rest], dim=1)
-    values, places = product.gather(1, members).topk(width, dim=1, sorted=False)
-    return values, members.gather(1, places)
 
 
 def _finish(space: Directions, rows: Tensor, k: int, among: Tensor | None, floor: Tensor) -> tuple[Tensor, Tensor]:

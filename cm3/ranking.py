@@ -12,7 +12,8 @@ from cm3.topk import top_k
 
 log = logging.getLogger(__name__)
 
-_BLOCK_ENTRIES = 16_000_000
+_BLOCK_ENTRIES = 7_000_000  # of scores on the CPU: up to 32 MiB glibc gives freed memory out again, without page faults
+_CUDA_BLOCK_ENTRIES = 2**26
 
 
 class Ranking:
@@ -26,7 +27,8 @@ class Ranking:
         rows = sp.csr_matrix(masked[users])
         self.n_items = rows.shape[1]
         self.users = torch.as_tensor(users, dtype=torch.int64, device=device)
-        self.block = max(1, _BLOCK_ENTRIES // max(1, self.n_items))
+        entries = _BLOCK_ENTRIES if self.users.device.type == "cpu" else _CUDA_BLOCK_ENTRIES
+        self.block = max(1, entries // max(1, self.n_items))
         self.columns = torch.as_tensor(rows.indices, dtype=torch.int64, device=device)
         self.rows = torch.as_tensor(np.repeat(np.arange(len(users)), np.diff(rows.indptr)), device=device)
         self.offsets = rows.indptr

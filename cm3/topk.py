@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+_GROUP = 16
+
 
 def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return (indices, values), both (N, k), of the k largest entries of each row of (N, I) scores.
@@ -19,7 +21,9 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if k == width:
         values, indices = torch.sort(scores, dim=1, descending=True, stable=True)
         return indices, values
-    values, indices = scores.topk(k + 1, dim=1)
+    values, indices = largest(scores, k + 1)
+    values, order = values.sort(dim=1, descending=True)
+    indices = indices.gather(1, order)
     # A tie across the boundary: topk may have kept any of the equal entries.
     torn = torch.nonzero((values[:, k - 1] == values[:, k]) & (values[:, k] > -torch.inf)).squeeze(1)
     indices, by_index = indices[:, :k].sort(dim=1)
@@ -37,3 +41,26 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
         values[torn], order = again.gather(1, columns).sort(dim=1, descending=True, stable=True)
         indices[torn] = columns.gather(1, order)
     return indices, values
+
+
+def largest(scores: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Return (values, indices), both (N, width), of the largest entries of each row of (N, I) scores, in no order.
+
+    They lie in the `width` groups of columns whose maxima are largest, for any other group's entries have `width`
+    maxima above them. Maxima cost one pass over memory where `torch.topk` over all columns costs as much as the product
+    that made them. Which of equal entries are kept is not promised.
+    """
+    n_columns = scores.shape[1]
+    n_groups = n_columns // _GROUP
+    if n_groups < 2 * width:
+        values, places = scores.topk(width, dim=1, sorted=False)
+        return values, places
+    # Group i holds columns i, i + G, i + 2G, ..: neighbouring groups lie side by side, and the maximum vectorises.
+    whole = n_groups * _GROUP
+    maxima = scores[:, :whole].unflatten(1, (_GROUP, n_groups)).amax(dim=1)
+    groups = maxima.topk(width, dim=1, sorted=False).indices
+    steps = torch.arange(0, whole, n_groups, device=scores.device)
+    rest = torch.arange(whole, n_columns, device=scores.device).expand(len(scores), -1)
+    members = torch.cat([(groups[:, :, None] + steps).flatten(1), rest], dim=1)
+    values, places = scores.gather(1, members).topk(width, dim=1, sorted=False)
+    return values, members.gather(1, places)

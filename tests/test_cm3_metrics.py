@@ -77,10 +77,15 @@ def test_an_item_outside_the_matrix_is_refused():
 
 
 @settings(deadline=None)
-@given(seed=st.integers(0, 1000), k=st.integers(1, 12), levels=st.integers(1, 6))
-def test_top_k_orders_ties_by_lower_index(seed, k, levels):
-    scores = np.random.default_rng(seed).integers(0, levels, (7, 12)).astype(np.float32)
-    indices, values = top_k(torch.from_numpy(scores), k)
+@given(
+    seed=st.integers(0, 1000), k=st.integers(1, 12), n=st.integers(12, 70), levels=st.integers(1, 99),
+    group=st.integers(1, 4),
+)  # fmt: skip
+def test_top_k_orders_ties_by_lower_index(seed, k, n, levels, group):
+    scores = np.random.default_rng(seed).integers(0, levels, (7, n)).astype(np.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cm3.topk._GROUP", group)
+        indices, values = top_k(torch.from_numpy(scores), k)
     for row, found in zip(scores, indices.tolist(), strict=True):
         assert found == oracle.ranked(row, set(), k)
     np.testing.assert_array_equal(values.numpy(), np.take_along_axis(scores, indices.numpy(), 1))
