@@ -31,7 +31,8 @@ log = logging.getLogger("cm3.evaluate")
 Score = Callable[[Tensor], Tensor]
 MASKS = ("train", "train+valid")
 
-_PART = 65_536  # users that are ranked, judged and written at a time; an Arrow array of strings ends at 2 GiB
+_PART = 65_536  # users that are judged and written at a time; an Arrow array of strings ends at 2 GiB
+_ENTRIES = 2**22  # of lists that are ranked at a time
 
 
 @dataclass(frozen=True)
@@ -109,10 +110,13 @@ def evaluate(
             cosine asked for where there are no embeddings.
     """
     data = read_interactions(interactions, items, users)
-    train, test, valid = data.matrix("train"), data.matrix("test"), data.matrix("valid")
+    train, test, valid = data.matrix("train"), data.truth("test"), data.truth("valid")
+    cold_users = np.diff(train.indptr) == 0
+    left_out = np.unique(data.pairs("test")[0][cold_users[data.pairs("test")[0]]])
     if not test.nnz:
         raise UserError(
-            f"{interactions}: no row is in the test split; check the split settings and prepare the data again"
+            f"{interactions}: no row of a user with training interactions is in the test split; check the split settings "
+            "and prepare the data again"
         )
     metadata: dict[str, Any] = {}
     if weights is not None:
@@ -127,25 +131,24 @@ def evaluate(
         raise UserError(f"evaluation.score = {settings.score!r}: {weights} has no embeddings to take it of; set dot")
 
     k, longest = max(settings.ks), max(*settings.ks, settings.top_n)
-    tested, validates = (np.flatnonzero(np.diff(split.indptr)) for split in (test, valid))
-    # Every list is one of the same ranking: without the validation items, too, it is what is left of a longer one.
-    spare = int(np.diff(valid.indptr)[tested].max())
+    tested, validates = (np.diff(split.indptr) > 0 for split in (test, valid))
+    asked = np.flatnonzero(tested | validates)
     parts: dict[tuple[str, str], list[Measured]] = {(score, mask): [] for score in by_name for mask in MASKS}
     kept: list[Lists] = []
     validated: list[Measured] = []
-    for some, some_valid in _in_parts(tested, validates):
+    for part in np.split(asked, range(_PART, len(asked), _PART)):
+        some, some_valid = part[tested[part]], part[validates[part]]
         for score, of_users in by_name.items():
             main = score == settings.score
-            ranked = np.union1d(some, some_valid) if main else some
             length = longest if main else k
-            lists = Lists(ranked, *Ranking(ranked, train, device).top_by(of_users, length + spare))
-            for mask in MASKS:
-                found = lists.of(some, length, valid if mask == "train+valid" else None)
+            by_mask = _ranked(of_users, part if main else some, train, valid, length, device)
+            for mask, lists in by_mask.items():
+                found = lists.of(some, length)
                 parts[score, mask].append(_measure(found, test, settings.ks))
                 if main and mask == settings.mask:
                     kept.append(found.compact())
             if main and valid.nnz:
-                validated.append(_measure(lists.of(some_valid, k), valid, settings.ks))
+                validated.append(_measure(by_mask["train"].of(some_valid, k), valid, settings.ks))
     measured = {name: Measured.joined(found) for name, found in parts.items()}
     primary = measured[settings.score, settings.mask]
     of_valid = Measured.joined(validated) if validated else None
@@ -167,7 +170,8 @@ def evaluate(
             "valid_users": len(of_valid.users) if of_valid else 0,
             "test_interactions": test.nnz,
             "cold_items": int(cold.sum()),
-            "cold_users": int((np.diff(train.indptr) == 0).sum()),
+            "cold_users": int(cold_users.sum()),
+            "cold_test_users": len(left_out),
             "test_interactions_seen_in_training": int(test.multiply(train).nnz),
         },
         "score": settings.score,
@@ -189,11 +193,28 @@ def _scores(users: Tensor, items: Tensor) -> dict[str, Score]:
     }
 
 
-def _in_parts(tested: np.ndarray, validates: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield `tested` users, rising, in parts, and with each part those of `validates` that lie before the next."""
-    starts = tested[::_PART]
-    bounds = np.searchsorted(validates, starts[1:])
-    yield from zip(np.split(tested, range(_PART, len(tested), _PART)), np.split(validates, bounds), strict=True)
+def _ranked(
+    score: Score, users: np.ndarray, train: sp.csr_matrix, valid: sp.csr_matrix, length: int, device: str
+) -> dict[str, Lists]:
+    """Return the lists of users (R,) up to `length` under each mask.
+
+    Both are of one ranking: without the validation items it is what is left of a longer one. Users with as many such
+    items are ranked together, so that one with thousands does not lengthen everybody's lists.
+    """
+    shape = (len(users), length)
+    found = {mask: Lists(users, np.full(shape, -1), np.full(shape, -np.inf, np.float32)) for mask in MASKS}
+    spare = np.diff(valid.indptr)[users]
+    rising = np.argsort(spare, kind="stable")
+    while len(rising):
+        entries = np.arange(1, len(rising) + 1) * (length + spare[rising])
+        rows = np.sort(rising[: max(1, np.searchsorted(entries, _ENTRIES, "right"))])
+        rising = rising[len(rows) :]
+        ranking = Ranking(users[rows], train, device)
+        lists = Lists(users[rows], *ranking.top_by(score, length + int(spare[rows].max())))
+        for mask, whole in found.items():
+            part = lists.of(lists.users, length, valid if mask == "train+valid" else None)
+            whole.items[rows], whole.scores[rows] = part.items, part.scores
+    return found
 
 
 def _measure(found: Lists, truth: sp.csr_matrix, ks: list[int]) -> Measured:

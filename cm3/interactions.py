@@ -44,6 +44,14 @@ class Interactions:
         matrix.data[:] = 1.0
         return matrix
 
+    def truth(self, split: str) -> sp.csr_matrix:
+        """Return `matrix(split)` of the users that have a training interaction; the rows of others are empty."""
+        known = np.zeros(len(self.user_ids), np.float32)
+        known[self.pairs("train")[0]] = 1
+        kept = sp.csr_matrix(sp.diags_array(known) @ self.matrix(split))
+        kept.eliminate_zeros()
+        return kept
+
 
 def read_interactions(
     interactions: str | os.PathLike[str], items: str | os.PathLike[str], users: str | os.PathLike[str]
@@ -53,9 +61,9 @@ def read_interactions(
     Raises:
         UserError: a table is unreadable, an index has no row in its table, a row has no split, or none is train.
     """
-    item_ids = read_table(items, ITEMS).column("item_id").to_pylist()
-    user_ids = read_table(users, USERS).column("user_id").to_pylist()
-    table = read_table(interactions, INTERACTIONS)
+    item_ids = read_table(items, ITEMS, ["item_id"]).column("item_id").to_pylist()
+    user_ids = read_table(users, USERS, ["user_id"]).column("user_id").to_pylist()
+    table = read_table(interactions, INTERACTIONS, ["user", "item", "split"])
     indices = []
     for name, ids, source in (("user", user_ids, users), ("item", item_ids, items)):
         column = table.column(name)

@@ -34,12 +34,13 @@ def read_neighbours(path: Path, knn_k: int, n_items: int) -> tuple[np.ndarray, n
     items, others = (table.column(name).to_numpy().astype(np.int64) for name in ("item", "neighbour"))
     both = np.concatenate([items, others])
     if len(both) and not (both.min() >= 0 and both.max() < n_items):
-        raise UserError(f"{path}: names item {both.max()}, but there are {n_items} items; delete it and run again")
+        wrong = both[(both < 0) | (both >= n_items)][0]
+        raise UserError(f"{path}: names item {wrong}, but there are {n_items} items; delete it and run again")
     counts = np.bincount(items, minlength=n_items)
-    wrong = np.flatnonzero((counts > 0) & (counts != knn_k))
-    if len(wrong):
+    other = np.flatnonzero((counts > 0) & (counts != knn_k))
+    if len(other):
         raise UserError(
-            f"{path}: item {wrong[0]} has {counts[wrong[0]]} neighbours, but knn_k is {knn_k}; delete it and run again"
+            f"{path}: item {other[0]} has {counts[other[0]]} neighbours, but knn_k is {knn_k}; delete it and run again"
         )
     return items, others, table.column("score").to_numpy()
 
@@ -56,7 +57,7 @@ def validations(
 
     def scoring(split: str) -> Validation:
         try:
-            return Validation(data.matrix(split), masked, training.monitor, device)
+            return Validation(data.truth(split), masked, training.monitor, device)
         except ValueError:
             raise UserError(
                 f"{path}: no row is in the {split} split, which training.monitor needs; check the split"

@@ -143,7 +143,7 @@ def compare(
 def _read_data(study: StudySpec, inputs: Mapping[str, Path], first: Cell) -> Data:
     interactions = read_interactions(*(inputs[name] for name in ("interactions", "items", "users")))
     users, n_test, _ = read_per_user(first, study.metrics)
-    train, test = interactions.matrix("train"), interactions.matrix("test")
+    train, test = interactions.matrix("train"), interactions.truth("test")
     sizes = np.diff(test.indptr)
     if not np.array_equal(np.flatnonzero(sizes), users) or not np.array_equal(sizes[users], n_test):
         raise UserError(

@@ -57,15 +57,11 @@ def history_bins(lengths: np.ndarray) -> list[tuple[str, np.ndarray]]:
     """Split (R,) test users by the number of their training items at its quartiles: names and (R,) masks.
 
     A quartile is a length that some user has, and users of equal length stay together, so that there are four bins at
-    most; users without any training item are one more bin, in front.
+    most. Users without training items are not tested.
     """
     bins = []
-    if (lengths == 0).any():
-        bins.append(("no items", lengths == 0))
-    some = lengths[lengths > 0]
     below = 0
-    edges = np.quantile(some, [0.25, 0.5, 0.75, 1.0], method="inverted_cdf") if len(some) else []
-    for edge in np.unique(edges):
+    for edge in np.unique(np.quantile(lengths, [0.25, 0.5, 0.75, 1.0], method="inverted_cdf")):
         mask = (lengths > below) & (lengths <= edge)
         shortest, longest = int(lengths[mask].min()), int(edge)
         name = f"{shortest}-{longest} items" if shortest < longest else f"{longest} item{'s' if longest > 1 else ''}"

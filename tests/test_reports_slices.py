@@ -45,20 +45,20 @@ def test_classes_by_hand():
     assert found == ["head", "middle", "middle", "cold", "middle", "middle", "tail", "tail", "tail"]
 
 
-@given(st.lists(st.integers(0, 12), min_size=1, max_size=60))
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=60))
 def test_every_user_is_in_one_bin_and_equal_histories_share_it(found):
     lengths = np.array(found)
     bins = history_bins(lengths)
     assert sum(mask.astype(int) for _, mask in bins).tolist() == [1] * len(lengths)
     for length in set(found):
         assert sum(mask[lengths == length].any() for _, mask in bins) == 1
-    assert len(bins) <= 5 and all(mask.any() for _, mask in bins)
+    assert len(bins) <= 4 and all(mask.any() for _, mask in bins)
     assert len({name for name, _ in bins}) == len(bins)
 
 
 def test_bins_by_hand():
-    names = {name: mask.sum() for name, mask in history_bins(np.array([0, 3, 3, 3, 4, 5, 6, 9, 20]))}
-    assert names == {"no items": 1, "3 items": 3, "4 items": 1, "5-6 items": 2, "9-20 items": 2}
+    names = {name: mask.sum() for name, mask in history_bins(np.array([3, 3, 3, 4, 5, 6, 9, 20]))}
+    assert names == {"3 items": 3, "4 items": 1, "5-6 items": 2, "9-20 items": 2}
     assert [name for name, _ in history_bins(np.array([1, 1]))] == ["1 item"]
 
 
@@ -71,7 +71,6 @@ def shop():
         cut = int(rng.integers(2, 9))
         rows.append((set(drawn[:cut].tolist()) - {24}, set(drawn[cut : cut + 3].tolist())))
     rows[7] = (rows[7][0], set())
-    rows[8] = (set(), rows[8][1])
     train, test = (matrix([row[part] for row in rows], n_items) for part in (0, 1))
     users = np.array([u for u, (_, truth) in enumerate(rows) if truth])
     lists = np.array([rng.permutation(n_items)[:10] for _ in users])
@@ -105,11 +104,8 @@ def test_users_are_sliced_by_their_training_items(shop):
     lengths = [len(rows[u][0]) for u in users]
     seen = 0
     for one, mean in zip(slices.slices[4:], means[4:], strict=True):
-        if one.name == "no items":
-            chosen = [i for i, n in enumerate(lengths) if n == 0]
-        else:
-            first, _, last = one.name.removesuffix(" items").partition("-")
-            chosen = [i for i, n in enumerate(lengths) if int(first) <= n <= int(last or first)]
+        first, _, last = one.name.removesuffix(" items").partition("-")
+        chosen = [i for i, n in enumerate(lengths) if int(first) <= n <= int(last or first)]
         assert one.users == len(chosen) and one.kind == "users" and one.items is None
         assert one.interactions == sum(len(rows[users[i]][1]) for i in chosen)
         plain = [oracle.metrics_of(lists[i].tolist(), rows[users[i]][1], 10)["ndcg"] for i in chosen]
