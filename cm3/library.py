@@ -12,11 +12,13 @@ import pyarrow.parquet as pq
 import scipy.sparse as sp
 import torch
 
+from cm3.approximate import approximate_knn
 from cm3.checkpoint import Unkept
 from cm3.config import Model, Training, settings
 from cm3.device import select_device
 from cm3.embeddings import read_embeddings, write_embeddings
 from cm3.graph import item_item_matrix
+from cm3.interactions import read_interactions
 from cm3.loop import fit as fit_network
 from cm3.model import fill_missing, seeded
 from cm3.neighbours import knn
@@ -25,7 +27,7 @@ from cm3.sampling import Sampler, derived_seed
 from cm3.weights import modality_weights
 from stages.files import read_json
 from stages.strict import nearest
-from stages.tables import INTERACTIONS, read_table, write_table
+from stages.tables import read_table, write_table
 
 log = logging.getLogger("cm3.library")
 
@@ -56,7 +58,9 @@ class Recommender:
         place = Path(folder)
         write_embeddings(place / USERS, "user_id", self.user_ids, self.users, {})
         write_embeddings(place / ITEMS, "item_id", self.item_ids, self.items, {})
-        if self.seen is not None:
+        if self.seen is None:
+            (place / SEEN).unlink(missing_ok=True)
+        else:
             pairs = self.seen.tocoo()
             write_table(place / SEEN, pa.table({"user": pairs.row, "item": pairs.col}).cast(_SEEN), _SEEN)
 
@@ -96,8 +100,8 @@ def fit(
         [3, 3]
     """
     chosen = settings("default", model or {}, training or {}, {}, "fit")
-    if chosen.training.warm_start or chosen.training.processes > 1:
-        raise ValueError("training: warm_start and processes are the pipeline's; leave them out")
+    if chosen.training.warm_start or chosen.training.processes > 1 or chosen.training.select_on != "valid":
+        raise ValueError("training: warm_start, processes and select_on are the pipeline's; leave them out")
     names = [str(item) for item in item_ids]
     users, items, user_ids = _pairs(interactions, names)
     held = _held_out(users, valid_share, chosen.training.seed)
@@ -162,8 +166,9 @@ def load(path: str | Path, interactions: str | Path | None = None) -> Recommende
 
     Args:
         path: the folder.
-        interactions: an interactions.parquet of the pipeline, which tells what users have seen; for an experiment's
-            folder, that of its data set is taken where it lies beside `results/`.
+        interactions: an interactions.parquet of the pipeline, which tells what users have seen, with items.parquet and
+            users.parquet beside it; for an experiment's folder, that of its data set is taken where it lies beside
+            `results/`. Users and items are found by their ids: those that the model does not know are left out.
 
     Raises:
         UserError: no such files, or unreadable ones.
@@ -173,13 +178,32 @@ def load(path: str | Path, interactions: str | Path | None = None) -> Recommende
     users, _ = read_embeddings(folder / USERS, "user_id", user_ids)
     items, _ = read_embeddings(folder / ITEMS, "item_id", item_ids)
     shape = (len(user_ids), len(item_ids))
-    table = None
+    seen = None
     if (folder / SEEN).exists() and interactions is None:
         table = read_table(folder / SEEN, _SEEN)
+        seen = _matrix(table.column("user").to_numpy(), table.column("item").to_numpy(), shape)
     elif (place := interactions or _prepared(folder)) is not None:
-        table = read_table(place, INTERACTIONS)
-    seen = None if table is None else _matrix(table.column("user").to_numpy(), table.column("item").to_numpy(), shape)
+        seen = _seen(Path(place), user_ids, item_ids)
     return Recommender(user_ids, item_ids, users.copy(), items.copy(), seen)
+
+
+def _seen(interactions: Path, user_ids: list[str], item_ids: list[str]) -> sp.csr_matrix:
+    told = read_interactions(
+        interactions, interactions.with_name("items.parquet"), interactions.with_name("users.parquet")
+    )
+    users, items = (
+        np.asarray([place.get(name, -1) for name in names], np.int64)[rows]
+        for place, names, rows in (
+            (_places(user_ids), told.user_ids, told.users),
+            (_places(item_ids), told.item_ids, told.items),
+        )
+    )
+    known = (users >= 0) & (items >= 0)
+    return _matrix(users[known], items[known], (len(user_ids), len(item_ids)))
+
+
+def _places(ids: Sequence[str]) -> dict[str, int]:
+    return {name: place for place, name in enumerate(ids)}
 
 
 def _prepared(folder: Path) -> Path | None:
@@ -206,14 +230,14 @@ def _pairs(interactions: Mapping[str, Sequence[Any]], names: list[str]) -> tuple
     if len(columns[0]) != len(columns[1]):
         raise ValueError(f"interactions: {len(columns[0])} users and {len(columns[1])} items")
     user_ids = sorted(set(columns[0]))
-    places = {name: place for place, name in enumerate(user_ids)}
+    places = _places(user_ids)
     users = np.asarray([places[name] for name in columns[0]], np.int64)
     pairs = np.unique(np.stack([users, _rows(columns[1], names, "item")]), axis=1)
     return pairs[0], pairs[1], user_ids
 
 
 def _rows(wanted: Sequence[Any], ids: list[str], kind: str) -> np.ndarray:
-    places = {name: place for place, name in enumerate(ids)}
+    places = _places(ids)
     if len(places) < len(ids):
         raise ValueError(f"{kind} ids stand twice: {len(ids)} ids, {len(places)} different ones")
     rows = np.asarray([places.get(str(name), -1) for name in wanted], np.int64)
@@ -249,14 +273,22 @@ def _network(
             raise ValueError(f"features[{modality!r}]: {values.shape} is not ({len(names)}, d), a row for each item")
         ok = np.asarray(np.isfinite(values).all(axis=1))
         filled.append(fill_missing(values, ok, model.missing, f"features[{modality!r}]"))
-        usable = np.flatnonzero(ok & (np.linalg.norm(values, axis=1) > 0))
-        indices, _ = knn(torch.from_numpy(values[usable]).to(device), model.knn_k)
+        searched = fill_missing(values.copy(), ok, "mean", modality) if model.knn_missing == "mean" else values
+        usable = np.flatnonzero((ok | (model.knn_missing == "mean")) & searched.any(axis=1))
+        indices = _neighbours(torch.from_numpy(searched[usable]), model, device)
         neighbours.append((np.repeat(usable, model.knn_k), usable[indices.cpu().numpy().ravel()]))
     if not filled:
         raise ValueError("features: at least one modality is needed")
     weights = modality_weights(model, list(features))
     graph = item_item_matrix(neighbours, list(weights.values()), len(names))
     return seeded(filled, observed, graph, model, training.seed, training.precision).to(device)
+
+
+def _neighbours(x: torch.Tensor, model: Model, device: torch.device) -> torch.Tensor:
+    if model.knn_method != "exact":
+        return approximate_knn(x, model.knn_k, model.knn_method)[0]
+    # MPS has no float64, which exact scores need.
+    return knn(x.to("cpu" if device.type == "mps" else device), model.knn_k)[0]
 
 
 def _named(best: np.ndarray, scores: np.ndarray, ids: list[str]) -> list[list[tuple[str, float]]]:

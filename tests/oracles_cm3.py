@@ -188,9 +188,12 @@ def write_shop(
 
 
 def write_interactions(
-    folder: Path, users: np.ndarray, items: np.ndarray, split: np.ndarray, n_users: int, n_items: int
-) -> dict[str, Path]:
+    folder: Path, users: np.ndarray, items: np.ndarray, split: np.ndarray, n_users: int, n_items: int,
+    user_ids: Sequence[str] | None = None, item_ids: Sequence[str] | None = None,
+) -> dict[str, Path]:  # fmt: skip
     paths = {name: folder / f"{name}.parquet" for name in ("interactions", "items", "users")}
+    user_ids = user_ids or [f"user{u}" for u in range(n_users)]
+    texts = item_ids or [f"item{i}" for i in range(n_items)]
     labels = pa.DictionaryArray.from_arrays(pa.array(split, pa.int8()), pa.array(list(SPLITS)))
     n = len(users)
     table = pa.table(
@@ -203,9 +206,8 @@ def write_interactions(
         }
     )
     write_table(paths["interactions"], table, INTERACTIONS)
-    user_table = {"user": pa.array(range(n_users), pa.int32()), "user_id": [f"user{u}" for u in range(n_users)]}
+    user_table = {"user": pa.array(range(n_users), pa.int32()), "user_id": user_ids}
     write_table(paths["users"], pa.table(user_table), USERS)
-    texts = [f"item{i}" for i in range(n_items)]
     empty = pa.array([[]] * n_items, pa.list_(pa.string()))
     item_table = {"item": pa.array(range(n_items), pa.int32()), "item_id": texts, "title": texts, "brand": texts}
     item_table |= {"categories": empty, "description": texts, "features": empty, "details": empty}

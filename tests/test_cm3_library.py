@@ -2,16 +2,18 @@
 
 import doctest
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import oracles_cm3 as oracle
 import pyarrow as pa
 import pytest
 
 import cm3
 import cm3.library
 from cm3.embeddings import write_embeddings
-from stages.tables import INTERACTIONS, SPLITS, write_table
+from cm3.neighbours import knn
 
 SMALL = {"embedding_dim": 8, "knn_k": 4}
 QUICK = {"epochs": 40, "batch_size": 128, "lr": 0.02, "device": "cpu", "patience": 40}
@@ -38,7 +40,7 @@ def trained() -> cm3.Recommender:
     return cm3.fit(pairs, features, items, SMALL, QUICK)
 
 
-@pytest.mark.parametrize("setting", [{"processes": 2}, {"warm_start": "old"}])
+@pytest.mark.parametrize("setting", [{"processes": 2}, {"warm_start": "old"}, {"select_on": "test"}])
 def test_settings_of_the_pipeline_are_refused(setting):
     with pytest.raises(ValueError, match="are the pipeline's"):
         cm3.fit({"user": [1], "item": [1]}, {"text": np.ones((1, 2))}, [1], training=setting)
@@ -109,17 +111,40 @@ def test_an_experiments_folder_is_loaded_with_what_users_have_seen(trained: cm3.
     (results / "metrics.json").write_text(json.dumps({"dataset": "data"}))
     assert trained.seen is not None
     coo = trained.seen.tocoo()
-    split = pa.DictionaryArray.from_arrays(pa.array(np.zeros(coo.nnz, np.int8)), pa.array(SPLITS))
-    columns = {
-        "user": coo.row,
-        "item": coo.col,
-        "rating": pa.nulls(coo.nnz),
-        "timestamp": pa.nulls(coo.nnz),
-        "split": split,
-    }
-    write_table(prepared, pa.table(columns), INTERACTIONS)
+    users, items = ["a new user", *trained.user_ids], ["a new item", *trained.item_ids]  # which moves all others
+    rows, columns = np.append(coo.row + 1, [0, 1]), np.append(coo.col + 1, [1, 0])
+    (tmp_path / "processed/data").mkdir(parents=True)
+    oracle.write_interactions(
+        prepared.parent, rows, columns, np.zeros(len(rows), np.int8), len(users), len(items), users, items
+    )
     assert cm3.recommend(cm3.load(results), ["u1"]) == cm3.recommend(trained, ["u1"])
     assert cm3.recommend(cm3.load(results, prepared), ["u2"]) == cm3.recommend(trained, ["u2"])
+
+
+def test_a_model_saved_without_what_users_have_seen_forgets_what_lay_there(trained: cm3.Recommender, tmp_path: Path):
+    trained.save(tmp_path)
+    replace(trained, seen=None).save(tmp_path)
+    assert cm3.load(tmp_path).seen is None
+
+
+@pytest.mark.parametrize("settings", [{"knn_missing": "mean"}, {"knn_method": "hnsw"}])
+def test_the_neighbours_are_those_of_the_settings(settings, monkeypatch):
+    if "knn_method" in settings:
+        pytest.importorskip("faiss", reason="faiss-cpu is not installed")
+    pairs, features, items = shop()
+    features["text"] = features["text"].copy()
+    features["text"][:9] = np.nan
+    graphs = []
+    made = cm3.library.item_item_matrix
+    monkeypatch.setattr(cm3.library, "item_item_matrix", lambda *args: graphs.append(made(*args)) or graphs[-1])
+    monkeypatch.setattr(cm3.library, "knn", lambda *args: found.append("exact") or knn(*args))
+    found: list[str] = []
+    cm3.fit(pairs, features, items, SMALL | settings, QUICK | {"epochs": 1})
+    cm3.fit(pairs, features, items, SMALL, QUICK | {"epochs": 1})
+    if "knn_missing" in settings:
+        assert (graphs[0] != graphs[1]).nnz and len(found) == 4
+    else:
+        assert found == ["exact"] * 2
 
 
 def test_what_does_not_fit_together_is_named(trained: cm3.Recommender, tmp_path: Path):
