@@ -8,6 +8,7 @@ from baselines.config import ItemKNNContent
 from baselines.inputs import Inputs
 from cm3.item_weights import ItemWeights
 from cm3.neighbours import knn
+from stages.arrays import blocks, zeros
 from stages.errors import UserError
 
 
@@ -22,8 +23,7 @@ def solve(inputs: Inputs, settings: ItemKNNContent, device: torch.device) -> Ite
     Raises:
         UserError: no more than `settings.k` items have a vector.
     """
-    parts = [np.sqrt(inputs.weights[m]) * _unit(x) for m, x in inputs.features.items()]
-    joined = np.concatenate(parts, axis=1)
+    joined = _joined(inputs)
     usable = np.flatnonzero(joined.any(axis=1))
     if len(usable) <= settings.k:
         raise UserError(f"model.k = {settings.k}: only {len(usable)} items have a vector; lower it below {len(usable)}")
@@ -35,6 +35,13 @@ def solve(inputs: Inputs, settings: ItemKNNContent, device: torch.device) -> Ite
     return ItemWeights(matrix)
 
 
-def _unit(x: np.ndarray) -> np.ndarray:
-    length = np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True)
-    return (x / np.where(length > 0, length, 1)).astype(np.float32)
+def _joined(inputs: Inputs) -> np.ndarray:
+    """Return the unit vectors of all modalities side by side, each scaled by the root of its weight, (I, d) float32."""
+    ends = np.cumsum([x.shape[1] for x in inputs.features.values()])
+    joined = zeros((inputs.interactions.shape[1], int(ends[-1])))
+    for (m, x), end in zip(inputs.features.items(), ends, strict=True):
+        for rows in blocks(len(x)):
+            length = np.linalg.norm(x[rows].astype(np.float64), axis=1, keepdims=True)
+            unit = x[rows] / np.where(length > 0, length, 1)
+            joined[rows, end - x.shape[1] : end] = np.sqrt(inputs.weights[m]) * unit
+    return joined

@@ -76,7 +76,7 @@ class Projection(nn.Module):
 
     def __init__(self, features: np.ndarray, d: int, trained: bool) -> None:
         super().__init__()
-        values = torch.from_numpy(np.array(features, np.float32))
+        values = torch.from_numpy(features.copy() if trained else features)
         if trained:
             self.features = nn.Parameter(values)
         else:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,7 @@ def train(
     if model.trains:
         scored = validations(data, inputs.interactions, training, device, interactions)
         network = _seeded(module, inputs, model, training.seed).to(device)
+        inputs = replace(inputs, features={}, neighbours={})  # the network holds what it needs of them
         curves = model_output.parent / "tensorboard"
         sampler = _sampler(data, model, training, device)
         fitted = fit(network, sampler, scored[0], training, checkpoint, scored[1], curves)
@@ -114,7 +116,7 @@ def train(
 
 def _seeded(module: Any, inputs: Inputs, settings: BaselineSettings, seed: int) -> Network:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derived_seed(seed))
+        torch.default_generator.manual_seed(derived_seed(seed))
         network: Network = module.network(inputs, settings)
         return network
 

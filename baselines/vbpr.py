@@ -59,5 +59,6 @@ class VisualRanking(Network):
 
 def network(inputs: Inputs, settings: VBPR) -> VisualRanking:
     """Return the model; its initial values come from torch's global generator."""
-    joined = np.concatenate(list(inputs.features.values()), axis=1)
+    parts = list(inputs.features.values())
+    joined = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
     return VisualRanking(inputs.interactions.shape[0], joined, settings)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
+from stages.errors import UserError
+
 
 @dataclass(frozen=True)
 class Share:
@@ -81,12 +83,21 @@ def joined(device: torch.device) -> Iterator[Share | None]:
     """Join the other processes that torchrun has started, and yield this one's share; None for a single process.
 
     On CUDA each process takes the GPU of its local rank, and NCCL connects them; gloo does on the CPU.
+
+    Raises:
+        UserError: fewer GPUs than processes.
     """
     if not started_by_torchrun():
         yield None
         return
     if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if here > gpus:
+            raise UserError(
+                f"training.processes: {here} processes have {gpus} GPU{'s' * (gpus > 1)}, and each needs its own; lower it, "
+                f"or let the job have more: --resources gpu={here}"
+            )
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield Share(distributed.get_rank(), distributed.get_world_size())

@@ -280,7 +280,7 @@ def seeded(
     """
     given = [torch.from_numpy(x) if precision == "float32" else _bfloat16(x) for x in features]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derived_seed(seed))
+        torch.default_generator.manual_seed(derived_seed(seed))
         return CM3(given, interactions, item_graph, settings)
 
 

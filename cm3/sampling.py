@@ -140,6 +140,7 @@ def mixing_parameters(alpha: float, n: int, device: torch.device, seed: int) -> 
     """Draw t ~ Beta(alpha, alpha) for `n` items on `device`, by `seed`; the global generators are left as they were."""
     source = torch.device("cpu") if device.type == "mps" else device
     with torch.random.fork_rng(devices=[source] if source.type == "cuda" else []):
-        torch.manual_seed(seed)
+        # torch.manual_seed would seed the generators of all GPUs.
+        (torch.cuda.manual_seed if source.type == "cuda" else torch.default_generator.manual_seed)(seed)
         shape = torch.full((n,), alpha, device=source)
         return torch.distributions.Beta(shape, shape, validate_args=False).sample().to(device)

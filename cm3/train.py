@@ -86,6 +86,7 @@ def train(
     neighbours = [read_neighbours(similarity[m], model.knn_k, len(data.item_ids))[:2] for m in modalities]
     graph = item_item_matrix(neighbours, [weights[m] for m in modalities], len(data.item_ids))
     network = seeded(filled, observed, graph, model, training.seed, training.precision).to(device)
+    del vectors, filled, neighbours, graph  # what the network needs of them it holds, perhaps in fewer bytes
     network.stream_names = [*modalities, "fused"]
     started = {}
     if warm:

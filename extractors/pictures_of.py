@@ -26,7 +26,7 @@ def read_pictures(items: Path, manifest: Path) -> Source[bytes]:
     Raises:
         UserError: the manifest is of other items.
     """
-    ids: list[str] = read_table(items, ITEMS).column("item_id").to_pylist()
+    ids: list[str] = read_table(items, ITEMS, ["item_id"]).column("item_id").to_pylist()
     table = read_table(manifest, MANIFEST)
     if table.column("item_id").to_pylist() != ids:
         raise UserError(f"{manifest}: its item ids are not those of {items}; delete it and run again")

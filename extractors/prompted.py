@@ -57,7 +57,7 @@ class PromptedSpec(ExtractorSpec):
     def read(self, inputs: Mapping[str, Path]) -> Source[Prompted]:
         """Return the pictures of the manifest, each with the prompt of its item."""
         pictures = read_pictures(inputs["items"], inputs["manifest"])
-        items = read_table(inputs["items"], ITEMS).select(list(PROMPT_FIELDS))
+        items = read_table(inputs["items"], ITEMS, list(PROMPT_FIELDS))
 
         def stream(rows: np.ndarray) -> Iterator[Prompted]:
             fields = items.take(rows).to_pylist()

@@ -47,7 +47,7 @@ def digests_of(texts: Iterable[str | None]) -> pa.FixedSizeBinaryArray:
 
 def read_ids(items: Path) -> Source[str]:
     """Return the item ids themselves as inputs: what precomputed vectors are looked up by."""
-    ids: list[str] = read_table(items, ITEMS).column("item_id").to_pylist()
+    ids: list[str] = read_table(items, ITEMS, ["item_id"]).column("item_id").to_pylist()
     status = np.full(len(ids), OK, dtype=object)
     return Source(ids, status, np.arange(len(ids)), lambda rows: (ids[row] for row in rows), digests_of(ids))
 

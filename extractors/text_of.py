@@ -38,7 +38,7 @@ def text_of(item: Mapping[str, Any], fields: Iterable[str] = FIELDS) -> str | No
 
 def read_texts(items: Path, fields: list[Field]) -> Source[str]:
     """Return the texts of items.parquet as inputs."""
-    table = read_table(items, ITEMS).select(["item_id", *fields])
+    table = read_table(items, ITEMS, ["item_id", *fields])
     return _source(table.column("item_id").to_pylist(), [text_of(row, fields) for row in table.to_pylist()])
 
 
@@ -48,7 +48,7 @@ def read_captions(items: Path, captions: Path) -> Source[str]:
     Raises:
         UserError: the captions are of other items.
     """
-    ids: list[str] = read_table(items, ITEMS).column("item_id").to_pylist()
+    ids: list[str] = read_table(items, ITEMS, ["item_id"]).column("item_id").to_pylist()
     table = read_table(captions, CAPTIONS)
     if table.column("item_id").to_pylist() != ids:
         raise UserError(f"{captions}: its item ids are not those of {items}; delete it and run again")

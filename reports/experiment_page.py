@@ -84,7 +84,7 @@ def experiment_page(
 def _pictured(manifest: Path | None) -> set[int]:
     if manifest is None:
         return set()
-    status = read_table(manifest, MANIFEST).column("status").to_pylist()
+    status = read_table(manifest, MANIFEST, ["status"]).column("status").to_pylist()
     return {item for item, state in enumerate(status) if state == OK}
 
 
@@ -116,7 +116,7 @@ def _captions(inputs: Mapping[str, Path], shop: Shop, pictured: set[int]) -> lis
     found = []
     for name, path in inputs.items():
         if name.startswith("captions."):
-            texts = read_table(path, CAPTIONS).column("caption").to_pylist()
+            texts = read_table(path, CAPTIONS, ["caption"]).column("caption").to_pylist()
             there = [item for item, text in enumerate(texts) if text is not None and item in pictured]
             cards = [shop.card(item) | {"caption": texts[item]} for item in spread(there, CAPTIONS_SHOWN)]
             told = sum(text is not None for text in texts)

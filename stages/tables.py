@@ -106,24 +106,19 @@ def write_tables(
             writer.write_table(table.cast(described), row_group_size=ROW_GROUP * 16)
 
 
-def read_table(path: str | os.PathLike[str], schema: pa.Schema) -> pa.Table:
-    """Read a Parquet table and check it against its contract.
+def read_table(path: str | os.PathLike[str], schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a Parquet table, or some of its columns, and check it against its contract.
 
     Raises:
         UserError: the file is absent, unreadable, or has other columns or types than `schema`.
     """
-    table = _read(path)
-    found = table.schema.remove_metadata()
-    if not found.equals(schema):
-        raise UserError(
-            f"{path}: has columns {_brief(found)}, but {_brief(schema)} are expected; delete it and run again"
-        )
-    return table
-
-
-def _read(path: str | os.PathLike[str]) -> pa.Table:
-    with _reading(path):
-        return pq.read_table(path, partitioning=None)
+    with _reading(path), pq.ParquetFile(path) as file:
+        found = file.schema_arrow.remove_metadata()
+        if not found.equals(schema):
+            raise UserError(
+                f"{path}: has columns {_brief(found)}, but {_brief(schema)} are expected; delete it and run again"
+            )
+        return file.read(None if columns is None else list(columns))
 
 
 @contextlib.contextmanager

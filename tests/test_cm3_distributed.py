@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from training_shop import MODEL, OUTPUTS, TRAINING, history, one_thread, run, shop
 
 import cm3.loop
 from cm3.config import Model, Training
-from cm3.distributed import Share
+from cm3.distributed import Share, joined
 from stages.errors import UserError
 
 __all__ = ["one_thread", "shop"]
@@ -105,6 +106,14 @@ def test_a_model_for_one_process_says_so(shop, tmp_path, monkeypatch):
     monkeypatch.setattr("cm3.train.fit", lambda *arguments: fit(*arguments[:-1], Share(0, 2)))
     with pytest.raises(UserError, match=r"training\.processes: this model is trained by one process"):
         run(shop, tmp_path)
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    for name, value in {"WORLD_SIZE": 2, "RANK": 0, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match=r"2 processes have 1 GPU,.* --resources gpu=2"), joined(torch.device("cuda")):
+        pass
 
 
 def test_shares_are_a_partition():

@@ -95,6 +95,16 @@ def test_other_columns_are_refused_with_the_expected_ones(tmp_path: Path):
         write_table(tmp_path / "t", pa.table({"item": [1]}), SIMILARITY)
 
 
+def test_some_columns_are_read_and_all_are_checked(tmp_path: Path):
+    table = pa.table({"item": [0, 1], "neighbour": [1, 0], "score": [0.5, 0.5]}).cast(SIMILARITY)
+    write_table(tmp_path / "t", table, SIMILARITY)
+    assert read_table(tmp_path / "t", SIMILARITY).equals(table)
+    assert read_table(tmp_path / "t", SIMILARITY, ["score"]).to_pydict() == {"score": [0.5, 0.5]}
+    pq.write_table(table.drop_columns("item"), tmp_path / "t")
+    with pytest.raises(UserError, match="are expected"):
+        read_table(tmp_path / "t", SIMILARITY, ["score"])
+
+
 @pytest.mark.parametrize("content", [b"", b"not parquet"])
 def test_a_broken_file_is_named(tmp_path: Path, content: bytes):
     (tmp_path / "t").write_bytes(content)
