@@ -152,11 +152,16 @@ def readable(data: bytes, max_pixels: int) -> Image.Image | str:
 def capped(picture: Image.Image, max_pixels: int) -> Image.Image:
     """Return a picture of at most max_pixels, widened with white where one side is over 20 times the other."""
     shortest = -(-max(picture.size) // MAX_ASPECT)
-    if min(picture.size) < shortest:
-        wide = Image.new("RGB", (max(picture.width, shortest), max(picture.height, shortest)), "white")
-        wide.paste(picture, ((wide.width - picture.width) // 2, (wide.height - picture.height) // 2))
-        picture = wide
-    scale = (max_pixels / (picture.width * picture.height)) ** 0.5
-    if scale >= 1:
+    wide = max(picture.width, shortest), max(picture.height, shortest)
+    scale = (max_pixels / (wide[0] * wide[1])) ** 0.5
+    if scale < 1:  # before the white is put round it: a thin picture's canvas may be too large for any memory
+        picture, wide = picture.resize(_scaled(picture.size, scale)), _scaled(wide, scale)
+    if picture.size == wide:
         return picture
-    return picture.resize((max(1, int(picture.width * scale)), max(1, int(picture.height * scale))))
+    canvas = Image.new("RGB", wide, "white")
+    canvas.paste(picture, ((wide[0] - picture.width) // 2, (wide[1] - picture.height) // 2))
+    return canvas
+
+
+def _scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    return max(1, int(size[0] * scale)), max(1, int(size[1] * scale))

@@ -8,6 +8,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 64_000_000
+MAX_RATIO = 300
+"""Longest side over shortest. A model that resizes the shortest to 448 pixels makes 180 MB of such a picture."""
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 """What is opened at all: formats whose decoders run no code and call no other program."""
 
@@ -25,7 +27,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS, draft: int | None = None) 
         draft: decode JPEG at the smallest eighth of its size whose sides are at least this many pixels.
 
     Raises:
-        UnreadableError: empty, not a picture, truncated, corrupt or too large.
+        UnreadableError: empty, not a picture, truncated, corrupt, too large, or one side is over 300 times the other.
     """
     if not data:
         raise UnreadableError("0 bytes")
@@ -36,6 +38,8 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS, draft: int | None = None) 
                 width, height = picture.size
                 if width * height > max_pixels:
                     raise UnreadableError(f"{width} x {height} pixels, over the limit of {max_pixels}")
+                if max(width, height) > MAX_RATIO * min(width, height):
+                    raise UnreadableError(f"{width} x {height} pixels: one side is over {MAX_RATIO} times the other")
                 if draft is not None:
                     picture.draft("RGB", (draft, draft))
                 picture.load()

@@ -5,8 +5,8 @@ import pytest
 from fixtures_extractors import encoded, plain, png_header, shape
 from PIL import Image
 
+from extractors.captions_common import MAX_ASPECT, capped
 from extractors.decode import UnreadableError, decode
-from extractors.transformers_caption import MAX_ASPECT, capped
 
 RED = (220, 20, 20)
 
@@ -68,6 +68,8 @@ def test_thin_and_tiny_pictures_are_pictures(size: tuple[int, int]) -> None:
         (shape("square", "red")[:400] + b"\xff" * 400, "Error"),
         (png_header(20_000, 20_000), "over the limit of 64000000 pixels"),
         (png_header(9_000, 9_000), "9000 x 9000 pixels, over the limit"),
+        (png_header(1_000_000, 3), "1000000 x 3 pixels: one side is over 300 times the other"),
+        (plain("red", (2, 601)), "2 x 601 pixels: one side is over 300 times the other"),
         (encoded(Image.new("F", (4, 4)), "TIFF"), "no defined range"),
     ],
 )
@@ -89,3 +91,10 @@ def test_pictures_for_captioning_are_capped_in_area_and_aspect(size: tuple[int, 
     assert max(picture.size) <= (MAX_ASPECT + 1) * min(picture.size)
     assert width * height <= 250_000
     assert any(red > 200 and blue < 200 for _, (red, _, blue) in picture.getcolors(2**24))
+
+
+def test_a_thin_picture_is_reduced_before_it_is_widened(monkeypatch: pytest.MonkeyPatch) -> None:
+    picture, new, made = Image.new("RGB", (4000, 3), RED), Image.new, []
+    monkeypatch.setattr(Image, "new", lambda mode, size, *more: (made.append(size), new(mode, size, *more))[1])
+    assert capped(picture, 250_000).size == (2236, 111)
+    assert made == [(2236, 111)]
