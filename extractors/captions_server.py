@@ -10,10 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
+from PIL import Image
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from extractors.ahead import default_workers
-from extractors.captions_common import Answer, Captioned, Captioner, CaptionSpec, Prompted, readable
+from extractors.captions_common import PROMPT, Answer, Captioned, Captioner, CaptionSpec, Prompted, readable
 from extractors.extractor import Advance, silent
 from extractors.text_of import clean
 from stages.strict import Float
@@ -149,10 +150,10 @@ class ServerCaptioner(Captioner):
         answers: dict[int, Answer] = {}
         async with self.server.session() as session:
             early = await self._ask_all(session, enumerate(inputs), answers, advance)
-            if early and self.server.answered:  # they came while the server was not in order yet
+            if early and not self.server.answered:  # too few items to tell a sick server by
+                await self.server.prove(session, self._harmless(), len(early))
+            if early:  # they came while the server was not in order yet
                 await self._ask_all(session, iter(early), answers, advance)
-            elif early:
-                advance(len(early), failed=len(early))
         return [answers[row] for row in sorted(answers)]
 
     async def _ask_all(
@@ -195,6 +196,10 @@ class ServerCaptioner(Captioner):
             )
         return Answer(clean(reply.text), reply.tokens, reply.cut)
 
+    def _harmless(self) -> dict[str, Any]:
+        """Return a request that has nothing in it that could be refused."""
+        return self._request(_as_url(Image.new("RGB", (224, 224), "white")), PROMPT)
+
     def _request(self, picture: str, prompt: str) -> dict[str, Any]:
         content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": prompt}]
         return {
@@ -214,9 +219,7 @@ class ServerCaptioner(Captioner):
         picture = readable(data, self.spec.max_pixels)
         if isinstance(picture, str):
             return None, picture
-        file = io.BytesIO()
-        picture.save(file, "JPEG", quality=_QUALITY, subsampling=0)
-        return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii"), ""
+        return _as_url(picture), ""
 
     def _note(self, model: str, fingerprint: str) -> None:
         if model and model not in self._models and len(self._models) < _NAMES_KEPT:
@@ -225,6 +228,12 @@ class ServerCaptioner(Captioner):
             self._models.add(model)
         if fingerprint and len(self._fingerprints) < _NAMES_KEPT:
             self._fingerprints.add(fingerprint)
+
+
+def _as_url(picture: Image.Image) -> str:
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=_QUALITY, subsampling=0)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")
 
 
 def _in_loop(work: Any) -> Any:

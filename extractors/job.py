@@ -148,6 +148,8 @@ class Job:
                 repeated += 0 if before else len(silent)
                 yield same, table
         if not (self.status == OK).any():
+            # Nothing in them is worth keeping, and with them the same command would end here without another try.
+            self.shards.discard()
             reason = next(iter(self.errors.values()), "unknown")
             total = len(self.source.rows)
             raise UserError(f"{self.name}: not one of {total} inputs came through, first reason: {reason}")

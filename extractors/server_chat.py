@@ -148,6 +148,19 @@ class ChatServer:
                 raise self._replies.stop(f"no good answer for {self._silence():.0f} s, the last was: {reason}")
             await asyncio.sleep(pause)
 
+    async def prove(self, session: aiohttp.ClientSession, request: Mapping[str, Any], failed: int) -> None:
+        """Find out by a harmless request whether a server that answered nothing so far is in order.
+
+        Raises:
+            UserError: it is not.
+        """
+        try:
+            await self.ask(session, request)
+        except RefusedError as reason:
+            raise self._replies.stop(
+                f"{failed} requests got no caption, and neither did one for a plain white picture: {reason}"
+            ) from None
+
     async def _once(self, session: aiohttp.ClientSession, request: Mapping[str, Any]) -> Reply:
         reply = self._replies.reply(*await self._fetch(session, "POST", "/chat/completions", request))
         self._failed, self._good_at = 0, time.monotonic()

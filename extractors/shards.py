@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,10 @@ class Shards:
         for other in sorted(self._output.parent.glob(f".{self._output.name}.shards-*")):
             if other != self.folder:
                 yield other, other.name.startswith(self._prefix)
+
+    def discard(self) -> None:
+        """Remove what is finished, so that the next job starts anew."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def run(
         self, rows: np.ndarray, size: int | None, work: Callable[[np.ndarray], pa.Table]

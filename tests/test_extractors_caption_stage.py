@@ -32,6 +32,7 @@ from caption_server import (
 import extractors
 from extractors.caption import caption
 from extractors.extract import extract
+from stages.errors import UserError
 from stages.tables import CAPTIONS, read_features, read_metadata, read_table
 
 __all__ = ["no_time_to_lose"]  # used by every test here
@@ -42,6 +43,18 @@ def test_another_model_that_answers_is_told_of(caplog: pytest.LogCaptureFixture,
         caption(spec_of(server.url), tables(tmp_path, list(NAMES)), tmp_path / "c.parquet", name="teller")
     assert "more than one model answered: one, two" in caplog.text and "'two' answers now" in caplog.text
     assert read_metadata(tmp_path / "c.parquet")["answered_by"]["models"] == ["one", "two"]
+
+
+def test_new_items_that_a_sick_server_answers_nothing_of_are_asked_for_again(tmp_path: Path) -> None:
+    output = tmp_path / "c.parquet"
+    with serving() as server:
+        caption(spec_of(server.url), tables(tmp_path, list(NAMES[:8])), output, code="abc")
+    inputs = tables(tmp_path, list(NAMES))
+    with serving(lambda asked: error(500, "oh")) as server, pytest.raises(UserError, match="4 requests got no caption"):
+        caption(spec_of(server.url, attempts=1), inputs, output, code="abc")
+    with serving() as server:
+        record = caption(spec_of(server.url), inputs, output, code="abc")
+    assert record["kept"] == 8 and record["encoded"] == 4 and record["counts"]["ok"] == 12
 
 
 def stage(folder: Path, inputs: dict[str, Path], url: str, shard: int = 4, **environment: str) -> subprocess.Popen[str]:

@@ -203,6 +203,19 @@ def test_not_one_picture_and_not_one_readable_picture_are_errors(tmp_path: Path)
         extract(descriptor(), tables(tmp_path, [b"", b"x"]), tmp_path / "f.parquet")
 
 
+def test_a_job_of_which_nothing_came_through_leaves_nothing_that_the_next_would_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from extractors.descriptor import DescriptorExtractor
+
+    inputs, run = tables(tmp_path, PICTURES[:3]), DescriptorExtractor.run
+    monkeypatch.setattr(DescriptorExtractor, "run", lambda self, inputs, advance: run(self, [b"" for _ in inputs]))
+    with pytest.raises(UserError, match="not one of 3 inputs came through"):
+        extract(descriptor(), inputs, tmp_path / "f.parquet", code="abc")
+    monkeypatch.undo()
+    assert extract(descriptor(), inputs, tmp_path / "f.parquet", code="abc")["counts"]["ok"] == 3
+
+
 def test_a_manifest_of_other_items_is_refused(tmp_path: Path) -> None:
     inputs = tables(tmp_path, PICTURES[:2])
     write_pictures(tmp_path / "images", PICTURES[:2], ids=["i1", "i0"])
