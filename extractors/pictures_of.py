@@ -10,7 +10,7 @@ import pyarrow as pa
 from extractors.kept import DIGEST
 from extractors.source import Source
 from stages.errors import UserError
-from stages.pictures import iter_pictures
+from stages.pictures import pictures_at
 from stages.tables import ITEMS, MANIFEST, MISSING, OK, read_table
 
 
@@ -32,8 +32,7 @@ def read_pictures(items: Path, manifest: Path) -> Source[bytes]:
         raise UserError(f"{manifest}: its item ids are not those of {items}; delete it and run again")
     status = np.asarray(table.column("status").to_pylist(), dtype=object)
     rows = np.flatnonzero(status == OK)
-    shard = table.column("shard").to_numpy()[rows].astype(np.int64)
-    place = table.column("row").to_numpy()[rows].astype(np.int64)
+    shard, place = (table.column(name).fill_null(-1).to_numpy() for name in ("shard", "row"))
     errors = table.column("error").to_pylist()
     digests = (
         bytes.fromhex(sha256) if state == OK else None
@@ -42,8 +41,8 @@ def read_pictures(items: Path, manifest: Path) -> Source[bytes]:
     return Source(
         item_ids=ids,
         status=status,
-        rows=rows[np.lexsort((rows, place, shard))],
-        stream=lambda wanted: _stream(manifest, wanted),
+        rows=rows[np.lexsort((rows, place[rows], shard[rows]))],
+        stream=lambda wanted: _stream(manifest, wanted, shard[wanted], place[wanted]),
         digests=pa.array(digests, DIGEST),
         errors={
             row: errors[row] or "the picture could not be fetched"
@@ -53,8 +52,8 @@ def read_pictures(items: Path, manifest: Path) -> Source[bytes]:
     )
 
 
-def _stream(manifest: Path, wanted: np.ndarray) -> Iterator[bytes]:
-    for row, (item, data) in zip(wanted, iter_pictures(manifest, wanted.tolist()), strict=True):
+def _stream(manifest: Path, wanted: np.ndarray, shard: np.ndarray, place: np.ndarray) -> Iterator[bytes]:
+    for row, (item, data) in zip(wanted, pictures_at(manifest, wanted, shard, place), strict=True):
         if item != row:
             raise UserError(f"{manifest}: the shards are out of step with it; delete the images folder and run again")
         yield data

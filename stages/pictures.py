@@ -30,11 +30,24 @@ def iter_pictures(manifest: str | os.PathLike[str], items: Sequence[int] | None 
     wanted = wanted[status[wanted] == OK]
     shard = table.column("shard").to_numpy()[wanted].astype(np.int64)
     row = table.column("row").to_numpy()[wanted].astype(np.int64)
-    order = np.lexsort((wanted, row, shard))
-    wanted, shard, row = wanted[order], shard[order], row[order]
+    yield from pictures_at(manifest, wanted, shard, row)
+
+
+def pictures_at(
+    manifest: str | os.PathLike[str], items: np.ndarray, shard: np.ndarray, row: np.ndarray
+) -> Iterator[tuple[int, bytes]]:
+    """Yield (item, original bytes) as `iter_pictures` does, of items whose places are known: the manifest is not read.
+
+    Args:
+        manifest: the manifest.parquet; its shards lie beside it.
+        items: (n,) row numbers.
+        shard, row: (n,) where the manifest says that their pictures are.
+    """
+    order = np.lexsort((items, row, shard))
+    items, shard, row = items[order], shard[order], row[order]
     for number in np.unique(shard):
         mine = shard == number
-        yield from _iter_shard(shard_path(manifest, int(number)), wanted[mine], row[mine])
+        yield from _iter_shard(shard_path(manifest, int(number)), items[mine], row[mine])
 
 
 def _iter_shard(path: Path, items: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, bytes]]:

@@ -18,6 +18,7 @@ import extractors
 from extractors.device import Batch
 from extractors.extract import extract
 from extractors.extractor import Model
+from extractors.pictures_of import read_pictures
 from stages.errors import UserError
 from stages.tables import read_features, read_metadata
 
@@ -214,6 +215,14 @@ def test_a_job_of_which_nothing_came_through_leaves_nothing_that_the_next_would_
         extract(descriptor(), inputs, tmp_path / "f.parquet", code="abc")
     monkeypatch.undo()
     assert extract(descriptor(), inputs, tmp_path / "f.parquet", code="abc")["counts"]["ok"] == 3
+
+
+def test_the_manifest_is_read_once_however_many_shards_there_are(tmp_path: Path) -> None:
+    inputs = tables(tmp_path, [None, *PICTURES[:6]], per_shard=4)
+    source = read_pictures(inputs["items"], inputs["manifest"])
+    inputs["manifest"].unlink()
+    found = [list(source.stream(part)) for part in np.array_split(source.rows, 3)]
+    assert [one for part in found for one in part] == PICTURES[:6]
 
 
 def test_a_manifest_of_other_items_is_refused(tmp_path: Path) -> None:
