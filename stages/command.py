@@ -159,10 +159,13 @@ def peak_memory_mb() -> float:
 
 _PROVENANCE = (
     "torch",
+    "torchvision",
     "transformers",
+    "tokenizers",
     "sentence-transformers",
     "open_clip_torch",
     "timm",
+    "vllm",
     "pillow",
     "pyarrow",
     "numpy",

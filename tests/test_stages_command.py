@@ -6,9 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
+import pytest
 from checkout import heed_ctrl_c
+
+from stages.command import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -100,3 +104,15 @@ def test_a_call_too_long_for_a_command_line_comes_as_a_file(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     assert done.stdout == "{'a': 1} {'threads': 2} 20000 results/7\n"
     assert json.loads((tmp_path / "record.json").read_text())["code"] == "abc"
+
+
+def test_versions_name_what_is_installed_and_nothing_else(monkeypatch: pytest.MonkeyPatch):
+    there = {"torch": "1", "torchvision": "2", "tokenizers": "3", "vllm": "4"}
+
+    def version(name: str) -> str:
+        if name not in there:
+            raise metadata.PackageNotFoundError(name)
+        return there[name]
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert versions().items() >= there.items() and len(versions()) == 5
