@@ -18,7 +18,7 @@ from extractors.spec import ExtractorSpec
 from stages.errors import UserError
 from stages.paths import expand
 from stages.strict import nearest
-from stages.tables import MISSING, OK
+from stages.tables import FAILED, MISSING, OK
 
 Vectors = Iterator[tuple[pa.Array, np.ndarray]]
 """Chunks of ids (binary: their UTF-8 bytes) and their (n, d) float32 vectors."""
@@ -187,7 +187,7 @@ def _from_parquet(path: Path, id_column: str, vector_column: str) -> Vectors:
                     f"{path}: has no column {column!r}{nearest(column, names)}; set id_column, vector_column"
                 )
         # A features file of this pipeline holds zeros for items that had no input.
-        state = ["status"] if "status" in names else []
+        state = ["status"] if _has_states(file) else []
         dim: int | None = None
         for batch in file.iter_batches(_ROWS, columns=[id_column, vector_column, *state]):
             there = batch.column(vector_column).is_valid()
@@ -212,6 +212,20 @@ def _from_parquet(path: Path, id_column: str, vector_column: str) -> Vectors:
                     )
                 values = vectors.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
                 yield kept.column(id_column).cast(pa.string()).cast(pa.binary()), values.reshape(-1, dim)
+
+
+def _has_states(file: pq.ParquetFile) -> bool:
+    """Return whether a column `status` tells ok, missing and failed, as this pipeline does; others say active or sold."""
+    field = file.schema_arrow.field("status") if "status" in file.schema_arrow.names else None
+    kind = None if field is None else field.type
+    kind = kind.value_type if isinstance(kind, pa.DictionaryType) else kind
+    if kind not in (pa.string(), pa.large_string()):
+        return False
+    found: set[str | None] = set()
+    for batch in file.iter_batches(columns=["status"]):
+        found.update(batch.column("status").cast(pa.string()).unique().to_pylist())
+    found.discard(None)
+    return bool(found) and found <= {OK, MISSING, FAILED}
 
 
 def _from_npy(path: Path, ids: RowIds | None) -> Vectors:

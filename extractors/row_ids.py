@@ -55,7 +55,7 @@ def read_row_ids(path: Path) -> RowIds:
             file.seek(0)
             if len(header) > 1 and ROW in header:
                 return RowIds(path, _of_interactions(path, file) if USER in header else _of_mapping(path, file))
-            return RowIds(path, [line.encode() for line in file.read().decode().splitlines()])
+            return RowIds(path, [line.encode() for line in file.read().decode("utf-8-sig").splitlines()])
     except _DAMAGED as error:
         raise UserError(f"ids = {str(path)!r}: not a readable text file ({error})") from error
 

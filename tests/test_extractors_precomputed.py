@@ -91,6 +91,16 @@ def test_vectors_without_a_value_are_missing(tmp_path: Path) -> None:
     assert encode(tmp_path, {"path": "f.parquet"}, IDS).status.tolist() == ["ok", "missing", "missing", "ok"]
 
 
+@pytest.mark.parametrize("kind", [pa.string(), pa.dictionary(pa.int8(), pa.string()), pa.int64()])
+def test_a_column_of_another_status_drops_no_vector(tmp_path: Path, kind: pa.DataType) -> None:
+    words = pa.array(["active", "sold", "ok", None] if kind != pa.int64() else [1, 0, 1, None])
+    status = words.dictionary_encode().cast(kind) if isinstance(kind, pa.DictionaryType) else words
+    table = pa.table({"item_id": IDS, "embedding": pa.array(VECTORS.tolist()), "status": status})
+    pq.write_table(table, tmp_path / "v.parquet")
+    found = encode(tmp_path, {"path": "v.parquet"})
+    assert found.status.tolist() == ["ok", "ok", "missing", "ok"] and np.array_equal(found.embedding, EXPECTED)
+
+
 def damage(folder: Path, form: str) -> str:
     """Spoil one of the files; return the words that the complaint must hold."""
     if form == "b":
@@ -154,6 +164,12 @@ def test_a_file_with_none_of_the_items_is_refused(tmp_path: Path) -> None:
     items = write_items(tmp_path, [{"item_id": "other"}])
     with pytest.raises(UserError, match=r"not one of 1 inputs came through, first reason: not in v\.b"):
         extract(spec_of(tmp_path, files(tmp_path)["b"]), {"items": items}, tmp_path / "f.out.parquet")
+
+
+def test_a_byte_order_mark_is_no_part_of_an_id(tmp_path: Path) -> None:
+    data = files(tmp_path)["npy"]
+    (tmp_path / "ids.txt").write_text("\n".join(IDS), encoding="utf-8-sig")
+    assert encode(tmp_path, data, IDS).status.tolist() == ["ok"] * 4
 
 
 def mapping(folder: Path, ids: list[str], order: list[int], end: str = "\n") -> Path:
