@@ -33,7 +33,10 @@ def beyond_accuracy(lists: np.ndarray, counts: np.ndarray, n_users: int, cutoffs
         if k > lists.shape[1]:
             continue
         blocks = np.array_split(lists[:, :k], len(lists) // _BLOCK_USERS + 1)
-        shown = np.sort(np.sum([np.bincount(block.ravel() + 1, minlength=n + 1) for block in blocks], 0)[1:])
+        times = np.zeros(n + 1, np.int64)
+        for block in blocks:
+            times += np.bincount(block.ravel() + 1, minlength=n + 1)
+        shown = np.sort(times[1:])
         length = np.concatenate([(block >= 0).sum(1) for block in blocks])
         rows = length > 0
         result[f"coverage@{k}"] = float((shown > 0).sum() / n)

@@ -1,6 +1,7 @@
 """Slices, lists and geometry against plain loops."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import oracles_cm3 as oracle
@@ -142,6 +143,16 @@ def test_coverage_popularity_novelty_and_concentration_by_hand():
     assert "coverage@5" not in found
     cold = beyond_accuracy(np.array([[3]]), np.array([4, 2, 1, 0]), 4, [1])
     assert cold["novelty@1"] == 2, "a cold item counts as bought once"
+
+
+def test_memory_does_not_grow_with_users_times_items():
+    counts, peaks = np.ones(100_000), []
+    for users in (8192, 40 * 8192):
+        tracemalloc.start()
+        beyond_accuracy(np.zeros((users, 1), np.int32), counts, users, [1])
+        peaks.append(tracemalloc.get_traced_memory()[1] - 12 * users)
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 10e6
 
 
 @given(st.lists(st.lists(st.integers(0, 8), min_size=3, max_size=3, unique=True), min_size=1, max_size=15))
