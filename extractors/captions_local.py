@@ -1,7 +1,9 @@
-"""Captioners whose weights are on this machine: which model it is, and batches of pictures that decode."""
+"""Captioners whose weights are on this machine: their model, its processor, and batches of pictures that decode."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -9,7 +11,11 @@ from extractors.ahead import chunks
 from extractors.captions_common import Answer, Captioned, Captioner, Prompted, readable
 from extractors.extractor import Advance, silent
 from extractors.model_spec import ModelSpec
+from extractors.pretrained import load_part
+from stages.errors import UserError
 
+KIND = "a vision-language model"
+PICTURES_PER_BATCH = {"cpu": 4, "mps": 4, "cuda": 16}
 Asked = tuple[Image.Image, str]
 """A decoded picture and its prompt."""
 
@@ -43,6 +49,22 @@ def chat_of(prompt: str, picture: Image.Image | None = None) -> list[dict[str, o
     """Return a chat of one message: a picture, or the place of one, and then the prompt."""
     image: dict[str, object] = {"type": "image"} if picture is None else {"type": "image", "image": picture}
     return [{"role": "user", "content": [image, {"type": "text", "text": prompt}]}]
+
+
+def processor_of(spec: ModelSpec, folder: Path) -> Any:
+    """Return the processor of pictures and texts in a model's folder; it pads in front.
+
+    Raises:
+        UserError: the folder has none.
+    """
+    from transformers import AutoProcessor
+
+    processor = load_part(AutoProcessor, spec, folder, KIND)
+    if not hasattr(processor, "tokenizer"):
+        raise UserError(f"{folder}: has no processor of pictures and texts, so it is not {KIND}")
+    # A decoder goes on at the right end: with padding there it would continue the padding.
+    processor.tokenizer.padding_side = "left"
+    return processor
 
 
 def name_of(spec: ModelSpec) -> str:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from extractors.captions_common import Answer, CaptionSpec
-from extractors.captions_local import Asked, BatchCaptioner, chat_of, name_of
+from extractors.captions_local import Asked, BatchCaptioner, chat_of, name_of, processor_of
 from extractors.hub import model_path
 from extractors.model_spec import ModelSpec
 from extractors.text_of import clean
@@ -52,19 +52,17 @@ class VllmCaptioner(BatchCaptioner):
                 f"backend vllm-caption: vLLM can't be imported ({error}). Run: {INSTALL}; where its versions of torch "
                 "and transformers don't go with ours, serve it from an environment of its own and take openai-caption"
             ) from error
-        from transformers import AutoProcessor
-
         self.spec: VllmCaptionSpec = spec
         self.version = str(getattr(vllm, "__version__", "unknown"))
         folder = model_path(spec)
+        self.processor = processor_of(spec, folder)
         try:
-            self.processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             self.engine = vllm.LLM(
                 model=str(folder), dtype=spec.precision, seed=0, trust_remote_code=False, load_format="safetensors",
                 gpu_memory_utilization=spec.gpu_memory_utilization, max_model_len=spec.max_model_len,
                 tensor_parallel_size=spec.tensor_parallel_size, limit_mm_per_prompt={"image": 1},
             )  # fmt: skip
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except Exception as error:  # whatever a folder or a GPU makes an engine raise
             raise UserError(f"{folder}: vLLM does not start with it: {error}") from error
         # Explicit parameters, so that the model's own generation config can't sample or penalise.
         self.sampling = vllm.SamplingParams(temperature=0.0, max_tokens=spec.max_new_tokens, seed=0)

@@ -1,4 +1,4 @@
-"""How long a large captioner would take on a processor, told before it starts."""
+"""How long a large vision-language model would take on a processor, told before it starts."""
 
 import json
 import logging
@@ -15,6 +15,7 @@ LARGE = 1_000_000_000
 """Parameters from which a model is slow enough on a processor for an estimate."""
 
 BEARABLE_HOURS = 1.0
+_PIXELS_PER_TOKEN = 784  # Qwen2.5-VL: a token stands for 28 x 28 pixels
 
 
 def parameters_of(folder: Path) -> int:
@@ -25,6 +26,11 @@ def parameters_of(folder: Path) -> int:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
     return total
+
+
+def tokens_of(pixels: int, prompt: str) -> int:
+    """Return about how many tokens a picture and a prompt make."""
+    return pixels // _PIXELS_PER_TOKEN + len(prompt) // 4
 
 
 def seconds_per_parameter(precision: str) -> tuple[float, float]:
@@ -53,8 +59,11 @@ def hours(parameters: int, items: int, prompt_tokens: int, new_tokens: int, spee
     return items * parameters * (prompt_tokens * reading + new_tokens * writing) / 3600
 
 
-def check_effort(parameters: int, items: int, estimate: float, allow_slow: bool) -> None:
+def check_effort(parameters: int, items: int, estimate: float, allow_slow: bool, instead: str = "") -> None:
     """Warn of the estimated hours; refuse where they are many and not allowed.
+
+    Args:
+        instead: one more way out, for the message, with a comma and a space behind it.
 
     Raises:
         UserError: more than an hour, and the spec doesn't say allow_slow.
@@ -65,8 +74,7 @@ def check_effort(parameters: int, items: int, estimate: float, allow_slow: bool)
     )
     if estimate > BEARABLE_HOURS and not allow_slow:
         raise UserError(
-            f"{told}. Run it on a machine with a GPU, let a server that has one do it (backend: openai-caption, see "
-            "docs/captions.md), take a smaller model, leave the caption modality out of the experiment, or set "
-            "allow_slow: true to wait for it"
+            f"{told}. Run it on a machine with a GPU, {instead}take a smaller model, leave this modality out of the "
+            "experiment, or set allow_slow: true to wait for it"
         )
     log.warning(told)

@@ -5,11 +5,11 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from extractors.device import is_out_of_memory, torch_dtype
 from extractors.hub import quiet, without_bars
-from extractors.model_spec import CodeSpec
+from extractors.model_spec import CodeSpec, ModelSpec
 from stages.errors import UserError
 
 T = TypeVar("T")
@@ -19,15 +19,16 @@ _CONFIGS = (
 )  # fmt: skip
 
 
-def load_model(auto: Any, spec: CodeSpec, folder: Path, kind: str, unused: Sequence[str] = ()) -> Any:
+def load_model(auto: Any, spec: ModelSpec, folder: Path, kind: str, unused: Sequence[str] = (), **options: Any) -> Any:
     """Return the model in a folder, ready on the processor, every weight that is used found in the checkpoint.
 
     Args:
         auto: a class of transformers with from_pretrained, such as AutoModel.
-        spec: its precision and trust_remote_code.
+        spec: its precision, and whether code that the model brings may run.
         folder: config.json and weights.
         kind: what error messages call it.
         unused: modules, such as "pooler.", that the caller makes no use of, so that their weights may be missing.
+        options: further arguments of from_pretrained.
 
     Raises:
         UserError: the folder holds something else, weights are missing, or code would have to run that is not trusted.
@@ -36,8 +37,8 @@ def load_model(auto: Any, spec: CodeSpec, folder: Path, kind: str, unused: Seque
     with whole_models(kind, folder, unused):
         model = loaded(
             lambda: auto.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=spec.trust_remote_code, weights_only=True,
-                dtype=torch_dtype(spec.precision),
+                folder, local_files_only=True, trust_remote_code=spec.brings_code, weights_only=True,
+                dtype=torch_dtype(spec.precision), **options,
             ),
             kind, spec, folder,
         )  # fmt: skip
@@ -94,7 +95,7 @@ def _check_whole(model: Any, told: Mapping[str, Any], kind: str, folder: Path, u
         )
 
 
-def load_part(auto: Any, spec: CodeSpec, folder: Path, kind: str, **options: Any) -> Any:
+def load_part(auto: Any, spec: ModelSpec, folder: Path, kind: str, **options: Any) -> Any:
     """Return a tokenizer or a processor from a folder.
 
     Raises:
@@ -102,14 +103,21 @@ def load_part(auto: Any, spec: CodeSpec, folder: Path, kind: str, **options: Any
     """
     check_code(spec, folder)
     return loaded(
-        lambda: auto.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=spec.trust_remote_code, **options
-        ),
+        lambda: auto.from_pretrained(folder, local_files_only=True, trust_remote_code=spec.brings_code, **options),
         kind, spec, folder,
     )  # fmt: skip
 
 
-def loaded(load: Callable[[], T], kind: str, spec: CodeSpec, folder: Path) -> T:
+def on_device(model: T, device: str, kind: str, spec: ModelSpec, folder: Path, **options: Any) -> T:
+    """Return a model of torch after `model.to(device, **options)`.
+
+    Raises:
+        UserError: it does not fit there.
+    """
+    return loaded(lambda: cast(Any, model).to(device, **options), kind, spec, folder)
+
+
+def loaded(load: Callable[[], T], kind: str, spec: ModelSpec, folder: Path) -> T:
     """Return load(), a library's own way of making a model out of a folder.
 
     Raises:
@@ -128,13 +136,13 @@ def loaded(load: Callable[[], T], kind: str, spec: CodeSpec, folder: Path) -> T:
         raise _refusal(kind, spec, folder, error) from error
 
 
-def check_code(spec: CodeSpec, folder: Path) -> None:
+def check_code(spec: ModelSpec, folder: Path) -> None:
     """Look where the code of a trusted model would come from.
 
     Raises:
         UserError: from another repository, of which no revision is pinned.
     """
-    for reference in own_code(folder) if spec.trust_remote_code else ():
+    for reference in own_code(folder) if spec.brings_code else ():
         repository, _, name = reference.rpartition("--")
         if repository:
             raise UserError(
@@ -163,13 +171,17 @@ def own_code(folder: Path) -> list[str]:
     return found
 
 
-def _refusal(kind: str, spec: CodeSpec, folder: Path, error: Exception) -> UserError:
-    code = [] if spec.trust_remote_code else own_code(folder)
+def _refusal(kind: str, spec: ModelSpec, folder: Path, error: Exception) -> UserError:
+    code = [] if spec.brings_code else own_code(folder)
     if code:
+        trust = (
+            "Read it, then set trust_remote_code: true in this extractor's section, with revision or weights; or take"
+            if isinstance(spec, CodeSpec)
+            else "Take"
+        )
         return UserError(
             f"{folder}: the model brings code of its own ({', '.join(sorted(set(code))[:3])}), which is not run. "
-            "Read it, then set trust_remote_code: true in this extractor's section, with revision or weights; "
-            "or take a model that the library knows"
+            f"{trust} a model that the library knows"
         )
     reason = " ".join(str(error).split())
     return UserError(f"{folder}: not {kind} that can be loaded safely: {type(error).__name__}: {reason[:500]}")

@@ -1,5 +1,6 @@
 """Texts to vectors with sentence-transformers."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -9,7 +10,8 @@ from pydantic import Field
 from extractors.device import arithmetic, torch_dtype
 from extractors.hub import checked_path
 from extractors.pretrained import check_code, loaded, whole_models
-from extractors.text_model import USUAL_LIMIT, TextModel, TextModelSpec
+from extractors.text_model import NO_LIMIT, USUAL_LIMIT, TextModel, TextModelSpec, positions_of
+from stages.errors import UserError
 
 
 class SentenceTransformersSpec(TextModelSpec):
@@ -40,9 +42,7 @@ class SentenceTransformersExtractor(TextModel):
                 ),
                 kind, spec, folder,
             )  # fmt: skip
-        if spec.max_length is not None:
-            self.model.max_seq_length = spec.max_length
-        self.limit = self.model.max_seq_length or USUAL_LIMIT
+        self.limit = self._settled_limit()
         self.tokenizer = self.model.tokenizer
         own = self.model.prompts.get(self.model.default_prompt_name or "") or ""
         self.prompt = own if spec.prompt is None else spec.prompt
@@ -50,7 +50,8 @@ class SentenceTransformersExtractor(TextModel):
 
     def facts(self) -> dict[str, Any]:
         """Return the token limit and the prompt in use."""
-        return {"max_length": self.limit, "prompt": self.prompt, "modules": [type(m).__name__ for m in self.model]}
+        limit = None if self.limit == NO_LIMIT else self.limit
+        return {"max_length": limit, "prompt": self.prompt, "modules": [type(m).__name__ for m in self.model]}
 
     def forward(self, texts: Sequence[str]) -> np.ndarray:
         """Return (n, dim) float32 vectors of n texts in one forward pass."""
@@ -60,3 +61,23 @@ class SentenceTransformersExtractor(TextModel):
                 normalize_embeddings=self.spec.normalise, truncate_dim=self.spec.truncate_dim, convert_to_tensor=True,
             )  # fmt: skip
         return vectors.float().cpu().numpy()
+
+    def counted(self, texts: Sequence[str]) -> list[int]:
+        """Return the tokens of n texts, none cut."""
+        if callable(self.tokenizer):
+            return super().counted(texts)
+        # Of static embeddings: no model of transformers, and no special tokens.
+        return [len(one.ids) for one in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
+    def _settled_limit(self) -> int:
+        """Return the longest text in tokens, and set it where the spec says one."""
+        asked, own = self.spec.max_length, self.model.max_seq_length
+        if own == math.inf:
+            if asked is not None:
+                raise UserError(f"max_length = {asked}: the model reads texts of any length; leave it out")
+            return NO_LIMIT
+        if self.model.transformers_model is not None:
+            positions_of(self.model.transformers_model, asked)
+        if asked is not None:
+            self.model.max_seq_length = asked
+        return asked or own or USUAL_LIMIT

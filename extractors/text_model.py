@@ -1,5 +1,6 @@
 """What text encoders share: the text of an item, and batches of about equal numbers of tokens."""
 
+import sys
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from stages.errors import UserError
 
 USUAL_LIMIT = 512
 """Longest text in tokens of a model that names no limit."""
+NO_LIMIT = sys.maxsize
+"""Longest text in tokens of a model that has no positions, and cuts nothing."""
 
 _TOKENS_PER_BATCH = {"cpu": 2048, "mps": 16_384, "cuda": 65_536}
 _TEXTS_AT_ONCE = 256
@@ -54,7 +57,7 @@ class TextModel(Extractor[str]):
     """A loaded text encoder. Subclasses set `tokenizer`, `prompt` and `limit`, then call `ready`, and say `forward`.
 
     Attributes:
-        tokenizer: of transformers.
+        tokenizer: of transformers, unless a subclass counts tokens itself.
         prompt: what stands before each text.
         limit: longest text in tokens, special tokens included; the rest is cut.
         tokens: batch size in tokens, padding included.
@@ -128,5 +131,26 @@ class TextModel(Extractor[str]):
         with quiet("transformers.tokenization_utils_base"):
             for start in range(0, len(texts), _TEXTS_AT_ONCE):
                 prompted = [self.prompt + text for text in texts[start : start + _TEXTS_AT_ONCE]]
-                lengths.extend(map(len, self.tokenizer(prompted, truncation=False, padding=False)["input_ids"]))
+                lengths.extend(self.counted(prompted))
         return np.array(lengths, dtype=np.int64)
+
+    def counted(self, texts: Sequence[str]) -> list[int]:
+        """Return the tokens of n texts, none cut."""
+        return [len(ids) for ids in self.tokenizer(texts, truncation=False, padding=False)["input_ids"]]
+
+
+def positions_of(model: Any, max_length: int | None) -> int | None:
+    """Return how many tokens a model of transformers has positions for, None where they don't end.
+
+    Raises:
+        UserError: max_length is more.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is None or positions < 0:
+        return None
+    # RoBERTa's kin number positions from behind the padding's id.
+    first = getattr(getattr(model, "embeddings", None), "padding_idx", None)
+    positions -= 0 if first is None else first + 1
+    if max_length is not None and max_length > positions:
+        raise UserError(f"max_length = {max_length}: the model has positions for {positions} tokens")
+    return positions

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from extractors.device import torch_dtype
 from extractors.hub import checked_path
 from extractors.image_model import ArchitectureSpec, ImageModel
+from extractors.pretrained import loaded, on_device
 from stages.errors import UserError
 from stages.strict import Float
 
@@ -58,7 +59,8 @@ class TimmExtractor(ImageModel):
         from timm.data import create_transform, resolve_data_config
 
         super().__init__(spec)
-        model = _build(spec)
+        path = checked_path(spec)
+        model = _build(spec, path)
         own = resolve_data_config(model.pretrained_cfg, model=model)
         given = spec.model_dump(include=set(_PREPROCESSING), exclude_none=True)
         if "input_size" in given:
@@ -68,14 +70,32 @@ class TimmExtractor(ImageModel):
         self.transform = create_transform(**self.preprocessing, use_prefetcher=True)
         import torch
 
-        self.model = model.eval().to(self.device, torch_dtype(spec.precision), memory_format=torch.channels_last)
+        kind = f"a timm model ({type(model).__name__})"
+        self.model = on_device(
+            model.eval(), self.device, kind, spec, path,
+            dtype=torch_dtype(spec.precision), memory_format=torch.channels_last,
+        )  # fmt: skip
 
         def per_channel(values: Sequence[float]) -> torch.Tensor:
             return torch.tensor(values, device=self.device).view(1, 3, 1, 1) * 255
 
         self.mean = per_channel(self.preprocessing["mean"])
         self.std = per_channel(self.preprocessing["std"])
-        self.dim = self.measured_dim()
+        self.dim = loaded(self.measured_dim, kind, spec, path)
+
+    def measured_dim(self) -> int:
+        """Return d, found by encoding one white picture.
+
+        Raises:
+            UserError: the model takes no pictures of that size.
+        """
+        try:
+            return super().measured_dim()
+        except AssertionError as error:
+            side = self.preprocessing["input_size"][1]
+            raise UserError(
+                f"input_size = {side}: {error} Leave it out, or set model_kwargs: {{img_size: {side}}} as well"
+            ) from error
 
     def facts(self) -> dict[str, Any]:
         """Return the preprocessing in use."""
@@ -93,12 +113,11 @@ class TimmExtractor(ImageModel):
         return self.model(pixels.contiguous(memory_format=torch.channels_last))
 
 
-def _build(spec: TimmSpec) -> Any:
+def _build(spec: TimmSpec, path: Path) -> Any:
     """Return the model without its classifier; every other tensor of it was found in the checkpoint."""
     import timm
     from safetensors import SafetensorError
 
-    path = checked_path(spec)
     name = spec.model or str(path)
     if not path.is_dir() and not timm.is_model(name):
         raise UserError(f"model = {name!r}: timm knows no such architecture{_nearest_architecture(name)}")

@@ -5,20 +5,16 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from extractors.captions_common import MAX_ASPECT, Answer, Captioned, CaptionSpec, Prompted, capped
-from extractors.captions_local import Asked, BatchCaptioner, chat_of, name_of
-from extractors.device import Batch, resolve_device, torch_dtype
-from extractors.effort import LARGE, check_effort, hours, parameters_of, seconds_per_parameter
-from extractors.hub import model_path, without_bars
+from extractors.captions_common import Answer, CaptionSpec
+from extractors.captions_local import KIND, PICTURES_PER_BATCH, Asked, BatchCaptioner, chat_of, name_of, processor_of
+from extractors.device import Batch, resolve_device
+from extractors.effort import LARGE, check_effort, hours, parameters_of, seconds_per_parameter, tokens_of
+from extractors.hub import model_path
 from extractors.model_spec import ModelSpec
-from extractors.pretrained import whole_models
+from extractors.pretrained import load_model, on_device
 from extractors.text_of import clean
-from stages.errors import UserError
 
-__all__ = ["MAX_ASPECT", "Captioned", "Prompted", "TransformersCaptionSpec", "TransformersCaptioner", "capped"]
-
-_PIXELS_PER_TOKEN = 784  # Qwen2.5-VL: a token stands for 28 x 28 pixels
-_PICTURES_PER_BATCH = {"cpu": 4, "mps": 4, "cuda": 16}
+_SERVER = "let a server that has one do it (backend: openai-caption, see docs/captions.md), "
 
 
 class TransformersCaptionSpec(CaptionSpec, ModelSpec):
@@ -43,11 +39,9 @@ class TransformersCaptionSpec(CaptionSpec, ModelSpec):
         """
         parameters = parameters_of(model_path(self))
         if resolve_device(self.device) == "cpu" and parameters >= LARGE:
-            tokens = self.max_pixels // _PIXELS_PER_TOKEN + len(self.prompt) // 4
-            speed = seconds_per_parameter(self.precision)
-            check_effort(
-                parameters, items, hours(parameters, items, tokens, self.max_new_tokens, speed), self.allow_slow
-            )
+            tokens, speed = tokens_of(self.max_pixels, self.prompt), seconds_per_parameter(self.precision)
+            estimate = hours(parameters, items, tokens, self.max_new_tokens, speed)
+            check_effort(parameters, items, estimate, self.allow_slow, _SERVER)
 
     def load(self) -> "TransformersCaptioner":
         """Load the model."""
@@ -58,25 +52,15 @@ class TransformersCaptioner(BatchCaptioner):
     """A loaded vision-language model that captions pictures in batches, greedily."""
 
     def __init__(self, spec: TransformersCaptionSpec) -> None:
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        from transformers import AutoModelForImageTextToText
 
         self.spec: TransformersCaptionSpec = spec
         self.device = resolve_device(spec.device)
         folder = model_path(spec)
-        without_bars()
-        try:
-            self.processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            with whole_models("a vision-language model", folder):
-                model = AutoModelForImageTextToText.from_pretrained(
-                    folder, local_files_only=True, trust_remote_code=False, use_safetensors=True,
-                    dtype=torch_dtype(spec.precision),
-                )  # fmt: skip
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise UserError(f"{folder}: not a vision-language model that can be loaded safely: {error}") from error
-        # A decoder continues at the right end: with padding there it would continue the padding.
-        self.processor.tokenizer.padding_side = "left"
-        self.model = model.eval().to(self.device)
-        self.batch = Batch(spec.batch_size or _PICTURES_PER_BATCH[self.device])
+        self.processor = processor_of(spec, folder)
+        model = load_model(AutoModelForImageTextToText, spec, folder, KIND, use_safetensors=True)
+        self.model = on_device(model, self.device, KIND, spec, folder)
+        self.batch = Batch(spec.batch_size or PICTURES_PER_BATCH[self.device])
 
     def facts(self) -> dict[str, Any]:
         """Return the model, its architecture, the prompt and the decoding in use."""

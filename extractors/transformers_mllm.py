@@ -1,6 +1,5 @@
 """Pictures and texts to one vector: hidden states of a vision-language model, without words in between."""
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -10,23 +9,19 @@ from pydantic import Field
 
 from extractors.ahead import chunks
 from extractors.captions_common import MAX_ASPECT, readable
-from extractors.captions_local import chat_of
+from extractors.captions_local import KIND, PICTURES_PER_BATCH, chat_of, processor_of
 from extractors.device import Batch, arithmetic, resolve_device
-from extractors.effort import BEARABLE_HOURS, LARGE, hours, parameters_of, seconds_per_parameter
+from extractors.effort import LARGE, check_effort, hours, parameters_of, seconds_per_parameter, tokens_of
 from extractors.extractor import Advance, Encoded, Extractor, collect, silent
 from extractors.hub import checked_path, model_path
 from extractors.model_spec import CodeSpec
 from extractors.pictures_of import picture_of
 from extractors.pooling import pool
-from extractors.pretrained import load_model, load_part, loaded
+from extractors.pretrained import load_model, loaded, on_device
 from extractors.prompted import HOLDS, Prompted, PromptedSpec
 from stages.errors import UserError
 
 PROMPT = "{title}\nSummarise this product in one word:"
-_PIXELS_PER_TOKEN = 784  # Qwen2.5-VL: a token stands for 28 x 28 pixels
-_PICTURES_PER_BATCH = {"cpu": 4, "mps": 4, "cuda": 16}
-
-log = logging.getLogger(__name__)
 
 
 class TransformersMllmSpec(PromptedSpec, CodeSpec):
@@ -56,21 +51,10 @@ class TransformersMllmSpec(PromptedSpec, CodeSpec):
             UserError: they are many, and allow_slow is not set.
         """
         parameters = parameters_of(model_path(self))
-        if resolve_device(self.device) != "cpu" or parameters < LARGE:
-            return
-        tokens = self.max_pixels // _PIXELS_PER_TOKEN + len(self.prompt) // 4
-        speed = seconds_per_parameter("float32" if self.precision == "float32" else "bfloat16")
-        estimate = hours(parameters, items, tokens, 0, speed)
-        told = (
-            f"a model of {parameters / 1e9:.1f} billion parameters on this processor needs about {estimate:.1f} "
-            f"hours for {items} items"
-        )
-        if estimate > BEARABLE_HOURS and not self.allow_slow:
-            raise UserError(
-                f"{told}. Run it on a machine with a GPU, take a smaller model, leave this modality out of the "
-                "experiment, or set allow_slow: true to wait for it"
-            )
-        log.warning(told)
+        if resolve_device(self.device) == "cpu" and parameters >= LARGE:
+            speed = seconds_per_parameter("float32" if self.precision == "float32" else "bfloat16")
+            estimate = hours(parameters, items, tokens_of(self.max_pixels, self.prompt), 0, speed)
+            check_effort(parameters, items, estimate, self.allow_slow)
 
     def load(self) -> "TransformersMllmExtractor":
         """Load the model."""
@@ -81,27 +65,22 @@ class TransformersMllmExtractor(Extractor[Prompted]):
     """A loaded vision-language model without the head that writes words."""
 
     def __init__(self, spec: TransformersMllmSpec) -> None:
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        from transformers import AutoModelForImageTextToText
 
         self.spec = spec
         self.device = resolve_device(spec.device)
         folder = checked_path(spec)
-        kind = "a vision-language model"
-        self.processor = load_part(AutoProcessor, spec, folder, kind)
-        if not hasattr(self.processor, "tokenizer"):
-            raise UserError(f"{folder}: has no processor of pictures and texts, so it is not {kind}")
-        # Decoders are trained to go on at the right end, and some number positions from the left one.
-        self.processor.tokenizer.padding_side = "left"
-        model = load_model(AutoModelForImageTextToText, spec, folder, kind, unused=("lm_head.",))
-        self.model = model.base_model.to(self.device)
+        self.processor = processor_of(spec, folder)
+        model = load_model(AutoModelForImageTextToText, spec, folder, KIND, unused=("lm_head.",))
+        self.model = on_device(model.base_model, self.device, KIND, spec, folder)
         # A model that cannot be had without its head gives its last states among the hidden ones only.
         self.last = spec.layer == -1 and self.model is not model
         layers = self.model.config.get_text_config().num_hidden_layers
         if not -layers - 1 <= spec.layer <= layers:
             raise UserError(f"layer = {spec.layer}: the model has {layers} layers, so it is {-layers - 1} to {layers}")
-        self.batch = Batch(spec.batch_size or _PICTURES_PER_BATCH[self.device])
+        self.batch = Batch(spec.batch_size or PICTURES_PER_BATCH[self.device])
         white = Image.new("RGB", (56, 56), "white")
-        self.dim = loaded(lambda: self._encode([(white, spec.prompt_of({}))]).shape[1], kind, spec, folder)
+        self.dim = loaded(lambda: self._encode([(white, spec.prompt_of({}))]).shape[1], KIND, spec, folder)
 
     def facts(self) -> dict[str, Any]:
         """Return architecture, prompt, pooling and preprocessing in use."""

@@ -10,8 +10,8 @@ from pydantic import Field
 from extractors.device import arithmetic
 from extractors.hub import checked_path
 from extractors.pooling import TokenPooling, pool
-from extractors.pretrained import load_model, load_part, loaded
-from extractors.text_model import USUAL_LIMIT, TextModel, TextModelSpec
+from extractors.pretrained import load_model, load_part, loaded, on_device
+from extractors.text_model import USUAL_LIMIT, TextModel, TextModelSpec, positions_of
 from stages.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,10 +51,10 @@ class TransformersTextExtractor(TextModel):
         model = load_model(AutoModel, spec, folder, "a text encoder", unused=("pooler.",))
         if getattr(model.config, "is_encoder_decoder", False):
             model = model.get_encoder()
-        self.model = model.to(self.device)
+        kind = f"a text encoder ({type(model).__name__})"
+        self.model = on_device(model, self.device, kind, spec, folder)
         self.prompt = spec.prompt or ""
         self.limit = self._token_limit()
-        kind = f"a text encoder ({type(model).__name__})"
         self.ready(loaded(lambda: self._states(["a"])[0].shape[-1], kind, spec, folder))
 
     def facts(self) -> dict[str, Any]:
@@ -100,13 +100,7 @@ class TransformersTextExtractor(TextModel):
 
     def _token_limit(self) -> int:
         """Return the longest text in tokens: as the spec says, else as tokenizer and positions allow."""
-        positions = getattr(self.model.config, "max_position_embeddings", None)
-        if positions is not None:
-            # RoBERTa's kin number positions from behind the padding's id.
-            first = getattr(getattr(self.model, "embeddings", None), "padding_idx", None)
-            positions -= 0 if first is None else first + 1
-            if self.spec.max_length is not None and self.spec.max_length > positions:
-                raise UserError(f"max_length = {self.spec.max_length}: the model has positions for {positions} tokens")
+        positions = positions_of(self.model, self.spec.max_length)
         if self.spec.max_length is not None:
             return self.spec.max_length
         named = [limit for limit in (self.tokenizer.model_max_length, positions) if limit and limit < _UNSET]

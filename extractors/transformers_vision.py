@@ -10,7 +10,7 @@ from extractors.device import torch_dtype
 from extractors.hub import checked_path
 from extractors.image_model import ImageModel, ImageModelSpec
 from extractors.model_spec import CodeSpec
-from extractors.pretrained import load_model, load_part, loaded
+from extractors.pretrained import load_model, load_part, loaded, on_device
 from stages.errors import UserError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class TransformersVisionExtractor(ImageModel):
             model = getattr(model, "vision_model", model)
         elif self.projected and hasattr(model, "text_model"):
             model.text_model = None  # it would only take memory
-        self.model = model.to(self.device)
+        self.model = on_device(model, self.device, "a vision model", spec, folder)
         shapes = {tuple(self.prepare(Image.new("RGB", size, "white")).shape) for size in ((64, 64), (96, 48))}
         if len(shapes) > 1:
             raise UserError(

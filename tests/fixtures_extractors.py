@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import sys
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from PIL import Image, ImageDraw
 
 from stages.pictures import shard_path
@@ -92,3 +94,19 @@ def png_header(width: int, height: int) -> bytes:
     small[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
     small[29:33] = zlib.crc32(bytes(small[12:29])).to_bytes(4, "big")
     return bytes(small)
+
+
+def no_room_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let memory run out when an extractor sends its model to the device, and not when a library does so before."""
+    import torch
+    import transformers
+
+    bases: tuple[Any, ...] = (torch.nn.Module, transformers.PreTrainedModel)
+    for base in bases:
+
+        def to(self: Any, *arguments: Any, original: Any = base.to, **options: Any) -> Any:
+            if sys._getframe(1).f_globals["__name__"].startswith("extractors."):
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return original(self, *arguments, **options)
+
+        monkeypatch.setattr(base, "to", to)

@@ -2,13 +2,15 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pyarrow.parquet as pq
 import pytest
 import tiny_vlm
-from fixtures_extractors import COLOURS, encoded, plain, write_items, write_pictures
+from fixtures_extractors import COLOURS, encoded, no_room_on_the_device, plain, write_items, write_pictures
 from PIL import Image
 
 import extractors
@@ -120,6 +122,28 @@ def test_weights_that_are_no_such_model_or_pickled_are_refused(vlm: Path, tmp_pa
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(UserError, match="not a vision-language model that can be loaded safely"):
         spec_of(tmp_path).load()
+
+
+def test_whatever_a_library_raises_while_a_model_loads_is_told(vlm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_room_on_the_device(monkeypatch)
+    with pytest.raises(UserError, match="memory ran out while the model was loaded"):
+        spec_of(vlm).load()
+    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", lambda *a, **k: object())
+    with pytest.raises(UserError, match="has no processor of pictures and texts, so it is not a vision-language model"):
+        spec_of(vlm).load()
+    absent = MagicMock(side_effect=ImportError("Package `num2words` is required"))
+    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", absent)
+    with pytest.raises(UserError, match="can be loaded safely: ImportError: Package `num2words` is required"):
+        spec_of(vlm).load()
+
+
+def test_code_of_a_captioner_is_refused_without_a_setting_that_it_lacks(vlm: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(vlm, tmp_path / "vlm")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"code of its own \(own\.Config\), which is not run\. Take a model that"):
+        spec_of(folder).load()
 
 
 def huge_model(folder: Path, vlm: Path, parameters: int) -> Path:

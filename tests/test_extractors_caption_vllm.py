@@ -111,11 +111,12 @@ def test_without_vllm_the_error_says_what_to_run(monkeypatch: pytest.MonkeyPatch
         spec_of(weights).load()
 
 
+@pytest.mark.parametrize("error", [RuntimeError, ImportError, AttributeError])
 def test_an_engine_that_does_not_start_says_with_which_model(
-    vllm: types.ModuleType, weights: Path, monkeypatch: pytest.MonkeyPatch
+    vllm: types.ModuleType, weights: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
     def out_of_memory(**arguments: Any) -> None:
-        raise RuntimeError("Engine core initialization failed")
+        raise error("Engine core initialization failed")
 
     monkeypatch.setattr(vllm, "LLM", out_of_memory)
     with pytest.raises(UserError, match=r"vLLM does not start with it: Engine core"):

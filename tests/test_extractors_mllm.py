@@ -9,7 +9,7 @@ import pytest
 import tiny_vlm
 import torch
 import transformers
-from fixtures_extractors import COLOURS, encoded, plain, write_items, write_pictures
+from fixtures_extractors import COLOURS, encoded, no_room_on_the_device, plain, write_items, write_pictures
 from PIL import Image
 
 import extractors
@@ -125,6 +125,12 @@ def test_other_titles_are_other_inputs(vlm: Path, tmp_path: Path) -> None:
         items = write_items(tmp_path, [{"title": title}])
         prints.append(spec_of(vlm).read({"items": items, "manifest": manifest}).digests.to_pylist())
     assert prints[0] == prints[2] != prints[1]
+
+
+def test_memory_that_runs_out_while_the_model_loads_is_told(vlm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_room_on_the_device(monkeypatch)
+    with pytest.raises(UserError, match="memory ran out while the model was loaded"):
+        spec_of(vlm).load()
 
 
 def test_settings_that_do_not_fit_the_model_are_refused(vlm: Path, tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
 """Text extraction with the real MiniLM out of its package."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import tiny_transformers
+import torch
 from fixtures_extractors import write_items
 from hypothesis import given
 from hypothesis import strategies as st
@@ -99,6 +102,32 @@ def test_prompt_truncation_and_length_reach_the_model() -> None:
     assert not np.allclose(unprompted.encode([{"title": TEXTS[0]}]).embedding, encoded.embedding[:1], atol=1e-3)
     with pytest.raises(UserError, match="truncate_dim = 999"):
         extractors.load(SPEC | {"truncate_dim": 999})
+    with pytest.raises(UserError, match="max_length = 513: the model has positions for 512 tokens"):
+        extractors.load(SPEC | {"max_length": 513})
+
+
+def test_static_embeddings_have_no_limit(tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+
+    torch.manual_seed(0)
+    model = SentenceTransformer(
+        modules=[StaticEmbedding(tiny_transformers.tokenizer(), embedding_dim=16)], device="cpu"
+    )
+    model.save(str(tmp_path / "m"))
+    spec = {"modality": "text", "backend": "sentence-transformers", "weights": str(tmp_path / "m"), "device": "cpu"}
+    extractor = extractors.load(spec)
+    assert isinstance(extractor, SentenceTransformersExtractor)
+    texts = ["red shoe", "the long bag " * 500, "a"]
+    found = extractor.run([*texts, "  "])
+    assert found.status.tolist() == ["ok"] * 3 + ["failed"] and found.counts == {"truncated_texts": 0}
+    np.testing.assert_allclose(found.embedding[:3], model.encode(texts, normalize_embeddings=True), atol=1e-6)
+    facts = json.loads(json.dumps(extractor.facts(), allow_nan=False))
+    assert facts["max_length"] is None and facts["modules"] == ["StaticEmbedding"]
+    prompted = extractors.load(spec | {"prompt": "query : "}).run(texts).embedding
+    assert not np.allclose(prompted, found.embedding[:3], atol=1e-3)
+    with pytest.raises(UserError, match="max_length = 12: the model reads texts of any length; leave it out"):
+        extractors.load(spec | {"max_length": 12})
 
 
 @pytest.mark.parametrize("precision", ["autocast", "bfloat16"])
@@ -158,8 +187,6 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_real_texts_have_neighbours_of_their_product_type(hm: Path, minilm: SentenceTransformersExtractor) -> None:
-    import json
-
     with (hm / "items.jsonl").open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in file][::12]
     items = [{"title": row["title"], "brand": row["type"], "description": row["description"]} for row in rows]

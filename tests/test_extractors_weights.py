@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny_transformers
 import torch
-from fixtures_extractors import shape
+from fixtures_extractors import no_room_on_the_device, shape
 from safetensors.torch import load_file, save_file
 
 import extractors
@@ -163,6 +163,16 @@ def test_random_weights_are_never_used(request: pytest.FixtureRequest, tmp_path:
         load(backend, folder)
     (folder / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes()[:2000])
     with pytest.raises(UserError, match="that can be loaded safely"):
+        load(backend, folder)
+
+
+@pytest.mark.parametrize("backend", ["transformers-text", "transformers-vision"])
+def test_memory_that_runs_out_while_a_model_loads_is_told(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    folder = bert if backend == "transformers-text" else tiny_transformers.save_vision("vit", tmp_path / "vit")
+    no_room_on_the_device(monkeypatch)
+    with pytest.raises(UserError, match="memory ran out while the model was loaded"):
         load(backend, folder)
 
 
