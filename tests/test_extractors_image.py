@@ -1,12 +1,13 @@
 """Image extraction: timm, open_clip and the weight-free descriptor, with small models saved by the test."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from fixtures_extractors import COLOURS, encoded, plain, shape
+from fixtures_extractors import COLOURS, encoded, no_room_on_the_device, plain, shape
 from PIL import Image
 
 import extractors
@@ -134,6 +135,17 @@ def test_timm_preprocessing_is_the_models_own_unless_overridden(timm_spec: dict[
     assert facts["input_size"] == (3, 64, 64) and facts["mean"] == [0.5, 0.5, 0.5] and facts["crop_mode"] == "squash"
 
 
+def test_a_timm_model_of_a_fixed_size_refuses_another_one(tmp_path: Path) -> None:
+    import timm
+    from safetensors.torch import save_file
+
+    save_file(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), tmp_path / "vit.safetensors")
+    spec = {"backend": "timm", "model": "vit_tiny_patch16_224", "weights": str(tmp_path / "vit.safetensors")}
+    with pytest.raises(UserError, match=r"input_size = 96: Input height .*set model_kwargs: \{img_size: 96\} as well"):
+        load(spec | {"input_size": 96})
+    assert load(spec | {"input_size": 96, "model_kwargs": {"img_size": 96}}).dim == load(spec).dim
+
+
 def test_timm_folders_as_on_the_hub_load_and_other_architectures_are_refused(
     tmp_path: Path, timm_file: Path, timm_spec: dict[str, Any]
 ) -> None:
@@ -188,6 +200,78 @@ def test_open_clip_refuses_missing_weights_and_wrong_ones(tmp_path: Path, clip_f
         load({"backend": "open_clip", "weights": str(tmp_path)})
     with pytest.raises(UserError, match="knows no such architecture"):
         load({"backend": "open_clip", "model": "ViT-B-33", "weights": str(timm_file)})
+
+
+@pytest.fixture
+def bare_clip(clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any], Path]:
+    """The spec of a file of weights without a description, and the description; open_clip knows the architecture."""
+    import open_clip
+
+    description = clip_folder / "open_clip_config.json"
+    config = json.loads(description.read_text())["model_cfg"]
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "Tiny", config)
+    shutil.copy(clip_folder / "open_clip_model.safetensors", tmp_path / "mine.safetensors")
+    return {"backend": "open_clip", "model": "Tiny", "weights": str(tmp_path / "mine.safetensors")}, description
+
+
+def test_a_description_beside_a_file_of_weights_is_heeded(bare_clip: tuple[dict[str, Any], Path]) -> None:
+    spec, description = bare_clip
+    bare = load(spec)
+    assert bare.facts()["preprocessing"]["mean"] == (0.48145466, 0.4578275, 0.40821073)
+    beside = Path(spec["weights"]).parent / description.name
+    beside.write_text(description.read_text().replace('"embed_dim"', '"quick_gelu": true, "embed_dim"'))
+    described = load(spec)
+    assert described.facts()["preprocessing"]["mean"] == [0.5, 0.4, 0.3]
+    folder = load({"backend": "open_clip", "weights": str(description.parent), "force_quick_gelu": True})
+    assert np.array_equal(described.run(PICTURES).embedding, folder.run(PICTURES).embedding)
+    assert described.spec.identity() == bare.spec.identity() | {
+        "described": {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2], "quick_gelu": True}
+    }
+    assert load(spec | {"mean": [0.1, 0.1, 0.1]}).facts()["preprocessing"]["mean"] == [0.1, 0.1, 0.1]
+    beside.write_text(json.dumps({"model_cfg": {}, "preprocess_cfg": {"interpolation": "bicubic"}}))
+    assert load(spec).spec.identity() == bare.spec.identity()
+    beside.write_text("{}")
+    with pytest.raises(UserError, match=r"open_clip_config\.json: not a description of an open_clip model"):
+        load(spec)
+
+
+def test_a_bare_file_is_prepared_as_all_known_weights_of_its_architecture_or_refused(
+    bare_clip: tuple[dict[str, Any], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from open_clip import pretrained
+
+    spec, _ = bare_clip
+    key = extractors.parse_extractor("clip", spec | {"modality": "image"}, "x").identity()
+    assert not {"mean", "std", "interpolation", "resize_mode", "described"} & set(key)
+    monkeypatch.setitem(pretrained._PRETRAINED, "Tiny", {"webli": pretrained._slpcfg()})
+    facts = load(spec).facts()["preprocessing"]
+    assert facts["mean"] == (0.5, 0.5, 0.5) and facts["resize_mode"] == "squash"
+    tags = {"webli": pretrained._slpcfg(), "dfn": pretrained._pcfg(), "openai": pretrained._pcfg(quick_gelu=True)}
+    monkeypatch.setitem(pretrained._PRETRAINED, "Tiny", tags)
+    with pytest.raises(UserError, match=r"weights of Tiny want .*or set mean, std, resize_mode as its model card says"):
+        load(spec)
+    assert load(spec | {"force_quick_gelu": True}).facts()["preprocessing"]["resize_mode"] == "shortest"
+    half = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+    with pytest.raises(UserError, match="or set resize_mode as"):
+        load(spec | half)
+    assert load(spec | half | {"resize_mode": "squash"}).facts()["preprocessing"]["resize_mode"] == "squash"
+
+
+def test_a_bare_file_of_an_architecture_that_laion_trained_otherwise_is_refused(timm_file: Path) -> None:
+    with pytest.raises(UserError, match=r"weights of ViT-L-14 want .*or set mean, std as its model card says"):
+        load({"backend": "open_clip", "model": "ViT-L-14", "weights": str(timm_file)})
+
+
+@pytest.mark.parametrize("backend", ["timm", "open_clip"])
+def test_memory_that_runs_out_while_a_model_loads_is_told(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    spec = request.getfixturevalue("timm_spec")
+    if backend == "open_clip":
+        spec = {"backend": backend, "weights": str(request.getfixturevalue("clip_folder"))}
+    no_room_on_the_device(monkeypatch)
+    with pytest.raises(UserError, match="memory ran out while the model was loaded"):
+        load(spec)
 
 
 def test_the_descriptor_tells_colours_and_shapes_apart() -> None:
