@@ -42,8 +42,9 @@ def split(
         user: (N,) integers, any values. Labels follow the rows; sort rows first where their order may vary.
         seed: of the shuffle.
         timestamp: (N,) integers, for the strategies that look at time.
-        kept: (N,) labels that stand already, -1 where there is none. The others fill up what a user lacks in test, then
-            in valid, to the sizes above; the rest is train.
+        kept: (N,) labels of an earlier split, -1 where there is none. `random` keeps them all; the others fill up what a
+            user lacks in test, then in valid, to the sizes above, and the rest is train. The strategies that look at
+            time keep train alone: valid and test are the last of what is later than a user's last in train.
 
     Returns:
         (N,) int8.
@@ -60,22 +61,37 @@ def split(
         raise ValueError(f"strategy {strategy!r} is not one of {', '.join(STRATEGIES)}")
     n = len(user)
     shuffle = np.random.default_rng(seed).random(n)
+    labels = np.full(n, -1, np.int8) if kept is None else np.array(kept, np.int8)
     keys: Sequence[np.ndarray] = (shuffle, user)
-    if strategy != "random" and timestamp is not None:
-        keys = (shuffle, np.asarray(timestamp), user)
+    if strategy != "random":
+        # Of equal times those come first that were in train, then new ones: what can keep its label does.
+        standing = np.array([1, 0, 2, 3])[labels + 1]
+        keys = (shuffle, standing, user) if timestamp is None else (shuffle, standing, np.asarray(timestamp), user)
     order = np.lexsort(keys)
     codes, count = np.unique(user, return_inverse=True, return_counts=True)[1:]
     valid, test = _last_two(count) if strategy == "leave-one-out" else _sizes(count)
-    labels = np.full(n, -1, np.int8) if kept is None else np.array(kept, np.int8)
-    order = order[labels[order] < 0]
-    drawn = np.bincount(codes[order], minlength=len(count))
-    has_valid, has_test = (np.bincount(codes[labels == label], minlength=len(count)) for label in (VALID, TEST))
-    test = np.clip(test - has_test, 0, drawn)
-    valid = np.clip(valid - has_valid, 0, drawn - test)
+    if strategy == "random":
+        order = order[labels[order] < 0]
+        has_valid, has_test = (np.bincount(codes[labels == label], minlength=len(count)) for label in (VALID, TEST))
+        valid, test = valid - has_valid, test - has_test
+    else:
+        order = order[_after_train(codes[order], labels[order])]
+        labels[:] = TRAIN
     of = codes[order]
+    drawn = np.bincount(of, minlength=len(count))
+    test = np.clip(test, 0, drawn)
+    valid = np.clip(valid, 0, drawn - test)
     rank = np.arange(len(order)) - (np.cumsum(drawn) - drawn)[of]
     labels[order] = (rank >= (drawn - valid - test)[of]).astype(np.int8) + (rank >= (drawn - test)[of])
     return labels
+
+
+def _after_train(user: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return which of (N,) rows, by user and time, are later than the last one that their user has in train."""
+    place = np.arange(len(user))
+    last = np.full(user.max(initial=-1) + 1, -1)
+    last[user[labels == TRAIN]] = place[labels == TRAIN]
+    return place > last[user]
 
 
 def _sizes(count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -139,7 +155,7 @@ def split_ratings(
     log.info("%s: %s; %d users without a train interaction", strategy, counts, cold)
     facts = {"split": counts, "users_without_train": cold}
     if kept is not None:
-        facts["kept_labels"] = int((kept >= 0).sum())
+        facts["kept_labels"] = int((kept == labels).sum())
         log.info("%d labels are those of the earlier split", facts["kept_labels"])
     return facts
 

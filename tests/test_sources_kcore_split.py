@@ -212,6 +212,50 @@ def test_kept_labels_stand_and_new_rows_fill_up_the_sizes(pairs: list[tuple[int,
         assert (mine == 1).sum() == (had == 1).sum() + min(new - more_test, max(0, valid - (had == 1).sum()))
 
 
+def test_the_newest_is_test_again_and_what_was_learnt_stays_in_train():
+    user, time = np.zeros(9, int), np.arange(1, 10)
+    for strategy in ("user-time", "leave-one-out"):
+        old = split(user[:5], 1, strategy, time[:5])
+        assert old.tolist() == [0, 0, 0, 1, 2]
+        kept = np.append(old, np.full(4, -1, np.int8))
+        assert split(user, 2, strategy, time, kept).tolist() == [0] * 7 + [1, 2]
+        # One that comes late but is older than what was learnt is not asked.
+        late = np.where(time == 9, 0, time)
+        assert split(user, 2, strategy, late, kept).tolist() == [0] * 6 + [1, 2, 0]
+
+
+@pytest.mark.parametrize("strategy", ["user-time", "leave-one-out"])
+@settings(deadline=None, max_examples=200)
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 12)), max_size=80),
+    n_old=st.integers(0, 60),
+    in_order=st.booleans(),
+)
+def test_a_split_in_time_order_keeps_train_and_asks_for_the_newest(
+    strategy: str, rows: list[tuple[int, int]], n_old: int, in_order: bool
+):
+    rows = sorted(rows, key=lambda row: row[1]) if in_order else rows
+    user, time = (np.array([row[n] for row in rows], np.int64) for n in (0, 1))
+    old = split(user[:n_old], 1, strategy, time[:n_old])
+    kept = np.append(old, np.full(len(user) - len(old), -1, np.int8))
+    labels = split(user, 2, strategy, time, kept)
+    assert not labels[kept == 0].any()
+    assert np.array_equal(split(user[:n_old], 2, strategy, time[:n_old], old), old)
+    assert np.array_equal(split(user, 2, strategy, time, np.full(len(user), -1)), split(user, 2, strategy, time))
+    for u in np.unique(user):
+        mine = user == u
+        for earlier, later in ((0, 1), (1, 2), (0, 2)):
+            if (mine & (labels == earlier)).any() and (mine & (labels == later)).any():
+                assert time[mine & (labels == earlier)].max() <= time[mine & (labels == later)].min()
+        fresh = np.bincount(split(user[mine], 3, strategy, time[mine]), minlength=3)
+        sizes = np.bincount(labels[mine], minlength=3)
+        learnt = time[mine & (kept == 0)].max(initial=-1)
+        free = int((mine & (kept != 0) & (time >= learnt)).sum())
+        assert sizes[2] == min(fresh[2], free) and sizes[1] == min(fresh[1], free - sizes[2])
+        if in_order and mine.sum() != 2:  # the two of a user who had one are not both held out
+            assert sizes.tolist() == fresh.tolist()
+
+
 def test_labels_are_kept_by_ids_whatever_the_numbers(tmp_path: Path):
     def prepared(folder: str, users: list[str], items: list[str], pairs: list[tuple[str, str]]) -> dict[str, Path]:
         place = tmp_path / folder
