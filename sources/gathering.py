@@ -210,9 +210,10 @@ class Gathering:
             for row in self.base.execute(f"select id from {name}s join asked using (code) order by place").fetchall()
         ]
 
-    def known_ids(self) -> list[str]:
-        """Return all ids of the item table and all that interactions name, in order."""
-        ids = "select id from known union select id from items semi join kept on code = item"
+    def known_ids(self, codes: np.ndarray) -> list[str]:
+        """Return all ids of the item table and those of the items `codes`, in order."""
+        self.base.register("asked", pa.table({"code": codes}))
+        ids = "select id from known union select id from items semi join asked using (code)"
         return [row[0] for row in self.base.execute(f"select id from ({ids}) order by id").fetchall()]
 
     def _size(self, table: str) -> dict[str, int]:

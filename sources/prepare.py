@@ -72,7 +72,7 @@ def prepare(
         user_ids, item_ids = gathering.ids("user", user_codes), gathering.ids("item", item_codes)
         number = np.arange(len(item_ids))
         if known is not None and spec["cold_items"] == "keep":
-            mine, item_ids = item_ids, gathering.known_ids()
+            mine, item_ids = item_ids, gathering.known_ids(item_codes)
             places = {item_id: place for place, item_id in enumerate(item_ids)}
             number = np.asarray([places[item_id] for item_id in mine])
     core = _renumbered(core, user_codes, item_codes, number)

@@ -278,6 +278,16 @@ def test_cold_items_can_be_kept(tmp_path: Path):
     assert len(np.unique(read_table(tmp_path / "ratings.parquet", RATINGS).column("item").to_numpy())) == 5
 
 
+def test_cold_items_are_those_of_the_item_table(tmp_path: Path):
+    table = jsonl([{"item_id": f"i{i}", "title": f"Thing {i}"} for i in (0, 1, 9)])
+    # "rare" is in neither: the item table lacks it, and the k-core drops it.
+    text = grid(6, 5) + "u0,rare,5,1600000000\n"
+    stats = dataset(tmp_path, text, table, cold_items="keep", unknown_items="keep")()
+    assert (stats["items"], stats["items_without_interaction"]) == (6, 1)
+    found = rows(tmp_path / "items.parquet", ITEMS)
+    assert [row["item_id"] for row in found] == ["i0", "i1", "i2", "i3", "i4", "i9"]
+
+
 def test_a_k_core_that_leaves_nothing_names_one_that_does(tmp_path: Path):
     with pytest.raises(UserError, match=r"the 5-core of 21 interactions \(3 users, 7 items\) is empty; set kcore to 3"):
         dataset(tmp_path, grid(3, 7))()
