@@ -15,6 +15,8 @@ from stages.paths import expand
 from stages.tables import FAILED, MISSING, OK
 
 _AT_ONCE = 64
+_ABSENT = ("no such file",)
+_NONE = Found("", MISSING, ("the item names no picture",), ("the item names no picture",))
 
 
 def find(search: Search) -> Iterator[Found]:
@@ -39,30 +41,37 @@ def _look(folder: Path, real: Path, spec: dict[str, Any], item: Wanted) -> Found
     names = item.references
     if spec["patterns"] is not None:
         names = [pattern.format(item_id=item.item_id) for pattern in spec["patterns"]]
-    absent = ""
+    bad: list[Found] = []
     for name in names:
-        path = folder / name
-        if "://" in name:
-            return _refused(name, "is a URL, but images.folder is set, so nothing is fetched")
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            return _refused(name, "refused: the path leads out of the folder")
-        try:
-            kind = path.stat().st_mode
-            if not path.resolve().is_relative_to(real):
-                return _refused(path, "refused: a link leads out of the folder")
-            if not stat.S_ISREG(kind):
-                return _refused(path, "not a regular file")
-            data = _read(path, spec["max_bytes"])
-            return Found(str(path), OK, (), (), examine(data, spec["max_pixels"], spec.get("placeholders", ())), data)
-        except FileNotFoundError:
-            absent = absent or str(path)
-        except UnreadableError as error:
-            status = MISSING if isinstance(error, PlaceholderError) else FAILED
-            return Found(str(path), status, (one_line(str(error)),), (error.kind,))
-        except (OSError, ValueError) as error:
-            return Found(str(path), FAILED, (one_line(f"cannot be read: {error}"),), ("cannot be read",))
-    reason = "no such file" if absent else "the item names no picture"
-    return Found(absent, MISSING, (reason,), (reason,))
+        found = _try(folder, real, spec, name)
+        if found.status == OK:
+            return found
+        bad.append(found)
+    # The first that failed, or else a placeholder, says more than a file that is not there.
+    return min(bad, key=lambda found: (found.status != FAILED, found.kinds == _ABSENT), default=_NONE)
+
+
+def _try(folder: Path, real: Path, spec: dict[str, Any], name: str) -> Found:
+    path = folder / name
+    if "://" in name:
+        return _refused(name, "is a URL, but images.folder is set, so nothing is fetched")
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        return _refused(name, "refused: the path leads out of the folder")
+    try:
+        kind = path.stat().st_mode
+        if not path.resolve().is_relative_to(real):
+            return _refused(path, "refused: a link leads out of the folder")
+        if not stat.S_ISREG(kind):
+            return _refused(path, "not a regular file")
+        data = _read(path, spec["max_bytes"])
+        return Found(str(path), OK, (), (), examine(data, spec["max_pixels"], spec.get("placeholders", ())), data)
+    except (FileNotFoundError, NotADirectoryError):
+        return Found(str(path), MISSING, _ABSENT, _ABSENT)
+    except UnreadableError as error:
+        status = MISSING if isinstance(error, PlaceholderError) else FAILED
+        return Found(str(path), status, (one_line(str(error)),), (error.kind,))
+    except (OSError, ValueError) as error:
+        return Found(str(path), FAILED, (one_line(f"cannot be read: {error}"),), ("cannot be read",))
 
 
 def _refused(name: str | Path, reason: str) -> Found:

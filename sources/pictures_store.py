@@ -255,7 +255,8 @@ class Store:
 
     def close(self) -> None:
         """Close the journal."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a full disk, of which `add` has told
+            self._file.close()
         os.close(self._reader)
 
 

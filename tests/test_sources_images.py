@@ -251,6 +251,22 @@ def test_patterns_are_tried_in_order(tmp_path: Path):
     assert rows[2]["url"].endswith("999/99999.jpg")
 
 
+def test_a_bad_picture_leads_to_the_next(tmp_path: Path):
+    (tmp_path / "good.jpg").write_bytes(picture())
+    (tmp_path / "text.jpg").write_bytes(b"this is a text file")
+    (tmp_path / "dot.jpg").write_bytes(picture((1, 1), format="PNG"))
+    bad = ["http://h/a.jpg", "../a.jpg", "text.jpg", "dot.jpg", "good.jpg/x.jpg", "a\0b"]
+    references = {f"{n}": [name, "good.jpg"] for n, name in enumerate(bad)}
+    assert {row["status"] for row in collect(tmp_path, references, local(tmp_path))} == {"ok"}
+    references = {"first": ["none.jpg", "dot.jpg", "text.jpg", "../a.jpg"], "dot": ["none.jpg", "dot.jpg"],
+                  "none": ["good.jpg/x.jpg", "none.jpg"]}  # fmt: skip
+    rows = {row["item_id"]: row for row in collect(tmp_path, references, local(tmp_path))}
+    assert [(row["status"], row["url"].rpartition("/")[2]) for row in rows.values()] == [
+        ("failed", "text.jpg"), ("missing", "dot.jpg"), ("missing", "x.jpg"),
+    ]  # fmt: skip
+    assert rows["none"]["error"] == "no such file" and "1 x 1" in rows["dot"]["error"]
+
+
 def test_a_folder_that_does_not_exist_is_an_error(tmp_path: Path):
     with pytest.raises(UserError, match=r"nowhere: no such folder; set .*images\.folder"):
         collect(tmp_path, {"a": []}, local(tmp_path / "nowhere", pattern="{item_id}.jpg"))

@@ -273,7 +273,8 @@ def test_a_full_disk_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.Mon
         def write(self, data: bytes) -> int:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        flush = close = lambda self: None
+        # What is still in the buffer is written then, and fails again.
+        flush = close = lambda self: self.write(b"")
 
     plain = Store.__init__
 
