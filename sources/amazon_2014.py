@@ -10,6 +10,7 @@ from sources.amazon_item import number, rank, strings, texts
 from sources.amazon_metadata import AmazonReader
 from sources.amazon_reviews import Names, read_ratings, read_reviews
 from sources.reading import Item
+from sources.text import addresses
 
 _REVIEW = Names("reviewerID", "asin", "overall", "unixReviewTime")
 _RATING = Names("user", "item", "rating", "timestamp")
@@ -38,5 +39,5 @@ def item_of(record: dict[str, Any]) -> Item:
         description=" ".join(texts(record.get("description"))),
         price=number(record.get("price")),
         sales_rank=rank(record.get("salesRank")),
-        image_urls=list(strings(record.get("imUrl"))),
+        image_urls=addresses(strings(record.get("imUrl"))),
     )

@@ -11,6 +11,7 @@ from sources.amazon_item import number, pairs, strings, texts
 from sources.amazon_metadata import AmazonReader
 from sources.amazon_reviews import Names, read_ratings, read_reviews
 from sources.reading import Item
+from sources.text import addresses
 
 _NAMES = Names("user_id", "parent_asin", "rating", "timestamp")
 _LABELS = {"train": 0, "valid": 1, "test": 2}
@@ -76,6 +77,6 @@ def _pictures(images: Any) -> list[str]:
         images = [{name: v[n] for name, v in columns.items() if n < len(v)} for n in range(length)]
     variants = [image for image in images if isinstance(image, dict)] if isinstance(images, list) else []
     variants.sort(key=lambda image: image.get("variant") != "MAIN")
-    found = [url for image in variants for size in _SIZES for url in strings(image.get(size))]
-    thumbnails = [url for image in variants for url in strings(image.get("thumb"))]
+    found = addresses(url for image in variants for size in _SIZES for url in strings(image.get(size)))
+    thumbnails = addresses(url for image in variants for url in strings(image.get("thumb")))
     return list(dict.fromkeys(found or thumbnails))[:_CANDIDATES]

@@ -1,11 +1,12 @@
 """Values of Amazon metadata as they come: nested lists, markup, prices and ranks in words, thumbnails."""
 
+import contextlib
 import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sources.text import clean
+from sources.text import addresses, clean, leaves
 
 # "$1,250.00", "from 14.99", "$9.99 - $19.99" (the lower one counts); never the style sheets that stand there, too.
 _PRICE = re.compile(r"(?:from\s+)?(?:US)?\s*\$?\s*(\d[\d,]*(?:\.\d+)?)(?:\s*-\s*\$?\s*[\d.,]+)?", re.IGNORECASE)
@@ -18,13 +19,8 @@ _PICTURES = 4
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Yield all texts that are not empty in a text or in nested lists of texts."""
-    if isinstance(value, str):
-        if value:
-            yield value
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from strings(part)
+    """Return all texts that are not empty in a text or in nested lists of texts."""
+    return (text for text in leaves(value) if isinstance(text, str) and text)
 
 
 def texts(value: Any) -> list[str]:
@@ -41,7 +37,10 @@ def pairs(value: Any) -> list[str]:
 
 
 def _shown(value: Any) -> Any:
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):  # an integer of more digits than Python writes
+            return str(value)
+    return value
 
 
 def number(value: Any) -> float | None:
@@ -70,5 +69,6 @@ def rank(value: Any) -> int | None:
 
 def candidates(urls: Sequence[str]) -> list[str]:
     """Return the addresses of an item's first pictures: all in full size, then as they stand, which may be thumbnails."""
+    urls = addresses(urls)
     full = list(dict.fromkeys(_RESIZED.sub(r"\1", url) for url in urls))[:_PICTURES]
     return list(dict.fromkeys([*full, *(url for url in urls if _RESIZED.sub(r"\1", url) in full)]))

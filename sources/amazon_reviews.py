@@ -15,11 +15,10 @@ import pyarrow.csv as pa_csv
 
 from sources.lines import GZIP_ERRORS, line_blocks, open_bytes
 from sources.reading import Faults, rows
+from sources.text import is_unicode
+from sources.times import plausible, seconds_of
 from stages.errors import UserError
 
-# Seconds stay below this until the year 5138; milliseconds have been above it since 1973.
-_MILLISECONDS_FROM = 10**11
-_TIMES = (1, 4_102_444_800)  # 1970 to 2099
 _CSV_BLOCK = 8 << 20
 _LARGEST_RATING = float(np.finfo(np.float32).max)
 
@@ -55,7 +54,7 @@ def _quick(block: Sequence[bytes], names: Names) -> pa.Table | None:
     try:
         reviews = [orjson.loads(line) for line in block]
         user, item, rating, time = (pa.array([review[name] for review in reviews]) for name in names)
-    except (ValueError, KeyError, TypeError, pa.ArrowException):
+    except (ValueError, KeyError, TypeError, OverflowError, pa.ArrowException):
         return None
     if not (user.type == item.type == pa.string() and pa.types.is_integer(time.type)):
         return None
@@ -63,9 +62,9 @@ def _quick(block: Sequence[bytes], names: Names) -> pa.Table | None:
         return None
     if user.null_count or item.null_count or rating.null_count or time.null_count:
         return None
-    ratings, times = rating.cast(pa.float32(), safe=False), _seconds(time.to_numpy())
+    ratings, times = rating.cast(pa.float32(), safe=False), seconds_of(time.to_numpy())
     empty = pc.any(pc.or_(pc.equal(user, ""), pc.equal(item, ""))).as_py()
-    if empty or not np.isfinite(ratings.to_numpy()).all() or not _plausible(times).all():
+    if empty or not np.isfinite(ratings.to_numpy()).all() or not plausible(times).all():
         return None
     return rows(user, item, ratings, pa.array(times))
 
@@ -93,13 +92,13 @@ def _interaction(line: bytes, names: Names) -> tuple[str, str, float, int]:
         raise ValueError("not a JSON object")
     for name in (names.user, names.item):
         value = review.get(name)
-        if not isinstance(value, str) or not value or not _is_unicode(value):
+        if not isinstance(value, str) or not value or not is_unicode(value):
             raise ValueError(f"{name} is no id")
     rating, time = _number(review.get(names.rating)), _number(review.get(names.timestamp))
     if not abs(rating) < _LARGEST_RATING:
         raise ValueError(f"{names.rating} is no finite number")
-    seconds = _seconds(np.asarray([time if abs(time) < 2**62 else 0.0]))
-    if not _plausible(seconds)[0]:
+    seconds = seconds_of(np.asarray([time]))
+    if not plausible(seconds)[0]:
         raise ValueError(f"{names.timestamp} is no time")
     return review[names.user], review[names.item], rating, int(seconds[0])
 
@@ -111,23 +110,6 @@ def _number(value: Any) -> float:
         return float(value)
     except (TypeError, ValueError, OverflowError):
         return float("nan")
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair
-        return False
-    return True
-
-
-def _seconds(times: np.ndarray) -> np.ndarray:
-    with np.errstate(invalid="ignore"):
-        return np.where(times >= _MILLISECONDS_FROM, times // 1000, np.nan_to_num(times)).astype(np.int64)
-
-
-def _plausible(seconds: np.ndarray) -> np.ndarray:
-    return (seconds >= _TIMES[0]) & (seconds <= _TIMES[1])
 
 
 def read_ratings(
@@ -195,12 +177,12 @@ def _rated(batch: pa.RecordBatch, faults: Faults, split: int | None, line: Calla
     rating, time = (_numbers(batch.column(place)) for place in (2, 3))
     with np.errstate(over="ignore"):
         ratings = rating.astype(np.float32)
-    seconds = _seconds(np.where(np.abs(time) < 2.0**62, time, 0.0))
+    seconds = seconds_of(time)
     no_id = pc.or_(pc.equal(user, ""), pc.equal(item, "")).to_numpy(zero_copy_only=False)
     wrong = {
         "an id is empty": no_id,
         f"{batch.schema.names[2]} is no finite number": ~np.isfinite(ratings),
-        f"{batch.schema.names[3]} is no time": ~_plausible(seconds),
+        f"{batch.schema.names[3]} is no time": ~plausible(seconds),
     }
     bad = np.zeros(len(batch), dtype=bool)
     for reason, mask in wrong.items():

@@ -8,7 +8,11 @@ from typing import Any
 
 import pytest
 from amazon_shop import MANY, TABLES, THINGS, items_of, pack, review, review_2023, run, tables
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from sources.amazon_metadata import Metadata
+from sources.reading import Item
 from stages.errors import UserError
 from stages.tables import ITEMS, USERS, read_table
 
@@ -70,6 +74,60 @@ def test_an_id_within_a_text_is_not_the_lines_id(tmp_path: Path):
     assert titles == {"B1": "what is 'asin': 'B2' about", "B2": '"asin": "B3"', "B3": "spaced", "B4": "escaped"}
 
 
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.text("'\":,{ asinB\\2", max_size=24), max_size=3), st.sampled_from(["B1", "B2"]))
+def test_whatever_texts_say_the_id_is_the_records(texts: list[str], item_id: str):
+    mentioned = ["'asin': 'B2'", '"asin": "B2"', '"asin":"B2"']
+    record = {**dict(zip("xyz", texts, strict=False)), "asin": item_id, **dict(zip("abc", mentioned, strict=True))}
+    metadata = Metadata(Path(), "asin", lambda _: Item(), 0.0)
+    for line in (json.dumps(record), json.dumps(record, separators=(",", ":")), repr(record), f" {record}"):
+        assert metadata._id(line.encode()) == item_id
+        assert metadata._id(line.encode(), {item_id.encode()}) == item_id
+
+
+@pytest.mark.parametrize("deep", (900, 950, 1000, 1020))
+def test_lists_nested_as_deep_as_json_may_be_cost_a_text_at_most(tmp_path: Path, deep: int):
+    lines = [*THINGS[2:], THINGS[0], '{"asin": "B1", "title": ' + "[" * deep + '"Deep"' + "]" * deep + "}"]
+    run(tmp_path, "amazon-2018", {"5core": MANY, "meta": lines})
+    assert items_of(tmp_path)["B1"]["title"] in ("Deep", "")
+
+
+def test_half_a_character_costs_a_letter(tmp_path: Path):
+    half = "\ud83d"
+    fields = {
+        "title": f"Mug {half}",
+        "brand": f"{half}Acme",
+        "categories": [["Home", half]],
+        "description": half + half,
+    }
+    more = {
+        "details": {f"Colour{half}": f"red{half}", half: "x", "Weight": 3},
+        "image": [f"http://h/{half}.jpg", "http://h/a.jpg"],
+    }
+    hex_digits = "{'asin': 'B3', 'title': 'Hex', 'details': {'Weight': 0x" + "f" * 9000 + "}}"
+    for dump in (json.dumps, repr):
+        meta = [dump({"asin": "B1", **fields, **more}), dump({"asin": f"B{half}"}), THINGS[2], hex_digits]
+        stats = run(
+            tmp_path,
+            "amazon-2018",
+            {"5core": [review("A", f"B{n}") for n in (1, 2, 3)], "meta": meta},
+            kcore=0,
+            malformed=0.5,
+        )
+        item = items_of(tmp_path)["B1"]
+        assert (item["title"], item["brand"], item["categories"], item["description"]) == ("Mug", "Acme", ["Home"], "")
+        assert (item["details"], item["image_urls"]) == (["Colour: red", "Weight: 3"], ["http://h/a.jpg"])
+        assert stats["reading"]["metadata lines left out: no asin"] == 1
+        assert (items_of(tmp_path)["B3"]["title"], items_of(tmp_path)["B3"]["details"]) == ("Hex", [])
+    meta = [dump({"asin": "B1", "imUrl": f"http://h/{half}.jpg"}) for dump in (json.dumps, repr)]
+    run(tmp_path, "amazon-2014", {"reviews": [review("A", "B1")], "meta": meta}, interactions="reviews", kcore=0)
+    assert items_of(tmp_path)["B1"]["image_urls"] == []
+    images = {"images": [{"large": f"http://h/{half}.jpg", "thumb": "http://h/a.jpg"}]}
+    meta = [json.dumps({"parent_asin": "B1", **images})]
+    run(tmp_path, "amazon-2023", {"reviews": [review_2023("A", "B1")], "meta": meta}, interactions="reviews", kcore=0)
+    assert items_of(tmp_path)["B1"]["image_urls"] == ["http://h/a.jpg"]
+
+
 def test_repeated_metadata_is_merged_first_come_first_served(tmp_path: Path):
     lines = [
         {"asin": "B1", "title": "", "brand": "first", "price": "$3"},
@@ -113,6 +171,14 @@ def test_spoilt_reviews_are_left_out_and_counted(tmp_path: Path, reason: str):
     ):
         run(tmp_path / "x", "amazon-2014", {"reviews": lines, "meta": THINGS}, interactions="reviews", malformed=0.0)
     assert not list((tmp_path / "x").glob("*.parquet"))
+
+
+@pytest.mark.parametrize("time", [2**63 - 1, 2**63, 2**64 - 1, 2**64, -(2**63)])
+def test_a_time_that_no_column_holds_is_left_out_and_counted(tmp_path: Path, time: int):
+    lines = [*MANY[:150], review("A", "B1", time=time), *MANY[150:]]
+    stats = run(tmp_path, "amazon-2014", {"reviews": lines, "meta": THINGS}, interactions="reviews")
+    assert stats["reading"]["left out: unixReviewTime is no time"] == 1
+    assert stats["raw"]["interactions"] == len(MANY)
 
 
 def test_spoilt_ratings_are_left_out_and_counted(tmp_path: Path):
