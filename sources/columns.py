@@ -7,10 +7,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sources.tabular import Columns
+from sources.times import LAST, in_milliseconds, seconds_of, seconds_of_dates
 from stages.errors import UserError
 
-# Seconds stay below this until the year 5138; milliseconds have been above it since 1973.
-_MILLISECONDS_FROM = 10**11
+_DATES = (pa.timestamp("us"), pa.timestamp("us", tz="UTC"))
 
 
 def parse_ids(table: Columns, column: str) -> pa.ChunkedArray:
@@ -40,45 +40,55 @@ def parse_ratings(table: Columns, column: str) -> np.ndarray:
 
 
 class Times:
-    """Unix seconds from Unix seconds, Unix milliseconds or ISO dates and times (UTC by default), the same in all parts."""
+    """Unix seconds from Unix seconds, Unix milliseconds, dates as 20200916, or ISO dates and times (UTC by default).
+
+    All parts of a table must write them alike.
+    """
 
     def __init__(self) -> None:
-        self.milliseconds: bool | None = None
+        self.unit = ""
         self.dates: pa.DataType | None = None
 
     def parse(self, table: Columns, column: str) -> np.ndarray:
         """Return (N,) int64 Unix seconds of a part of the table.
 
         Raises:
-            UserError: a value is none of these, or the column mixes them.
+            UserError: a value is none of these, lies after 2099 or, as a number, before 1970; or the column mixes them.
         """
         values = table.values[column]
-        numeric = self.milliseconds is not None
-        if self.dates or (not numeric and (pa.types.is_temporal(values.type) or not _looks_numeric(values))):
+        if self.dates or (not self.unit and (pa.types.is_temporal(values.type) or not _looks_numeric(values))):
             return self._dates(table, column)
         numbers = _numbers(values)
         _refuse(table, column, ~np.isfinite(numbers), values, "is not a time; give Unix seconds, milliseconds or dates")
-        many, few = np.abs(numbers) >= _MILLISECONDS_FROM, numbers != 0
-        few &= ~many
-        if self.milliseconds is False:
+        known, many = numbers != 0, in_milliseconds(numbers)
+        if not self.unit and known.any():
+            dates = seconds_of_dates(numbers)[0][known].all()
+            self.unit = "milliseconds" if many.any() else "dates" if dates else "seconds"
+        if self.unit == "dates":
+            days, midnight = seconds_of_dates(numbers)
+            _refuse(table, column, known & ~days, values, "is not a date in a column of dates like 20200916")
+            return np.where(known, midnight, 0)
+        if self.unit == "seconds":
             _refuse(table, column, many, values, "looks like milliseconds in a column of Unix seconds")
-        elif self.milliseconds or many.any():
-            _refuse(table, column, few, values, "looks like Unix seconds in a column of milliseconds")
-        if many.any() or few.any():
-            self.milliseconds = bool(many.any())
-        return np.floor(numbers / 1000 if self.milliseconds else numbers).astype(np.int64)
+        elif self.unit == "milliseconds":
+            _refuse(table, column, known & ~many, values, "looks like Unix seconds in a column of milliseconds")
+        last = LAST * 1000 if self.unit == "milliseconds" else LAST
+        _refuse(table, column, (numbers < 0) | (numbers > last), values, "lies outside 1970 to 2099; give Unix seconds, "
+                "milliseconds or dates like 2020-09-16")  # fmt: skip
+        return seconds_of(numbers)
 
     def _dates(self, table: Columns, column: str) -> np.ndarray:
         values = table.values[column]
-        for kind in (self.dates,) if self.dates else (pa.timestamp("us"), pa.timestamp("us", tz="UTC")):
+        for kind in (self.dates,) if self.dates else _DATES:
             try:
-                stamps = values.cast(kind)
-            except pa.ArrowInvalid:
+                stamps = values.cast(options=pc.CastOptions(kind, allow_time_truncate=True))
+            except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
                 continue
-            seconds = stamps.cast(pa.int64())
-            _refuse(table, column, pc.is_null(seconds).to_numpy().astype(bool), values, "is empty; a time is needed")
+            _refuse(table, column, pc.is_null(stamps).to_numpy().astype(bool), values, "is empty; a time is needed")
+            seconds = stamps.cast(pa.int64()).to_numpy() // 1_000_000
+            _refuse(table, column, seconds > LAST, values, "lies after 2099; mend the row or leave it out")
             self.dates = kind
-            return seconds.to_numpy() // 1_000_000
+            return seconds
         _refuse(table, column, np.asarray([not _is_date(v) for v in values.to_pylist()]), values, "is not a time; "
                 "give Unix seconds, milliseconds or dates like 2020-09-16")  # fmt: skip
         raise UserError(
@@ -87,7 +97,7 @@ class Times:
 
 
 def _is_date(value: Any) -> bool:
-    for kind in (pa.timestamp("us"), pa.timestamp("us", tz="UTC")):
+    for kind in _DATES:
         try:
             return value not in (None, "") and pa.array([value]).cast(kind).null_count == 0
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError):

@@ -14,6 +14,7 @@ import pyarrow.csv as pa_csv
 from sources.lines import line_blocks
 from sources.mmrec_tables import item_of, number_in, read_mapping, read_table
 from sources.reading import Item, rows
+from sources.times import seconds_of
 from stages.errors import UserError
 from stages.strict import nearest
 from stages.tables import SPLITS
@@ -24,8 +25,6 @@ USER, ITEM, RATING, TIME, LABEL = "userID", "itemID", "rating", "timestamp", "x_
 _REQUIRED = (USER, ITEM)
 _KNOWN = {USER: pa.int64(), ITEM: pa.int64(), RATING: pa.float64(), TIME: pa.float64(), LABEL: pa.float64()}
 _LABELS = (0.0, 1.0, 2.0)
-# Seconds stay below this until the year 5138; milliseconds have been above it since 1973.
-_MILLISECONDS_FROM = 10**11
 _PIECE = 10_000
 _ITEM_BITS = 31
 
@@ -179,9 +178,7 @@ class _Block:
         values = self.floats(TIME)
         if values is None:
             return None
-        numbers = np.nan_to_num(values.to_numpy())
-        numbers = np.where(np.abs(numbers) >= _MILLISECONDS_FROM, numbers / 1000, numbers)
-        return pa.array(np.floor(numbers).astype(np.int64), mask=values.is_null().to_numpy())
+        return pa.array(seconds_of(values.to_numpy()), mask=values.is_null().to_numpy())
 
     def labels(self) -> np.ndarray | None:
         """Return (N,) int8 of 0 train, 1 valid, 2 test; None without the column."""

@@ -89,6 +89,7 @@ def test_rating_and_time_may_be_absent(tmp_path: Path):
         ("1600000000123", 1_600_000_000),
         ("1.6e9", 1_600_000_000),
         ("2020-09-16", 1_600_214_400),
+        ("20200916", 1_600_214_400),
         ("2020-09-16 12:00:01", 1_600_257_601),
         ("2020-09-16T12:00:01.5", 1_600_257_601),
         ("2020-09-16T14:00:01+02:00", 1_600_257_601),
@@ -181,6 +182,13 @@ def test_malformed_interactions_name_file_and_line(tmp_path: Path, text: str, co
         (["2020-09-16T00:00:01"] * 8 + ["2020-09-16T00:00:01Z"], "mixes times with and without a zone"),
         (["2020-09-16T00:00:01Z"] * 8 + ["2020-09-16T00:00:01"], "mixes times with and without a zone"),
         (["1600000000"] * 8 + ["1,2"], "line 10: has 4 values where 3 are expected"),
+        (["0"] * 4 + ["20200229"] * 4 + ["20210229"], "line 10: .*'20210229' is not a date in a column of dates like 20200916"),
+        (["20200916"] * 8 + ["1600000000"], "line 10: .*'1600000000' is not a date in a column of dates like 20200916"),
+        (["1600000000"] * 8 + ["4102444801"], "line 10: .*lies outside 1970 to 2099"),
+        (["1600000000000"] * 8 + ["1600000000000000"], "line 10: .*lies outside 1970 to 2099"),
+        (["0"] * 8 + ["1600000000000000000000"], "line 10: .*lies outside 1970 to 2099; give Unix seconds, milliseconds or"),
+        (["5"] * 8 + ["-1"], "line 10: .*'-1' lies outside 1970 to 2099"),
+        (["1969-12-31"] * 8 + ["2999-12-31"], "line 10: .*'2999-12-31' lies after 2099"),
     ],
 )  # fmt: skip
 def test_all_parts_of_a_table_write_times_alike(tmp_path: Path, times: list[str], complaint: str):
@@ -189,6 +197,29 @@ def test_all_parts_of_a_table_write_times_alike(tmp_path: Path, times: list[str]
         dataset(tmp_path, "user,item,timestamp\n" + "".join(lines), kcore=0)()
     dataset(tmp_path, "user,item,timestamp\n" + "".join(lines[:-1]), kcore=0)()
     assert len(rows(tmp_path / "ratings.parquet", RATINGS)) == 8
+
+
+def test_a_count_that_looks_like_a_date_here_and_there_is_none(tmp_path: Path):
+    text = "user,item,timestamp\n" + "".join(f"u,i{n},{20200801 + n}\n" for n in range(60))
+    dataset(tmp_path, text, kcore=0)()
+    assert rows(tmp_path / "ratings.parquet", RATINGS)[7]["timestamp"] == 20200808
+    path = tmp_path / "days.parquet"
+    pq.write_table(pa.table({"user": ["u"] * 3, "item": list("abc"), "timestamp": [20200801, 0, 19991231]}), path)
+    columns = {"user": "user", "item": "item", "timestamp": "timestamp"}
+    run_prepare(tmp_path, {"source": "files", "kcore": 0, "interactions": {"path": str(path), "columns": columns}})
+    assert [r["timestamp"] for r in rows(tmp_path / "ratings.parquet", RATINGS)] == [0, 946_598_400, 1_596_240_000]
+
+
+@pytest.mark.parametrize("zone", [None, "UTC", "+02:00"])
+@pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
+def test_parquet_times_are_read_in_every_unit(tmp_path: Path, unit: str, zone: str | None):
+    stamp = 1_600_257_601_123_456_789 // 10 ** {"s": 9, "ms": 6, "us": 3, "ns": 0}[unit]
+    times = pa.array([stamp], pa.timestamp(unit, zone))
+    pq.write_table(pa.table({"user": ["u"], "item": ["i"], "timestamp": times}), tmp_path / "x.parquet")
+    columns = {"user": "user", "item": "item", "timestamp": "timestamp"}
+    path = str(tmp_path / "x.parquet")
+    run_prepare(tmp_path, {"source": "files", "kcore": 0, "interactions": {"path": path, "columns": columns}})
+    assert rows(tmp_path / "ratings.parquet", RATINGS)[0]["timestamp"] == 1_600_257_601
 
 
 def test_bytes_that_are_no_text_name_the_line(tmp_path: Path):
