@@ -8,8 +8,8 @@ import pyarrow as pa
 
 from sources.columns import Times, parse_ids, parse_ratings
 from sources.reading import Item, rows
-from sources.tabular import read_columns, read_rows
-from sources.text import clean
+from sources.tabular import NOT_UNICODE, read_columns, read_rows
+from sources.text import addresses, clean, is_unicode, leaves
 from stages.errors import UserError
 from stages.strict import nearest
 
@@ -68,6 +68,8 @@ class Reader:
             item_id = _scalar(row[key])
             if not item_id:
                 raise UserError(f"{place}: {key} is empty; every item needs an id")
+            if not is_unicode(item_id):
+                raise UserError(f"{place}: {key} = {item_id!r} {NOT_UNICODE}")
             if item_id in table:
                 raise UserError(
                     f"{place}: item id {item_id!r} stands there again, first at {places[item_id]}; keep one row an item"
@@ -79,7 +81,7 @@ class Reader:
                 categories=list(dict.fromkeys(_texts(row, fields["categories"]))),
                 description=" ".join(_texts(row, fields["description"])),
                 features=list(dict.fromkeys(_texts(row, fields["features"]))),
-                image_urls=[text for name in fields["image"] for text in _flat(row.get(name))],
+                image_urls=addresses(text for name in fields["image"] for text in _flat(row.get(name))),
             )
         return table
 
@@ -90,10 +92,7 @@ def _texts(row: dict[str, Any], names: Sequence[str]) -> list[str]:
 
 
 def _flat(value: Any) -> list[str]:
-    if isinstance(value, list | tuple):
-        return [text for part in value for text in _flat(part)]
-    text = _scalar(value)
-    return [text] if text else []
+    return [text for text in map(_scalar, leaves(value)) if text]
 
 
 def _scalar(value: Any) -> str:

@@ -1,19 +1,14 @@
 """Tables of MMRec folders beside the interactions: mappings of numbers to original ids, and meta-{name}.csv."""
 
 import ast
-import csv
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from sources.lines import GZIP_ERRORS, open_bytes
+from sources.delimited import delimited_lines
 from sources.reading import Item
-from sources.text import clean
+from sources.text import clean, leaves
 from stages.errors import UserError
 from stages.strict import nearest
-
-_TEXT_BYTES = 1 << 24
 
 
 def read_mapping(path: Path, column: str) -> dict[int, str]:
@@ -39,27 +34,16 @@ def read_mapping(path: Path, column: str) -> dict[int, str]:
 
 def read_table(path: Path, delimiter: str, required: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield ("path, line N", row) of a table with a header, quoted as pandas does."""
-    csv.field_size_limit(_TEXT_BYTES)
-    with open_bytes(path) as file:
-        reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), delimiter=delimiter)
-        try:
-            header = next(reader, [])
-            for name in required:
-                if name not in header:
-                    raise UserError(f"{path}: has no column {name!r}{nearest(name, header)}")
-            for values in reader:
-                if not values:
-                    continue
-                place = f"{path}, line {reader.line_num}"
-                if len(values) != len(header):
-                    raise UserError(f"{place}: has {len(values)} values where the header names {len(header)}")
-                yield place, dict(zip(header, values, strict=True))
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}, after line {reader.line_num}: not UTF-8 text ({error.reason})") from None
-        except csv.Error as error:
-            raise UserError(f"{path}, line {reader.line_num}: {error}") from None
-        except GZIP_ERRORS as error:
-            raise UserError(f"{path}: damaged gzip after line {reader.line_num} ({error})") from None
+    rows = delimited_lines(path, delimiter)
+    _, header = next(rows, (0, []))
+    for name in required:
+        if name not in header:
+            raise UserError(f"{path}: has no column {name!r}{nearest(name, header)}")
+    for number, values in rows:
+        place = f"{path}, line {number}"
+        if len(values) != len(header):
+            raise UserError(f"{place}: has {len(values)} values where the header names {len(header)}")
+        yield place, dict(zip(header, values, strict=True))
 
 
 def number_in(place: str, column: str, value: str) -> int:
@@ -86,14 +70,7 @@ def _flat(text: str) -> list[str]:
         return [text]
     try:
         # literal_eval and not eval: the text is a stranger's.
-        waiting: list[Any] = [ast.literal_eval(text)]
+        found = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return [text]
-    found: list[str] = []
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, list | tuple):
-            waiting += reversed(value)
-        elif isinstance(value, str):
-            found.append(value)
-    return found
+    return [value for value in leaves(found) if isinstance(value, str)]

@@ -1,7 +1,5 @@
 """Reading of csv, tsv, jsonl and parquet, plain or gzip, with errors that name the line."""
 
-import csv
-import io
 import itertools
 import json
 from collections.abc import Iterator, Sequence
@@ -13,12 +11,16 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
+from sources.delimited import QuoteCounter, delimited_lines, refuse_open_quotes
 from sources.lines import GZIP_ERRORS, lines, open_bytes
+from sources.text import is_unicode
 from stages.errors import UserError
 from stages.strict import nearest
 
 _DELIMITER = {"csv": ",", "tsv": "\t"}
 _PART_ROWS, _PART_BYTES = 1 << 18, 1 << 24
+
+NOT_UNICODE = "holds half of a character, as of a text that was cut within one; mend the row"
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Columns:
             return f"{self.path}, row {row}"
         if self.format == "jsonl":
             return f"{self.path}, line {next(n for i, (n, _) in enumerate(lines(self.path)) if i == row)}"
-        found = _delimited_lines(self.path, _DELIMITER[self.format])
+        found = delimited_lines(self.path, _DELIMITER[self.format])
         return f"{self.path}, line {next(n for i, (n, _) in enumerate(found) if i == row + 1)}"
 
 
@@ -77,31 +79,49 @@ def _parquet_parts(path: Path, names: Sequence[str]) -> Iterator[pa.Table]:
 
 def _jsonl_parts(path: Path, names: Sequence[str]) -> Iterator[pa.Table]:
     rows = _read_jsonl(path, names)
-    first = True
+    first = 0
     while part := [row for _, row in itertools.islice(rows, _PART_ROWS)]:
-        if first:
+        if not first:
             _require(path, names, set().union(*part))
-        first = False
-        yield pa.table({name: pa.array([_text(row.get(name)) for row in part], pa.string()) for name in names})
+        columns = {name: [_text(row.get(name)) for row in part] for name in names}
+        try:
+            yield pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
+        except UnicodeEncodeError:
+            raise _not_unicode(Columns(path, "jsonl", {}, first), columns) from None
+        first += len(part)
+
+
+def _not_unicode(part: Columns, columns: dict[str, list[str | None]]) -> UserError:
+    row, name, value = min(
+        (row, name, value)
+        for name, values in columns.items()
+        for row, value in enumerate(values)
+        if value is not None and not is_unicode(value)
+    )
+    return UserError(f"{part.place(row)}: {name} = {value!r} {NOT_UNICODE}")
 
 
 def _delimited_parts(path: Path, delimiter: str, names: Sequence[str]) -> Iterator[pa.Table]:
     found = _header(path, delimiter)
     _require(path, names, found)
+    rows = 1
     with open_bytes(path) as file:
+        counter = QuoteCounter(file)
         try:
             with pa_csv.open_csv(
-                file,
+                counter,
                 read_options=pa_csv.ReadOptions(block_size=_PART_BYTES),
-                parse_options=pa_csv.ParseOptions(delimiter=delimiter),
+                parse_options=pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
                 convert_options=pa_csv.ConvertOptions(
                     include_columns=list(names), column_types=dict.fromkeys(names, pa.string())
                 ),
             ) as batches:
                 for batch in batches:
+                    rows += len(batch)
                     yield pa.Table.from_batches([batch])
         except (pa.ArrowInvalid, OSError, *GZIP_ERRORS) as error:
             raise _malformed(path, delimiter, len(found), error) from None
+    refuse_open_quotes(path, delimiter, rows, counter.quotes)
 
 
 def read_rows(path: Path, format: str, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -119,7 +139,7 @@ def read_rows(path: Path, format: str, names: Sequence[str]) -> Iterator[tuple[s
     else:
         found = _header(path, _DELIMITER[format])
         _require(path, names, found)
-        rows = _delimited_lines(path, _DELIMITER[format])
+        rows = delimited_lines(path, _DELIMITER[format])
         next(rows)
         for number, values in rows:
             if len(values) != len(found):
@@ -133,7 +153,7 @@ def _read_jsonl(path: Path, names: Sequence[str]) -> Iterator[tuple[str, dict[st
     for number, line in lines(path):
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: not a JSON object ({error}): {_excerpt(line)}") from None
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number}: not a JSON object: {_excerpt(line)}")
@@ -162,7 +182,7 @@ def _unreadable_parquet(path: Path, error: Exception) -> UserError:
 
 
 def _header(path: Path, delimiter: str) -> list[str]:
-    first = next(_delimited_lines(path, delimiter), None)
+    first = next(delimited_lines(path, delimiter), None)
     if first is None:
         raise UserError(f"{path}: is empty")
     names = first[1]
@@ -178,35 +198,8 @@ def _require(path: Path, names: Sequence[str], found: Any) -> None:
             raise UserError(f"{path}: has no column {name!r}{nearest(name, found)}; mend the columns in the config")
 
 
-def _delimited_lines(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield (line number, values) of the lines that are not blank."""
-    with open_bytes(path) as file:
-        reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), delimiter=delimiter)
-        try:
-            for values in reader:
-                if values:
-                    yield reader.line_num, values
-        except UnicodeDecodeError:
-            raise UserError(
-                f"{path}, line {_first_bad_utf8(path)}: not UTF-8 text; convert the file to UTF-8"
-            ) from None
-        except csv.Error as error:
-            raise UserError(f"{path}, line {reader.line_num}: {error}") from None
-        except GZIP_ERRORS as error:
-            raise UserError(f"{path}: damaged gzip after line {reader.line_num} ({error}); make it again") from None
-
-
-def _first_bad_utf8(path: Path) -> int:
-    for number, line in lines(path):
-        try:
-            line.decode()
-        except UnicodeDecodeError:
-            return number
-    return 0
-
-
 def _malformed(path: Path, delimiter: str, width: int, error: Exception) -> UserError:
-    for number, values in _delimited_lines(path, delimiter):
+    for number, values in delimited_lines(path, delimiter):
         if len(values) != width:
             shown = _excerpt(delimiter.join(values).encode())
             return UserError(f"{path}, line {number}: has {len(values)} values where {width} are expected: {shown}")

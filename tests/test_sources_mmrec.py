@@ -161,11 +161,13 @@ def test_texts_come_from_further_columns_and_from_meta(tmp_path: Path) -> None:
             [2, "A2", "Big <b>mug</b>", 3.5, "http://x/2.jpg", "Acme", "[['Home', 'Mugs'], ['Gifts']]", "two\nlines"]
         )
         writer.writerow([3, "A3", "", "", "", "", "[['broken", ""])
-    found = reader(folder).items({"A2", "A3"})
+        writer.writerow([4, "A4", "Mug", "", "", "", "[['Home \\ud83d'], '\\udc00']", ""])
+    found = reader(folder).items({"A2", "A3", "A4"})
+    assert list(found["A4"].categories) == ["Home"]
     assert (found["A2"].title, found["A2"].brand, found["A2"].description) == ("Big mug", "Acme", "two lines")
     assert list(found["A2"].categories) == ["Home", "Mugs", "Gifts"] and found["A2"].image_urls == ["http://x/2.jpg"]
     (folder / "i_id_mapping.csv").unlink()
-    assert list(reader(folder).known_items() or []) == [["2", "3"]]
+    assert list(reader(folder).known_items() or []) == [["2", "3", "4"]]
     assert reader(folder).items({"2"})["2"].brand == "Acme"
     assert run_prepare(tmp_path, {"source": "mmrec", "folder": str(folder)})["interactions"] == len(PAIRS)
     assert list(found["A3"].categories) == ["[['broken"] and found["A3"].image_urls == []

@@ -222,6 +222,32 @@ def test_parquet_times_are_read_in_every_unit(tmp_path: Path, unit: str, zone: s
     assert rows(tmp_path / "ratings.parquet", RATINGS)[0]["timestamp"] == 1_600_257_601
 
 
+def test_half_a_character_costs_a_letter_of_a_text_and_is_refused_in_an_id(tmp_path: Path):
+    items = [
+        {"item_id": "a", "title": "Mug \ud83d", "categories": [["\udc00 Home"]], "image": ["\ud800.jpg", "a.jpg"]},
+        {"item_id": "b", "title": "Cup \U0001f600"},
+    ]
+    dataset(tmp_path, "user,item\nu,a\nu,b\n", jsonl(items), kcore=0)()
+    mug, cup = rows(tmp_path / "items.parquet", ITEMS)
+    assert (mug["title"], mug["categories"], mug["image_urls"], cup["title"]) == (
+        "Mug", ["Home"], ["a.jpg"], "Cup \U0001f600",
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"items\.jsonl, line 1: item_id = 'a\\udc00' holds half of a character"):
+        dataset(tmp_path, "user,item\nu,a\n", jsonl([{"item_id": "a\udc00", "title": "T"}]), kcore=0)()
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n" + jsonl([{"user": "u", "item": n} for n in ("i", "j", "k\ud83d", "\ud83d")]))
+    with pytest.raises(UserError, match=r"pairs\.jsonl, line 4: item = 'k\\ud83d' holds half of a character"):
+        run_prepare(tmp_path, {"source": "files", "kcore": 0, "interactions": {"path": str(path)}})
+
+
+def test_lists_without_end_are_read_or_refused(tmp_path: Path):
+    deep = "[" * 700 + '"Home"' + "]" * 700
+    dataset(tmp_path, "user,item\nu,a\n", '{"item_id": "a", "categories": ' + deep + "}\n", kcore=0)()
+    assert rows(tmp_path / "items.parquet", ITEMS)[0]["categories"] == ["Home"]
+    with pytest.raises(UserError, match=r"items\.jsonl, line 1: not a JSON object"):
+        dataset(tmp_path, "user,item\nu,a\n", '{"item_id": "a", "categories": ' + "[" * 100_000, kcore=0)()
+
+
 def test_bytes_that_are_no_text_name_the_line(tmp_path: Path):
     run = dataset(tmp_path, "user,item\nu,i\n", kcore=0)
     (tmp_path / "interactions.csv").write_bytes(b"user,item\nu,i\nu,\xff\xfe\n")
