@@ -75,7 +75,7 @@ class Dataset(Strict):
         return self.labelled
 
     def downloads(self, name: str) -> dict[str, dict[str, Any]]:
-        """Return the files that the download stage can fetch: path -> its spec {urls, sha256, size}."""
+        """Return the files that the download stage can fetch: path -> its spec {urls, path, sha256, size}."""
         return {}
 
     def prepare_inputs(self, name: str) -> dict[str, str]:

@@ -270,7 +270,7 @@ class _Download:
 
 
 def main() -> None:
-    """Spec: urls, sha256, size. Runtime: attempts, pause, timeout, slowest. Output: file, record."""
+    """Spec: urls, path, sha256, size. Runtime: attempts, pause, timeout, slowest. Output: file, record."""
     with stage("sources.download") as call:
         spec = call.spec
         patience = {

@@ -93,6 +93,7 @@ class Published(Pictured):
         return {
             f"raw/{name}/{local[kind]}": {
                 "urls": [f"{root.rstrip('/')}/{path}" for root in self.mirrors],
+                "path": path,
                 "sha256": self.sha256.get(local[kind]),
                 "size": self.sizes.get(local[kind]),
             }

@@ -147,6 +147,18 @@ def test_an_earlier_run_is_there_and_not_in_what_is_replaced(tmp_path: Path, mon
         inputs("results/shop/runs/0")
 
 
+def test_a_raw_file_is_fetched_again_where_another_generation_has_one_of_its_name():
+    def fetched(source: str, **changes: Any) -> tuple[str, str]:
+        shop = {"source": source, "category": "Sports_and_Outdoors", **changes}
+        found = plan(SMALL | {"datasets": {"shop": shop}})
+        path = found.dataset("shop").prepare_inputs("shop")["meta"]
+        return path, found.download("shop", Path(path).name).identity
+
+    before, after = fetched("amazon-2014"), fetched("amazon-2018")
+    assert before[0] == after[0] and before[1] != after[1]
+    assert fetched("amazon-2014", mirrors=["http://127.0.0.1/elsewhere"]) == before
+
+
 def test_the_run_key_follows_what_decides_the_model_and_nothing_else():
     base = plan(SMALL).run("shop")
     same = ["experiments.shop.training.device", "extractors.words.batch_size", "experiments.shop.evaluation.ks"]

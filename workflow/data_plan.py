@@ -83,7 +83,7 @@ class DataPlan:
         return [name for name, dataset in self.config.datasets.items() if dataset.downloads(name)]
 
     def download(self, dataset: str, file: str) -> Task:
-        """Return the task of fetching a raw file. What it must be decides, not which mirror it comes from.
+        """Return the task of fetching a raw file. Which of the published files it must be decides, not the mirror.
 
         Raises:
             UserError: the dataset has no such file.
