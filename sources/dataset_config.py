@@ -8,6 +8,9 @@ from sources.pictures_config import Images
 from stages.paths import expand
 from stages.strict import Strict
 
+CHECKS = frozenset({"expected", "malformed", "checksums"})
+"""What of the prepare stage's spec raises errors and decides nothing of the tables."""
+
 Strategy = Literal["random", "user-time", "global-time", "leave-one-out", "published"]
 
 
@@ -91,6 +94,10 @@ class Dataset(Strict):
             "cold_items": self.cold_items,
             "expected": self.expected.identity(),
         }
+
+    def tables_spec(self) -> dict[str, Any]:
+        """Return what of `prepare_spec` decides the tables."""
+        return {name: value for name, value in self.prepare_spec().items() if name not in CHECKS}
 
     def split_spec(self) -> dict[str, Any]:
         """Return the spec of the split stage."""

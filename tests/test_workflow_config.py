@@ -161,8 +161,11 @@ def test_a_raw_file_is_fetched_again_where_another_generation_has_one_of_its_nam
 
 def test_the_run_key_follows_what_decides_the_model_and_nothing_else():
     base = plan(SMALL).run("shop")
-    same = ["experiments.shop.training.device", "extractors.words.batch_size", "experiments.shop.evaluation.ks"]
-    for path, value in zip(same, ["cpu", 3, [7]], strict=True):
+    same = [
+        "experiments.shop.training.device", "extractors.words.batch_size", "experiments.shop.evaluation.ks",
+        "datasets.shop.expected",
+    ]  # fmt: skip
+    for path, value in zip(same, ["cpu", 3, [7], {"users": 150}], strict=True):
         assert plan(with_value(path, value)).run("shop") == base, path
     for path, value in [
         ("experiments.shop.training.seed", 7),
@@ -174,6 +177,22 @@ def test_the_run_key_follows_what_decides_the_model_and_nothing_else():
         ("experiments.shop.modalities", {"text": "words"}),
     ]:
         assert plan(with_value(path, value)).run("shop") != base, path
+
+
+def test_checks_of_the_raw_files_are_prepares_own_and_no_part_of_a_runs_key():
+    def told(**changes: Any) -> tuple[str, str]:
+        shop = {"source": "amazon-2014", "category": "Baby", **changes}
+        found = plan(SMALL | {"datasets": {"shop": shop}})
+        return found.run("shop"), found.prepare("shop").identity
+
+    run, preparation = told()
+    checks: list[dict[str, Any]] = [
+        {"expected": {"users": 19445}}, {"malformed": 0.5}, {"sizes": {"ratings_Baby.csv": 1}},
+        {"sha256": {"meta_Baby.json.gz": "0" * 64}},
+    ]  # fmt: skip
+    for check in checks:
+        assert told(**check)[0] == run and told(**check)[1] != preparation, check
+    assert told(interactions="reviews")[0] != run
 
 
 def test_every_key_is_explained_and_the_reference_is_up_to_date():

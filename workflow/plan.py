@@ -69,7 +69,7 @@ class Plan(DataPlan):
             features.append([modality, extractor, self.features_identity(extractor), *([control] if control else [])])
         return key_of(
             {
-                "dataset": [experiment.dataset, source, dataset.prepare_spec(), dataset.split_spec()],
+                "dataset": [experiment.dataset, source, dataset.tables_spec(), dataset.split_spec()],
                 "features": features,
                 "model": experiment.model.identity(),
                 "training": experiment.training_identity(),
