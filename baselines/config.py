@@ -27,6 +27,7 @@ class BaselineSettings(Strict):
         modalities: whether an experiment names extractors for it (required), or must name none.
         graphs: whether it reads the modalities' similarity files.
         trains: whether it is a network that the `training` settings fit; a closed form reads monitor and device alone.
+        on_device: whether it computes on `training.device`; what does not asks for no GPU.
         exports: what is scored: user and item embeddings, or item weights W, the scores being history @ W.
         contrast: the items that the sampler draws for each pair: not in the user's pairs, or none but the pair's own.
     """
@@ -35,6 +36,7 @@ class BaselineSettings(Strict):
     modalities: ClassVar[Literal["none", "required"]] = "none"
     graphs: ClassVar[bool] = False
     trains: ClassVar[bool] = True
+    on_device: ClassVar[bool] = True
     exports: ClassVar[Literal["embeddings", "item_weights"]] = "embeddings"
     contrast: ClassVar[Literal["negative", "positive"]] = "negative"
 
@@ -64,6 +66,7 @@ class MostPop(BaselineSettings):
 
     module: ClassVar[str] = "baselines.mostpop"
     trains: ClassVar[bool] = False
+    on_device: ClassVar[bool] = False
 
     name: Literal["mostpop"] = "mostpop"
 
@@ -73,6 +76,7 @@ class ItemKNN(BaselineSettings):
 
     module: ClassVar[str] = "baselines.itemknn"
     trains: ClassVar[bool] = False
+    on_device: ClassVar[bool] = False
     exports: ClassVar[Literal["embeddings", "item_weights"]] = "item_weights"
 
     name: Literal["itemknn"] = "itemknn"

@@ -98,8 +98,8 @@ def stage(name: str) -> Iterator[Call]:
     lock = exclusive(written[0].parent / f".{written[0].name}.lock") if written else contextlib.nullcontext()
     try:
         # How many GPUs the job may take is the workflow's business, and none of the stage's settings.
-        gpus = call.runtime.pop("gpus", 0)
-        with logging_redirect_tqdm(), lock, own_gpus(0 if several.started else gpus):
+        gpus = call.runtime.pop("gpus", None)
+        with logging_redirect_tqdm(), lock, own_gpus(None if several.started else gpus):
             for output in written:
                 remove_stale_parts(output)
             yield call

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -50,7 +50,7 @@ def _listed() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def own_gpus(wanted: int) -> Iterator[list[str]]:
+def own_gpus(wanted: int | None) -> Iterator[list[str]]:
     """Hold GPUs that no other job of this user on this machine holds, and make them the only ones that CUDA sees.
 
     Waits until enough are free. The kernel lets go of them when the job ends, however it ends. Must be entered before
@@ -59,13 +59,17 @@ def own_gpus(wanted: int) -> Iterator[list[str]]:
     held is the device, by its UUID.
 
     Args:
-        wanted: how many; where the machine has fewer, all of them.
+        wanted: how many; where the machine has fewer, all of them. 0 hides all, so that what takes a GPU where it finds
+            one does not sit beside the job that holds it. None, where nobody counts GPUs, changes nothing.
 
     Yields:
         the GPUs' ids; none where none is wanted or there.
     """
-    ids = visible_gpus() if wanted else []
-    if not ids:
+    if wanted == 0 and gpu_here():
+        with _showing([]):
+            yield []
+        return
+    if not wanted or not (ids := visible_gpus()):
         yield []
         return
     folder = Path(tempfile.gettempdir()) / f"cm3-gpus-{os.getuid()}"
@@ -78,13 +82,22 @@ def own_gpus(wanted: int) -> Iterator[list[str]]:
     while not held:
         time.sleep(_POLL_SECONDS)
         held = _free(folder, devices, min(wanted, len(ids)))
-    before = os.environ.get("CUDA_VISIBLE_DEVICES")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(held)
     try:
-        yield list(held)
+        with _showing(held):
+            yield list(held)
     finally:
         for lock in held.values():
             lock.close()
+
+
+@contextlib.contextmanager
+def _showing(ids: Iterable[str]) -> Iterator[None]:
+    """Let CUDA see these GPUs alone while the body runs."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(ids)
+    try:
+        yield
+    finally:
         if before is None:
             del os.environ["CUDA_VISIBLE_DEVICES"]
         else:

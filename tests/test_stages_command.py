@@ -52,6 +52,19 @@ def test_it_records_time_memory_code_and_versions(tmp_path: Path):
     assert "demo: done" in (tmp_path / "logs/demo.log").read_text()
 
 
+def test_a_job_of_the_workflow_that_was_allotted_no_gpu_sees_none_and_one_by_hand_sees_all(tmp_path: Path):
+    code = f"import os\n{STAGE}    print(os.environ.get('CUDA_VISIBLE_DEVICES', 'all'))"
+    seen = {}
+    for told in ({"gpus": 0}, {}):
+        done = subprocess.run(
+            [sys.executable, "-c", code, "--runtime", json.dumps(told), "--output", f"out={tmp_path / 'out'}"],
+            cwd=ROOT, capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": "0"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        seen[bool(told)] = done.stdout.splitlines()[-1]
+    assert seen == {True: "", False: "0"}
+
+
 def test_a_user_error_is_one_line_without_traceback(tmp_path: Path):
     process = start(tmp_path, {"fail": True})
     _, err = process.communicate(timeout=60)

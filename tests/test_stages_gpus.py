@@ -59,10 +59,21 @@ def test_jobs_at_once_hold_different_gpus_and_a_third_waits_until_one_is_killed(
 def test_only_visible_gpus_count(monkeypatch: pytest.MonkeyPatch):
     assert visible_gpus() == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-abc,3")
-    with own_gpus(1) as first, own_gpus(0) as none:
-        assert (first, none) == (["GPU-abc"], [])
-        assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-abc"
+    with own_gpus(1) as first:
+        assert first == ["GPU-abc"] and os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-abc"
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-abc,3"
+
+
+def test_a_job_that_was_allotted_none_sees_none_and_one_that_nobody_counts_sees_all(monkeypatch: pytest.MonkeyPatch):
+    with own_gpus(0) as none:
+        assert none == [] and os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    with own_gpus(None) as none:
+        assert none == [] and "CUDA_VISIBLE_DEVICES" not in os.environ
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+    # Where no GPU is known of, and the planner thus asks for none, one that shows itself to torch stays.
+    monkeypatch.setattr(gpus, "gpu_here", lambda: False)
+    with own_gpus(0):
+        assert "CUDA_VISIBLE_DEVICES" not in os.environ
 
 
 def test_a_machine_without_gpus_waits_for_none(monkeypatch: pytest.MonkeyPatch):

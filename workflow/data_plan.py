@@ -233,8 +233,15 @@ class DataPlan:
         told = {"name": name, "settings": spec.settings(), "identity": identity}
         return Task(told, self.code(entry, *spec.modules()), spec.runtime(), decides=[name, identity])
 
-    def gpus(self, extractor: str) -> int:
-        """Return how many GPUs an extractor's job asks for."""
+    def extract_gpus(self, extractor: str) -> int:
+        """Return how many GPUs an extraction asks for: of captions, those of their text encoder."""
+        return self._gpus(self.encoder(extractor) or extractor)
+
+    def caption_gpus(self, extractor: str) -> int:
+        """Return how many GPUs captioning asks for."""
+        return self._gpus(extractor)
+
+    def _gpus(self, extractor: str) -> int:
         spec = self.config.extractors[extractor]
         return getattr(spec, "tensor_parallel_size", 1) if spec.uses_gpu() else 0
 
@@ -252,6 +259,22 @@ class DataPlan:
         # Loaded by name where it is wanted, so that exact graphs do not depend on it.
         modules = ["cm3.similarity"] if method == "exact" else ["cm3.similarity", "cm3.approximate"]
         return Task(spec, self.code(*modules))
+
+    def similarity_gpus(self, dataset: str, extractor: str, variant: str) -> int:
+        """Return how many GPUs finding each item's nearest items asks for.
+
+        None where the search is approximate, or all models that read the graph are told to train on the processor.
+        """
+        readers = [
+            experiment
+            for experiment in self.config.experiments.values()
+            if experiment.dataset == dataset
+            and experiment.traits.graphs
+            and extractor in experiment.modalities.values()
+        ]
+        on_cpu = readers and all(experiment.training.device == "cpu" for experiment in readers)
+        approximate = {"hnsw", "ivf"} & set(variant.split("-"))
+        return 0 if on_cpu or approximate else 1
 
     def _code(self, *modules: str) -> str:
         return code_digest(self.root, modules)

@@ -25,6 +25,7 @@ class Traits:
         content: whether it reads features; one that does needs a modality, one that does not takes none.
         graphs: whether it reads the item graphs of its features.
         trains: whether `training` applies, or it is computed in closed form.
+        on_device: whether it computes on a GPU where there is one.
         embeddings: whether it leaves embeddings of users and items behind, or item weights.
     """
 
@@ -33,6 +34,7 @@ class Traits:
     content: bool
     graphs: bool
     trains: bool
+    on_device: bool
     embeddings: bool
 
 
@@ -44,7 +46,7 @@ def name_of(model: ModelSettings) -> str:
 def traits(name: str) -> Traits:
     """Return the traits of a model of `NAMES`."""
     if name == CM3:
-        return Traits("cm3.train", (), content=True, graphs=True, trains=True, embeddings=True)
+        return Traits("cm3.train", (), content=True, graphs=True, trains=True, on_device=True, embeddings=True)
     chosen = MODELS[name]
     return Traits(
         "baselines.train",
@@ -52,6 +54,7 @@ def traits(name: str) -> Traits:
         content=chosen.modalities == "required",
         graphs=chosen.graphs,
         trains=chosen.trains,
+        on_device=chosen.on_device,
         embeddings=chosen.exports == "embeddings",
     )
 

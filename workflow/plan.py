@@ -147,9 +147,9 @@ class Plan(DataPlan):
         return self.experiment(name).traits.stage
 
     def train_gpus(self, name: str) -> int:
-        """Return how many GPUs training asks for, one a process; a closed form needs none, nor does `device: cpu`."""
+        """Return how many GPUs training asks for, one a process; what computes on the processor alone needs none."""
         experiment = self.experiment(name)
-        needs = experiment.traits.trains and experiment.training.device != "cpu"
+        needs = experiment.traits.on_device and experiment.training.device != "cpu"
         return experiment.training.processes if needs else 0
 
     def _train(self, name: str, run: str) -> Task:

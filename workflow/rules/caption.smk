@@ -17,7 +17,7 @@ rule caption:
         "../../environment.yml"
     threads: 8
     resources:
-        gpu=gpus(lambda wildcards: plan.gpus(wildcards.extractor)),
+        gpu=gpus(lambda wildcards: plan.caption_gpus(wildcards.extractor)),
         mem_mb=needs.mem_mb("caption"),
         runtime=needs.runtime("caption"),
     params:

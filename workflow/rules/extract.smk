@@ -17,7 +17,7 @@ rule extract:
         "../../environment.yml"
     threads: 8
     resources:
-        gpu=gpus(lambda wildcards: plan.gpus(wildcards.extractor)),
+        gpu=gpus(lambda wildcards: plan.extract_gpus(wildcards.extractor)),
         mem_mb=needs.mem_mb("extract"),
         runtime=needs.runtime("extract"),
     params:

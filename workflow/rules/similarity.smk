@@ -48,6 +48,11 @@ rule similarity:
         "../../environment.yml"
     threads: 8
     resources:
+        gpu=gpus(
+            lambda wildcards: plan.similarity_gpus(
+                wildcards.dataset, wildcards.extractor, wildcards.variant
+            )
+        ),
         mem_mb=needs.mem_mb("similarity"),
         runtime=needs.runtime("similarity"),
     params:
