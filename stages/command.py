@@ -82,11 +82,13 @@ def stage(name: str) -> Iterator[Call]:
     parser.add_argument(
         "--call", type=Path, metavar="FILE", help="JSON of all these, for more than a command line holds"
     )
+    parser.add_argument("--root", type=Path, default=Path(), metavar="FOLDER", help="where the inputs of --call lie")
     arguments = parser.parse_args()
     call = Call(arguments.spec, arguments.runtime, dict(arguments.input), dict(arguments.output), arguments.code)
     if arguments.call:
         told = read_json(arguments.call)
-        inputs, outputs = ({name: Path(path) for name, path in told[kind].items()} for kind in ("inputs", "outputs"))
+        inputs = {name: arguments.root / path for name, path in told["inputs"].items()}
+        outputs = {name: Path(path) for name, path in told.get("outputs", {}).items()} | call.outputs
         call = Call(told["spec"], told["runtime"], inputs, outputs, told["code"])
     several = Several(call.runtime.get("processes", 1))
     _configure_logging(None if several.rank else arguments.log, several)

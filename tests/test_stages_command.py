@@ -107,15 +107,17 @@ def test_a_call_too_long_for_a_command_line_comes_as_a_file(tmp_path: Path):
     inputs = {f"evaluation.shop.{number}": f"results/{number}" for number in range(20_000)}
     call = {
         "spec": {"a": 1}, "runtime": {"threads": 2}, "inputs": inputs, "code": "abc",
-        "outputs": {"out": str(tmp_path / "out"), "record": str(tmp_path / "record.json")},
+        "outputs": {"out": str(tmp_path / "out"), "record": str(tmp_path / "nowhere/record.json")},
     }  # fmt: skip
     (tmp_path / "call.json").write_text(json.dumps(call))
     code = STAGE.replace("sorted(call.inputs)", "len(call.inputs), call.inputs['evaluation.shop.7']")
+    places = ["--root", "/storage/bucket", "--output", f"record={tmp_path / 'record.json'}"]
     done = subprocess.run(
-        [sys.executable, "-c", code, "--call", str(tmp_path / "call.json")], cwd=ROOT, capture_output=True, text=True
-    )
+        [sys.executable, "-c", code, "--call", str(tmp_path / "call.json"), *places],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "{'a': 1} {'threads': 2} 20000 results/7\n"
+    assert done.stdout == "{'a': 1} {'threads': 2} 20000 /storage/bucket/results/7\n"
     assert json.loads((tmp_path / "record.json").read_text())["code"] == "abc"
 
 

@@ -17,6 +17,7 @@ from workflow.config import load_config
 from workflow.experiments import Kind
 from workflow.models import NAMES, traits
 from workflow.plan import Plan
+from workflow.storage import root_of
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS: dict[str, Any] = {
@@ -356,6 +357,15 @@ def test_the_study_asks_for_the_files_of_each_of_its_cells():
         assert inputs[f"train.{name}.{run}"] == f"{folder}/train.stage.json"
         assert (f"user_embeddings.{name}.{run}" in inputs) == (name == "shop")
     check_study(validate(StudySpec, found.study("compared").spec, "study"))
-    call = found.study_call("compared")
-    assert call["inputs"] == inputs
-    assert call["outputs"]["comparison"] == "results/compared/comparison.json"
+    assert found.study_call("compared")["inputs"] == inputs
+
+
+def test_files_in_a_storage_lie_below_one_root():
+    planned = {"items_": "processed/shop/items.parquet", "evaluation.shop.1": "results/shop/runs/1/evaluation.json"}
+    assert root_of(planned | {"call": "elsewhere.json"}, planned) == "."
+    stored = {name: f".snakemake/storage/s3/bucket/{path}" for name, path in planned.items()}
+    assert root_of(stored, planned) == ".snakemake/storage/s3/bucket/"
+    with pytest.raises(UserError, match=r"results/shop/runs/1/evaluation\.json.*one storage"):
+        root_of(stored | {"evaluation.shop.1": planned["evaluation.shop.1"]}, planned)
+    with pytest.raises(UserError, match=r"items\.parquet.*one storage"):
+        root_of(stored | {"items_": "somewhere/else"}, planned)

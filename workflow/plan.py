@@ -277,15 +277,9 @@ class Plan(DataPlan):
         return Task(spec, self.code("reports.compare"), decides=decides)
 
     def study_call(self, study: str) -> dict[str, Any]:
-        """Return what `reports.compare` is told: the task, its inputs and its outputs."""
-        task, folder = self.study(study), f"results/{study}"
-        outputs = {
-            "comparison": f"{folder}/comparison.json",
-            "table": f"{folder}/comparison.csv",
-            "record": f"{folder}/compare.stage.json",
-        }
-        inputs = self.study_inputs(study)
-        return {"spec": task.spec, "runtime": {}, "inputs": inputs, "outputs": outputs, "code": task.code}
+        """Return what `reports.compare` is told: the task, and its inputs below a root that the job knows."""
+        task = self.study(study)
+        return {"spec": task.spec, "runtime": {}, "inputs": self.study_inputs(study), "code": task.code}
 
     def _study_cells(self, study: str, name: str) -> list[dict[str, Any]]:
         cells = []

@@ -14,6 +14,7 @@ from stages.keys import canonical_json
 from workflow.config import load_config
 from workflow.plan import Plan
 from workflow.resources import Needs
+from workflow.storage import root_of
 from workflow.working_directory import (
     RunLock,
     keep_metadata_with_data,

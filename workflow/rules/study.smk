@@ -1,4 +1,4 @@
-# which cells a study has, and where they lie: too much for a command line
+# which cells a study has, and where they lie below a root: too much for a command line
 rule cells:
     output:
         call="results/{study}/cells.json",
@@ -30,5 +30,10 @@ rule study:
         runtime=needs.runtime("compare"),
     params:
         identity=identity(lambda wildcards: plan.study(wildcards.study)),
+        root=lambda wildcards, input: root_of(
+            input, named(plan.study_inputs(wildcards.study))
+        ),
     shell:
-        "exec python -m reports.compare --call {input.call:q} --log {log:q}"
+        "exec python -m reports.compare --call {input.call:q} --root {params.root:q}"
+        " --output comparison={output.comparison:q} --output table={output.table:q}"
+        " --output record={output.record:q} --log {log:q}"
