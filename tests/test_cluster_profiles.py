@@ -64,6 +64,8 @@ def test_the_groups_are_those_of_rules_that_exist_and_the_same_on_every_cluster(
     assert groups == profile("kubernetes")["groups"]
     # Long ones are alone: a group holds what all of its jobs need for as long as the longest chain takes.
     assert not groups.keys() & {"download", "images", "caption", "train"}
+    # What a group asks for is settled before its first job runs, and split is judged by the table that prepare leaves.
+    assert "split" not in groups
 
 
 def rule_files() -> list[Path]:

@@ -22,6 +22,7 @@ CONFIG: dict[str, Any] = {
     "datasets": {
         "shop": {"source": "sample", "users": 150, "items": 80},
         "baby": {"source": "amazon-2014", "category": "Baby", "expected": {"users": 19445, "items": 7050, "interactions": 160792}},
+        "own": {"source": "files", "interactions": {"path": "log.parquet"}},
         "electronics": {
             "source": "amazon-2014", "category": "Electronics",
             "expected": {"users": 192403, "items": 63001, "interactions": 1689188},
@@ -47,6 +48,9 @@ CONFIG: dict[str, Any] = {
         "baby": {"dataset": "baby", "modalities": {"text": "minilm", "image": "looks"}},
         "electronics": {"dataset": "electronics", "modalities": {"text": "minilm", "image": "looks"}},
         "short": {"dataset": "baby", "modalities": {"text": "minilm"}, "training": {"epochs": 1}},
+        "popular": {"dataset": "electronics", "model": {"name": "mostpop"}},
+        "knn": {"dataset": "electronics", "model": {"name": "itemknn"}},
+        "ease": {"dataset": "electronics", "model": {"name": "ease", "max_items": 100_000}},
     },
 }  # fmt: skip
 
@@ -132,6 +136,43 @@ def test_what_was_measured_fits_in_what_is_asked_for(needs: Needs, tmp_path: Pat
 def test_training_asks_for_the_time_of_its_epochs(needs: Needs):
     assert ask(needs, "train", {"experiment": "short"}).minutes < 60
     assert ask(needs, "train", {"experiment": "electronics"}).minutes == LONGEST_MINUTES
+
+
+def test_a_closed_form_asks_for_no_epochs_and_ease_for_its_matrix(needs: Needs):
+    popular, knn, ease = (ask(needs, "train", {"experiment": name}) for name in ("popular", "knn", "ease"))
+    assert popular.minutes == knn.minutes == 30 < ease.minutes == pytest.approx(30 + 63001**3 / 1e11 / 60, abs=1)
+    assert ease.mem_mb - knn.mem_mb == pytest.approx(24 * 63001**2 / 1e6, abs=100)
+
+
+def test_evaluation_asks_for_the_item_weights_that_are_there_or_will_be(needs: Needs, tmp_path: Path):
+    def asked(name: str, weights: Path) -> int:
+        return ask(needs, "evaluate", {"experiment": name}, {"weights": str(weights)}).mem_mb
+
+    ahead = asked("ease", tmp_path / "none") - asked("knn", tmp_path / "none")
+    assert ahead == pytest.approx(1.5 * 4 * 63001**2 / 1e6, abs=100)
+    with (tmp_path / "weights").open("wb") as file:
+        file.truncate(10**9)
+    assert asked("knn", tmp_path / "weights") - asked("knn", tmp_path / "none") == pytest.approx(1500, abs=100)
+
+
+def test_a_split_is_judged_by_the_ratings_that_prepare_left(needs: Needs, tmp_path: Path):
+    small = table(tmp_path / "ratings.parquet", 1000)
+    assert ask(needs, "split", {"dataset": "electronics"}, {"ratings": small}).mem_mb == 1100
+    assert ask(needs, "split", {"dataset": "electronics"}).mem_mb > 1300
+
+
+def test_publishing_copies_and_does_not_hold_what_it_copies(needs: Needs, tmp_path: Path):
+    with (tmp_path / "model").open("wb") as file:
+        file.truncate(10**10)
+    assert ask(needs, "publish", {"experiment": "ease"}, {"model": str(tmp_path / "model")}).mem_mb == 1000
+
+
+def test_a_table_of_ones_own_is_held_whatever_its_format(needs: Needs, tmp_path: Path):
+    for name, source in (("log.parquet", "own"), ("log.jsonl.gz", "own"), ("reviews.jsonl.gz", "baby")):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(10**9)
+        need = ask(needs, "prepare", {"dataset": source}, {"interactions": str(tmp_path / name)})
+        assert (need.mem_mb >= 7000) == (source == "own"), name
 
 
 def test_a_large_compressed_table_asks_for_memory_and_reviews_are_streamed(needs: Needs, tmp_path: Path):

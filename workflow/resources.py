@@ -90,6 +90,7 @@ class Needs:
             "similarity": self.similarity,
             "train": self.train,
             "evaluate": self.evaluate,
+            "publish": self.publish,
             "compare": self.compare,
             "light": self.light,
         }
@@ -107,8 +108,9 @@ class Needs:
         return self.estimates[stage](wildcards, files).for_attempt(attempt)
 
     def prepare(self, wildcards: Any, files: Files) -> Need:
-        """Reviews and metadata are streamed; a table of ratings is held whole, compressed or not."""
-        tables = [path for path in files.values() if re.search(r"\.(csv|tsv|inter|txt)(\.gz)?$", path)]
+        """Reviews and metadata are streamed; a table of ratings, or of one's own, is held whole, compressed or not."""
+        own = self.plan.dataset(wildcards.dataset).source == "files"
+        tables = [path for path in files.values() if own or re.search(r"\.(csv|tsv|inter|txt)(\.gz)?$", path)]
         held, streamed = _megabytes(tables), _megabytes(set(files.values()) - set(tables))
         return Need(1500 + 6 * held + streamed, 15 + (held + streamed) / 300)
 
@@ -146,7 +148,10 @@ class Needs:
         return Need(1500 + 2.5 * shape.megabytes, 10 + shape.rows**2 * shape.dim / 1e10 / 60)
 
     def train(self, wildcards: Any, files: Files) -> Need:
-        """Features, tables of users and items with gradients and Adam's moments, the graph; time by epochs and steps."""
+        """Features, tables of users and items with gradients and Adam's moments, the graph; time by epochs and steps.
+
+        A closed form takes half an hour at most, but for EASE, whose time is cubic in the items.
+        """
         experiment = self.plan.config.experiments[wildcards.experiment]
         interactions = self._interactions(wildcards, files)
         users, items = self._users(wildcards, files), self._items(wildcards, files).rows
@@ -155,20 +160,28 @@ class Needs:
         width = getattr(experiment.model, "embedding_dim", 64) * (len(features) + 1)
         tables = (users + items) * width * 4 / MEBIBYTE
         memory = 2500 + 2 * sum(shape.megabytes for shape in shapes) + 16 * tables + interactions * 100 / MEBIBYTE
-        if getattr(experiment, "model_name", "") == "ease":
-            memory += 3 * items**2 * 8 / MEBIBYTE
+        if not experiment.traits.trains:
+            ease = experiment.model_name == "ease"
+            return Need(memory + ease * 3 * items**2 * 8 / MEBIBYTE, 30 + ease * items**3 / 1e11 / 60)
         steps = interactions / experiment.training.batch_size + 1
         step_seconds = 2.2e-6 * interactions + 5e-9 * sum(shape.rows * shape.dim for shape in shapes) + 0.05
         return Need(memory, 30 + experiment.training.epochs * steps * step_seconds / 60)
 
     def evaluate(self, wildcards: Any, files: Files) -> Need:
-        """Embeddings, a block of scores, some 100 ranked items a user; time by users times items."""
+        """Embeddings or item weights, a block of scores, some 100 ranked items a user; time by users times items."""
         users, items = self._users(wildcards, files), self._items(wildcards, files).rows
         dims = [_shape(path).dim for name, path in files.items() if name.endswith("embeddings") and Path(path).exists()]
         width = max(dims, default=256)
-        tables = (users + items) * width * 4 / MEBIBYTE
+        tables = 4 * (users + items) * width * 4 / MEBIBYTE
+        if "weights" in files:
+            dense = self.plan.config.experiments[wildcards.experiment].model_name == "ease"
+            tables = 1.5 * (_megabytes([files["weights"]]) or dense * items**2 * 4 / MEBIBYTE)
         rows = self._interactions(wildcards, files) * 100 + users * 6000
-        return Need(2000 + 4 * tables + rows / MEBIBYTE, 15 + users * items / 1e9)
+        return Need(2000 + tables + rows / MEBIBYTE, 15 + users * items / 1e9)
+
+    def publish(self, wildcards: Any, files: Files) -> Need:
+        """Copies, a block at a time."""
+        return Need(1000, 15 + _megabytes(files.values()) / 50 / 60)
 
     def compare(self, wildcards: Any, files: Files) -> Need:
         """The lists of two cells at a time, and a column of users for each experiment and metric."""
@@ -176,7 +189,7 @@ class Needs:
         return Need(1500 + users * 0.015, 15 + users * cells / 1e6)
 
     def light(self, wildcards: Any, files: Files) -> Need:
-        """Copies, tables and pages: what is read, a few times over."""
+        """Tables and pages: what is read, a few times over."""
         return Need(1500 + 4 * _megabytes(files.values()), 20)
 
     # Counts, from the files that are there, else from what the configuration expects

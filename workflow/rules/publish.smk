@@ -17,8 +17,8 @@ rule publish:
     conda:
         "../../environment.yml"
     resources:
-        mem_mb=needs.mem_mb("light"),
-        runtime=needs.runtime("light"),
+        mem_mb=needs.mem_mb("publish"),
+        runtime=needs.runtime("publish"),
     params:
         identity=identity(lambda wildcards: plan.publish(wildcards.experiment)),
         arguments=arguments(lambda wildcards: plan.publish(wildcards.experiment)),
