@@ -17,6 +17,7 @@ log = logging.getLogger("stage")
 
 _POLL_SECONDS = 0.5
 _DEVICES = Path("/dev")
+_SHARED = Path("/tmp")
 
 # What CUDA_VISIBLE_DEVICES holds for none: nothing, the usual way to hide all, and SLURM's word.
 _NONE = ("", "-1", "NoDevFiles")
@@ -72,8 +73,7 @@ def own_gpus(wanted: int | None) -> Iterator[list[str]]:
     if not wanted or not (ids := visible_gpus()):
         yield []
         return
-    folder = Path(tempfile.gettempdir()) / f"cm3-gpus-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    folder = _locks()
     uuids = _listed()
     devices = {name: uuids.get(name, name) for name in ids}
     held = _free(folder, devices, min(wanted, len(ids)))
@@ -88,6 +88,13 @@ def own_gpus(wanted: int | None) -> Iterator[list[str]]:
     finally:
         for lock in held.values():
             lock.close()
+
+
+def _locks() -> Path:
+    # Not where TMPDIR says: jobs that are told of unlike ones share the GPUs all the same.
+    folder = (_SHARED if _SHARED.is_dir() else Path(tempfile.gettempdir())) / f"cm3-gpus-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
 
 
 @contextlib.contextmanager

@@ -13,10 +13,16 @@ from stages import gpus
 from stages.gpus import gpu_here, own_gpus, visible_gpus
 
 ROOT = Path(__file__).resolve().parents[1]
-HOLD = (
-    "import os, sys, time\nfrom stages.gpus import own_gpus\nwith own_gpus(1) as gpus:\n"
-    "    assert os.environ['CUDA_VISIBLE_DEVICES'] == gpus[0]\n    print(*gpus, flush=True)\n    time.sleep(float(sys.argv[1]))\n"
-)
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from stages import gpus
+gpus._SHARED = Path(os.environ["SHARED"])
+with gpus.own_gpus(1) as held:
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == held[0]
+    print(*held, flush=True)
+    time.sleep(float(sys.argv[1]))
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -28,13 +34,15 @@ def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("SHARED", str(tmp_path))
+    monkeypatch.setattr(gpus, "_SHARED", tmp_path)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
-def start(seconds: float) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", HOLD, str(seconds)], stdout=subprocess.PIPE, text=True)
+def start(seconds: float, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(seconds)], stdout=subprocess.PIPE, text=True, env=os.environ | environment
+    )
 
 
 def told(job: subprocess.Popen[str]) -> str:
@@ -53,6 +61,17 @@ def test_jobs_at_once_hold_different_gpus_and_a_third_waits_until_one_is_killed(
     assert told(third) == held[0]
     jobs[1].kill()
     for job in (*jobs, third):
+        job.wait(20)
+
+
+def test_jobs_with_temporary_folders_of_their_own_share_the_gpus(tmp_path: Path):
+    jobs = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        jobs.append(start(30, TMPDIR=str(tmp_path / name)))
+    assert sorted(told(job) for job in jobs) == ["0", "1"]
+    for job in jobs:
+        job.kill()
         job.wait(20)
 
 
