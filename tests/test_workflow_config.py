@@ -91,6 +91,13 @@ def test_what_is_wrong_is_refused_with_its_path_value_and_the_nearest_name(path:
     assert re.search(message, str(error.value)), str(error.value)
 
 
+def test_a_captioner_stores_no_vectors_and_has_no_type_for_them():
+    told = {"modality": "caption", "backend": "openai-caption", "model": "m", "url": "http://a/v1", "encoder": "words"}
+    load_config(with_value("extractors.told", told | {"dtype": "float32"}))
+    with pytest.raises(UserError, match=r"extractors\.told\.dtype = 'float16': captions are text.*set it on 'words'"):
+        load_config(with_value("extractors.told", told | {"dtype": "float16"}))
+
+
 def test_all_faults_are_told_at_once():
     config = with_value("experiments.shop.model.gama", 1)
     config["datasets"]["shop"]["usrs"] = 3

@@ -62,6 +62,11 @@ def load_config(raw: Any) -> Config:
                     f"extractors.{name}.encoder = {encoder!r}: captions are encoded by a text extractor, "
                     f"but this one is of modality {extractors[encoder].modality!r}"
                 )
+            if spec.dtype != "float32":
+                faults.append(
+                    f"extractors.{name}.dtype = {spec.dtype!r}: captions are text, and the encoder makes vectors of them; "
+                    f"set it on {encoder!r}"
+                )
 
     def parse_experiment(name: str, data: dict[str, Any], where: str) -> Experiment:
         section = validate(ExperimentSection, inherit(name, sections.experiments), where)
