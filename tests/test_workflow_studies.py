@@ -142,6 +142,7 @@ def test_faults_of_an_experiment_are_told_once_and_not_again_for_its_study():
         ({"like": "shop", "control": {"imge": "constant"}}, r"odd\.control\.imge: .*did you mean 'image'"),
         ({"like": "ease", "training": {"lr": 0.1}}, r"training\.lr: ease is computed in closed form and does not train"),
         ({"like": "lightgcn", "training": {"processes": 2}}, r"odd\.training\.processes: cm3 alone heeds it.* lightgcn"),
+        ({"like": "ease", "evaluation": {"score": "cosine"}}, r"odd\.evaluation\.score = 'cosine': ease leaves item weights"),
         ({"like": "lightgcn", "preset": "official"}, r"preset = 'official': this preset is of cm3"),
     ],
 )  # fmt: skip

@@ -183,7 +183,8 @@ def check(experiment: Experiment, where: str) -> None:
     """Check that an experiment's parts fit each other.
 
     Raises:
-        UserError: modalities that the model lacks or has no use for, or weights of other modalities.
+        UserError: modalities that the model lacks or has no use for, weights of other modalities, or a cosine of a model
+            that has no embeddings.
     """
     name, modalities = experiment.model_name, dict(experiment.modalities)
     path = f"{where}.modalities = {modalities}"
@@ -191,6 +192,8 @@ def check(experiment: Experiment, where: str) -> None:
         raise UserError(f"{path}: {name} reads features and needs at least 1 modality, such as {{text: EXTRACTOR}}")
     if modalities and not experiment.traits.content:
         raise UserError(f"{path}: {name} reads no features; leave its modalities out")
+    if experiment.evaluation.score == "cosine" and not experiment.traits.embeddings:
+        raise UserError(f"{where}.evaluation.score = 'cosine': {name} leaves item weights and no embeddings to take it of; set dot")  # fmt: skip
     model: Any = experiment.model
     if hasattr(model, "modality_weights"):
         modality_weights(model, list(modalities), f"{where}.model")
