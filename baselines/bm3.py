@@ -46,6 +46,7 @@ class Bootstrapped(Network):
     """
 
     parts = ("interactions", "modalities", "penalty")
+    contrast = "positive"
 
     def __init__(self, interactions: sp.csr_matrix, features: Mapping[str, np.ndarray], settings: BM3) -> None:
         super().__init__()

@@ -29,7 +29,6 @@ class BaselineSettings(Strict):
         trains: whether it is a network that the `training` settings fit; a closed form reads monitor and device alone.
         on_device: whether it computes on `training.device`; what does not asks for no GPU.
         exports: what is scored: user and item embeddings, or item weights W, the scores being history @ W.
-        contrast: the items that the sampler draws for each pair: not in the user's pairs, or none but the pair's own.
     """
 
     module: ClassVar[str]
@@ -38,7 +37,6 @@ class BaselineSettings(Strict):
     trains: ClassVar[bool] = True
     on_device: ClassVar[bool] = True
     exports: ClassVar[Literal["embeddings", "item_weights"]] = "embeddings"
-    contrast: ClassVar[Literal["negative", "positive"]] = "negative"
 
     name: str
 
@@ -133,7 +131,6 @@ class DirectAU(BaselineSettings):
     """Alignment and uniformity of user and item embeddings as the loss."""
 
     module: ClassVar[str] = "baselines.directau"
-    contrast: ClassVar[Literal["negative", "positive"]] = "positive"
 
     name: Literal["directau"] = "directau"
     embedding_dim: int = Field(64, gt=0, description="width d of the embeddings")
@@ -158,7 +155,6 @@ class BM3(_Content):
     """Bootstrapped agreement of users, items and modalities, without negative samples."""
 
     module: ClassVar[str] = "baselines.bm3"
-    contrast: ClassVar[Literal["negative", "positive"]] = "positive"
 
     name: Literal["bm3"] = "bm3"
     embedding_dim: int = Field(64, gt=0, description="width d of the embeddings")

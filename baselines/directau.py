@@ -26,6 +26,7 @@ class DirectlyAligned(Network):
     """
 
     parts = ("alignment", "user_uniformity", "item_uniformity")
+    contrast = "positive"
 
     def __init__(self, interactions: sp.csr_matrix, settings: DirectAU) -> None:
         super().__init__()

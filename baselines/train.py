@@ -87,7 +87,7 @@ def train(
         network = _seeded(module, inputs, model, training.seed).to(device)
         inputs = replace(inputs, features={}, neighbours={})  # the network holds what it needs of them
         curves = model_output.parent / "tensorboard"
-        sampler = _sampler(data, model, training, device)
+        sampler = _sampler(data, network, model, training, device)
         fitted = fit(network, sampler, scored[0], training, checkpoint, scored[1], curves)
         n_parameters = sum(p.numel() for p in network.parameters())
     else:
@@ -121,11 +121,13 @@ def _seeded(module: Any, inputs: Inputs, settings: BaselineSettings, seed: int) 
         return network
 
 
-def _sampler(data: Interactions, settings: BaselineSettings, training: Training, device: torch.device) -> Sampler:
+def _sampler(
+    data: Interactions, network: Network, settings: BaselineSettings, training: Training, device: torch.device
+) -> Sampler:
     users, items = (torch.from_numpy(x).to(device) for x in data.pairs("train"))
     try:
         return Sampler(
-            users, items, len(data.item_ids), batch_size=training.batch_size, contrast=settings.contrast,
+            users, items, len(data.item_ids), batch_size=training.batch_size, contrast=network.contrast,
             dedup_pairs=getattr(settings, "dedup_pairs", False), seed=derived_seed(training.seed, 1),
         )  # fmt: skip
     except ValueError as error:

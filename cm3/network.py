@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cm3.distributed import Share
-from cm3.sampling import Batch
+from cm3.sampling import Batch, Contrast
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -78,11 +78,13 @@ class Network(nn.Module):
     Attributes:
         parts: the names of the loss's parts.
         share: this process's part of each step, where several train; a model that heeds it sets `shares`.
+        contrast: the items that a batch holds beside each pair's own, where no setting says it.
     """
 
     parts: tuple[str, ...] = ()
     share: Share | None = None
     shares: bool = False
+    contrast: Contrast = "negative"
 
     def begin_epoch(self, seed: int) -> None:
         """Make what stays fixed for an epoch, such as a sampled graph; from `seed` alone, so that runs can go on."""

@@ -1,6 +1,7 @@
 """The code digest follows what code does: not its comments, and not the code of other stages."""
 
 import ast
+import shutil
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,17 @@ def test_stages_share_no_code_that_would_rerun_each_other():
     assert "cm3.metrics" not in closure(ROOT, ["cm3.train"])
     backends = closure(ROOT, ["extractors.extract"])
     assert not {"extractors.descriptor", "extractors.open_clip_image", "extractors.sentence_text"} & backends
+
+
+@pytest.mark.parametrize("name", ["directau", "bm3"])
+def test_which_items_a_baseline_contrasts_is_code(tmp_path: Path, name: str):
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    modules = ["baselines.train", f"baselines.{name}"]
+    before = code_digest(tmp_path, modules)
+    path = tmp_path / f"baselines/{name}.py"
+    path.write_text(path.read_text().replace('contrast = "positive"', 'contrast = "negative"'))
+    assert code_digest(tmp_path, modules) != before == code_digest(ROOT, modules)
 
 
 def test_no_module_imports_a_name_through_a_package():
