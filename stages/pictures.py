@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
+from stages.errors import UserError
 from stages.tables import MANIFEST, OK, read_table
 
 PICTURES_PER_ROW_GROUP = 64
@@ -23,6 +24,9 @@ def iter_pictures(manifest: str | os.PathLike[str], items: Sequence[int] | None 
     Args:
         manifest: the manifest.parquet; its shards lie beside it.
         items: row numbers wanted, all by default. The order of the output is that of the shards.
+
+    Raises:
+        UserError: a shard is gone.
     """
     table = read_table(manifest, MANIFEST)
     status = np.asarray(table.column("status").to_pylist(), dtype=object)
@@ -51,6 +55,8 @@ def pictures_at(
 
 
 def _iter_shard(path: Path, items: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, bytes]]:
+    if not path.is_file():
+        raise UserError(f"{path}: is gone, but its manifest is there; delete manifest.parquet beside it and run again")
     with pq.ParquetFile(path) as file:
         start = 0
         for group in range(file.num_row_groups):

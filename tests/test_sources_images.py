@@ -211,6 +211,20 @@ def test_shards_depend_on_bytes_alone_and_stale_ones_go(tmp_path: Path):
     assert dict(iter_pictures(tmp_path / "out" / "manifest.parquet")) == dict(enumerate(pictures.values()))
 
 
+def test_a_shard_that_is_gone_says_what_to_delete_and_is_made_again(tmp_path: Path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes(picture((20, 20)))
+    spec, manifest = local(folder, pattern="{item_id}.jpg"), tmp_path / "out" / "manifest.parquet"
+    collect(tmp_path, {"a": []}, spec)
+    (tmp_path / "out" / "shard-00000.parquet").unlink()
+    with pytest.raises(UserError, match=r"shard-00000\.parquet: is gone.*delete manifest\.parquet beside it"):
+        dict(iter_pictures(manifest))
+    manifest.unlink()
+    collect(tmp_path, {"a": []}, spec)
+    assert dict(iter_pictures(manifest)) == {0: (folder / "a.jpg").read_bytes()}
+
+
 def test_the_items_own_column_names_the_file(tmp_path: Path):
     (tmp_path / "shop" / "sub").mkdir(parents=True)
     (tmp_path / "shop" / "sub" / "x.jpg").write_bytes(picture())
