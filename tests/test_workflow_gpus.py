@@ -51,16 +51,31 @@ def test_captions_are_encoded_where_the_text_model_runs():
 
 
 @pytest.fixture(scope="module")
-def planned(tmp_path_factory: pytest.TempPathFactory) -> str:
-    checkout = Checkout(tmp_path_factory.mktemp("gpus") / "shop", config())
-    return checkout.run("-n", *(f"results/{name}/metrics.json" for name in ("shop", "mostpop", "ease")))
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    return Checkout(tmp_path_factory.mktemp("gpus") / "shop", config())
 
 
-def test_the_rules_ask_for_what_the_plan_says(planned: str):
-    asked: dict[str, set[str]] = {}
-    for rule, block in re.findall(r"^rule (\w+):\n(.*?)\n\n", planned, re.MULTILINE | re.DOTALL):
-        asked.setdefault(rule, set()).update(re.findall(r"\bgpu=(\d)", block) or ["none"])
-    assert asked["similarity"] == asked["train"] - {"0"} == {"1"}
-    assert asked["train"] == asked["extract"] == {"0", "1"}
-    assert asked["train_item_weights"] == {"1"}
-    assert {rule for rule, counts in asked.items() if counts == {"none"}} >= {"prepare", "split", "evaluate", "publish"}
+def asked_by_rule(shop: Checkout, *options: str) -> dict[str, set[tuple[int, int]]]:
+    """Which (GPUs, threads) the jobs of each rule ask for in a dry run."""
+    targets = [f"results/{name}/metrics.json" for name in ("shop", "mostpop", "ease")]
+    asked: dict[str, set[tuple[int, int]]] = {}
+    for block in re.split(r"^rule ", shop.run("-n", *options, "--", *targets), flags=re.MULTILINE)[1:]:
+        found = (re.search(rf"\b{pattern}(\d+)", block) for pattern in ("gpu=", "threads: "))
+        gpus, threads = (int(match[1]) if match else None for match in found)
+        asked.setdefault(block.partition(":")[0], set()).add((gpus or 0, threads or 1))
+    return asked
+
+
+def test_the_rules_ask_for_what_the_plan_says(shop: Checkout):
+    asked = asked_by_rule(shop, "--cores", "8")
+    assert asked["similarity"] == asked["train_item_weights"] == {(1, 8)}
+    assert asked["train"] == asked["extract"] == {(0, 8), (1, 8)}
+    assert all(asked[rule] == {(0, 1)} for rule in ("prepare", "split", "publish"))
+
+
+def test_jobs_that_share_gpus_share_the_cores(shop: Checkout):
+    asked = asked_by_rule(shop, "--cores", "8", "--resources", "gpu=2")
+    assert asked["similarity"] == asked["train_item_weights"] == {(1, 4)}
+    # What has no GPU goes by itself.
+    assert asked["train"] == asked["extract"] == {(0, 8), (1, 4)}
+    assert asked_by_rule(shop, "--cores", "2", "--resources", "gpu=4")["similarity"] == {(1, 1)}

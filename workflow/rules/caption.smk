@@ -15,7 +15,7 @@ rule caption:
         "logs/{dataset}/caption-{extractor}-{key}.log",
     conda:
         "../../environment.yml"
-    threads: 8
+    threads: share_of_cores(lambda wildcards: plan.caption_gpus(wildcards.extractor))
     resources:
         gpu=gpus(lambda wildcards: plan.caption_gpus(wildcards.extractor)),
         mem_mb=needs.mem_mb("caption"),

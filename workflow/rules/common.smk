@@ -69,6 +69,22 @@ def gpus(count):
     return asked
 
 
+# With several GPUs, as many jobs run at a time only if they share the cores as well.
+def share_of_cores(count):
+    def threads(wildcards):
+        available = workflow.global_resources
+        cores, held = (
+            available[name].value if name in available else None
+            for name in ("_cores", "gpu")
+        )
+        wanted = gpus(count)(wildcards)
+        if not (cores and held and wanted):
+            return 8
+        return max(1, min(8, cores * min(wanted, held) // held))
+
+    return threads
+
+
 # A params function of wildcards alone is recorded, and a change of what it returns reruns the job; one that takes more
 # than wildcards is not. So a rule's `identity` decides, and its `arguments` may hold paths, devices and threads.
 def identity(describe):

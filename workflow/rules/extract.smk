@@ -15,7 +15,7 @@ rule extract:
         "logs/{dataset}/extract-{modality}-{extractor}-{key}.log",
     conda:
         "../../environment.yml"
-    threads: 8
+    threads: share_of_cores(lambda wildcards: plan.extract_gpus(wildcards.extractor))
     resources:
         gpu=gpus(lambda wildcards: plan.extract_gpus(wildcards.extractor)),
         mem_mb=needs.mem_mb("extract"),

@@ -46,7 +46,12 @@ rule similarity:
         variant="(-hnsw|-ivf)?(-mean)?",
     conda:
         "../../environment.yml"
-    threads: 8
+    threads:
+        share_of_cores(
+            lambda wildcards: plan.similarity_gpus(
+                wildcards.dataset, wildcards.extractor, wildcards.variant
+            )
+        )
     resources:
         gpu=gpus(
             lambda wildcards: plan.similarity_gpus(

@@ -18,7 +18,7 @@ rule train:
         experiment=one_of(plan.named(embeddings=True)),
     conda:
         "../../environment.yml"
-    threads: 8
+    threads: share_of_cores(lambda wildcards: plan.train_gpus(wildcards.experiment))
     resources:
         gpu=gpus(lambda wildcards: plan.train_gpus(wildcards.experiment)),
         mem_mb=needs.mem_mb("train"),
