@@ -27,7 +27,8 @@ class Split(Strict):
     keep: str | None = Field(
         default=None,
         description="folder with interactions.parquet, items.parquet and users.parquet of an earlier preparation: what it "
-        "labels keeps its label, and new interactions alone are split (docs/growing-data.md)",
+        "has in training is never asked for in validation or test, and random splits keep all of its labels "
+        "(docs/growing-data.md)",
     )
 
 
