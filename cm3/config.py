@@ -23,8 +23,9 @@ class Neighbours(Strict):
     knn_k: int = Field(10, gt=0, description="neighbours per item and modality in the item-item graph, itself included")
     knn_method: Literal["exact", "hnsw", "ivf"] = Field(
         "exact",
-        description="search for those neighbours; hnsw and ivf are approximate and need faiss-cpu; ivf pays from some 50,000 "
-        "items on whose vectors form groups (benchmarks/RESULTS.md); their recall stands in the stage's record",
+        description="search for those neighbours; hnsw and ivf are approximate and need faiss-cpu; ivf pays where vectors "
+        "form groups, from some 50,000 items on, of wide vectors 200,000 (benchmarks/RESULTS.md); their recall stands in the "
+        "stage's record",
     )
     knn_missing: Literal["drop", "mean"] = Field(
         "drop",
