@@ -112,7 +112,6 @@ def evaluate(
     data = read_interactions(interactions, items, users)
     train, test, valid = data.matrix("train"), data.truth("test"), data.truth("valid")
     cold_users = np.diff(train.indptr) == 0
-    left_out = np.unique(data.pairs("test")[0][cold_users[data.pairs("test")[0]]])
     if not test.nnz:
         raise UserError(
             f"{interactions}: no row of a user with training interactions is in the test split; check the split settings "
@@ -171,7 +170,7 @@ def evaluate(
             "test_interactions": test.nnz,
             "cold_items": int(cold.sum()),
             "cold_users": int(cold_users.sum()),
-            "cold_test_users": len(left_out),
+            "cold_test_users": len(np.intersect1d(data.pairs("test")[0], np.flatnonzero(cold_users))),
             "test_interactions_seen_in_training": int(test.multiply(train).nnz),
         },
         "score": settings.score,

@@ -9,6 +9,7 @@ import numpy as np
 import oracles_cm3 as oracle
 import pyarrow as pa
 import pytest
+import scipy.sparse as sp
 
 import cm3
 import cm3.library
@@ -134,11 +135,11 @@ def test_the_neighbours_are_those_of_the_settings(settings, monkeypatch):
     pairs, features, items = shop()
     features["text"] = features["text"].copy()
     features["text"][:9] = np.nan
-    graphs = []
+    graphs: list[sp.csr_matrix] = []
+    found: list[str] = []
     made = cm3.library.item_item_matrix
     monkeypatch.setattr(cm3.library, "item_item_matrix", lambda *args: graphs.append(made(*args)) or graphs[-1])
     monkeypatch.setattr(cm3.library, "knn", lambda *args: found.append("exact") or knn(*args))
-    found: list[str] = []
     cm3.fit(pairs, features, items, SMALL | settings, QUICK | {"epochs": 1})
     cm3.fit(pairs, features, items, SMALL, QUICK | {"epochs": 1})
     if "knn_missing" in settings:
