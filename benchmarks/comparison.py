@@ -1,4 +1,4 @@
-"""The comparison of a study: seconds and peak memory of the stage `reports.compare`, as a Markdown table.
+"""The comparison of a study: seconds and peak memory of the stage `cm3.reports.analysis.compare`, as a Markdown table.
 
     python benchmarks/comparison.py --cells 6 --seeds 3
     python benchmarks/comparison.py --users 200000 --items 63001 --cells 55
@@ -22,12 +22,12 @@ import pyarrow as pa
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cm3.embeddings import write_embeddings
-from cm3.evaluate import Measured, _write_per_user, _write_recommendations
-from cm3.interactions import Interactions, read_interactions
-from cm3.metrics import per_user
-from stages.files import write_json
-from stages.tables import INTERACTIONS, ITEMS, SPLITS, USERS, write_table
+from cm3.common.embeddings import write_embeddings
+from cm3.common.files import write_json
+from cm3.common.interactions import Interactions, read_interactions
+from cm3.common.tables import INTERACTIONS, ITEMS, SPLITS, USERS, write_table
+from cm3.evaluation.evaluate import Measured, _write_per_user, _write_recommendations
+from cm3.evaluation.metrics import per_user
 
 TOP, CUTOFFS, WIDTH, BOUGHT, WANTED = 50, [10, 20, 50], 192, 6, 2
 
@@ -37,10 +37,12 @@ def write_shop(folder: Path, n_users: int, n_items: int) -> dict[str, Path]:
     rng = np.random.default_rng(0)
     split = np.tile([0] * BOUGHT + [2] * WANTED, n_users).astype(np.int8)
     columns: dict[str, Any] = {
-        "user": np.repeat(np.arange(n_users), BOUGHT + WANTED), "item": (n_items * rng.random(len(split)) ** 3).astype(int),
-        "rating": np.ones(len(split)), "timestamp": np.arange(len(split)),
+        "user": np.repeat(np.arange(n_users), BOUGHT + WANTED),
+        "item": (n_items * rng.random(len(split)) ** 3).astype(int),
+        "rating": np.ones(len(split)),
+        "timestamp": np.arange(len(split)),
         "split": pa.DictionaryArray.from_arrays(pa.array(split), pa.array(SPLITS)),
-    }  # fmt: skip
+    }
     paths = {name: folder / f"{name}.parquet" for name in ("interactions", "items", "users")}
     write_table(paths["interactions"], pa.table(columns), INTERACTIONS)
     users = [f"A{user * 2654435761 % 2**42:013X}" for user in range(n_users)]
@@ -107,7 +109,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             call = write_study(Path(folder), arguments.users, arguments.items, cells, arguments.seeds)
             write_json(Path(folder) / "cells.json", call)
-            command = [sys.executable, "-m", "reports.compare", "--call", str(Path(folder) / "cells.json")]
+            command = [sys.executable, "-m", "cm3.reports.analysis.compare", "--call", str(Path(folder) / "cells.json")]
             one = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
             subprocess.run(command, cwd=Path(__file__).parents[1], check=True, stderr=subprocess.DEVNULL, env=one)
             record = json.loads(Path(call["outputs"]["record"]).read_text())

@@ -23,7 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from stages.command import peak_memory_mb
+from cm3.common.cli import peak_memory_mb
 
 WANTED = 63_001
 
@@ -54,12 +54,16 @@ def write_metadata(path: Path, lines: int) -> None:
     shared = [
         {
             "related": {"also_bought": ids(55), "also_viewed": ids(45), "bought_together": ids(1)},
-            "title": " ".join(rng.choices(words, k=9)), "price": 12.99, "salesRank": {"Baby": 7}, "brand": rng.choice(words),
-            "imUrl": "http://ecx.images-amazon.com/images/I/51.jpg", "categories": [["Baby", rng.choice(words)]],
+            "title": " ".join(rng.choices(words, k=9)),
+            "price": 12.99,
+            "salesRank": {"Baby": 7},
+            "brand": rng.choice(words),
+            "imUrl": "http://ecx.images-amazon.com/images/I/51.jpg",
+            "categories": [["Baby", rng.choice(words)]],
             "description": " ".join(rng.choices(words, k=50)),
         }
         for _ in range(2000)
-    ]  # fmt: skip
+    ]
     with gzip.open(path, "wt", compresslevel=1) as file:
         for number in range(lines):
             file.write(f"{ {'asin': f'B{number:09d}', **rng.choice(shared)} }\n")
@@ -67,8 +71,8 @@ def write_metadata(path: Path, lines: int) -> None:
 
 def measure(kind: str, size: int, folder: Path) -> dict[str, float]:
     """Run one measurement in this process; return what it found."""
-    from sources.amazon_2014 import Reader
-    from sources.cores import kcore
+    from cm3.datasets.amazon.v2014 import Reader
+    from cm3.datasets.k_core import kcore
 
     spec = {"interactions": "reviews", "malformed": 0.0}
     reader = Reader(spec, {"reviews": folder / "reviews.json.gz", "meta": folder / "meta.json.gz"})
@@ -91,8 +95,8 @@ def measure(kind: str, size: int, folder: Path) -> dict[str, float]:
         found["ids"] = sum(map(len, reader.known_items()))
         found["parsed"] = len(reader.items(wanted))
     else:
-        from sources.config import parse_dataset
-        from sources.prepare import prepare
+        from cm3.datasets.config import parse_dataset
+        from cm3.datasets.prepare import prepare
 
         data = {"source": "amazon-2014", "category": "Shop", "interactions": "reviews", "folder": str(folder)}
         outputs = {name: folder / f"{name}.parquet" for name in ("ratings", "items", "users")}

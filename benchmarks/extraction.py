@@ -29,9 +29,9 @@ MINILM = {"modality": "text", "backend": "sentence-transformers", "model": "pack
 
 def item_texts(folder: Path) -> list[str]:
     """Return the texts of all items, in file order."""
-    from extractors.text_of import text_of
-    from sources import amazon_2018, amazon_2023
-    from sources.amazon_metadata import Metadata
+    from cm3.datasets import amazon_2018, amazon_2023
+    from cm3.datasets.amazon.metadata import Metadata
+    from extractors.text.item_text import text_of
 
     items = [json.loads(line) for line in (folder / "hm/items.jsonl").read_text().splitlines()]
     fields = ("title", "type", "group", "colour", "department", "section", "description")
@@ -99,9 +99,14 @@ def pictures(folder: Path, weights: Path, count: int | None) -> None:
     import extractors
 
     spec = {
-        "modality": "image", "backend": "timm", "model": "mobilenetv2_100", "weights": str(weights),
-        "model_kwargs": {"pad_type": "same"}, "mean": [0.5] * 3, "std": [0.5] * 3,
-    }  # fmt: skip
+        "modality": "image",
+        "backend": "timm",
+        "model": "mobilenetv2_100",
+        "weights": str(weights),
+        "model_kwargs": {"pad_type": "same"},
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+    }
     ours = extractors.load(spec)
     torch.set_num_threads(os.cpu_count() or 1)
     files = [path.read_bytes() for path in sorted((folder / "hm/images").rglob("*.jpg"))][:count]
@@ -135,11 +140,11 @@ def memory() -> None:
     """Print the peak memory of whole extraction stages over 1, 4 and 16 times as many items."""
     import pyarrow as pa
 
-    from sources.config import parse_dataset
-    from sources.images import collect_pictures
-    from sources.pictures_config import Images
-    from sources.sample import make_sample
-    from stages.tables import ITEMS, read_table, write_table
+    from cm3.common.tables import ITEMS, read_table, write_table
+    from cm3.datasets.config import parse_dataset
+    from cm3.datasets.images.config import Images
+    from cm3.datasets.images.stage import collect_pictures
+    from cm3.datasets.sample.generate import make_sample
 
     print("| items | MiniLM, peak MB | descriptor, peak MB |\n|---|---|---|")
     for items in (500, 2000, 8000):
@@ -147,9 +152,12 @@ def memory() -> None:
             folder = Path(temporary)
             shop = parse_dataset("shop", {"source": "sample", "users": 50, "items": items}, "")
             make_sample(
-                shop.sample_spec(), folder / "reviews.json.gz", folder / "meta.json.gz", folder / "pictures.sha256",
+                shop.sample_spec(),
+                folder / "reviews.json.gz",
+                folder / "meta.json.gz",
+                folder / "pictures.sha256",
                 folder / "truth.parquet",
-            )  # fmt: skip
+            )
             ids = sorted(path.stem for path in (folder / "images").iterdir())
             empty = [[]] * len(ids)
             columns = {"item": range(len(ids)), "item_id": ids, "title": [f"Thing {i} of the shop" for i in ids]}
@@ -163,10 +171,11 @@ def memory() -> None:
             peaks = [
                 _peak(folder, MINILM, {"items": folder / "items.parquet"}),
                 _peak(
-                    folder, {"modality": "image", "backend": "descriptor"},
+                    folder,
+                    {"modality": "image", "backend": "descriptor"},
                     {"items": folder / "items.parquet", "manifest": folder / "out/manifest.parquet"},
                 ),
-            ]  # fmt: skip
+            ]
             print(f"| {len(ids)} | {peaks[0]:.0f} | {peaks[1]:.0f} |", flush=True)
 
 

@@ -25,13 +25,13 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
-from cm3.checkpoint import Unkept
 from cm3.config import Model, Training
-from cm3.graph import item_item_matrix
-from cm3.loop import _Run, grouped
-from cm3.model import seeded
-from cm3.ranking import Validation
-from cm3.sampling import Sampler
+from cm3.evaluation.ranking import Validation
+from cm3.model.graph import item_item_matrix
+from cm3.model.model import seeded
+from cm3.model.sampling import Sampler
+from cm3.training.checkpoint import Unkept
+from cm3.training.loop import _Run, grouped
 
 BABY = (19_445, 7_050, 119_674)
 BATCH = 2048

@@ -2,7 +2,7 @@
 
     python benchmarks/images.py --pictures 2000 6000 20000
 
-The stage runs as Snakemake runs it, `python -m sources.images`, with its default settings but for the rate, which is
+The stage runs as Snakemake runs it, `python -m cm3.datasets.images.stage`, with its default settings but for the rate, which is
 not bounded. The server is another process on the same machine. Pictures are JPEGs of 300-500 pixels, 15-40 kB; of a
 hundred, 10 are not found, 4 break once, 2 are cut once, 2 are truncated, 1 is a dot, 1 is refused once with 429.
 Of a run, pictures/s is items by the stage's whole time, from start to record, imports left out.
@@ -22,10 +22,10 @@ import pyarrow as pa
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from picture_server import Address, running, status_of  # noqa: E402
+from image_server import Address, running, status_of  # noqa: E402
 
-from sources.pictures_config import Images  # noqa: E402
-from stages.tables import ITEMS, write_table  # noqa: E402
+from cm3.common.tables import ITEMS, write_table  # noqa: E402
+from cm3.datasets.images.config import Images  # noqa: E402
 
 
 def measure(server: Address, first: int, count: int, folder: Path) -> dict[str, Any]:
@@ -43,13 +43,25 @@ def measure(server: Address, first: int, count: int, folder: Path) -> dict[str, 
     out = folder / "images"
     subprocess.run(
         [
-            sys.executable, "-m", "sources.images", "--spec", json.dumps(config.spec()),
-            "--runtime", json.dumps({**config.runtime(), "threads": os.cpu_count()}),
-            "--input", f"items={folder / 'items.parquet'}",
-            "--output", f"manifest={out / 'manifest.parquet'}", "--output", f"record={out / 'images.stage.json'}",
+            sys.executable,
+            "-m",
+            "cm3.datasets.images.stage",
+            "--spec",
+            json.dumps(config.spec()),
+            "--runtime",
+            json.dumps({**config.runtime(), "threads": os.cpu_count()}),
+            "--input",
+            f"items={folder / 'items.parquet'}",
+            "--output",
+            f"manifest={out / 'manifest.parquet'}",
+            "--output",
+            f"record={out / 'images.stage.json'}",
         ],
-        cwd=ROOT, check=True, stderr=subprocess.DEVNULL, env={**os.environ, "no_proxy": "*"},
-    )  # fmt: skip
+        cwd=ROOT,
+        check=True,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "no_proxy": "*"},
+    )
     record: dict[str, Any] = json.loads((out / "images.stage.json").read_text())
     for status in ("ok", "missing", "failed"):
         assert record[f"pictures_{status}"] == sum(status_of(number) == status for number in numbers), record

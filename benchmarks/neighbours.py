@@ -23,8 +23,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cm3.neighbours import knn
-from stages.command import peak_memory_mb
+from cm3.common.cli import peak_memory_mb
+from cm3.similarity.exact import knn
 
 K, BLOCK = 10, 512
 
@@ -65,7 +65,7 @@ def measure(way: str, x: Tensor) -> dict[str, Any]:
     elif way == "exact":
         knn(x, K)
     else:
-        from cm3.approximate import approximate_knn
+        from cm3.similarity.approximate import approximate_knn
 
         found |= approximate_knn(x, K, way)[2]
     if x.is_cuda:
@@ -89,11 +89,17 @@ def main() -> None:
         x = features(arguments.rows, arguments.dim, arguments.data, arguments.spread)
         print(json.dumps(measure(arguments.ways[0], x.to(arguments.device))))
         return
-    print(f"{arguments.rows:,} x {arguments.dim}, {arguments.data}, k = {K}, {arguments.device}, {torch.get_num_threads()} threads\n")  # fmt: skip
+    print(
+        f"{arguments.rows:,} x {arguments.dim}, {arguments.data}, k = {K}, {arguments.device}, {torch.get_num_threads()} threads\n"
+    )
     print("| way | seconds | of the first | peak MB | of them before | |\n|---|---|---|---|---|---|")
     first = None
     for way in arguments.ways:
-        given = [str(word) for name in ("rows", "dim", "data", "spread", "device") for word in (f"--{name}", getattr(arguments, name))]  # fmt: skip
+        given = [
+            str(word)
+            for name in ("rows", "dim", "data", "spread", "device")
+            for word in (f"--{name}", getattr(arguments, name))
+        ]
         command = [sys.executable, __file__, *given, "--here", "--ways", way]
         found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
         seconds, peak, before = (found.pop(name) for name in ("seconds", "peak_mb", "before_mb"))

@@ -57,7 +57,7 @@ OUTPUTS = {
     "user_embeddings.parquet item_embeddings.parquet",
 }
 """What it writes; an output's name is the file's, without suffix."""
-MODULES = {"prepare": "sources.prepare", "split": "sources.label", "publish": "workflow.publish"}
+MODULES = {"prepare": "cm3.datasets.prepare", "split": "cm3.datasets.label", "publish": "workflow.publish"}
 MODULES |= {name: f"cm3.{name}" for name in ("similarity", "train", "evaluate")}
 
 

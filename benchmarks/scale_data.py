@@ -22,9 +22,9 @@ import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sources.config import parse_dataset
-from stages.files import write_json
-from stages.tables import OK, ROW_GROUP, features_schema
+from cm3.common.files import write_json
+from cm3.common.tables import OK, ROW_GROUP, features_schema
+from cm3.datasets.config import parse_dataset
 
 ROWS = 1_000_000
 FIRST_DAY, SECONDS = 1_300_000_000, 10**8
@@ -74,7 +74,7 @@ def write_items(path: Path, items: int) -> None:
 
 
 def write_vectors(path: Path, items: int, dim: int) -> None:
-    """Write (items, dim) float32 features as `stages.tables.write_features` does, a row group at a time."""
+    """Write (items, dim) float32 features as `cm3.common.tables.write_features` does, a row group at a time."""
     rng = np.random.default_rng(1)
     centres = rng.standard_normal((max(1, items // ITEMS_PER_CENTRE), dim), np.float32)
     schema = features_schema(dim, "float32").with_metadata({"extractor": json.dumps("scale")})

@@ -30,14 +30,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cm3.checkpoint import Unkept
 from cm3.config import Model, Training
-from cm3.graph import item_item_matrix
-from cm3.loop import _Run
-from cm3.model import seeded
-from cm3.neighbours import knn
-from cm3.ranking import Validation
-from cm3.sampling import Sampler
+from cm3.evaluation.ranking import Validation
+from cm3.model.graph import item_item_matrix
+from cm3.model.model import seeded
+from cm3.model.sampling import Sampler
+from cm3.similarity.exact import knn
+from cm3.training.checkpoint import Unkept
+from cm3.training.loop import _Run
 
 BATCH, TURN, K = 2048, 3, 20
 

@@ -7,21 +7,29 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
-    "CM3": "cm3.model",
+    "CM3": "cm3.model.model",
     "Recommender": "cm3.library",
-    "alignment": "cm3.losses",
-    "calibrated_uniformity": "cm3.losses",
+    "alignment": "cm3.model.losses",
+    "calibrated_uniformity": "cm3.model.losses",
     "fit": "cm3.library",
-    "knn": "cm3.neighbours",
+    "knn": "cm3.similarity.exact",
     "load": "cm3.library",
-    "per_user": "cm3.metrics",
+    "per_user": "cm3.evaluation.metrics",
     "recommend": "cm3.library",
     "similar_items": "cm3.library",
-    "slerp": "cm3.fusion",
-    "spherical_bezier": "cm3.fusion",
-    "uniformity": "cm3.losses",
+    "slerp": "cm3.model.fusion",
+    "spherical_bezier": "cm3.model.fusion",
+    "uniformity": "cm3.model.losses",
 }
-_MODULES = frozenset({"config", "evaluate", "fusion", "graph", "losses", "metrics", "model", "similarity", "train"})
+_MODULES = {
+    "config": "cm3.config",
+    "evaluate": "cm3.evaluation.evaluate",
+    "fusion": "cm3.model.fusion",
+    "graph": "cm3.model.graph",
+    "losses": "cm3.model.losses",
+    "metrics": "cm3.evaluation.metrics",
+    "train": "cm3.training.train",
+}
 
 __all__ = sorted([*_HOME, *_MODULES])
 
@@ -30,7 +38,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
     if name in _MODULES:
-        return import_module(f"cm3.{name}")
+        return import_module(_MODULES[name])
     raise AttributeError(f"module 'cm3' has no attribute {name!r}")
 
 

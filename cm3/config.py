@@ -1,14 +1,13 @@
 """Settings of the model, its training and its evaluation, with the presets `default` and `official`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from cm3.weights import modality_weights
-from stages.errors import UserError
-from stages.strict import Float, Strict, nearest, validate
+from cm3.common.errors import UserError
+from cm3.common.strict import Float, Strict, nearest, validate
 
 __all__ = ["PRESETS", "Evaluation", "Model", "Settings", "Training", "modality_weights", "settings"]
 
@@ -50,10 +49,34 @@ class Weighted(Strict):
         return value
 
 
+def modality_weights(model: Weighted, modalities: Sequence[str], where: str = "model") -> dict[str, float]:
+    """Return the weight of each modality's item-item graph, in the modalities' order, scaled to sum 1.
+
+    Raises:
+        UserError: the weights name a modality that the experiment lacks, or lack one that it has.
+    """
+    given = model.modality_weights
+    if given is None:
+        image = "image" in modalities and len(modalities) > 1
+        rest = (0.9 if image else 1.0) / (len(modalities) - image)
+        return {m: 0.1 if image and m == "image" else rest for m in modalities}
+    path = f"{where}.modality_weights"
+    for name in given:
+        if name not in modalities:
+            raise UserError(f"{path}.{name}: the experiment has no such modality{nearest(name, modalities)}")
+    for name in modalities:
+        if name not in given:
+            raise UserError(f"{path}: modality {name!r} has no weight; give it one (0 leaves its graph out)")
+    total = sum(given.values())
+    return {m: given[m] / total for m in modalities}
+
+
 class Model(Neighbours, Weighted):
     """The shape of CM3 and its loss."""
 
-    embedding_dim: int = Field(64, gt=1, description="width d of one stream; a vector has one stream more than modalities")  # fmt: skip
+    embedding_dim: int = Field(
+        64, gt=1, description="width d of one stream; a vector has one stream more than modalities"
+    )
     hidden_factor: int = Field(4, gt=0, description="hidden width of the projections, in multiples of embedding_dim")
     n_ui_layers: int = Field(3, ge=0, description="layers L over the user-item graph")
     n_mm_layers: int = Field(1, ge=0, description="layers n over the item-item graph")
@@ -68,7 +91,9 @@ class Model(Neighbours, Weighted):
     calibration: bool = Field(True, description="let similar items stay close; false: plain uniformity, an ablation")
     min_sim: Float = Field(0.0, ge=-1, le=1, description="lower clamp of the similarity that calibrates uniformity")
     max_sim: Float = Field(1.0, ge=-1, le=1, description="upper clamp of the similarity that calibrates uniformity")
-    detach_similarity: bool = Field(False, description="whether the calibrating similarity is a constant to the gradient")  # fmt: skip
+    detach_similarity: bool = Field(
+        False, description="whether the calibrating similarity is a constant to the gradient"
+    )
     dedup_pairs: bool = Field(True, description="leave pairs of the same user or item out of the uniformity losses")
     uniformity_items: Literal["negative", "positive", "uniform"] = Field(
         "negative",
@@ -78,8 +103,9 @@ class Model(Neighbours, Weighted):
         "safe", description="safe: defined for equal and opposite vectors; reference: sin/sin, NaN for equal vectors"
     )
     missing: Literal["mean", "zero"] = Field(
-        "mean", description="the vector that stands for a missing one in the projections: the mean of the others, or zero"
-    )  # fmt: skip
+        "mean",
+        description="the vector that stands for a missing one in the projections: the mean of the others, or zero",
+    )
     dropout: Float = Field(0.0, ge=0, lt=1, description="must be 0: not implemented")
 
     @field_validator("dropout")

@@ -12,22 +12,21 @@ import pyarrow.parquet as pq
 import scipy.sparse as sp
 import torch
 
-from cm3.approximate import approximate_knn
-from cm3.checkpoint import Unkept
-from cm3.config import Model, Training, settings
-from cm3.device import select_device
-from cm3.embeddings import read_embeddings, write_embeddings
-from cm3.graph import item_item_matrix
-from cm3.interactions import read_interactions
-from cm3.loop import fit as fit_network
-from cm3.model import fill_missing, seeded
-from cm3.neighbours import knn
-from cm3.ranking import Ranking, Validation
-from cm3.sampling import Sampler, derived_seed
-from cm3.weights import modality_weights
-from stages.files import read_json
-from stages.strict import nearest
-from stages.tables import read_table, write_table
+from cm3.common.device import select_device
+from cm3.common.embeddings import read_embeddings, write_embeddings
+from cm3.common.files import read_json
+from cm3.common.interactions import read_interactions
+from cm3.common.strict import nearest
+from cm3.common.tables import read_table, write_table
+from cm3.config import Model, Training, modality_weights, settings
+from cm3.evaluation.ranking import Ranking, Validation
+from cm3.model.graph import item_item_matrix
+from cm3.model.model import fill_missing, seeded
+from cm3.model.sampling import Sampler, derived_seed
+from cm3.similarity.approximate import approximate_knn
+from cm3.similarity.exact import knn
+from cm3.training.checkpoint import Unkept
+from cm3.training.loop import fit as fit_network
 
 log = logging.getLogger("cm3.library")
 
@@ -112,15 +111,24 @@ def fit(
     network = _network(features, names, observed, chosen.model, chosen.training)
     device = network.users.device
     sampler = Sampler(
-        torch.from_numpy(users[~held]).to(device), torch.from_numpy(items[~held]).to(device), len(names), batch_size=chosen.training.batch_size, contrast=chosen.model.uniformity_items,
-        dedup_pairs=chosen.model.dedup_pairs, seed=derived_seed(chosen.training.seed, 1),
-    )  # fmt: skip
+        torch.from_numpy(users[~held]).to(device),
+        torch.from_numpy(items[~held]).to(device),
+        len(names),
+        batch_size=chosen.training.batch_size,
+        contrast=chosen.model.uniformity_items,
+        dedup_pairs=chosen.model.dedup_pairs,
+        seed=derived_seed(chosen.training.seed, 1),
+    )
     validation = Validation(valid, observed, chosen.training.monitor, device)
     fitted = fit_network(network, sampler, validation, chosen.training, Unkept())
     return Recommender(
-        user_ids, names, fitted.users.cpu().numpy(), fitted.items.cpu().numpy(), _matrix(users, items, shape),
+        user_ids,
+        names,
+        fitted.users.cpu().numpy(),
+        fitted.items.cpu().numpy(),
+        _matrix(users, items, shape),
         fitted.history,
-    )  # fmt: skip
+    )
 
 
 def recommend(

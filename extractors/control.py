@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from stages.command import stage
-from stages.tables import read_features, write_features
+from cm3.common.cli import stage
+from cm3.common.tables import read_features, write_features
 
 log = logging.getLogger("extractors.control")
 
@@ -77,9 +77,7 @@ def control(*, features: Path, output: Path, kind: str, seed: int, modality: str
 def main() -> None:
     """Run the stage: spec kind, seed, modality; input features; outputs features, record."""
     with stage("extractors.control") as call:
-        call.record["counts"] = control(
-            features=call.inputs["features"], output=call.outputs["features"], **call.spec
-        )  # fmt: skip
+        call.record["counts"] = control(features=call.inputs["features"], output=call.outputs["features"], **call.spec)
 
 
 if __name__ == "__main__":

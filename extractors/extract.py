@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from extractors.job import Job, spec_of
+from cm3.common.arrays import zeros
+from cm3.common.cli import stage
+from cm3.common.errors import UserError
+from cm3.common.tables import write_features
+from extractors.runtime.job import Job, spec_of
 from extractors.spec import ExtractorSpec
-from stages.arrays import zeros
-from stages.command import stage
-from stages.errors import UserError
-from stages.tables import write_features
 
 
 def extract(

@@ -8,8 +8,8 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from stages.errors import UserError
-from stages.tables import FAILED, MISSING, OK, features_schema
+from cm3.common.errors import UserError
+from cm3.common.tables import FAILED, MISSING, OK, features_schema
 
 T = TypeVar("T")
 Advance = Callable[..., None]

@@ -7,17 +7,17 @@ if TYPE_CHECKING:
     from extractors.spec import ExtractorSpec
 
 BACKENDS = {
-    "sentence-transformers": "extractors.sentence_text:SentenceTransformersSpec",
-    "transformers-text": "extractors.transformers_text:TransformersTextSpec",
-    "timm": "extractors.timm_image:TimmSpec",
-    "open_clip": "extractors.open_clip_image:OpenClipSpec",
-    "transformers-vision": "extractors.transformers_vision:TransformersVisionSpec",
-    "descriptor": "extractors.descriptor:DescriptorSpec",
-    "transformers-mllm": "extractors.transformers_mllm:TransformersMllmSpec",
-    "transformers-caption": "extractors.transformers_caption:TransformersCaptionSpec",
-    "vllm-caption": "extractors.captions_vllm:VllmCaptionSpec",
-    "openai-caption": "extractors.captions_server:ServerCaptionSpec",
-    "precomputed": "extractors.precomputed:PrecomputedSpec",
+    "sentence-transformers": "extractors.text.sentence_transformers:SentenceTransformersSpec",
+    "transformers-text": "extractors.text.transformers:TransformersTextSpec",
+    "timm": "extractors.image.timm:TimmSpec",
+    "open_clip": "extractors.image.open_clip:OpenClipSpec",
+    "transformers-vision": "extractors.image.transformers:TransformersVisionSpec",
+    "descriptor": "extractors.image.descriptor:DescriptorSpec",
+    "transformers-mllm": "extractors.multimodal.transformers:TransformersMllmSpec",
+    "transformers-caption": "extractors.caption.transformers:TransformersCaptionSpec",
+    "vllm-caption": "extractors.caption.vllm:VllmCaptionSpec",
+    "openai-caption": "extractors.caption.openai:ServerCaptionSpec",
+    "precomputed": "extractors.precomputed.reader:PrecomputedSpec",
 }
 
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from stages.errors import UserError
-from stages.strict import Strict, nearest, validate
+from cm3.common.errors import UserError
+from cm3.common.strict import Strict, nearest, validate
 
 if TYPE_CHECKING:
     from extractors.extractor import Model
-    from extractors.source import Source
+    from extractors.runtime.source import Source
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 

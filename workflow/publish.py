@@ -4,8 +4,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from stages.command import stage
-from stages.files import atomic, read_json, write_json
+from cm3.common.cli import stage
+from cm3.common.files import atomic, read_json, write_json
 
 
 def publish(provenance: dict[str, Any], files: dict[str, Path], outputs: dict[str, Path]) -> None:

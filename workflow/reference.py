@@ -13,15 +13,15 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import Field, create_model
 from pydantic.fields import FieldInfo
 
-from baselines.config import MODELS, BaselineSettings
+from cm3.baselines.config import MODELS, BaselineSettings
+from cm3.common.strict import Strict
 from cm3.config import Evaluation, Model, Training
+from cm3.datasets.base_config import Dataset
+from cm3.datasets.config import SOURCES
 from extractors.registry import spec_classes
-from sources.config import SOURCES
-from sources.dataset_config import Dataset
-from stages.strict import Strict
-from workflow.experiments import ExperimentSection
-from workflow.models import CM3
-from workflow.studies import StudySection
+from workflow.plan.experiments import ExperimentSection
+from workflow.plan.models import CM3
+from workflow.plan.studies import StudySection
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "config/README.md"

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from stages.files import read_json
+from cm3.common.files import read_json
 
 
 def print_summary(experiments: Iterable[str], studies: Iterable[str], since: float) -> None:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TextIO
 
-from stages.errors import UserError
+from cm3.common.errors import UserError
 
 SNAKEMAKE = Path(".snakemake")
 METADATA = Path("processed/.snakemake-metadata")

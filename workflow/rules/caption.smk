@@ -24,4 +24,4 @@ rule caption:
         identity=identity(lambda wildcards: plan.caption(wildcards.extractor)),
         arguments=arguments(lambda wildcards: plan.caption(wildcards.extractor)),
     shell:
-        "exec python -m extractors.caption {params.arguments} --log {log:q}"
+        "exec python -m extractors.caption.stage {params.arguments} --log {log:q}"

@@ -7,14 +7,14 @@ from snakemake.exceptions import WorkflowError
 ROOT = Path(str(workflow.current_basedir)).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from stages.errors import UserError
-from stages.files import write_json
-from stages.gpus import gpu_here
-from stages.keys import canonical_json
-from workflow.config import load_config
-from workflow.plan import Plan
-from workflow.resources import Needs
-from workflow.storage import root_of
+from cm3.common.errors import UserError
+from cm3.common.files import write_json
+from cm3.common.gpus import gpu_here
+from cm3.common.keys import canonical_json
+from workflow.plan.config import load_config
+from workflow.plan.runs import Plan
+from workflow.plan.resources import Needs
+from workflow.plan.storage import root_of
 from workflow.working_directory import (
     RunLock,
     keep_metadata_with_data,

@@ -19,7 +19,7 @@ rule generate:
         identity=identity(lambda wildcards: plan.generate(wildcards.dataset)),
         arguments=arguments(lambda wildcards: plan.generate(wildcards.dataset)),
     shell:
-        "exec python -m sources.sample {params.arguments} --log {log:q}"
+        "exec python -m cm3.datasets.sample.generate {params.arguments} --log {log:q}"
 
 
 # fetch one published file, unless it is there: the record beside it is no output, or Snakemake would delete what
@@ -45,5 +45,5 @@ rule download:
             lambda wildcards: plan.download(wildcards.dataset, wildcards.file)
         ),
     shell:
-        "exec python -m sources.download {params.arguments}"
+        "exec python -m cm3.datasets.download.stage {params.arguments}"
         " --output record={output.file:q}.stage.json --log {log:q}"

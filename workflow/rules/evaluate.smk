@@ -27,7 +27,7 @@ rule evaluate:
             lambda wildcards: plan.evaluate(wildcards.experiment, wildcards.run)
         ),
     shell:
-        "exec python -m cm3.evaluate {params.arguments} --log {log:q}"
+        "exec python -m cm3.evaluation.evaluate {params.arguments} --log {log:q}"
 
 
 # the same, for models that score by weights between items

@@ -22,4 +22,4 @@ rule images:
         identity=identity(lambda wildcards: plan.images(wildcards.dataset)),
         arguments=arguments(lambda wildcards: plan.images(wildcards.dataset)),
     shell:
-        "exec python -m sources.images {params.arguments} --log {log:q}"
+        "exec python -m cm3.datasets.images.stage {params.arguments} --log {log:q}"

@@ -20,7 +20,7 @@ rule mmrec:
         identity=identity(lambda wildcards: plan.mmrec(wildcards.experiment)),
         arguments=arguments(lambda wildcards: plan.mmrec(wildcards.experiment)),
     shell:
-        "exec python -m workflow.mmrec {params.arguments} --log {log:q}"
+        "exec python -m cm3.datasets.mmrec.export {params.arguments} --log {log:q}"
 
 
 # a modality's vectors for MMRec
@@ -48,4 +48,4 @@ rule mmrec_vectors:
         identity=identity(lambda wildcards: plan.mmrec_vectors()),
         arguments=arguments(lambda wildcards: plan.mmrec_vectors()),
     shell:
-        "exec python -m workflow.mmrec_vectors {params.arguments} --log {log:q}"
+        "exec python -m cm3.datasets.mmrec.export_vectors {params.arguments} --log {log:q}"

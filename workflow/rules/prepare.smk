@@ -23,7 +23,7 @@ rule prepare:
         identity=identity(lambda wildcards: plan.prepare(wildcards.dataset)),
         arguments=arguments(lambda wildcards: plan.prepare(wildcards.dataset)),
     shell:
-        "exec python -m sources.prepare {params.arguments} --log {log:q}"
+        "exec python -m cm3.datasets.prepare {params.arguments} --log {log:q}"
 
 
 # label interactions train, valid, test
@@ -44,4 +44,4 @@ rule split:
         identity=identity(lambda wildcards: plan.split(wildcards.dataset)),
         arguments=arguments(lambda wildcards: plan.split(wildcards.dataset)),
     shell:
-        "exec python -m sources.label {params.arguments} --log {log:q}"
+        "exec python -m cm3.datasets.label {params.arguments} --log {log:q}"

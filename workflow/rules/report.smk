@@ -29,10 +29,14 @@ rule experiment_page:
         mem_mb=needs.mem_mb("light"),
         runtime=needs.runtime("light"),
     params:
-        identity=identity(lambda wildcards: plan.page("reports.experiment_page")),
-        arguments=arguments(lambda wildcards: plan.page("reports.experiment_page")),
+        identity=identity(
+            lambda wildcards: plan.page("cm3.reports.pages.experiment_page")
+        ),
+        arguments=arguments(
+            lambda wildcards: plan.page("cm3.reports.pages.experiment_page")
+        ),
     shell:
-        "exec python -m reports.experiment_page {params.arguments} --log {log:q}"
+        "exec python -m cm3.reports.pages.experiment_page {params.arguments} --log {log:q}"
 
 
 # a study's comparison as a page
@@ -63,7 +67,7 @@ rule study_page:
         mem_mb=needs.mem_mb("light"),
         runtime=needs.runtime("light"),
     params:
-        identity=identity(lambda wildcards: plan.page("reports.study_page")),
-        arguments=arguments(lambda wildcards: plan.page("reports.study_page")),
+        identity=identity(lambda wildcards: plan.page("cm3.reports.pages.study_page")),
+        arguments=arguments(lambda wildcards: plan.page("cm3.reports.pages.study_page")),
     shell:
-        "exec python -m reports.study_page {params.arguments} --log {log:q}"
+        "exec python -m cm3.reports.pages.study_page {params.arguments} --log {log:q}"

@@ -68,4 +68,4 @@ rule similarity:
             lambda wildcards: plan.similarity(int(wildcards.knn_k), wildcards.variant)
         ),
     shell:
-        "exec python -m cm3.similarity {params.arguments} --log {log:q}"
+        "exec python -m cm3.similarity.stage {params.arguments} --log {log:q}"

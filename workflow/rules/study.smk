@@ -34,6 +34,6 @@ rule study:
             input, named(plan.study_inputs(wildcards.study))
         ),
     shell:
-        "exec python -m reports.compare --call {input.call:q} --root {params.root:q}"
+        "exec python -m cm3.reports.analysis.compare --call {input.call:q} --root {params.root:q}"
         " --output comparison={output.comparison:q} --output table={output.table:q}"
         " --output record={output.record:q} --log {log:q}"

@@ -1,0 +1,109 @@
+"""Arrays larger than memory: they lie in a temporary file that the system reads and writes page by page."""
+
+import errno
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from cm3.common.errors import UserError
+
+log = logging.getLogger(__name__)
+
+SHARE = 0.5
+"""Of the memory that is free, how much one array may take before it is laid into a file."""
+
+BLOCK = 8192
+"""Rows that are worked on at a time."""
+
+_CGROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def zeros(shape: Sequence[int], dtype: Any = np.float32) -> np.ndarray:
+    """Return an array of zeros: in memory, or where it would take more than `SHARE` of what is free, in a file.
+
+    The file lies in the temporary folder (TMPDIR) without a name: it is gone with the array or the process.
+
+    Raises:
+        UserError: the folder has no room for it.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if size <= SHARE * free_memory():
+        return np.zeros(shape, dtype)
+    folder = tempfile.gettempdir()
+    log.info("%.1f GB of vectors do not fit well into memory; they lie in a temporary file in %s", size / 1e9, folder)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            # Without its blocks reserved, a full disk would end the process by a signal at some later write.
+            reserve = getattr(os, "posix_fallocate", None)  # macOS has none
+            reserve(file.fileno(), 0, size) if reserve else file.truncate(size)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise UserError(
+                f"{folder}: no room for {size / 1e9:.1f} GB of vectors; set TMPDIR to a folder on a disk that has it"
+            ) from None
+        return np.asarray(np.memmap(file, dtype, "r+", shape=tuple(shape)))
+
+
+def blocks(rows: int, size: int = BLOCK) -> Iterator[slice]:
+    """Yield consecutive slices of up to `size` rows."""
+    for start in range(0, rows, size):
+        yield slice(start, min(start + size, rows))
+
+
+def rows_not_finite(x: np.ndarray) -> np.ndarray:
+    """Return (N,) bool: which rows of (N, d) hold NaN or infinity."""
+    found = np.zeros(len(x), bool)
+    for rows in blocks(len(x)):
+        found[rows] = ~np.isfinite(x[rows]).all(axis=1)
+    return found
+
+
+def keep_rows(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Return the chosen `rows`, ascending (R,), of (N, d): moved to the front of `x`, no copy is made."""
+    for here in blocks(len(rows)):
+        x[here] = x[rows[here]]
+    return x[: len(rows)]
+
+
+def mean_of_rows(x: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Return the mean (d,) float64 of the rows of (N, d) that `chosen` (N,) says."""
+    total = np.zeros(x.shape[1], np.float64)
+    for rows in blocks(len(x)):
+        total += x[rows][chosen[rows]].sum(0, dtype=np.float64)
+    return total / chosen.sum()
+
+
+def free_memory() -> float:
+    """Return bytes that this process can still take: what the machine has, or its control group's limit leaves."""
+    return min([float(psutil.virtual_memory().available), *_left_to_groups()])
+
+
+def _left_to_groups() -> Iterator[float]:
+    """Yield what the limits of this process's control groups leave, of either version; their page cache counts as free."""
+    try:
+        lines = _OWN_GROUPS.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        top = _CGROUPS / controllers
+        limit, used = ("memory.max", "anon") if not controllers else ("memory.limit_in_bytes", "total_rss")
+        group = top / path.lstrip("/")
+        # In a container the group's own path may not be visible: what is mounted is then the group itself.
+        for folder in dict.fromkeys([*(g for g in (group, *group.parents) if g.is_relative_to(top)), top]):
+            try:
+                most = float((folder / limit).read_text())
+                stat = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines())
+                yield max(0.0, most - float(stat[used]))
+            except (OSError, ValueError, KeyError):
+                continue  # no limit here

@@ -1,0 +1,80 @@
+"""The base of every config model: frozen, strict types, unknown keys refused with the nearest valid name."""
+
+import difflib
+import re
+from typing import Annotated, Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+from cm3.common.errors import UserError
+
+_SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+
+
+def _scientific_to_float(value: Any) -> Any:
+    # YAML 1.1 reads `1e-3` (no dot) as a string; to a user it is a number.
+    return float(value) if isinstance(value, str) and _SCIENTIFIC.fullmatch(value) else value
+
+
+Float = Annotated[float, BeforeValidator(_scientific_to_float)]
+"""A float that also accepts YAML's `1e-3`."""
+
+
+class Strict(BaseModel):
+    """A frozen config section. Subclasses list in `runtime_fields` what changes speed but never the output."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, protected_namespaces=())
+
+    runtime_fields: ClassVar[frozenset[str]] = frozenset()
+
+    def identity(self) -> dict[str, Any]:
+        """Return the fields that change the output, as JSON types: what a key is computed from."""
+        return self.model_dump(mode="json", exclude=set(self.runtime_fields))
+
+    def runtime(self) -> dict[str, Any]:
+        """Return the fields that change speed or place only (batch size, device, workers)."""
+        return self.model_dump(mode="json", include=set(self.runtime_fields))
+
+
+def nearest(name: str, valid: Any) -> str:
+    """Return " (did you mean 'x'?)" with the closest of `valid`, or the list of all when none is close."""
+    names = [str(v) for v in valid]
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    if close:
+        return f" (did you mean {close[0]!r}?)"
+    return f" (valid: {', '.join(sorted(names))})" if names else ""
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def validate(model: type[Model], data: Any, where: str) -> Model:
+    """Return `data` as `model`; `where` is the key path that stands before each complaint.
+
+    Raises:
+        UserError: one line per fault with the key's path, the value and what is expected.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(e, model, where) for e in error.errors())) from None
+
+
+def _explain(error: Any, model: type[BaseModel], where: str) -> str:
+    path = ".".join([where, *(str(part) for part in error["loc"])]).strip(".")
+    if error["type"] == "extra_forbidden":
+        return f"{path}: unknown key{nearest(error['loc'][-1], _fields_at(model, error['loc'][:-1]))}"
+    if error["type"] == "missing":
+        return f"{path}: required, but not given"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{path} = {error['input']!r}: {message}"
+
+
+def _fields_at(model: Any, path: tuple[Any, ...]) -> list[str]:
+    for part in path:
+        field = getattr(model, "model_fields", {}).get(part)
+        if field is None:
+            return []
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        model = next((c for c in candidates if hasattr(c, "model_fields")), None)
+    return list(getattr(model, "model_fields", {}))

@@ -1,0 +1,74 @@
+"""Values of Amazon metadata as they come: nested lists, markup, prices and ranks in words, thumbnails."""
+
+import contextlib
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from cm3.datasets.text import addresses, clean, leaves
+
+# "$1,250.00", "from 14.99", "$9.99 - $19.99" (the lower one counts); never the style sheets that stand there, too.
+_PRICE = re.compile(r"(?:from\s+)?(?:US)?\s*\$?\s*(\d[\d,]*(?:\.\d+)?)(?:\s*-\s*\$?\s*[\d.,]+)?", re.IGNORECASE)
+# "742 in Magazine Subscriptions (", ">#2,893,775 in Toys & Games (See Top 100 in Toys & Games)"
+_RANK = re.compile(r"#?\s*(\d[\d,]*)\s+(?:Paid |Free )?in\b")
+_LARGEST = 2**31 - 1
+# The size that a picture is asked for in, such as "._SX38_SY50_CR,0,0,38,50_", before the suffix.
+_RESIZED = re.compile(r"\._[^/]*_(\.[A-Za-z]+)$")
+_PICTURES = 4
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Return all texts that are not empty in a text or in nested lists of texts."""
+    return (text for text in leaves(value) if isinstance(text, str) and text)
+
+
+def texts(value: Any) -> list[str]:
+    """Return all texts in `value` without markup; those of which nothing is left go."""
+    return [text for text in map(clean, strings(value)) if text]
+
+
+def pairs(value: Any) -> list[str]:
+    """Return "name: value" of each entry of a dictionary of texts."""
+    if not isinstance(value, dict):
+        return []
+    found = ((clean(str(name)).rstrip(" :"), " ".join(texts(_shown(entry)))) for name, entry in value.items())
+    return [f"{name}: {text}" for name, text in found if name and text]
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):  # an integer of more digits than Python writes
+            return str(value)
+    return value
+
+
+def number(value: Any) -> float | None:
+    """Return a price as a number, of a range the lower end, None where there is none."""
+    if isinstance(value, str):
+        found = _PRICE.fullmatch(value.strip())
+        value = float(found[1].replace(",", "")) if found else None
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    # Compared before it is converted: an integer of a million digits has no float.
+    return float(value) if 0 <= value < 1e9 and not math.isnan(value) else None
+
+
+def rank(value: Any) -> int | None:
+    """Return the first sales rank in {"Baby": 123}, in a number, or in (lists of) texts like "742 in Magazines"."""
+    if isinstance(value, dict):
+        value = next(iter(value.values()), None)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value if 0 < value <= _LARGEST else None
+    for text in strings(value):
+        found = _RANK.search(text[:1000])
+        if found and len(found[1]) < 15 and 0 < (place := int(found[1].replace(",", ""))) <= _LARGEST:
+            return place
+    return None
+
+
+def candidates(urls: Sequence[str]) -> list[str]:
+    """Return the addresses of an item's first pictures: all in full size, then as they stand, which may be thumbnails."""
+    urls = addresses(urls)
+    full = list(dict.fromkeys(_RESIZED.sub(r"\1", url) for url in urls))[:_PICTURES]
+    return list(dict.fromkeys([*full, *(url for url in urls if _RESIZED.sub(r"\1", url) in full)]))

@@ -1,0 +1,1 @@
+"""Tables of your own: Parquet, CSV, TSV and JSON Lines."""

@@ -1,0 +1,215 @@
+"""Reading of csv, tsv, jsonl and parquet, plain or gzip, with errors that name the line."""
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+
+from cm3.common.errors import UserError
+from cm3.common.strict import nearest
+from cm3.datasets.files.delimited import QuoteCounter, delimited_lines, refuse_open_quotes
+from cm3.datasets.files.lines import GZIP_ERRORS, lines, open_bytes
+from cm3.datasets.text import is_unicode
+
+_DELIMITER = {"csv": ",", "tsv": "\t"}
+_PART_ROWS, _PART_BYTES = 1 << 18, 1 << 24
+
+NOT_UNICODE = "holds half of a character, as of a text that was cut within one; mend the row"
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Some columns of a part of a table file, and where its rows stand in the file.
+
+    Attributes:
+        values: arrays of equal length by column name; text in csv, tsv and jsonl, the stored type in parquet.
+        first: rows of the file before this part.
+    """
+
+    path: Path
+    format: str
+    values: dict[str, pa.ChunkedArray]
+    first: int
+
+    def place(self, row: int) -> str:
+        """Return "path, line N" of a row (0-based) of this part, for messages."""
+        row += self.first
+        if self.format == "parquet":
+            return f"{self.path}, row {row}"
+        if self.format == "jsonl":
+            return f"{self.path}, line {next(n for i, (n, _) in enumerate(lines(self.path)) if i == row)}"
+        found = delimited_lines(self.path, _DELIMITER[self.format])
+        return f"{self.path}, line {next(n for i, (n, _) in enumerate(found) if i == row + 1)}"
+
+
+def read_columns(path: Path, format: str, names: Sequence[str]) -> Iterator[Columns]:
+    """Yield the columns `names` of a csv, tsv, jsonl or parquet file in parts that memory takes lightly.
+
+    Raises:
+        UserError: absent or empty file, a column that it lacks (in jsonl: its first part), or a malformed line, named.
+    """
+    if format == "parquet":
+        parts = _parquet_parts(path, names)
+    elif format == "jsonl":
+        parts = _jsonl_parts(path, names)
+    else:
+        parts = _delimited_parts(path, _DELIMITER[format], names)
+    first = 0
+    for table in parts:
+        yield Columns(path, format, {name: table.column(name) for name in names}, first)
+        first += len(table)
+    if not first:
+        raise UserError(f"{path}: holds no rows" + (", only a header" if format in _DELIMITER else ""))
+
+
+def _parquet_parts(path: Path, names: Sequence[str]) -> Iterator[pa.Table]:
+    with _open_parquet(path, names) as file:
+        try:
+            for batch in file.iter_batches(_PART_ROWS, columns=list(names)):
+                yield pa.Table.from_batches([batch])
+        except (pa.ArrowInvalid, OSError) as error:
+            raise _unreadable_parquet(path, error) from None
+
+
+def _jsonl_parts(path: Path, names: Sequence[str]) -> Iterator[pa.Table]:
+    rows = _read_jsonl(path, names)
+    first = 0
+    while part := [row for _, row in itertools.islice(rows, _PART_ROWS)]:
+        if not first:
+            _require(path, names, set().union(*part))
+        columns = {name: [_text(row.get(name)) for row in part] for name in names}
+        try:
+            yield pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
+        except UnicodeEncodeError:
+            raise _not_unicode(Columns(path, "jsonl", {}, first), columns) from None
+        first += len(part)
+
+
+def _not_unicode(part: Columns, columns: dict[str, list[str | None]]) -> UserError:
+    row, name, value = min(
+        (row, name, value)
+        for name, values in columns.items()
+        for row, value in enumerate(values)
+        if value is not None and not is_unicode(value)
+    )
+    return UserError(f"{part.place(row)}: {name} = {value!r} {NOT_UNICODE}")
+
+
+def _delimited_parts(path: Path, delimiter: str, names: Sequence[str]) -> Iterator[pa.Table]:
+    found = _header(path, delimiter)
+    _require(path, names, found)
+    rows = 1
+    with open_bytes(path) as file:
+        counter = QuoteCounter(file)
+        try:
+            with pa_csv.open_csv(
+                counter,
+                read_options=pa_csv.ReadOptions(block_size=_PART_BYTES),
+                parse_options=pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+                convert_options=pa_csv.ConvertOptions(
+                    include_columns=list(names), column_types=dict.fromkeys(names, pa.string())
+                ),
+            ) as batches:
+                for batch in batches:
+                    rows += len(batch)
+                    yield pa.Table.from_batches([batch])
+        except (pa.ArrowInvalid, OSError, *GZIP_ERRORS) as error:
+            raise _malformed(path, delimiter, len(found), error) from None
+    refuse_open_quotes(path, delimiter, rows, counter.quotes)
+
+
+def read_rows(path: Path, format: str, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield ("path, line N", row) of a table file; a row holds at least those of `names` that the line has.
+
+    Raises:
+        UserError: as `read_columns`; in jsonl a column may be absent from some rows, but not from all.
+    """
+    if format == "parquet":
+        for part in read_columns(path, format, names):
+            for number, row in enumerate(pa.table(part.values).to_pylist(), part.first):
+                yield f"{path}, row {number}", row
+    elif format == "jsonl":
+        yield from _read_jsonl(path, names)
+    else:
+        found = _header(path, _DELIMITER[format])
+        _require(path, names, found)
+        rows = delimited_lines(path, _DELIMITER[format])
+        next(rows)
+        for number, values in rows:
+            if len(values) != len(found):
+                raise UserError(f"{path}, line {number}: has {len(values)} values where the header names {len(found)}")
+            yield f"{path}, line {number}", dict(zip(found, values, strict=True))
+
+
+def _read_jsonl(path: Path, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    unseen, keys = set(names), set[str]()
+    number = 0
+    for number, line in lines(path):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {number}: not a JSON object ({error}): {_excerpt(line)}") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number}: not a JSON object: {_excerpt(line)}")
+        if unseen:
+            unseen.difference_update(row)
+            keys.update(row)
+        yield f"{path}, line {number}", row
+    if not number:
+        raise UserError(f"{path}: is empty")
+    _require(path, sorted(unseen), keys)
+
+
+def _open_parquet(path: Path, names: Sequence[str]) -> pq.ParquetFile:
+    try:
+        file = pq.ParquetFile(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _unreadable_parquet(path, error) from None
+    _require(path, names, file.schema_arrow.names)
+    return file
+
+
+def _unreadable_parquet(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path}: not a readable Parquet file ({error})")
+
+
+def _header(path: Path, delimiter: str) -> list[str]:
+    first = next(delimited_lines(path, delimiter), None)
+    if first is None:
+        raise UserError(f"{path}: is empty")
+    names = first[1]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"{path}, line {first[0]}: column {twice[0]!r} stands in the header twice")
+    return names
+
+
+def _require(path: Path, names: Sequence[str], found: Any) -> None:
+    for name in names:
+        if name not in found:
+            raise UserError(f"{path}: has no column {name!r}{nearest(name, found)}; mend the columns in the config")
+
+
+def _malformed(path: Path, delimiter: str, width: int, error: Exception) -> UserError:
+    for number, values in delimited_lines(path, delimiter):
+        if len(values) != width:
+            shown = _excerpt(delimiter.join(values).encode())
+            return UserError(f"{path}, line {number}: has {len(values)} values where {width} are expected: {shown}")
+    return UserError(f"{path}: {error}")
+
+
+def _text(value: Any) -> str | None:
+    return value if value is None or isinstance(value, str) else json.dumps(value)
+
+
+def _excerpt(line: bytes) -> str:
+    text = line.decode(errors="replace")
+    return repr(text if len(text) <= 80 else text[:77] + "...")

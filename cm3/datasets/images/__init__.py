@@ -1,0 +1,1 @@
+"""Product images: download or folder, validation, storage."""

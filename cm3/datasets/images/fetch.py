@@ -1,0 +1,262 @@
+"""Fetching pictures from the web: each URL once, many at a time, politely, each answer checked in a thread."""
+
+import asyncio
+import contextlib
+import logging
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import aiohttp
+from yarl import URL
+
+from cm3.common.errors import UserError
+from cm3.common.progress import Progress
+from cm3.common.tables import FAILED, MISSING, OK
+from cm3.datasets.download.client import USER_AGENT, BusyError, FetchError, check_status, reason, trying
+from cm3.datasets.images.hosts import Host, PublicResolver, RefusedError, check_host, parse_url
+from cm3.datasets.images.source import Wanted, one_line
+from cm3.datasets.images.store import Outcome, Store
+from cm3.datasets.images.validate import PlaceholderError, UnreadableError, examine
+
+log = logging.getLogger("cm3.datasets.images")
+
+_SILENCE = frozenset({"no connection", "no answer in time"})
+NOT_REACHED = _SILENCE | {"refused"}
+"""Kinds of failure that say nothing of the picture."""
+
+_REDIRECTS = 5
+# Requests at a time to all hosts together, and items at a time, those included that wait for another try: as
+# multiples of the requests to one host.
+_CONNECTIONS, _ITEMS = 4, 16
+# No request takes longer than so many times the timeout, however slowly its bytes drip.
+_LONGEST = 10
+# Few bodies larger than this are in memory at a time.
+_LARGE, _LARGE_AT_A_TIME = 1_000_000, 4
+_NO_IMAGE = re.compile(r"(?<![a-z])no[-_]?(img|image)", re.IGNORECASE)
+
+
+class _AnswerError(FetchError):
+    """The answer holds no picture, for a reason of this kind."""
+
+    def __init__(self, kind: str, reason: str, status: str = FAILED) -> None:
+        super().__init__(reason)
+        self.kind, self.status = kind, status
+
+
+class _LaterError(BusyError):
+    """Not now, with the kind of the last answer."""
+
+    def __init__(self, kind: str, reason: str, wait: float) -> None:
+        super().__init__(reason, wait)
+        self.kind = kind
+
+
+class Fetcher:
+    """Finds out what becomes of URLs, and puts it into a store. For one event loop.
+
+    Attributes:
+        asked: number of URLs that a request was made for.
+    """
+
+    def __init__(self, spec: dict[str, Any], runtime: dict[str, Any], store: Store) -> None:
+        """Take spec and runtime of the images stage; what is in `store` is not asked for."""
+        self.spec, self.runtime, self.store = spec, runtime, store
+        self.asked = 0
+        self._hosts: dict[str, Host] = {}
+        self._silence: dict[str, Outcome] = {}
+        self._pending: dict[str, asyncio.Event] = {}
+
+    async def fetch(self, wanted: Sequence[Wanted]) -> None:
+        """Try each item's URLs in order until one is ok.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        queue = iter(wanted)
+        timeout, concurrency = self.runtime["timeout"], self.runtime["concurrency"]
+        self._places = asyncio.Semaphore(_CONNECTIONS * concurrency)
+        self._large = asyncio.Semaphore(_LARGE_AT_A_TIME)
+        with Progress(len(wanted), "downloads") as progress, ThreadPoolExecutor(self.runtime["threads"]) as self._pool:
+            async with aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, resolver=PublicResolver(self.spec["private"])),
+                trust_env=True,
+                auto_decompress=False,
+                cookie_jar=aiohttp.DummyCookieJar(),
+                headers={"User-Agent": USER_AGENT, "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"},
+                timeout=aiohttp.ClientTimeout(
+                    total=_LONGEST * timeout, connect=timeout, sock_connect=timeout, sock_read=timeout
+                ),
+            ) as self._session:
+
+                async def work() -> None:
+                    for item in queue:
+                        progress.advance(1, **{await self._item(item): 1})
+
+                try:
+                    async with asyncio.TaskGroup() as group:
+                        for _ in range(min(_ITEMS * concurrency, len(wanted))):
+                            group.create_task(work())
+                except BaseExceptionGroup as several:
+                    # Of many tasks that met the same full disk, one message is enough.
+                    if (told := several.subgroup(UserError)) is not None:
+                        raise told.exceptions[0] from None
+                    raise
+
+    async def _item(self, item: Wanted) -> str:
+        worst = MISSING
+        for url in item.references:
+            status = (await self._outcome(url)).status
+            if status == OK:
+                return OK
+            worst = FAILED if status == FAILED else worst
+        return worst
+
+    async def _outcome(self, url: str) -> Outcome:
+        while url in self._pending:  # Another item has the same URL.
+            await self._pending[url].wait()
+        known = without_asking(url, self.spec) or self.store.outcomes.get(url)
+        if known is not None:
+            return known
+        self._pending[url] = asyncio.Event()
+        try:
+            return await self._ask(url)
+        finally:
+            self._pending.pop(url).set()
+
+    async def _ask(self, url: str) -> Outcome:
+        host = self._host(check_host(parse_url(url), self.spec["hosts"], self.spec["private"]))
+        if host.down:
+            outcome = self._silence[host.name]
+        else:
+            self.asked += 1
+            try:
+                return await self._tries(url)
+            except BaseException as error:
+                if (explained := _explain(error)) is None:
+                    raise
+                outcome = explained
+            if outcome.kind in _SILENCE:
+                self._silence[host.name] = outcome
+                host.unanswered(outcome.reason)
+        await self._in_thread(self.store.add, url, outcome)
+        return outcome
+
+    async def _tries(self, url: str) -> Outcome:
+        def told(why: str) -> None:
+            log.debug("%s: %s", url, why)
+
+        async for attempt in trying(self.runtime["attempts"], self.runtime["pause"], told):
+            with attempt:
+                return await self._follow(url)
+        raise AssertionError("tenacity raises the last error")
+
+    async def _follow(self, first: str) -> Outcome:
+        url, seen = parse_url(first), []
+        for _ in range(_REDIRECTS + 1):
+            host = self._host(check_host(url, self.spec["hosts"], self.spec["private"]))
+            async with host.places:
+                await host.turn()
+                async with self._places, self._session.get(url, allow_redirects=False) as response:
+                    host.answered()
+                    if response.status in (301, 302, 303, 307, 308) and "Location" in response.headers:
+                        url = parse_url(str(url.join(URL(response.headers["Location"]))))
+                        if is_no_image(url):
+                            raise _AnswerError("placeholder", f"led on to a placeholder: {url.name}", MISSING)
+                        seen.append(check_host(url, self.spec["hosts"], self.spec["private"]))
+                        continue
+                    _check(response, host)
+                    async with contextlib.AsyncExitStack() as large:
+                        data = await self._body(response, large)
+                        # A place is held meanwhile: when decoding is slower than the network, the network waits.
+                        return await self._in_thread(self._examine, first, data, tuple(dict.fromkeys(seen)))
+        raise _AnswerError("redirects", f"more than {_REDIRECTS} redirects")
+
+    async def _body(self, response: aiohttp.ClientResponse, large: contextlib.AsyncExitStack) -> bytes:
+        most = self.spec["max_bytes"]
+        if (response.content_length or 0) > most:
+            raise _AnswerError("too many bytes", f"more than the {most} bytes allowed")
+        chunks, size = [], 0
+        async for chunk in response.content.iter_any():
+            chunks.append(chunk)
+            size += len(chunk)
+            if size > most:
+                raise _AnswerError("too many bytes", f"more than the {most} bytes allowed")
+            if size - len(chunk) <= _LARGE < size:
+                await large.enter_async_context(self._large)
+        return b"".join(chunks)
+
+    def _examine(self, url: str, data: bytes, hosts: tuple[str, ...]) -> Outcome:
+        try:
+            picture = examine(data, self.spec["max_pixels"], self.spec["placeholders"])
+            outcome = Outcome.of(picture, OK, hosts=hosts)
+        except PlaceholderError as error:
+            outcome = Outcome.of(error.picture, MISSING, error.kind, str(error), hosts)
+        except UnreadableError as error:
+            outcome = Outcome(FAILED, error.kind, one_line(str(error)), hosts=hosts)
+        self.store.add(url, outcome, data)
+        return outcome
+
+    def _host(self, name: str) -> Host:
+        if name not in self._hosts:
+            pace = self.runtime["rate"], self.runtime["concurrency"], _LONGEST * self.runtime["timeout"]
+            self._hosts[name] = Host(name, *pace)
+        return self._hosts[name]
+
+    async def _in_thread(self, call: Callable[..., Any], *values: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, call, *values)
+
+
+def without_asking(url: str, spec: dict[str, Any]) -> Outcome | None:
+    """Return what becomes of a URL that is not asked: refused, or a shop's known address of "no image"."""
+    try:
+        parsed = parse_url(url)
+        if is_no_image(parsed):
+            return Outcome(MISSING, "placeholder", "the address is that of a placeholder")
+        check_host(parsed, spec["hosts"], spec["private"])
+    except RefusedError as error:
+        return Outcome(FAILED, "refused", one_line(str(error)))
+    return None
+
+
+def is_no_image(url: URL) -> bool:
+    """Return whether the last part of a URL's path says that it is no product's picture: no-img-sm.gif and the like."""
+    return _NO_IMAGE.search(url.name) is not None
+
+
+def _check(response: aiohttp.ClientResponse, host: Host) -> None:
+    if response.status in (404, 410):
+        raise _AnswerError(f"HTTP {response.status}", f"HTTP {response.status}: there is no such picture", MISSING)
+    try:
+        check_status(response)
+    except BusyError as busy:
+        host.hold(busy.wait)
+        if response.status == 429 and "Retry-After" not in response.headers:
+            host.slow_down()
+        raise _LaterError(f"HTTP {response.status}", str(busy), busy.wait) from None
+    except FetchError as error:
+        raise _AnswerError(f"HTTP {response.status}", str(error)) from None
+
+
+def _explain(error: BaseException) -> Outcome | None:
+    """Return the outcome that an error stands for, None for one that is not the web's."""
+    told = one_line(reason(error))
+    match error:
+        case _AnswerError():
+            return Outcome(error.status, error.kind, told)
+        case RefusedError():
+            return Outcome(FAILED, "refused", told, passing=True)
+        case _LaterError():
+            return Outcome(FAILED, error.kind, told, passing=True)
+        case TimeoutError():
+            return Outcome(FAILED, "no answer in time", told, passing=True)
+        case aiohttp.ServerDisconnectedError() | aiohttp.ClientPayloadError() | ConnectionResetError():
+            # Where it was cut is chance, and a row should not depend on that.
+            return Outcome(FAILED, "connection cut", "the connection was cut", passing=True)
+        case aiohttp.ClientConnectionError() | OSError():
+            return Outcome(FAILED, "no connection", told, passing=True)
+        # ValueError: an address in a redirect that cannot be one, or a header that cannot be read.
+        case aiohttp.ClientError() | ValueError():
+            return Outcome(FAILED, "bad answer", told, passing=True)
+    return None

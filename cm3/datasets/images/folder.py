@@ -1,0 +1,86 @@
+"""Finder of pictures in a local folder, by a pattern of the item id or by the item's own image column."""
+
+import itertools
+import stat
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from cm3.common.errors import UserError
+from cm3.common.paths import expand
+from cm3.common.tables import FAILED, MISSING, OK
+from cm3.datasets.images.source import Found, Search, Wanted, one_line
+from cm3.datasets.images.validate import PlaceholderError, UnreadableError, examine
+
+_AT_ONCE = 64
+_ABSENT = ("no such file",)
+_NONE = Found("", MISSING, ("the item names no picture",), ("the item names no picture",))
+
+
+def find(search: Search) -> Iterator[Found]:
+    """Yield each item's picture; never a file outside the folder, whatever an id or a column says.
+
+    Raises:
+        UserError: the folder does not exist.
+    """
+    spec = search.spec
+    folder = Path(expand(spec["folder"])) if spec["folder"] else search.inputs["pictures"].parent / "images"
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; set the data set's images.folder to where the pictures are")
+    items = iter(search.wanted)
+    look = partial(_look, folder, folder.resolve(), spec)
+    # Threads, because Pillow's decoders let go of the interpreter lock; in blocks, so that few pictures are in memory.
+    with ThreadPoolExecutor(search.runtime.get("threads")) as pool:
+        while block := list(itertools.islice(items, _AT_ONCE)):
+            yield from pool.map(look, block)
+
+
+def _look(folder: Path, real: Path, spec: dict[str, Any], item: Wanted) -> Found:
+    names = item.references
+    if spec["patterns"] is not None:
+        names = [pattern.format(item_id=item.item_id) for pattern in spec["patterns"]]
+    bad: list[Found] = []
+    for name in names:
+        found = _try(folder, real, spec, name)
+        if found.status == OK:
+            return found
+        bad.append(found)
+    # The first that failed, or else a placeholder, says more than a file that is not there.
+    return min(bad, key=lambda found: (found.status != FAILED, found.kinds == _ABSENT), default=_NONE)
+
+
+def _try(folder: Path, real: Path, spec: dict[str, Any], name: str) -> Found:
+    path = folder / name
+    if "://" in name:
+        return _refused(name, "is a URL, but images.folder is set, so nothing is fetched")
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        return _refused(name, "refused: the path leads out of the folder")
+    try:
+        kind = path.stat().st_mode
+        if not path.resolve().is_relative_to(real):
+            return _refused(path, "refused: a link leads out of the folder")
+        if not stat.S_ISREG(kind):
+            return _refused(path, "not a regular file")
+        data = _read(path, spec["max_bytes"])
+        return Found(str(path), OK, (), (), examine(data, spec["max_pixels"], spec.get("placeholders", ())), data)
+    except (FileNotFoundError, NotADirectoryError):
+        return Found(str(path), MISSING, _ABSENT, _ABSENT)
+    except UnreadableError as error:
+        status = MISSING if isinstance(error, PlaceholderError) else FAILED
+        return Found(str(path), status, (one_line(str(error)),), (error.kind,))
+    except (OSError, ValueError) as error:
+        return Found(str(path), FAILED, (one_line(f"cannot be read: {error}"),), ("cannot be read",))
+
+
+def _refused(name: str | Path, reason: str) -> Found:
+    return Found(str(name), FAILED, (reason,), (reason,))
+
+
+def _read(path: Path, max_bytes: int) -> bytes:
+    with path.open("rb") as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise UnreadableError("too many bytes", f"more than the {max_bytes} bytes allowed")
+    return data

@@ -1,0 +1,155 @@
+"""Stage: product pictures -> shards of their original bytes and a manifest with one row per item."""
+
+import importlib
+import logging
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from cm3.common.cli import stage
+from cm3.common.progress import Progress
+from cm3.common.tables import FAILED, ITEMS, MANIFEST, MISSING, OK, read_table, write_table
+from cm3.datasets.config import FINDERS
+from cm3.datasets.images.shards import SHARD_BYTES, ShardWriter, fresh_folder, put_in_place
+from cm3.datasets.images.source import Find, Found, Search, Wanted
+from cm3.datasets.images.validate import strict_decoding
+
+log = logging.getLogger("cm3.datasets.images.stage")
+
+_LONGEST_ERROR = 400
+
+
+def collect_pictures(
+    spec: dict[str, Any],
+    runtime: dict[str, Any],
+    items: Path,
+    inputs: dict[str, Path],
+    manifest: Path,
+    shard_bytes: int = SHARD_BYTES,
+) -> dict[str, Any]:
+    """Find every item's picture, check that it decodes, and store the bytes of those that do.
+
+    An item without a picture, or with a placeholder, is `missing`; one whose picture cannot be used is `failed` with
+    the reason. Each item has its row in the manifest, in item order. Identical pictures are stored once. The same
+    pictures give the same files to the byte, however often the stage was stopped and in whatever order they came.
+
+    Earlier shards stay until the new ones are whole, so a rerun needs room for both.
+
+    Args:
+        spec: a data set's images_spec().
+        runtime: its images_runtime(), and threads for decoding.
+        items: items.parquet.
+        inputs: its image_inputs().
+        manifest: file to write; shards go beside it.
+        shard_bytes: at most so many bytes of pictures a shard (one picture may be larger).
+
+    Returns:
+        counts by status and by reason (rows; one with several reasons counts for each), of distinct pictures, shards
+        and bytes, the first failures; of pictures from URLs also how many were known before, URLs asked, and the
+        seconds and pictures a second of fetching.
+
+    Raises:
+        UserError: the pictures' folder does not exist, or fetching is impossible.
+    """
+    table = read_table(items, ITEMS)
+    wanted = [
+        Wanted(item_id, [reference for reference in references or [] if reference and reference.strip()])
+        for item_id, references in zip(
+            table.column("item_id").to_pylist(), table.column("image_urls").to_pylist(), strict=True
+        )
+    ]
+    manifest.unlink(missing_ok=True)  # Its shards are about to be replaced.
+    folder = manifest.parent
+    fresh = fresh_folder(folder)
+    search = Search(wanted, spec, runtime, inputs, folder, fresh)
+    find: Find = importlib.import_module(FINDERS[spec["find"]]).find
+    rows: list[tuple[Any, ...]] = []
+    sizes: dict[tuple[int, int], int] = {}
+    kinds: Counter[str] = Counter()
+    failures: list[str] = []
+    with (
+        strict_decoding(),
+        ShardWriter(fresh / manifest.name, shard_bytes) as shards,
+        Progress(len(wanted), "pictures") as progress,
+    ):
+        for item, found in zip(wanted, find(search), strict=True):
+            place, error = None, _error(found)
+            if found.picture is not None:
+                place = shards.add(found.picture.sha256, found.data)
+                sizes[place] = len(found.data)
+            elif found.status == FAILED:
+                failures.append(f"{item.item_id}: {found.url}: {error}")
+            kinds.update(set(found.kinds))
+            rows.append(_row(item, found, error, place))
+            progress.advance(1, **{found.status: 1})
+    _write_manifest(fresh / "manifest.parquet", rows)
+    put_in_place(fresh, manifest)
+    shutil.rmtree(folder / ".downloads", ignore_errors=True)
+    counts = Counter(row[1] for row in rows)
+    for failure in failures[:10]:
+        log.warning("failed: %s", failure)
+    often = ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common(5))
+    log.info(
+        "%d items: %d pictures, %d missing, %d failed%s",
+        len(wanted),
+        counts[OK],
+        counts[MISSING],
+        counts[FAILED],
+        often and f"; most often: {often}",
+    )
+    if wanted and not counts[OK]:
+        log.warning("none of the %d items has a picture; the first: %s", len(wanted), rows[0][2])
+    return {
+        "items": len(wanted),
+        **{f"pictures_{status}": counts[status] for status in (OK, MISSING, FAILED)},
+        "reasons": dict(kinds.most_common()),
+        "distinct_pictures": len(sizes),
+        "picture_bytes": sum(sizes.values()),
+        "shards": shards.count,
+        "first_failures": failures[:20],
+        **search.facts,
+    }
+
+
+def _error(found: Found) -> str | None:
+    error = "; ".join(dict.fromkeys(found.reasons))
+    return (error if len(error) <= _LONGEST_ERROR else error[: _LONGEST_ERROR - 3] + "...") or None
+
+
+def _row(item: Wanted, found: Found, error: str | None, place: tuple[int, int] | None) -> tuple[Any, ...]:
+    picture = found.picture
+    return (
+        item.item_id,
+        found.status,
+        error,
+        found.url or None,
+        picture and picture.sha256,
+        picture and picture.width,
+        picture and picture.height,
+        picture and picture.format,
+        place and place[0],
+        place and place[1],
+    )
+
+
+def _write_manifest(path: Path, rows: list[tuple[Any, ...]]) -> None:
+    columns = {name: [row[number] for row in rows] for number, name in enumerate(MANIFEST.names)}
+    types = {field.name: pa.string() if field.name == "status" else field.type for field in MANIFEST}
+    arrays = {name: pa.array(values, types[name]) for name, values in columns.items()}
+    arrays["status"] = arrays["status"].dictionary_encode().cast(MANIFEST.field("status").type)
+    write_table(path, pa.table(arrays), MANIFEST)
+
+
+def main() -> None:
+    """Spec: images_spec(). Runtime: images_runtime(). Inputs: items and image_inputs(). Outputs: manifest, record."""
+    with stage("cm3.datasets.images.stage") as call:
+        inputs = {name: path for name, path in call.inputs.items() if name != "items"}
+        facts = collect_pictures(call.spec, call.runtime, call.inputs["items"], inputs, call.outputs["manifest"])
+        call.record.update(facts)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Finder of pictures on the web: politely, and from allowed hosts only."""
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from cm3.common.errors import UserError
+from cm3.common.tables import FAILED, MISSING, OK
+from cm3.datasets.download.client import offline
+from cm3.datasets.images.fetch import NOT_REACHED, Fetcher, without_asking
+from cm3.datasets.images.hosts import is_allowed
+from cm3.datasets.images.shards import KNOWN
+from cm3.datasets.images.source import Found, Search, Wanted
+from cm3.datasets.images.store import Outcome, Store
+
+_RUNTIME = {"rate": 50.0, "concurrency": 16, "timeout": 30.0, "attempts": 5, "pause": 0.5}
+
+
+def find(search: Search) -> Iterator[Found]:
+    """Fetch each item's picture from the first of its URLs that gives one that decodes.
+
+    What is known already is not asked for: what a run that was stopped has fetched, and of an earlier run pictures
+    and those missing for good (HTTP 404 or 410, placeholders). Items that failed are asked for again, and only they:
+    one that has a picture keeps it, even if an earlier URL failed.
+
+    Raises:
+        UserError: CM3_OFFLINE is set and a picture is not there yet; or of all hosts none answered or was allowed.
+    """
+    spec, wanted = search.spec, search.wanted
+    runtime = {**_RUNTIME, "threads": min(os.cpu_count() or 1, 4), **search.runtime}
+    with contextlib.closing(Store(search.folder, spec, lambda host: is_allowed(host, spec["hosts"]))) as store:
+        _forget_failures(wanted, store, spec)
+        earlier = frozenset(store.outcomes)
+        unknown = [item for item in wanted if _found(item, store, spec) is None]
+        if unknown and offline():
+            raise UserError(
+                f"CM3_OFFLINE is set, and the pictures of {len(unknown)} items are not here: get them on another "
+                "machine and set images.folder and images.pattern"
+            )
+        fetcher, started = Fetcher(spec, runtime, store), time.perf_counter()
+        if unknown:
+            asyncio.run(fetcher.fetch(unknown))
+        seconds = time.perf_counter() - started
+        search.facts.update(
+            pictures_known_before=0,
+            urls_asked=fetcher.asked,
+            fetch_seconds=seconds,
+            pictures_per_second=len(unknown) / seconds if unknown else None,
+        )
+        found = [_found(item, store, spec) or Found() for item in wanted]
+        _stop_unless_reached(found)
+        for place in found:
+            if place.status == OK and place.picture is not None:
+                search.facts["pictures_known_before"] += place.url in earlier
+                data = store.read(place.picture.sha256)
+                yield Found(place.url, OK, (), (), place.picture, data)
+            else:
+                yield place
+        store.write_known(search.fresh / KNOWN, (url for item in wanted for url in item.references))
+
+
+def _forget_failures(wanted: Sequence[Wanted], store: Store, spec: dict[str, Any]) -> None:
+    again: set[str] = set()
+    for item in wanted:
+        found = _found(item, store, spec)
+        if found is None or found.status == FAILED:
+            again.update(store.failed_before.intersection(item.references))
+    for url in again:
+        store.outcomes.pop(url, None)
+
+
+def _found(item: Wanted, store: Store, spec: dict[str, Any]) -> Found | None:
+    """Return what is known of an item without asking, None if that is not enough."""
+    bad: list[Outcome] = []
+    for url in item.references:
+        outcome = without_asking(url, spec) or store.outcomes.get(url)
+        if outcome is None:
+            return None
+        if outcome.status == OK:
+            return Found(url, OK, (), (), outcome.picture)
+        bad.append(outcome)
+    if not bad:
+        return Found("", MISSING, ("the item names no picture",), ("the item names no picture",))
+    # A picture that another day or another setting may bring is not missing, whatever the other addresses say.
+    status = FAILED if any(outcome.status == FAILED for outcome in bad) else MISSING
+    return Found(
+        item.references[0], status, tuple(outcome.reason for outcome in bad), tuple(outcome.kind for outcome in bad)
+    )
+
+
+def _stop_unless_reached(found: Sequence[Found]) -> None:
+    tried = [place for place in found if place.url]
+    if tried and all(place.status == FAILED and NOT_REACHED.issuperset(place.kinds) for place in tried):
+        raise UserError(
+            f"none of {len(tried)} pictures could be fetched, because no host answered or is allowed; the first: "
+            f"{tried[0].url}: {'; '.join(tried[0].reasons)}. Check the network, and images.hosts in the config"
+        )

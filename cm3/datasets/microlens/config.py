@@ -1,0 +1,72 @@
+"""Config of MicroLens, short videos with titles and covers, in the two sizes that its authors publish."""
+
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field
+
+from cm3.datasets.published_config import Published, Url
+
+_FEATURES = {
+    "text": "title_en_text_features_BgeM3.npy",
+    "image": "image_features_CLIPRN50.npy",
+    "video": "video_features_VideoMAE.npy",
+}
+
+
+class MicroLens(Published):
+    """MicroLens-50k or MicroLens-100k."""
+
+    source: Literal["microlens"]
+    size: Literal["50k", "100k"] = Field(default="50k", description="50k or 100k users")
+    interactions: Literal["csv", "tsv"] = Field(
+        default="csv",
+        description="csv: user, item and time; tsv: the same interactions without times, a user and all of its videos a line",
+    )
+    mirrors: list[Url] = Field(
+        default=["https://recsys.westlake.edu.cn"],
+        description="roots of the published tree, tried in order; MicroLens-50k-Dataset/ is below them",
+    )
+    unknown_items: Literal["drop", "keep", "error"] = Field(
+        default="keep", description="as above; a video without a title still has a cover, hence the default"
+    )
+
+    @property
+    def _tree(self) -> str:
+        return f"MicroLens-{self.size}-Dataset"
+
+    def files(self) -> dict[str, str]:
+        """Return the published files; categories and features exist for 100k only."""
+        stem = f"{self._tree}/MicroLens-{self.size}"
+        files = {"csv": f"{stem}_pairs.csv", "tsv": f"{stem}_pairs.tsv"}
+        if self.size == "50k":
+            return {**files, "titles": f"{stem}_titles.csv"}
+        features = f"{self._tree}/extracted_modality_features/MicroLens-100k"
+        return {
+            **files,
+            "titles": f"{stem}_title_en.csv",
+            "categories": f"{self._tree}/tags_to_summary.csv",
+            **{f"features.{modality}": f"{features}_{file}" for modality, file in _FEATURES.items()},
+        }
+
+    def prepare_inputs(self, name: str) -> dict[str, str]:
+        """Return the interactions, the titles and, for 100k, the categories; a local folder may lack these."""
+        inputs = {kind: self.place(name, kind) for kind in (self.interactions, "titles")}
+        if self.size == "100k" and (self.folder is None or Path(self.place(name, "categories")).is_file()):
+            inputs["categories"] = self.place(name, "categories")
+        return inputs
+
+    def prepare_spec(self) -> dict[str, Any]:
+        """Return the spec of the prepare stage: also where covers are to be fetched from, one URL a mirror."""
+        covers = [f"{root.rstrip('/')}/{self._tree}/MicroLens-{self.size}_covers" for root in self.mirrors]
+        return {**super().prepare_spec(), "interactions": self.interactions, "covers": covers}
+
+    def picture_hosts(self) -> list[str]:
+        """Return the hosts of the mirrors, which serve the covers one by one."""
+        return sorted({urlsplit(root).hostname or "" for root in self.mirrors})
+
+    def published_vectors(self, name: str, modality: str) -> dict[str, str]:
+        """Return the features of 100k: text, image or video; their rows are in the order of ids (format microlens)."""
+        kind = f"features.{modality}"
+        return {"vectors": self.place(name, kind)} if kind in self.files() else {}

@@ -1,0 +1,1 @@
+"""MMRec folders: reader and export."""

@@ -1,0 +1,68 @@
+"""Stage: a features file as the .npy array that MMRec reads, row i for itemID i."""
+
+import csv
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cm3.common.cli import stage
+from cm3.common.errors import UserError
+from cm3.common.files import atomic
+from cm3.common.tables import INTERACTIONS, read_features, read_table
+from cm3.datasets.mmrec.export import item_order
+
+log = logging.getLogger("cm3.datasets.mmrec.export")
+
+
+def export_vectors(features: Path, interactions: Path, vectors: Path, missing: Path) -> dict[str, Any]:
+    """Write (N, d) float32 in the order of `item_order`, and a table of the items that had no vector.
+
+    MMRec has no notion of a missing vector; its own preprocessing gives such an item the mean of all others, and so
+    does this.
+
+    Args:
+        features: a features file, row i for item i of items.parquet.
+        interactions: interactions.parquet, which decides the order.
+        vectors: the .npy file to write.
+        missing: a table to write, asin and itemID with a tab between; empty but for its header where none is missing.
+
+    Returns:
+        the number of vectors, of missing ones among them, and their dimension.
+
+    Raises:
+        UserError: not one item has a vector.
+    """
+    found = read_features(features)
+    if not found.ok.any():
+        raise UserError(f"{features}: not one item has a vector")
+    embedding = found.embedding.copy()
+    embedding[~found.ok] = found.embedding[found.ok].mean(axis=0, dtype=np.float64)
+    order = item_order(read_table(interactions, INTERACTIONS), len(found.item_ids))
+    with atomic(vectors) as temporary, temporary.open("wb") as file:
+        np.save(file, embedding[order])
+    absent = np.flatnonzero(~found.ok[order])
+    with atomic(missing) as temporary, temporary.open("w", encoding="utf-8", newline="") as table:
+        writer = csv.writer(table, delimiter="\t", lineterminator="\n")
+        writer.writerow(("asin", "itemID"))
+        writer.writerows((found.item_ids[order[number]], number) for number in absent.tolist())
+    facts = {"vectors": len(order), "missing": len(absent), "dim": embedding.shape[1]}
+    log.info(
+        "%d vectors of %d numbers; %d items had none and have the mean",
+        *(facts[k] for k in ("vectors", "dim", "missing")),
+    )
+    return facts
+
+
+def main() -> None:
+    """Inputs: features, interactions. Outputs: vectors, missing, record."""
+    with stage("cm3.datasets.mmrec.export_vectors") as call:
+        facts = export_vectors(
+            call.inputs["features"], call.inputs["interactions"], call.outputs["vectors"], call.outputs["missing"]
+        )
+        call.record.update(facts)
+
+
+if __name__ == "__main__":
+    main()

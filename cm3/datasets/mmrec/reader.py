@@ -1,0 +1,248 @@
+"""Reader of MMRec folders: {name}.inter with numbers and split labels, and tables that map numbers to original ids."""
+
+import io
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+
+from cm3.common.errors import UserError
+from cm3.common.strict import nearest
+from cm3.common.tables import SPLITS
+from cm3.datasets.files.lines import line_blocks
+from cm3.datasets.files.times import seconds_of
+from cm3.datasets.mmrec.tables import item_of, number_in, read_mapping, read_table
+from cm3.datasets.reader import Item, rows
+
+USER, ITEM, RATING, TIME, LABEL = "userID", "itemID", "rating", "timestamp", "x_label"
+"""Columns of {name}.inter, as MMRec's own preprocessing writes them; the last three may be absent."""
+
+_REQUIRED = (USER, ITEM)
+_KNOWN = {USER: pa.int64(), ITEM: pa.int64(), RATING: pa.float64(), TIME: pa.float64(), LABEL: pa.float64()}
+_LABELS = (0.0, 1.0, 2.0)
+_PIECE = 10_000
+_ITEM_BITS = 31
+
+
+class Reader:
+    """Reads `mmrec` data sets. Inputs: interactions; item_ids, user_ids and meta where the folder has them."""
+
+    def __init__(self, spec: dict[str, Any], inputs: dict[str, Path]) -> None:
+        self.spec, self.inputs = spec, inputs
+        self.notes: dict[str, int] = {}
+
+    def interactions(self) -> Iterator[pa.Table]:
+        """Yield the interactions in file order, under their original ids, with their labels where there are some.
+
+        Raises:
+            UserError: a malformed line, a label beside 0, 1 and 2, a rating or time that is no finite number, a number
+                that the mapping lacks (each with the line); or a pair of user and item under two labels.
+        """
+        path = self.inputs["interactions"]
+        users, items = self._names("user_ids", USER), self._names("item_ids", ITEM)
+        header: list[str] = []
+        pairs: list[np.ndarray] = []
+        labels: list[np.ndarray] = []
+        count = 0
+        for first, block in line_blocks(path):
+            lines = [(number, line) for number, line in enumerate(block, first) if line.rstrip(b"\r")]
+            if not header and lines:
+                header = _header(path, *lines.pop(0))
+            if not lines:
+                continue
+            found = _Block(path, header, lines)
+            user, item, label = found.numbers(USER), found.numbers(ITEM), found.labels()
+            if label is not None:
+                pairs.append(user << _ITEM_BITS | item)
+                labels.append(label)
+            count += len(lines)
+            yield rows(
+                users.of(user, found),
+                items.of(item, found),
+                found.floats(RATING),
+                found.seconds(),
+                None if label is None else pa.array(label, pa.int8()),
+            )
+        if not count:
+            raise UserError(f"{path}: holds no interactions; is it whole?")
+        if labels:
+            _refuse_two_labels(path, np.concatenate(pairs), np.concatenate(labels))
+
+    def known_items(self) -> Iterable[list[str]] | None:
+        """Return the ids of the mapping or else of meta-{name}.csv, also without interaction; None without both."""
+        if "item_ids" in self.inputs:
+            ids = list(self._names("item_ids", ITEM).names.values())
+        elif "meta" in self.inputs:
+            ids = [
+                str(number_in(place, ITEM, row[ITEM])) for place, row in read_table(self.inputs["meta"], ",", [ITEM])
+            ]
+        else:
+            return None
+        return (ids[start : start + _PIECE] for start in range(0, len(ids), _PIECE))
+
+    def items(self, wanted: set[str]) -> dict[str, Item]:
+        """Return what the mapping's further columns and meta-{name}.csv tell of the wanted items.
+
+        The columns are those that MMRec's preprocessing keeps: title, brand, categories (a list written in Python),
+        description and imUrl.
+        """
+        names = self._names("item_ids", ITEM)
+        table: dict[str, dict[str, str]] = {}
+        for kind, delimiter in (("item_ids", "\t"), ("meta", ",")):
+            if kind in self.inputs:
+                for place, row in read_table(self.inputs[kind], delimiter, [ITEM]):
+                    number = number_in(place, ITEM, row[ITEM])
+                    item_id = names.names.get(number, str(number)) if names.names else str(number)
+                    if item_id in wanted:
+                        table.setdefault(item_id, {}).update(row)
+        return {item_id: item_of(row) for item_id, row in table.items()}
+
+    def _names(self, kind: str, column: str) -> "_Names":
+        if column not in self._read:
+            path = self.inputs.get(kind)
+            self._read[column] = _Names(column, path, read_mapping(path, column) if path else {})
+        return self._read[column]
+
+    @cached_property
+    def _read(self) -> dict[str, "_Names"]:
+        return {}
+
+
+class _Names:
+    """Original ids by number; without a mapping, a number is its own id."""
+
+    def __init__(self, column: str, path: Path | None, names: Mapping[int, str]) -> None:
+        self.column, self.path, self.names = column, path, names
+        self._numbers = np.sort(np.fromiter(names, np.int64, len(names)))
+        self._ids = pa.array([names[number] for number in self._numbers.tolist()], pa.string())
+
+    def of(self, numbers: np.ndarray, block: "_Block") -> pa.Array:
+        """Return the ids of (N,) numbers. Raises UserError with the line of a number that the mapping lacks."""
+        if self.path is None:
+            return pa.array(numbers).cast(pa.string())
+        place = np.minimum(np.searchsorted(self._numbers, numbers), len(self._numbers) - 1)
+        block.refuse(
+            self._numbers[place] != numbers, self.column, f"is not in {self.path}; give the mapping that belongs to it"
+        )
+        return self._ids.take(pa.array(place))
+
+
+class _Block:
+    """Some lines of {name}.inter as numbers; every complaint names the line."""
+
+    def __init__(self, path: Path, header: Sequence[str], lines: Sequence[tuple[int, bytes]]) -> None:
+        self.path, self.header, self.lines = path, header, lines
+        known = [name for name in header if name in _KNOWN]
+        try:
+            self.table = pa_csv.read_csv(
+                io.BytesIO(b"\n".join(line for _, line in lines)),
+                read_options=pa_csv.ReadOptions(column_names=header, use_threads=False),
+                parse_options=pa_csv.ParseOptions(delimiter="\t", quote_char=False),
+                convert_options=pa_csv.ConvertOptions(include_columns=known, column_types=_KNOWN, null_values=[""]),
+            )
+        except pa.ArrowInvalid as error:
+            raise self._malformed(error) from None
+
+    def refuse(self, bad: np.ndarray, column: str, complaint: str) -> None:
+        """Raise a UserError of the first of the bad rows."""
+        found = np.flatnonzero(bad)
+        if len(found):
+            number, line = self.lines[int(found[0])]
+            value = _decode(line).rstrip("\r").split("\t")[self.header.index(column)]
+            raise UserError(f"{self.path}, line {number}: {column} = {value!r} {complaint}")
+
+    def numbers(self, column: str) -> np.ndarray:
+        """Return (N,) int64 numbers of users or items."""
+        values = self.table.column(column)
+        self.refuse(values.is_null().to_numpy(), column, "is empty; every interaction needs a user and an item")
+        numbers = values.to_numpy()
+        self.refuse(numbers < 0, column, "is negative; users and items are numbered from 0")
+        self.refuse(
+            numbers >= 1 << _ITEM_BITS, column, "is too large; users and items are numbered from 0 without gaps"
+        )
+        return numbers
+
+    def floats(self, column: str) -> pa.ChunkedArray | None:
+        """Return finite float64 numbers, null where the cell is empty; None without the column."""
+        if column not in self.header:
+            return None
+        values = self.table.column(column)
+        bad = ~np.isfinite(values.to_numpy()) & values.is_valid().to_numpy()
+        self.refuse(bad, column, "is not a finite number; mend the line or leave it out")
+        return values
+
+    def seconds(self) -> pa.Array | None:
+        """Return Unix seconds from seconds or milliseconds."""
+        values = self.floats(TIME)
+        if values is None:
+            return None
+        return pa.array(seconds_of(values.to_numpy()), mask=values.is_null().to_numpy())
+
+    def labels(self) -> np.ndarray | None:
+        """Return (N,) int8 of 0 train, 1 valid, 2 test; None without the column."""
+        if LABEL not in self.header:
+            return None
+        values = self.table.column(LABEL).to_numpy()
+        self.refuse(~np.isin(values, _LABELS), LABEL, "is not 0 (train), 1 (valid) or 2 (test)")
+        return values.astype(np.int8)
+
+    def _malformed(self, error: Exception) -> UserError:
+        for number, line in self.lines:
+            values = _decode(line).rstrip("\r").split("\t")
+            if len(values) != len(self.header):
+                return UserError(
+                    f"{self.path}, line {number}: has {len(values)} values where the header names {len(self.header)}: "
+                    f"{_decode(line)[:80]!r}"
+                )
+            for name, value in zip(self.header, values, strict=True):
+                if name in _KNOWN and not _reads_as(value, _KNOWN[name]):
+                    return UserError(f"{self.path}, line {number}: {name} = {value[:80]!r} is not a number")
+        return UserError(f"{self.path}, lines {self.lines[0][0]} to {self.lines[-1][0]}: {error}")
+
+
+def _header(path: Path, number: int, line: bytes) -> list[str]:
+    names = _decode(line).removeprefix("\ufeff").rstrip("\r").split("\t")
+    for name in _REQUIRED:
+        if name not in names:
+            raise UserError(
+                f"{path}, line {number}: has no column {name!r}{nearest(name, names)}; the first line must name "
+                f"{USER} and {ITEM}, with tabs between"
+            )
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"{path}, line {number}: column {twice[0]!r} stands in the header twice")
+    return names
+
+
+def _reads_as(value: str, kind: pa.DataType) -> bool:
+    if not value:
+        return True
+    try:
+        return -(2**63) <= int(value) < 2**63 if kind == pa.int64() else math.isfinite(float(value)) or True
+    except ValueError:
+        return False
+
+
+def _refuse_two_labels(path: Path, pair: np.ndarray, label: np.ndarray) -> None:
+    # A pair in two parts is a leak: what is asked in the test was told in training.
+    order = np.argsort(pair, kind="stable")
+    pair, label = pair[order], label[order]
+    same = (pair[1:] == pair[:-1]) & (label[1:] != label[:-1])
+    if same.any():
+        first = int(np.flatnonzero(same)[0])
+        user, item = divmod(int(pair[first]), 1 << _ITEM_BITS)
+        one, other = sorted((label[first], label[first + 1]))
+        raise UserError(
+            f"{path}: {len(np.unique(pair[1:][same]))} pairs of user and item stand in two parts of the split, the first is "
+            f"{USER} {user}, {ITEM} {item} in {SPLITS[one]} and {SPLITS[other]}; keep each pair in one part, or "
+            f"take the column {LABEL} out for a split of your own"
+        )
+
+
+def _decode(line: bytes) -> str:
+    return line.decode(errors="replace")

@@ -1,0 +1,180 @@
+"""Stage: a made-up shop in the formats of the Amazon 2014 files, byte for byte the same for the same seed."""
+
+import gzip
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cm3.common.cli import stage
+from cm3.common.files import atomic
+from cm3.common.progress import Progress
+from cm3.common.tables import write_table
+from cm3.datasets.sample import texts as texts
+from cm3.datasets.sample.images import draw, spoil
+from cm3.datasets.sample.world import ATTRIBUTES, World, make_world
+
+log = logging.getLogger("cm3.datasets.sample.generate")
+
+TRUTH = pa.schema(
+    [
+        ("item_id", pa.string()),
+        *((name, pa.string()) for name in ATTRIBUTES),
+        ("popularity", pa.float32()),  # log-odds
+        ("cold", pa.bool_()),
+        ("picture", pa.string()),  # ok, missing or corrupt
+        ("has_description", pa.bool_()),
+    ]
+)
+_LETTERS = np.asarray(list("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
+
+
+def make_sample(spec: dict[str, Any], reviews: Path, meta: Path, pictures: Path, truth: Path) -> dict[str, Any]:
+    """Write reviews, metadata, the folder `images` beside `pictures`, the checksums of its files, and the truth.
+
+    Args:
+        spec: a sample data set's sample_spec().
+        reviews: gzip JSON lines to write; meta: gzip Python literals; pictures: sha256sum's format; truth: TRUTH.
+
+    Returns:
+        counts of what was written.
+    """
+    world = make_world(spec)
+    # A stream for each kind of file: other pictures must not change the words.
+    streams = np.random.SeedSequence((spec["seed"], 1)).spawn(4)
+    for_ids, for_texts, for_pictures, for_reviews = map(np.random.default_rng, streams)
+    asins = _ids(for_ids, spec["items"], "B0", 10)
+    reviewers = _ids(for_ids, spec["users"], "A", 14)
+    state = _draw_all(for_pictures, world, asins, spec, pictures)
+    _write_lines(meta, _metadata(for_texts, world, asins))
+    _write_lines(reviews, _reviews(for_reviews, world, asins, reviewers))
+    columns = {name: [values[c] for c in world.attributes[name]] for name, values in ATTRIBUTES.items()}
+    table = {
+        "item_id": asins,
+        **columns,
+        "popularity": world.popularity,
+        "cold": world.cold,
+        "picture": state,
+        "has_description": world.has_description,
+    }
+    write_table(truth, pa.table(table), TRUTH)
+    facts = {
+        "users": spec["users"],
+        "items": spec["items"],
+        "reviews": len(world.user),
+        **{f"pictures_{name}": state.count(name) for name in ("ok", "missing", "corrupt")},
+        "items_without_description": int((~world.has_description).sum()),
+        "cold_items": int(world.cold.sum()),
+    }
+    log.info("%s", ", ".join(f"{name} {count}" for name, count in facts.items()))
+    return facts
+
+
+def _ids(rng: np.random.Generator, count: int, prefix: str, length: int) -> list[str]:
+    """Return `count` different ids in random order."""
+    ids: dict[str, None] = {}
+    while len(ids) < count:
+        drawn = _LETTERS[rng.integers(0, len(_LETTERS), (count - len(ids), length - len(prefix)))]
+        ids.update(dict.fromkeys(prefix + "".join(row) for row in drawn))
+    return list(ids)
+
+
+def _draw_all(
+    rng: np.random.Generator, world: World, asins: list[str], spec: dict[str, Any], pictures: Path
+) -> list[str]:
+    with_picture = np.flatnonzero(world.has_picture)
+    chosen = rng.permutation(with_picture)[: spec["corrupt_pictures"]].tolist()
+    corrupt = {item: kind for kind, item in enumerate(chosen)}
+    folder = pictures.parent / "images"
+    drawing = pictures.parent / ".images.part"
+    shutil.rmtree(drawing, ignore_errors=True)
+    drawing.mkdir(parents=True)
+    state, listing = [], []
+    with Progress(len(asins), "pictures") as progress:
+        for item, asin in enumerate(asins):
+            progress.advance()
+            shown = {name: ATTRIBUTES[name][world.attributes[name][item]] for name in ("colour", "pattern", "shape")}
+            data = draw(rng, **shown, size=spec["picture_size"])
+            if not world.has_picture[item]:
+                state.append("missing")
+                continue
+            if item in corrupt:
+                data = spoil(data, corrupt[item])
+            (drawing / f"{asin}.jpg").write_bytes(data)
+            listing.append(f"{hashlib.sha256(data).hexdigest()}  images/{asin}.jpg\n")
+            state.append("corrupt" if item in corrupt else "ok")
+    shutil.rmtree(folder, ignore_errors=True)
+    drawing.rename(folder)
+    with atomic(pictures) as temporary:
+        temporary.write_text("".join(sorted(listing, key=lambda line: line.split()[1])), encoding="utf-8")
+    return state
+
+
+def _metadata(rng: np.random.Generator, world: World, asins: list[str]) -> Iterable[str]:
+    kinds, materials, uses = (
+        [ATTRIBUTES[name][c] for c in world.attributes[name]] for name in ("kind", "material", "use")
+    )
+    for item, asin in enumerate(asins):
+        brand = texts.BRANDS[int(rng.integers(len(texts.BRANDS)))]
+        record = {
+            "asin": asin,
+            "title": texts.title(rng, brand, kinds[item], materials[item], uses[item]),
+            "brand": brand,
+            "price": round(float(np.exp(rng.normal(3, 0.5))), 2),
+            "categories": texts.categories(kinds[item], uses[item]),
+        }
+        told = texts.description(rng, kinds[item], materials[item], uses[item])
+        if world.has_description[item]:
+            record["description"] = told
+        if world.has_picture[item]:
+            record["imUrl"] = f"http://images.example.com/{asin}.jpg"
+        yield repr(record)
+
+
+def _reviews(rng: np.random.Generator, world: World, asins: list[str], reviewers: list[str]) -> Iterable[str]:
+    columns = (world.user.tolist(), world.item.tolist(), world.rating.tolist(), world.time.tolist())
+    for user, item, rating, when in zip(*columns, strict=True):
+        summary, text = texts.review(rng, rating)
+        date = time.gmtime(when)
+        yield json.dumps(
+            {
+                "reviewerID": reviewers[user],
+                "asin": asins[item],
+                "reviewerName": f"Customer {user + 1}",
+                "helpful": [0, 0],
+                "reviewText": text,
+                "overall": float(rating),
+                "summary": summary,
+                "unixReviewTime": when,
+                "reviewTime": f"{date.tm_mon:02d} {date.tm_mday}, {date.tm_year}",
+            }
+        )
+
+
+def _write_lines(path: Path, lines: Iterable[str]) -> None:
+    # Neither name nor time goes into the gzip header: the same lines are the same bytes.
+    with (
+        atomic(path) as temporary,
+        temporary.open("wb") as file,
+        gzip.GzipFile("", "wb", compresslevel=6, fileobj=file, mtime=0) as packed,
+    ):
+        for line in lines:
+            packed.write(line.encode() + b"\n")
+
+
+def main() -> None:
+    """Spec: sample_spec(). Outputs: reviews, meta, pictures (with the folder images beside it), truth, record."""
+    with stage("cm3.datasets.sample.generate") as call:
+        out = call.outputs
+        call.record.update(make_sample(call.spec, out["reviews"], out["meta"], out["pictures"], out["truth"]))
+
+
+if __name__ == "__main__":
+    main()

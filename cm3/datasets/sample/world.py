@@ -1,0 +1,165 @@
+"""The made-up shop: what its items are, what its customers like, and what they bought."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+# Only pictures show these ...
+PICTURE_ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "colour": ("red", "orange", "yellow", "green", "teal", "blue", "purple", "pink", "brown", "grey"),
+    "pattern": ("plain", "striped", "dotted", "checked", "zigzag"),
+    "shape": ("circle", "square", "triangle", "star", "heart", "hexagon", "cross", "moon"),
+}
+# ... and only texts tell these.
+TEXT_ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "kind": (
+        "cushion",
+        "night light",
+        "wall clock",
+        "keyring",
+        "serving tray",
+        "coaster",
+        "candle holder",
+        "money box",
+        "brooch",
+        "mirror",
+        "fridge magnet",
+        "rug",
+    ),
+    "material": ("wool", "ceramic", "oak", "steel", "glass", "leather", "cork", "bamboo"),
+    "use": (
+        "nursery",
+        "kitchen",
+        "office",
+        "camping",
+        "bathroom",
+        "garden",
+        "travel",
+        "party",
+        "workshop",
+        "bedroom",
+    ),
+}
+ATTRIBUTES = {**PICTURE_ATTRIBUTES, **TEXT_ATTRIBUTES}
+
+_USERS_AT_ONCE = 512
+_COLD_PENALTY = 4.0
+# Favourites stand out from mere liking, so that a customer's purchases have something in common.
+_SHARPNESS = 1.5
+_STRENGTH = 2.5  # standard deviation of the utility's part that is taste, at taste = 1
+# Shares within the taste for pictures and within that for texts.
+_IMPORTANCE = {"colour": 0.5, "pattern": 0.3, "shape": 0.2, "kind": 0.4, "material": 0.35, "use": 0.25}
+
+
+@dataclass(frozen=True)
+class World:
+    """The truth behind the shop.
+
+    Attributes:
+        attributes: name -> (items,) codes into ATTRIBUTES[name].
+        popularity: (items,) log-odds that any customer buys the item.
+        cold, has_picture, has_description: (items,) bool.
+        likes: name -> (users, values) how much each customer likes each value of an attribute.
+        user, item: (N,) purchases, a customer's own in order of time.
+        rating: (N,) 1 to 5.
+        time: (N,) Unix seconds.
+    """
+
+    attributes: dict[str, np.ndarray]
+    popularity: np.ndarray
+    cold: np.ndarray
+    has_picture: np.ndarray
+    has_description: np.ndarray
+    likes: dict[str, np.ndarray]
+    user: np.ndarray
+    item: np.ndarray
+    rating: np.ndarray
+    time: np.ndarray
+
+
+def make_world(spec: dict[str, Any]) -> World:
+    """Draw a shop from its seed.
+
+    A customer u buys n_u different items, item i with probability proportional to exp(utility), where
+    utility = taste * sum_a w_a likes_a[u, value_a(i)] + popularity_i, drawn without replacement (Gumbel top-n).
+    Likes are sharpened normal draws; w_a is set so that picture and text attributes have the shares that spec says.
+
+    Args:
+        spec: a sample data set's sample_spec().
+    """
+    streams = np.random.SeedSequence(spec["seed"]).spawn(4)
+    for_items, for_tastes, for_purchases, for_reviews = map(np.random.default_rng, streams)
+    users, items = spec["users"], spec["items"]
+    attributes = {name: for_items.integers(0, len(values), items) for name, values in ATTRIBUTES.items()}
+    popularity = spec["popularity"] * for_items.standard_normal(items)
+    cold = _some(for_items, items, spec["cold"])
+    popularity[cold] -= _COLD_PENALTY
+    has_picture = ~_some(for_items, items, spec["without_picture"])
+    has_description = ~_some(for_items, items, spec["without_description"])
+    likes = {name: _likes(for_tastes, users, len(values)) for name, values in ATTRIBUTES.items()}
+    weights = _weights(spec["taste"], spec["picture_share"])
+    user, item, pleasure = _purchases(for_purchases, spec, attributes, popularity, likes, weights)
+    rating, time = _reviews(for_reviews, user, pleasure)
+    return World(attributes, popularity, cold, has_picture, has_description, likes, user, item, rating, time)
+
+
+def _some(rng: np.random.Generator, items: int, share: float) -> np.ndarray:
+    chosen = np.zeros(items, dtype=bool)
+    chosen[rng.permutation(items)[: round(share * items)]] = True
+    return chosen
+
+
+def _likes(rng: np.random.Generator, users: int, values: int) -> np.ndarray:
+    drawn = np.exp(_SHARPNESS * rng.standard_normal((users, values)))
+    drawn -= drawn.mean(axis=1, keepdims=True)
+    return (drawn / drawn.std(axis=1, keepdims=True)).astype(np.float32)
+
+
+def _weights(taste: float, picture_share: float) -> dict[str, float]:
+    share = {name: _IMPORTANCE[name] * picture_share for name in PICTURE_ATTRIBUTES}
+    share |= {name: _IMPORTANCE[name] * (1 - picture_share) for name in TEXT_ATTRIBUTES}
+    # Variances add up, so the share of an attribute in the taste is its squared weight.
+    return {name: _STRENGTH * taste * share[name] ** 0.5 for name in ATTRIBUTES}
+
+
+def _purchases(
+    rng: np.random.Generator,
+    spec: dict[str, Any],
+    attributes: dict[str, np.ndarray],
+    popularity: np.ndarray,
+    likes: dict[str, np.ndarray],
+    weights: dict[str, float],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    users, items = spec["users"], spec["items"]
+    least = min(5, items)
+    extra = max(spec["interactions_per_user"] - least, 0)
+    counts = np.minimum(least + rng.geometric(1 / (extra + 1), users) - 1, max(items // 3, least))
+    bought_by, bought, pleasures = [], [], []
+    for start in range(0, users, _USERS_AT_ONCE):
+        block = slice(start, min(start + _USERS_AT_ONCE, users))
+        taste = sum(weights[name] * likes[name][block][:, codes] for name, codes in attributes.items())
+        drawn = taste + popularity + rng.gumbel(size=(block.stop - start, items))
+        most = min(int(counts[block].max()), items - 1)
+        order = np.argpartition(-drawn, most, axis=1)[:, : most + 1]
+        order = np.take_along_axis(order, np.argsort(-np.take_along_axis(drawn, order, axis=1), axis=1), axis=1)
+        mine = np.arange(order.shape[1]) < counts[block, None]
+        rows = np.nonzero(mine)[0]
+        chosen = order[mine]
+        bought_by.append(rows + start)
+        bought.append(chosen)
+        pleasures.append(np.asarray(taste)[rows, chosen])
+    user, item, pleasure = np.concatenate(bought_by), np.concatenate(bought), np.concatenate(pleasures)
+    shuffled = np.lexsort((rng.random(len(user)), user))  # What is liked best is not bought first.
+    return user, item[shuffled], pleasure[shuffled]
+
+
+def _reviews(rng: np.random.Generator, user: np.ndarray, pleasure: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    spread = (pleasure - pleasure.mean()) / (pleasure.std() + 1e-9)
+    rating = np.clip(np.rint(4 + 0.6 * spread + 0.8 * rng.standard_normal(len(user))), 1, 5).astype(int)
+    # Three years up to July 2014, to the day as in the published files.
+    day = 86_400
+    first, last = 1_309_478_400 // day, 1_404_086_400 // day
+    days = rng.integers(first, last, len(user))
+    days = days[np.lexsort((days, user))]
+    return rating, days * day

@@ -1,0 +1,1 @@
+"""CM3 in plain PyTorch: fusion, losses, graph convolution, sampling."""

@@ -1,0 +1,192 @@
+"""The two graphs of CM3, user-item and item-item, and sparse products with them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from cm3.similarity.exact import knn
+
+__all__ = [
+    "SparseMatrix",
+    "add_neighbours",
+    "item_item_matrix",
+    "knn",
+    "propagate",
+    "propagate_to",
+    "user_item_matrix",
+]
+
+
+class SparseMatrix(nn.Module):
+    """A constant (N, K) float32 matrix in rows of compressed indices; moves between devices with its owner."""
+
+    offsets: Tensor
+    columns: Tensor
+    values: Tensor
+
+    def __init__(self, matrix: sp.csr_matrix) -> None:
+        super().__init__()
+        # A copy: sorting would reorder columns that it shares with the caller's matrix, but not the caller's values.
+        matrix = sp.csr_matrix(matrix, dtype=np.float32, copy=True)
+        matrix.sum_duplicates()
+        self.shape = matrix.shape
+        index = np.int32 if max(matrix.nnz, *matrix.shape) < 2**31 else np.int64
+        self.register_buffer("offsets", torch.from_numpy(matrix.indptr.astype(index)), persistent=False)
+        self.register_buffer("columns", torch.from_numpy(matrix.indices.astype(index)), persistent=False)
+        self.register_buffer("values", torch.from_numpy(matrix.data.copy()), persistent=False)
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return the dense (N, D) product with `x` (K, D), outside autograd.
+
+        On the CPU the sum of weighted rows is what an embedding bag computes, and its kernel is several times
+        faster than torch's own sparse product; each row is summed in one order, so the result is deterministic.
+        """
+        if x.device.type == "cpu":
+            if not len(self.columns):
+                return x.new_zeros((self.shape[0], x.shape[1]))
+            values = self.values.to(x.dtype)
+            return functional.embedding_bag(
+                self.columns, x, self.offsets, mode="sum", per_sample_weights=values, include_last_offset=True
+            )
+        if x.device.type == "cuda":
+            values = self.values.to(x.dtype)
+            matrix = torch.sparse_csr_tensor(self.offsets, self.columns, values, self.shape, check_invariants=False)
+            return matrix @ x
+        lengths = (self.offsets[1:] - self.offsets[:-1]).long()
+        rows = torch.arange(self.shape[0], device=x.device).repeat_interleave(lengths, output_size=len(self.columns))
+        weighted = x.index_select(0, self.columns) * self.values.to(x.dtype)[:, None]
+        return x.new_zeros((self.shape[0], x.shape[1])).index_add_(0, rows, weighted)
+
+
+def user_item_matrix(interactions: sp.csr_matrix) -> sp.csr_matrix:
+    """Return the symmetric-normalised bipartite adjacency A, (U + I, U + I), of (U, I) interactions.
+
+    A_ui = A_iu = 1 / sqrt(deg(u) deg(i)) for each distinct pair; nodes without an edge have empty rows.
+    """
+    pairs = sp.csr_matrix((np.ones(interactions.nnz), interactions.indices, interactions.indptr), interactions.shape)
+    pairs.sum_duplicates()
+    pairs.data[:] = 1.0
+    users, items = (1 / np.sqrt(np.maximum(np.asarray(pairs.sum(axis)).ravel(), 1)) for axis in (1, 0))
+    scaled = sp.csr_matrix(sp.diags_array(users) @ pairs @ sp.diags_array(items))
+    return sp.csr_matrix(sp.block_array([[None, scaled], [scaled.T, None]]))
+
+
+def item_item_matrix(
+    neighbours: Sequence[tuple[np.ndarray, np.ndarray]], weights: Sequence[float], n_items: int
+) -> sp.csr_matrix:
+    """Return S = sum_m w_m S_m, (I, I): S_m holds 1 / k at each of an item's k neighbours.
+
+    Args:
+        neighbours: per modality, item and neighbour indices of equal length; an item without rows has no vector
+            in that modality, and its other modalities then carry the whole weight.
+        weights: w_m per modality.
+        n_items: I.
+    """
+    total = sp.csr_matrix((n_items, n_items))
+    present = np.zeros(n_items)
+    for (items, others), weight in zip(neighbours, weights, strict=True):
+        count = np.bincount(items, minlength=n_items)
+        ones = sp.csr_matrix((1.0 / count[items], (items, others)), (n_items, n_items))
+        total = total + weight * ones
+        present += weight * (count > 0)
+    scale = np.divide(1.0, present, out=np.zeros(n_items), where=present > 0)
+    result = sp.csr_matrix(sp.diags_array(scale) @ total)
+    result.eliminate_zeros()
+    return result
+
+
+def propagate(adjacency: SparseMatrix, x: Tensor, layers: int) -> Tensor:
+    """Return sum_{l=0..layers} A^l x for a symmetric A (N, N) and x (N, D).
+
+    By Horner's rule, and as A is symmetric the gradient is the same sum over the gradient: no layer is kept.
+    """
+    return _Propagation.apply(x, adjacency, layers)
+
+
+class _Propagation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, adjacency: SparseMatrix, layers: int) -> Tensor:
+        ctx.adjacency, ctx.layers = adjacency, layers
+        return _horner(adjacency, x, layers)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _horner(ctx.adjacency, grad.contiguous(), ctx.layers), None, None
+
+
+def _horner(adjacency: SparseMatrix, x: Tensor, layers: int) -> Tensor:
+    y = x.clone() if layers == 0 else x
+    for _ in range(layers):
+        y = adjacency.product(y).add_(x)
+    return y
+
+
+def propagate_to(adjacency: SparseMatrix, x: Tensor, layers: int, users: Tensor, n_users: int) -> tuple[Tensor, Tensor]:
+    """Return rows of `propagate`: those of `users` (n,), (n, D), and those of all nodes behind the users, (I, D).
+
+    A training step reads few users. Sums over layers are taken of the rows that are read, and the gradient starts from
+    them, so whole tables are passed over by the products with A alone.
+
+    Args:
+        adjacency, x, layers: as in `propagate`; the first `n_users` nodes are the users.
+        users: indices, repeats allowed.
+        n_users: U.
+    """
+    return _Rows.apply(x, adjacency, layers, users, n_users)
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, adjacency: SparseMatrix, layers: int, users: Tensor, n_users: int
+    ) -> tuple[Tensor, Tensor]:
+        ctx.adjacency, ctx.layers, ctx.n_users = adjacency, layers, n_users
+        ctx.save_for_backward(users)
+        by_user, rest, y = x[users], x[n_users:].clone(), x
+        for _ in range(layers):
+            y = adjacency.product(y)
+            by_user += y[users]
+            rest += y[n_users:]
+        return by_user, rest
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_user: Tensor, rest: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (users,) = ctx.saved_tensors
+        grad = by_user.new_zeros(ctx.n_users + len(rest), by_user.shape[1])
+        for layer in range(ctx.layers + 1):
+            if layer:
+                grad = ctx.adjacency.product(grad)
+            grad[: ctx.n_users].index_add_(0, users, by_user)
+            grad[ctx.n_users :] += rest
+        return grad, None, None, None, None
+
+
+def add_neighbours(matrix: SparseMatrix, transposed: SparseMatrix, x: Tensor, layers: int) -> Tensor:
+    """Return x + S^layers x for S (N, N), whose transpose is given for the gradient, and x (N, D)."""
+    return _Neighbours.apply(x, matrix, transposed, layers)
+
+
+class _Neighbours(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrix: SparseMatrix, transposed: SparseMatrix, layers: int) -> Tensor:
+        ctx.transposed, ctx.layers = transposed, layers
+        return _power(matrix, x, layers) + x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _power(ctx.transposed, grad.contiguous(), ctx.layers) + grad, None, None, None
+
+
+def _power(matrix: SparseMatrix, x: Tensor, layers: int) -> Tensor:
+    for _ in range(layers):
+        x = matrix.product(x)
+    return x

@@ -1,0 +1,291 @@
+"""The CM3 network: projections, spherical fusion, propagation over both graphs, and the loss."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from cm3.common.arrays import blocks, mean_of_rows, zeros
+from cm3.common.errors import UserError
+from cm3.config import Model
+from cm3.model.fusion import lerp, reference_slerp, slerp, spherical_bezier
+from cm3.model.graph import SparseMatrix, add_neighbours, propagate, propagate_to, user_item_matrix
+from cm3.model.losses import alignment, calibrated_by, uniformity
+from cm3.model.network import Embeddings, Loss, Network, backward
+from cm3.model.sampling import Batch, derived_seed, mixing_parameters
+
+
+@dataclass(frozen=True)
+class FusedEmbeddings(Embeddings):
+    """What a forward gives: users (U, (M+1)d) and items (I, (M+1)d), not normalised, and fused (I, d) of unit norm."""
+
+    fused: Tensor
+
+
+@dataclass(frozen=True)
+class _StepEmbeddings:
+    users: list[Tensor]  # of each batch's spread users
+    items: Tensor
+    fused: Tensor
+
+
+class Modality(nn.Module):
+    """Projects one modality's features x, (I, d_m), onto its stream h and its control point c, both (I, d).
+
+    h = normalise(W2 LeakyReLU(W1 x + b1)), c = normalise(V x + a).
+    """
+
+    features: Tensor
+
+    def __init__(self, features: Tensor, hidden_dim: int, d: int) -> None:
+        super().__init__()
+        self.register_buffer("features", features, persistent=False)
+        self.hidden = nn.Linear(features.shape[1], hidden_dim)
+        self.output = nn.Linear(hidden_dim, d, bias=False)
+        self.point = nn.Linear(features.shape[1], d)
+        nn.init.xavier_normal_(self.point.weight)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Return the stream and the control point, (I, d) each, of unit norm."""
+        # The features are by far the widest factor: both maps read them in one product.
+        weight = torch.cat([self.hidden.weight, self.point.weight])
+        bias = torch.cat([self.hidden.bias, self.point.bias])
+        if self.features.dtype == torch.bfloat16:
+            both = functional.linear(self.features, weight.bfloat16()).to(weight.dtype) + bias
+        else:
+            both = functional.linear(self.features, weight, bias)
+        inner, control = both.split([self.hidden.out_features, self.point.out_features], dim=1)
+        stream = self.output(functional.leaky_relu(inner))
+        return functional.normalize(stream, dim=1), functional.normalize(control, dim=1)
+
+
+class CM3(Network):
+    """CM3 over U users, I items and M >= 1 modalities (arXiv 2508.01226).
+
+    Each entity has M + 1 streams of width d, one per modality and one fused. Weights of users are drawn from
+    N(0, 2 / (U + d)), which sets how fast Adam turns them, as they are normalised before use.
+    """
+
+    parts = ("alignment", "user_uniformity", "item_uniformity")
+    shares = True
+
+    def __init__(
+        self, features: Sequence[Tensor], interactions: sp.csr_matrix, item_graph: sp.csr_matrix, settings: Model
+    ) -> None:
+        """Take (I, d_m) float features per modality, (U, I) training interactions, and S (I, I).
+
+        Parameters come from torch's global generator.
+        """
+        super().__init__()
+        self.settings = settings
+        self.stream_names = [*map(str, range(1, len(features) + 1)), "fused"]
+        self.n_users, self.n_items = interactions.shape
+        d, streams = settings.embedding_dim, len(features) + 1
+        self.modalities = nn.ModuleList(Modality(x, settings.hidden_factor * d, d) for x in features)
+        self.users = nn.Parameter(torch.randn(self.n_users, streams, d) * math.sqrt(2 / (self.n_users + d)))
+        self.stream_logits = nn.Parameter(torch.randn(self.n_users, streams) * math.sqrt(2 / (self.n_users + streams)))
+        self.adjacency = SparseMatrix(user_item_matrix(interactions))
+        self.item_graph = SparseMatrix(item_graph)
+        self.item_graph_transposed = SparseMatrix(item_graph.T.tocsr())
+        arc = {"safe": slerp, "reference": reference_slerp}[settings.slerp]
+        self.interpolate = lerp if settings.fusion == "linear" else arc
+        if settings.fusion == "concat":
+            self.mix = nn.Linear(len(features) * d, d)
+
+    def forward(self, t: Tensor) -> FusedEmbeddings:
+        """Embed every user and item; `t` (I,) places each item on its fusion curve, 0.5 in evaluation."""
+        ego, fused = self._ego(t)
+        users, items = propagate(self.adjacency, ego, self.settings.n_ui_layers).split([self.n_users, self.n_items])
+        return FusedEmbeddings(self._weighted(users, self.stream_logits), self._with_neighbours(items), fused)
+
+    def _ego(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what propagation starts from, (U + I, (M+1)d), and the fused points, (I, d)."""
+        streams, points = zip(*(modality() for modality in self.modalities), strict=True)
+        fused = self._fused(points, t)
+        return UnitStreams.apply(self.users, torch.cat([*streams, fused], 1)), fused
+
+    def _fused(self, points: Sequence[Tensor], t: Tensor) -> Tensor:
+        fusion = self.settings.fusion
+        if fusion == "mean":
+            return functional.normalize(torch.stack(list(points)).mean(0), dim=1)
+        if fusion == "concat":
+            return functional.normalize(self.mix(torch.cat(list(points), 1)), dim=1)
+        curve = spherical_bezier(torch.stack(list(points)), t, self.interpolate)
+        return functional.normalize(curve, dim=1) if fusion == "linear" else curve
+
+    def _weighted(self, users: Tensor, logits: Tensor) -> Tensor:
+        weights = logits.softmax(1)
+        return (users.unflatten(1, (weights.shape[1], -1)) * weights[:, :, None]).flatten(1)
+
+    def _with_neighbours(self, items: Tensor) -> Tensor:
+        if not self.settings.item_graph:
+            return items
+        return add_neighbours(self.item_graph, self.item_graph_transposed, items, self.settings.n_mm_layers)
+
+    def training_embeddings(self, seed: int) -> FusedEmbeddings:
+        """Return a forward whose t ~ Beta(alpha, alpha), one draw per item, come from `seed`."""
+        return self(self._mixing(seed))
+
+    def _mixing(self, seed: int) -> Tensor:
+        return mixing_parameters(self.settings.alpha, self.n_items, self.users.device, seed)
+
+    def loss(self, embeddings: FusedEmbeddings, batch: Batch) -> Loss:
+        """Return alignment + gamma (uniformity of users + calibrated uniformity of items) / 2 over a batch."""
+        return self._loss(_rows(embeddings.users, batch.spread_users.ids), embeddings.items, embeddings.fused, batch)
+
+    def backward(self, batches: Sequence[Batch], seed: int) -> Loss:
+        """Return the mean loss of `batches`, its gradient added to the parameters'; no more users are embedded than they hold."""
+        held = [batch.spread_users.ids for batch in batches]
+        if len(held) > 1 and sum(len(some) for some in held) >= self.n_users:
+            return super().backward(batches, seed)
+        ego, fused = self._ego(self._mixing(seed))
+        ids = torch.cat(held)
+        users, items = propagate_to(self.adjacency, ego, self.settings.n_ui_layers, ids, self.n_users)
+        users, items = self._weighted(users, _rows(self.stream_logits, ids)), self._with_neighbours(items)
+        embeddings = _StepEmbeddings(list(users.split([len(some) for some in held])), items, fused)
+        return backward(embeddings, [partial(self._step_loss, n, batch) for n, batch in enumerate(batches)])
+
+    def _step_loss(self, n: int, batch: Batch, embeddings: "_StepEmbeddings") -> Loss:
+        return self._loss(embeddings.users[n], embeddings.items, embeddings.fused, batch)
+
+    def _loss(self, users: Tensor, items: Tensor, fused: Tensor, batch: Batch) -> Loss:
+        spread = batch.spread_items
+        users = functional.normalize(users, dim=1)
+        # The pairs' own items and the spread ones in one gather, whose gradient is then one table.
+        held = functional.normalize(_rows(items, torch.cat([batch.items, spread.ids])), dim=1)
+        positive, others = held.split([len(batch.items), len(spread.ids)])
+        align = self._alignment(_rows(users, batch.spread_users.places), positive)
+        user_uniformity = uniformity(users, counts=batch.spread_users.counts, share=self.share)
+        if self.settings.calibration:
+            points = _rows(fused.detach() if self.settings.detach_similarity else fused, spread.ids)
+            clamp = (self.settings.min_sim, self.settings.max_sim)
+            item_uniformity = calibrated_by(others, points, clamp, counts=spread.counts, share=self.share)
+        else:
+            item_uniformity = uniformity(others, counts=spread.counts, share=self.share)
+        total = align + self.settings.gamma * (user_uniformity + item_uniformity) / 2
+        return Loss(total, dict(zip(self.parts, (align, user_uniformity, item_uniformity), strict=True)))
+
+    def _alignment(self, users: Tensor, items: Tensor) -> Tensor:
+        if self.share is None:
+            return alignment(users, items)
+        mine = self.share.pairs(len(users))
+        return self.share.sum((users[mine] - items[mine]).square().sum() / len(users))
+
+    @torch.no_grad()
+    def embed(self) -> FusedEmbeddings:
+        """Return the embeddings that are evaluated: t = 0.5 for every item."""
+        return self(torch.full((self.n_items,), 0.5, device=self.users.device))
+
+    @torch.no_grad()
+    def curves(self) -> dict[str, float]:
+        """Return the mean weight of each stream over the users, `stream_weight_NAME`, and `fused_cosine`.
+
+        That is the mean cosine between the fused points of two items, t = 0.5: near 1 they say nothing of an item any
+        more, and the calibration has come to the plain uniformity.
+        """
+        weights = self.stream_logits.softmax(1).mean(0).tolist()
+        found = {f"stream_weight_{name}": value for name, value in zip(self.stream_names, weights, strict=True)}
+        points = [modality()[1] for modality in self.modalities]
+        n = self.n_items
+        fused = functional.normalize(self._fused(points, torch.full((n,), 0.5, device=self.users.device)), dim=1)
+        if n > 1:
+            found["fused_cosine"] = float((fused.sum(0).square().sum() - n) / (n * (n - 1)))
+        return found
+
+    def suspects(self) -> tuple[str, ...]:
+        """Name the reference's slerp where it is in use."""
+        return (
+            ("model.slerp: reference, which is undefined for equal vectors (use safe)",)
+            if self.settings.slerp == "reference"
+            else ()
+        )
+
+
+def _rows(table: Tensor, ids: Tensor) -> Tensor:
+    # `embedding` sums repeated rows in one order in its backward, which indexing does not promise.
+    return functional.embedding(ids, table)
+
+
+class UnitStreams(torch.autograd.Function):
+    """Rows of normalised streams, (U + I, S d): of users (U, S, d), each stream made a unit vector; of items as given.
+
+    Tables of users are the largest there are: on the CPU they are gone through in parts that stay in the cache.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, users: Tensor, items: Tensor) -> Tensor:
+        """Return the rows of both."""
+        out = items.new_empty(len(users) + len(items), items.shape[1])
+        norms = users.new_empty(*users.shape[:2], 1)
+        for part in _parts(users):
+            torch.linalg.vector_norm(users[part], dim=2, keepdim=True, out=norms[part])
+            torch.div(users[part], norms[part].clamp_min_(_TINY), out=out[part].unflatten(1, users.shape[1:]))
+        out[len(users) :] = items
+        ctx.save_for_backward(out, norms)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (g - x <x, g>) / norm for the users."""
+        out, norms = ctx.saved_tensors
+        result = out.new_empty(len(norms), norms.shape[1], out.shape[1] // norms.shape[1])
+        for part in _parts(norms):
+            x, g = (table[part].unflatten(1, result.shape[1:]) for table in (out, grad))
+            along = (x * g).sum(2, keepdim=True)
+            torch.addcmul(g, x, along, value=-1, out=result[part]).div_(norms[part])
+        return result, grad[len(norms) :]
+
+
+_TINY = 1e-12  # least norm that is divided by, as in torch.nn.functional.normalize
+
+
+def _parts(users: Tensor) -> list[slice]:
+    size = 2048 if users.device.type == "cpu" else max(len(users), 1)
+    return [slice(start, min(start + size, len(users))) for start in range(0, len(users), size)]
+
+
+def fill_missing(embedding: np.ndarray, ok: np.ndarray, missing: str, name: str) -> np.ndarray:
+    """Fill the rows of (I, d) features that are not ok, with the mean of the others (`mean`) or zero (`zero`), in place.
+
+    Raises:
+        UserError: no row is ok; `name` says of what.
+    """
+    if not ok.any():
+        raise UserError(f"{name}: none of its {len(ok)} items has a vector; leave this modality out or mend its inputs")
+    if not ok.all():
+        embedding[~ok] = mean_of_rows(embedding, ok) if missing == "mean" else 0
+    return embedding
+
+
+def seeded(
+    features: Sequence[np.ndarray],
+    interactions: sp.csr_matrix,
+    item_graph: sp.csr_matrix,
+    settings: Model,
+    seed: int,
+    precision: str = "float32",
+) -> CM3:
+    """Return a CM3 whose initial weights depend on `seed` alone; torch's global generator is left as it was.
+
+    With `precision` bfloat16 it keeps its features in that type and multiplies them in it.
+    """
+    given = [torch.from_numpy(x) if precision == "float32" else _bfloat16(x) for x in features]
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derived_seed(seed))
+        return CM3(given, interactions, item_graph, settings)
+
+
+def _bfloat16(x: np.ndarray) -> Tensor:
+    rounded = torch.from_numpy(zeros(x.shape, np.int16)).view(torch.bfloat16)
+    for rows in blocks(len(x)):
+        rounded[rows] = torch.from_numpy(x[rows])
+    return rounded

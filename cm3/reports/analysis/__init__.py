@@ -1,0 +1,1 @@
+"""Statistics behind the reports: runs, paired tests, slices, findings."""

@@ -1,0 +1,343 @@
+"""Stage `compare`: from the cells of a study to one table of numbers that say how far to believe them.
+
+docs/statistics.md tells what comparison.json and comparison.csv hold, and how each number comes about.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cm3.common.cli import stage
+from cm3.common.embeddings import read_embeddings
+from cm3.common.errors import UserError
+from cm3.common.files import write_json
+from cm3.common.interactions import Interactions, read_interactions
+from cm3.common.strict import validate
+from cm3.reports.analysis.beyond_accuracy import beyond_accuracy
+from cm3.reports.analysis.findings import sentences
+from cm3.reports.analysis.geometry import Sample, draw_sample, measure
+from cm3.reports.analysis.pairs import ALPHA, CONFIDENCE, best_of, compare_pairs, pairs_to_test
+from cm3.reports.analysis.runs import Cell, Experiment, Point, read_experiments, read_lists, read_per_user
+from cm3.reports.analysis.slices import Slices
+from cm3.reports.analysis.spec import StudySpec, check_study, describe_point
+from cm3.reports.analysis.statistics import bootstrap_means, interval, spread
+from cm3.reports.analysis.table import write_csv
+
+log = logging.getLogger("cm3.reports.analysis.compare")
+
+_READERS = 2  # threads, each of which measures a cell
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one chosen run amounts to: (M,) means over users, and numbers by name."""
+
+    means: np.ndarray
+    beyond: dict[str, float]
+    geometry: dict[str, float] | None
+    slices: list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data set and test users that all cells share."""
+
+    interactions: Interactions
+    user_ids: pa.Array
+    item_ids: pa.Array
+    users: np.ndarray
+    counts: np.ndarray
+    n_train_users: int
+    slices: Slices
+    sample: Sample
+
+
+def compare(
+    *,
+    study: StudySpec,
+    inputs: Mapping[str, Path],
+    comparison_output: Path,
+    table_output: Path,
+) -> dict[str, Any]:
+    """Compare a study's experiments and write comparison.json and comparison.csv.
+
+    Args:
+        study: experiments and cells.
+        inputs: the dataset's interactions, items, users; for each cell `evaluation.E.R`, `per_user.E.R`,
+            `recommendations.E.R`, `train.E.R`, and where the model has embeddings `user_embeddings.E.R` and
+            `item_embeddings.E.R`, with E the experiment and R the run.
+
+    Returns:
+        The content of comparison.json.
+
+    Raises:
+        UserError: cells without a validation score, metrics that are missing, different users, masks or monitors, or
+            files that do not belong together.
+    """
+    check_study(study)
+    experiments = read_experiments(study, inputs)
+    data = _read_data(study, inputs, experiments[0].chosen.cells[0])
+    names, metrics = list(study.experiments), study.metrics
+    averages = np.zeros((len(names), len(metrics), len(data.users)))  # a column in one piece, as tests read it often
+    entries, measured = {}, {}
+    of_points = _measure_points([experiment.chosen for experiment in experiments], data, metrics)
+    for experiment, average, cells in zip(experiments, averages, of_points, strict=True):
+        for values, _ in cells:
+            average += values.T / len(cells)
+        measured[experiment.name] = found = [each for _, each in cells]
+        entries[experiment.name] = _entry(experiment, found, data.sample, metrics)
+        log.info(
+            "%s: %s %.4f over %d seeds, chosen: %s",
+            experiment.name,
+            metrics[0],
+            entries[experiment.name]["metrics"][metrics[0]]["mean"],
+            len(found),
+            describe_point(experiment.chosen.settings),
+        )
+
+    flat = averages.reshape(-1, len(data.users)).T
+    resampled = bootstrap_means(flat, study.resamples, study.bootstrap_seed).reshape(-1, len(names), len(metrics))
+    by_seed = {name: {m: entry["metrics"][m]["values"] for m in metrics} for name, entry in entries.items()}
+    control_of = {name: spec.control_of for name, spec in study.experiments.items()}
+    per_user, tested = np.moveaxis(averages, -1, 0), pairs_to_test(names, study.reference, control_of)
+    pairs = compare_pairs(tested, names, metrics, per_user, resampled, by_seed)
+    best = {m: best_of(names, m, {n: entries[n]["metrics"][m]["mean"] for n in names}, pairs) for m in metrics}
+    low, high = interval(resampled, CONFIDENCE)
+    for e, name in enumerate(names):
+        for m, metric in enumerate(metrics):
+            marked = best[metric]["marked"] and best[metric]["experiment"] == name
+            entries[name]["metrics"][metric] |= {"low": float(low[e, m]), "high": float(high[e, m]), "best": marked}
+
+    monitors = {e.monitor for e in experiments}
+    words = sentences(entries, pairs, metrics[0], len(pairs))
+    result: dict[str, Any] = {
+        "study": study.study,
+        "dataset": experiments[0].spec.dataset,
+        "reference": study.reference,
+        "metrics": metrics,
+        "headline": metrics[0],
+        "command": study.command,
+        "settings": {
+            "resamples": study.resamples,
+            "confidence": CONFIDENCE,
+            "alpha": ALPHA,
+            "bootstrap_seed": study.bootstrap_seed,
+            "zero_method": "pratt",
+            "correction": "holm",
+            "tests": len(pairs),
+            "mask": experiments[0].chosen.cells[0].evaluation.get("mask"),
+            "monitor": monitors.pop() if len(monitors) == 1 else None,
+        },
+        "counts": _counts(data, experiments),
+        "words": words,
+        "experiments": entries,
+        "best": best,
+        "pairs": pairs,
+        "slices": _slices(data.slices, measured),
+        "cells": [
+            _cell(cell, point is e.chosen, metrics) for e in experiments for point in e.points for cell in point.cells
+        ],
+    }
+    write_json(comparison_output, result)
+    write_csv(table_output, result)
+    for word in words:
+        log.info("%s", word["text"])
+    return result
+
+
+def _read_data(study: StudySpec, inputs: Mapping[str, Path], first: Cell) -> Data:
+    interactions = read_interactions(*(inputs[name] for name in ("interactions", "items", "users")))
+    users, n_test, _ = read_per_user(first, study.metrics)
+    train, test = interactions.matrix("train"), interactions.truth("test")
+    sizes = np.diff(test.indptr)
+    if not np.array_equal(np.flatnonzero(sizes), users) or not np.array_equal(sizes[users], n_test):
+        raise UserError(
+            f"{first.files['per_user']}: its users and sizes of truth are not those of the test split of "
+            f"{inputs['interactions']}; delete the run's evaluation and run again"
+        )
+    cutoffs = sorted({_cutoff(metric) for metric in study.metrics})
+    counts = np.asarray(train.sum(0)).ravel().astype(np.int64)
+    n_users = int((np.diff(train.indptr) > 0).sum())
+    slices = Slices(users, train, test, cutoffs)
+    user_ids, item_ids = (pa.array(ids, pa.string()) for ids in (interactions.user_ids, interactions.item_ids))
+    sample = draw_sample(train, study.bootstrap_seed)
+    return Data(interactions, user_ids, item_ids, users, counts, n_users, slices, sample)
+
+
+def _cutoff(metric: str) -> int:
+    name, _, k = metric.partition("@")
+    if not (name and k.isdigit()):
+        raise UserError(f"metrics = {metric!r}: not a metric at a cut-off, such as recall@20")
+    return int(k)
+
+
+def _measure_points(
+    points: Sequence[Point], data: Data, metrics: Sequence[str]
+) -> Iterator[list[tuple[np.ndarray, Measured]]]:
+    """Yield of each point the (n, M) per-user values of its cells and what else they amount to, by seed."""
+    # A closed form does not depend on the seed: its seeds share one run, which is measured once.
+    runs = [{cell.spec.run: cell for cell in point.cells} for point in points]
+    with ThreadPoolExecutor(_READERS) as pool:
+        found = pool.map(lambda cell: _measure_cell(cell, data, metrics), [c for each in runs for c in each.values()])
+        for point, each in zip(points, runs, strict=True):
+            by_run = dict(zip(each, found, strict=False))
+            yield [by_run[cell.spec.run] for cell in point.cells]
+
+
+def _measure_cell(cell: Cell, data: Data, metrics: Sequence[str]) -> tuple[np.ndarray, Measured]:
+    _, _, values = read_per_user(cell, metrics, data.users)
+    cutoffs = data.slices.cutoffs
+    path = cell.files["recommendations"]
+    lists = read_lists(path, data.user_ids, data.item_ids, data.users, max(cutoffs))
+    overall, means = data.slices.measure(lists)
+    for column, metric in enumerate(metrics):
+        if metric in overall and not np.allclose(overall[metric], values[:, column], rtol=0, atol=1e-9):
+            user = int(data.users[np.abs(overall[metric] - values[:, column]).argmax()])
+            raise UserError(
+                f"{path}: the lists give another {metric} than {cell.files['per_user']}, for instance for user {user}; "
+                "delete both and run again"
+            )
+    geometry = None
+    if {"user_embeddings", "item_embeddings"} <= cell.files.keys():
+        user_rows, item_rows, sample = data.sample.rows()
+        users, _ = read_embeddings(cell.files["user_embeddings"], "user_id", data.user_ids, user_rows)
+        items, _ = read_embeddings(cell.files["item_embeddings"], "item_id", data.item_ids, item_rows)
+        geometry = measure(users, items, sample)
+    kept = [{metric: mean[metric] for metric in metrics if metric in mean} for mean in means]
+    beyond = beyond_accuracy(lists, data.counts, data.n_train_users, cutoffs)
+    return values, Measured(values.mean(0), beyond, geometry, kept)
+
+
+def _entry(
+    experiment: Experiment, measured: Sequence[Measured], sample: Sample, metrics: Sequence[str]
+) -> dict[str, Any]:
+    spec, chosen = experiment.spec, experiment.chosen
+    cells = [cell.spec for cell in chosen.cells]
+    means = np.array([each.means for each in measured])
+    geometry: dict[str, Any] | None = None
+    if measured[0].geometry is not None:
+        geometry = {name: spread([(m.geometry or {})[name] for m in measured]) for name in measured[0].geometry}
+        geometry |= {"pairs": len(sample.pair_users), "users": len(sample.users), "items": len(sample.items)}
+    return {
+        "model": spec.model,
+        "dataset": spec.dataset,
+        "modalities": spec.modalities,
+        "control": spec.control,
+        "control_of": spec.control_of,
+        "point": chosen.settings,
+        "seeds": [cell.seed for cell in cells],
+        "n_seeds": len(cells),
+        "deterministic": len(cells) > 1 and len({cell.run for cell in cells}) == 1,
+        "runs": [cell.run for cell in cells],
+        "commands": [cell.command for cell in cells],
+        "command": _one_command([cell.command for cell in cells]),
+        "warnings": list(dict.fromkeys(c.record["warning"] for c in chosen.cells if c.record.get("warning"))),
+        "monitor": experiment.monitor,
+        "valid": spread(chosen.valid),
+        "metrics": {metric: spread(means[:, column].tolist()) for column, metric in enumerate(metrics)},
+        "beyond": {name: spread([each.beyond[name] for each in measured]) for name in measured[0].beyond},
+        "geometry": geometry,
+        "cost": _cost(experiment),
+        "grid": [_grid_point(point, point is chosen) for point in experiment.points],
+    }
+
+
+def _cost(experiment: Experiment) -> dict[str, Any]:
+    chosen = [cell.record for cell in experiment.chosen.cells]
+    runs = {cell.spec.run: cell.record for point in experiment.points for cell in point.cells}
+
+    def over_seeds(field: str) -> dict[str, Any] | None:
+        values = [record.get(field) for record in chosen]
+        return None if any(value is None for value in values) else spread([float(v) for v in values])  # type: ignore[arg-type]
+
+    return {
+        "train_seconds": over_seeds("wall_seconds"),
+        "peak_memory_mb": over_seeds("peak_memory_mb"),
+        "seconds_per_epoch": over_seeds("seconds_per_epoch"),
+        "epochs": over_seeds("epochs"),
+        "parameters": chosen[0].get("parameters"),
+        "device": chosen[0].get("device"),
+        "all_cells_seconds": sum(record.get("wall_seconds", 0.0) for record in runs.values()),
+        "cells": len(runs),
+    }
+
+
+def _grid_point(point: Point, selected: bool) -> dict[str, Any]:
+    cells = [cell.spec for cell in point.cells]
+    return {
+        "point": point.settings,
+        "selected": selected,
+        "valid": spread(point.valid),
+        "seeds": [cell.seed for cell in cells],
+        "runs": [cell.run for cell in cells],
+        "commands": [cell.command for cell in cells],
+    }
+
+
+def _cell(cell: Cell, selected: bool, metrics: Sequence[str]) -> dict[str, Any]:
+    spec = cell.spec
+    return {
+        "experiment": spec.experiment,
+        "run": spec.run,
+        "seed": spec.seed,
+        "point": spec.point,
+        "keys": spec.keys,
+        "folder": cell.folder,
+        "command": spec.command,
+        "valid": cell.valid,
+        "selected": selected,
+        # Of points that were not chosen, no test score is shown: nobody can pick by it.
+        "metrics": {metric: cell.evaluation["test"][metric] for metric in metrics} if selected else None,
+    }
+
+
+def _counts(data: Data, experiments: Sequence[Experiment]) -> dict[str, int]:
+    return {
+        "users": len(data.interactions.user_ids),
+        "items": len(data.interactions.item_ids),
+        "train_interactions": int(data.counts.sum()),
+        "test_users": len(data.users),
+        "test_interactions": int(data.slices.truth.nnz),
+        "cold_items": int((data.counts == 0).sum()),
+        "experiments": len(experiments),
+        "cells": sum(len(point.cells) for e in experiments for point in e.points),
+    }
+
+
+def _slices(slices: Slices, measured: Mapping[str, Sequence[Measured]]) -> list[dict[str, Any]]:
+    rows = []
+    for number, one in enumerate(slices.slices):
+        means = {name: [each.slices[number] for each in seeds] for name, seeds in measured.items()}
+        by_experiment = {name: {m: spread([x[m] for x in seeds]) for m in seeds[0]} for name, seeds in means.items()}
+        rows.append({**asdict(one), "metrics": by_experiment if one.users else {}})
+    return rows
+
+
+def _one_command(commands: Sequence[str]) -> str:
+    # "snakemake --cores 8 A" and "snakemake --cores 8 B" are one command with two targets.
+    parts = [command.rpartition(" ") for command in dict.fromkeys(commands)]
+    if len({head for head, _, _ in parts}) == 1:
+        return f"{parts[0][0]} {' '.join(target for _, _, target in parts)}".strip()
+    return " && ".join(dict.fromkeys(commands))
+
+
+def main() -> None:
+    """Run the stage: spec of `StudySpec`; inputs as `compare` tells; outputs comparison, table, record."""
+    with stage("cm3.reports.analysis.compare") as call:
+        result = compare(
+            study=validate(StudySpec, call.spec, "study"),
+            inputs=call.inputs,
+            comparison_output=call.outputs["comparison"],
+            table_output=call.outputs["table"],
+        )
+        call.record.update(counts=result["counts"], tests=result["settings"]["tests"])
+
+
+if __name__ == "__main__":
+    main()

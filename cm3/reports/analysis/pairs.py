@@ -1,0 +1,140 @@
+"""Models against each other: paired over users, corrected over everything that is tested."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cm3.reports.analysis.statistics import holm, interval, paired_differences, seed_noise, signed_rank
+
+CONFIDENCE, ALPHA = 0.95, 0.05
+
+
+def pairs_to_test(
+    names: Sequence[str], reference: str | None, control_of: Mapping[str, str | None]
+) -> list[tuple[str, str]]:
+    """Return the pairs (a, b) that are tested, a - b being reported.
+
+    Without a reference all pairs, in the study's order; with one, each other experiment against it, and beside these
+    each experiment against its control.
+    """
+    if reference is None:
+        return list(itertools.combinations(names, 2))
+    pairs = [(name, reference) for name in names if name != reference]
+    for name in names:
+        own = control_of.get(name)
+        if own is not None and (name, own) not in pairs and (own, name) not in pairs:
+            pairs.append((own, name))
+    return pairs
+
+
+def compare_pairs(
+    pairs: Sequence[tuple[str, str]],
+    names: Sequence[str],
+    metrics: Sequence[str],
+    per_user: np.ndarray,
+    resampled: np.ndarray,
+    by_seed: Mapping[str, Mapping[str, Sequence[float]]],
+) -> list[dict[str, Any]]:
+    """Test each pair in each metric and correct over all of these tests.
+
+    A difference is significant where the corrected p-value is below 0.05, the interval leaves out 0, and ranks and
+    mean lean the same way.
+
+    Args:
+        pairs: (a, b) names.
+        names, metrics: the experiments and metrics, in the order of the arrays' axes.
+        per_user: (n, E, M) each user's values, averaged over seeds.
+        resampled: (B, E, M) bootstrap means of the same.
+        by_seed: experiment -> metric -> mean of each seed.
+
+    Returns:
+        A dict per pair and metric, as `cm3.reports.analysis.compare` documents it.
+    """
+    place = {name: i for i, name in enumerate(names)}
+    rows: list[dict[str, Any]] = []
+    ranks = []
+    for a, b in pairs:
+        for m, metric in enumerate(metrics):
+            x, y = per_user[:, place[a], m], per_user[:, place[b], m]
+            differences = paired_differences(x, y)
+            low, high = interval(resampled[:, place[a], m] - resampled[:, place[b], m], CONFIDENCE)
+            ranks.append(signed_rank(differences))
+            rows.append(
+                {
+                    "a": a,
+                    "b": b,
+                    "metric": metric,
+                    "mean_a": float(x.mean()),
+                    "mean_b": float(y.mean()),
+                    "difference": float(differences.mean()),
+                    "low": float(low),
+                    "high": float(high),
+                    "p": ranks[-1].p,
+                    "users_a": int((differences > 0).sum()),
+                    "users_b": int((differences < 0).sum()),
+                    "users_equal": int((differences == 0).sum()),
+                    "seeds": seed_noise(by_seed[a][metric], by_seed[b][metric], CONFIDENCE),
+                }
+            )
+    for row, rank, p in zip(rows, ranks, holm([row["p"] for row in rows]), strict=True):
+        away = (row["low"] > 0 and rank.z > 0) or (row["high"] < 0 and rank.z < 0)
+        row["p_holm"] = float(p)
+        row["significant"] = bool(p < ALPHA and away)
+        row["better"] = None if not row["significant"] else "a" if row["difference"] > 0 else "b"
+    return rows
+
+
+def find_pair(rows: Sequence[Mapping[str, Any]], first: str, second: str, metric: str) -> dict[str, Any] | None:
+    """Return the tested pair seen from `first`: difference is first - second, better "a" is `first`. None if untested."""
+    for row in rows:
+        if row["metric"] == metric and (row["a"], row["b"]) == (first, second):
+            return dict(row)
+        if row["metric"] == metric and (row["a"], row["b"]) == (second, first):
+            return _turned(row)
+    return None
+
+
+def _turned(row: Mapping[str, Any]) -> dict[str, Any]:
+    seeds = row["seeds"]
+    told = {**seeds, "low": _minus(seeds["high"]), "high": _minus(seeds["low"])}
+    return {
+        **row,
+        "a": row["b"],
+        "b": row["a"],
+        "mean_a": row["mean_b"],
+        "mean_b": row["mean_a"],
+        "difference": -row["difference"],
+        "low": -row["high"],
+        "high": -row["low"],
+        "users_a": row["users_b"],
+        "users_b": row["users_a"],
+        "seeds": told,
+        "better": {"a": "b", "b": "a"}.get(row["better"]),
+    }
+
+
+def _minus(value: float | None) -> float | None:
+    return None if value is None else -value
+
+
+def best_of(
+    names: Sequence[str], metric: str, means: Mapping[str, float], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return which experiment has the highest mean, and whether it is marked as best.
+
+    It is marked where it is significantly better than the next best, and than every other one.
+    """
+    ordered = sorted(names, key=lambda name: -means[name])
+    best, others = ordered[0], ordered[1:]
+    found = {"experiment": best, "next": others[0] if others else None}
+    for other in others:
+        pair = find_pair(rows, best, other, metric)
+        if pair is None:
+            return {**found, "marked": False, "reason": f"{best} was not tested against {other}"}
+        if pair["better"] != "a":
+            return {**found, "marked": False, "reason": f"{best} is not significantly better than {other}"}
+    if not others:
+        return {**found, "marked": False, "reason": "there is nothing to compare it with"}
+    return {**found, "marked": True, "reason": f"{best} is significantly better than every other experiment"}

@@ -1,0 +1,146 @@
+"""Slices: which items and users a model serves, from its recommendation lists and the interactions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse as sp
+
+from cm3.evaluation.metrics import of_hits
+
+ITEM_CLASSES = ("head", "middle", "tail", "cold")
+_BLOCK_PAIRS, _BLOCK_USERS = 65_536, 8192
+HEAD_SHARE, HEAD_AND_MIDDLE_SHARE = 0.2, 0.8
+_DEFINITIONS = {
+    "head": "the items most bought in training that make up the first 20 % of its interactions",
+    "middle": "the items after the head, up to 80 % of the training interactions",
+    "tail": "the items of the last 20 % of the training interactions",
+    "cold": "items never bought in training",
+}
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A part of the test split.
+
+    Attributes:
+        kind: items, if the truth is cut to some items; users, if the users are.
+        name, definition: what it is.
+        users, interactions: how many test users and test interactions it has.
+        items: number of items; None for users.
+    """
+
+    kind: str
+    name: str
+    definition: str
+    users: int
+    interactions: int
+    items: int | None
+
+
+def item_classes(counts: np.ndarray) -> np.ndarray:
+    """Return each item's class, (I,) positions in ITEM_CLASSES, from (I,) numbers of training interactions.
+
+    Items stand by falling count, equal counts by lower item. An item is head where the items before it hold less than
+    20 % of the interactions, else middle where they hold less than 80 %, else tail; with no interaction it is cold.
+    """
+    order = np.lexsort((np.arange(len(counts)), -counts))
+    before = np.cumsum(counts[order]) - counts[order]
+    # Compared as whole numbers: 0.2 is not a float.
+    classes = np.where(5 * before < counts.sum(), 0, np.where(5 * before < 4 * counts.sum(), 1, 2))
+    result = np.empty(len(counts), np.int64)
+    result[order] = np.where(counts[order] == 0, 3, classes)
+    return result
+
+
+def history_bins(lengths: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """Split (R,) test users by the number of their training items at its quartiles: names and (R,) masks.
+
+    A quartile is a length that some user has, and users of equal length stay together, so that there are four bins at
+    most. Users without training items are not tested.
+    """
+    bins = []
+    below = 0
+    for edge in np.unique(np.quantile(lengths, [0.25, 0.5, 0.75, 1.0], method="inverted_cdf")):
+        mask = (lengths > below) & (lengths <= edge)
+        shortest, longest = int(lengths[mask].min()), int(edge)
+        name = f"{shortest}-{longest} items" if shortest < longest else f"{longest} item{'s' if longest > 1 else ''}"
+        bins.append((name, mask))
+        below = longest
+    return bins
+
+
+class Slices:
+    """The slices of one test split, ready to judge many models' lists."""
+
+    def __init__(self, users: np.ndarray, train: sp.csr_matrix, test: sp.csr_matrix, cutoffs: Sequence[int]) -> None:
+        """Take the (R,) test users, the (U, I) training and test matrices, and the cut-offs of the metrics."""
+        self.truth, self.cutoffs = test[users], list(cutoffs)
+        self.rows = np.repeat(np.arange(len(users)), np.diff(self.truth.indptr))
+        counts = np.asarray(train.sum(0)).ravel().astype(np.int64)
+        self.classes = item_classes(counts)
+        self.n_truth = np.column_stack(
+            [
+                np.asarray(self.truth[:, self.classes == c].sum(1)).ravel().astype(np.int64)
+                for c in range(len(ITEM_CLASSES))
+            ]
+        )
+        total = self.n_truth.sum(1)
+        bins = history_bins(np.diff(train.indptr)[users])
+        self.members = [np.flatnonzero(mask) for mask in (*(self.n_truth > 0).T, *(mask for _, mask in bins))]
+        self.slices = [
+            Slice(
+                "items",
+                name,
+                _DEFINITIONS[name],
+                int((self.n_truth[:, c] > 0).sum()),
+                int(self.n_truth[:, c].sum()),
+                int((self.classes == c).sum()),
+            )
+            for c, name in enumerate(ITEM_CLASSES)
+        ]
+        self.slices += [
+            Slice("users", name, f"test users with {name} in training", int(mask.sum()), int(total[mask].sum()), None)
+            for name, mask in bins
+        ]
+
+    def measure(self, lists: np.ndarray) -> tuple[dict[str, np.ndarray], list[dict[str, float]]]:
+        """Return the per-user metrics of (R, k) lists, and for each of `slices` the means over its users.
+
+        In a slice of items, hits and truth count only where the item is in it, and users without such truth are left
+        out. A slice without users has no means. Cut-offs above k are left out.
+        """
+        rows, ranks, classes = self._hits(lists)
+        judged = [(classes >= 0, self.n_truth.sum(1))]
+        judged += [(classes == c, self.n_truth[:, c]) for c in range(len(ITEM_CLASSES))]
+        overall, *found = (self._values(rows[hit], ranks[hit], n_truth, lists.shape[1]) for hit, n_truth in judged)
+        found += [overall] * (len(self.members) - len(found))
+        means = [
+            {metric: float(value[users].mean()) for metric, value in values.items()} if len(users) else {}
+            for users, values in zip(self.members, found, strict=True)
+        ]
+        return overall, means
+
+    def _hits(self, lists: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        # Row, rank and item class of each hit: a user has many recommendations, but little truth to look for.
+        hits = []
+        for start in range(0, len(self.rows), _BLOCK_PAIRS):
+            part = slice(start, start + _BLOCK_PAIRS)
+            rows, items = self.rows[part], self.truth.indices[part]
+            pair, rank = np.nonzero(lists[rows] == items[:, None])
+            hits.append((rows[pair], rank, self.classes[items[pair]]))
+        rows, ranks, classes = (np.concatenate(column) for column in zip(*hits, strict=True))
+        return rows, ranks, classes
+
+    def _values(self, rows: np.ndarray, ranks: np.ndarray, n_truth: np.ndarray, k: int) -> dict[str, np.ndarray]:
+        # Most users have no hit and 0 everywhere.
+        users, place = np.unique(rows, return_inverse=True)
+        hits = np.zeros((len(users), k), bool)
+        hits[place, ranks] = True
+        cutoffs = [cutoff for cutoff in self.cutoffs if cutoff <= k]
+        parts = np.array_split(np.arange(len(users)), len(users) // _BLOCK_USERS + 1)
+        found = [of_hits(hits[part], n_truth[users[part]], cutoffs) for part in parts]
+        values = {metric: np.zeros(len(n_truth)) for metric in found[0]}
+        for metric, value in values.items():
+            value[users] = np.concatenate([part[metric] for part in found])
+        return values

@@ -1,0 +1,131 @@
+"""The statistics of a comparison: paired bootstrap, signed ranks, Holm's correction, spread over seeds."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+_BLOCK_ENTRIES = 8_000_000
+_DECIMALS = 12
+
+
+class SignedRank(NamedTuple):
+    """Two-sided p-value, and the standardised signed-rank statistic, whose sign says which way ranks lean."""
+
+    p: float
+    z: float
+
+
+def bootstrap_means(values: np.ndarray, resamples: int, seed: int, block_entries: int = _BLOCK_ENTRIES) -> np.ndarray:
+    """Return the mean of each column over users drawn with replacement, (resamples, C) float64.
+
+    A resample is the same users for all columns, so that differences of columns are paired differences. It enters as
+    counts, a draw of Multinomial(n; 1/n, ..., 1/n), and a block of them is one matrix product; memory is bounded by
+    `block_entries` counts, and the draws do not depend on it.
+
+    Args:
+        values: (n, C), a row per user.
+        resamples: number of resamples.
+        seed: of the draws.
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 6 and 13.
+    """
+    n = len(values)
+    rng = np.random.default_rng(seed)
+    means = np.empty((resamples, values.shape[1]))
+    size = max(1, min(resamples, block_entries // max(n, 1)))
+    counts = np.empty((size, n))
+    drawn = np.empty(n, np.int64)  # what bincount counts without a copy
+    for start in range(0, resamples, size):
+        rows = min(size, resamples - start)
+        for row in range(rows):
+            drawn[:] = rng.integers(0, n, n, dtype=np.int32)
+            counts[row] = np.bincount(drawn, minlength=n)
+        means[start : start + rows] = counts[:rows] @ values
+    return means / n
+
+
+def interval(draws: np.ndarray, confidence: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the percentile interval (low, high) of (B, ...) draws along the first axis."""
+    outside = (1 - confidence) / 2
+    low, high = np.quantile(draws, [outside, 1 - outside], axis=0)
+    return low, high
+
+
+def paired_differences(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return a - b of each user, rounded to 12 decimals.
+
+    Means over seeds of the same values in another order differ in the last bit; unrounded, such a pair would count
+    as a user for whom one model is better.
+    """
+    return np.round(a - b, _DECIMALS) + 0.0
+
+
+def signed_rank(differences: np.ndarray) -> SignedRank:
+    """Test whether (n,) paired differences lie evenly about 0: Wilcoxon's signed-rank test, zeros as Pratt has it.
+
+    Zeros take part in the ranking of |d| and are then left out, so that a model which differs for few users must
+    differ for them clearly. Up to 50 users without zeros or ties the distribution is exact, and up to 13 with them;
+    else it is the normal approximation with ties accounted for, without continuity correction. p is 1 where all
+    differences are 0.
+
+    Source: Wilcoxon (1945); Pratt (1959); Cureton (1967) for the approximation with zeros.
+    """
+    if not np.any(differences):
+        return SignedRank(1.0, 0.0)
+    # One-sided, for SciPy's two-sided statistic has no sign.
+    z = float(stats.wilcoxon(differences, zero_method="pratt", method="asymptotic", alternative="greater").zstatistic)
+    if len(differences) > 50:
+        return SignedRank(float(2 * stats.norm.sf(abs(z))), z)
+    return SignedRank(float(stats.wilcoxon(differences, zero_method="pratt", method="auto").pvalue), z)
+
+
+def holm(p: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Return Holm's step-down adjusted p-values of a family of m tests, in the given order.
+
+    With p sorted upwards, adjusted_(i) = max_{j <= i} min(1, (m - j + 1) p_(j)). Rejecting where it is below alpha
+    keeps the chance of any false rejection in the family below alpha, whatever the dependence between the tests.
+
+    Source: Holm, A simple sequentially rejective multiple test procedure (1979).
+    """
+    p = np.asarray(p, np.float64)
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1.0)
+    return adjusted
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Return mean, sample standard deviation (n - 1; null for one value) and the values."""
+    numbers = np.asarray(values, np.float64)
+    sd = float(np.sqrt(_variance(numbers))) if len(numbers) > 1 else None
+    return {"mean": float(numbers.mean()), "sd": sd, "values": numbers.tolist()}
+
+
+def seed_noise(a: Sequence[float], b: Sequence[float], confidence: float) -> dict[str, Any]:
+    """Return how far the difference of two models' means over seeds can be told from the noise of training.
+
+    `low` and `high` are Welch's interval for mean(a) - mean(b), runs being the sample; `sd` is the standard deviation
+    of the difference of one run of each; `exceeds` says whether the interval leaves out 0. All null where either
+    model has one run only: its noise is not known.
+
+    Source: Welch (1947); Satterthwaite (1946) for the degrees of freedom.
+    """
+    x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if min(len(x), len(y)) < 2:
+        return {"low": None, "high": None, "sd": None, "exceeds": None}
+    of_mean = np.array([_variance(x) / len(x), _variance(y) / len(y)])
+    difference = x.mean() - y.mean()
+    reach = 0.0
+    if of_mean.sum() > 0:
+        freedom = of_mean.sum() ** 2 / (of_mean**2 / [len(x) - 1, len(y) - 1]).sum()
+        reach = stats.t.ppf((1 + confidence) / 2, freedom) * np.sqrt(of_mean.sum())
+    low, high = float(difference - reach), float(difference + reach)
+    sd = float(np.sqrt(_variance(x) + _variance(y)))
+    return {"low": low, "high": high, "sd": sd, "exceeds": low > 0 or high < 0}
+
+
+def _variance(values: np.ndarray) -> float:
+    # Equal values, as a closed form gives them, have none: not the rounding of their mean.
+    return 0.0 if np.all(values == values[0]) else float(values.var(ddof=1))

@@ -1,0 +1,93 @@
+"""What failed or is missing, and why: pictures, captions, vectors and texts, with a few examples of each."""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cm3.common.files import read_json
+from cm3.common.tables import CAPTIONS, MANIFEST, OK, read_table
+from cm3.reports.pages.item_cards import Shop
+
+EXAMPLES, KINDS = 5, 12
+_DETAIL = re.compile(r"b'.*'|b\".*\"|\([^)]*\)|\d+|\S+/\S+")
+
+
+def troubles(shop: Shop, inputs: Mapping[str, Path]) -> list[dict[str, Any]]:
+    """Return tables of trouble, each with its kinds, the most common first; what went without trouble is left out.
+
+    Args:
+        shop: the dataset's tables.
+        inputs: `manifest`, and of each modality M `captions.M` and `record.extract.M`, those that there are.
+    """
+    found = []
+    if "manifest" in inputs:
+        table = read_table(inputs["manifest"], MANIFEST)
+        found.append(
+            {"what": "Pictures", **_rows(shop, table.column("status").to_pylist(), table.column("error").to_pylist())}
+        )
+    for name, path in inputs.items():
+        if name.startswith("captions."):
+            table = read_table(path, CAPTIONS)
+            rows = _rows(shop, table.column("status").to_pylist(), table.column("error").to_pylist())
+            found.append({"what": f"Captions ({name.removeprefix('captions.')})", **rows})
+    for name, path in inputs.items():
+        if name.startswith("record.extract."):
+            found.append(
+                {"what": f"Vectors ({name.removeprefix('record.extract.')})", **_recorded(shop, read_json(path))}
+            )
+    missing = [
+        OK if any((shop.titles[i], shop.brands[i], shop.categories[i])) else "missing"
+        for i in range(len(shop.item_ids))
+    ]
+    texts = _rows(shop, missing, ["neither title nor brand nor categories"] * len(missing))
+    found.append({"what": "Texts", **texts})
+    return [one for one in found if one["kinds"]]
+
+
+def _rows(shop: Shop, status: list[str], errors: list[str | None]) -> dict[str, Any]:
+    kinds: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for item, (state, error) in enumerate(zip(status, errors, strict=True)):
+        if state != OK:
+            kinds[state, _kind(error)].append(item)
+    ranked = sorted(kinds.items(), key=lambda one: (-len(one[1]), one[0]))
+    return {
+        "kinds": [
+            {
+                "status": state,
+                "kind": kind,
+                "count": len(items),
+                "examples": [{**shop.card(item), "error": errors[item]} for item in items[:EXAMPLES]],
+            }
+            for (state, kind), items in ranked[:KINDS]
+        ],
+        "more": sum(len(items) for _, items in ranked[KINDS:]),
+        "count": sum(len(items) for _, items in ranked),
+        "total": len(status),
+    }
+
+
+def _recorded(shop: Shop, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the rows of an extraction by its record, which counts all failures and names the first."""
+    numbers = {item_id: item for item, item_id in enumerate(shop.item_ids)}
+    status = [OK] * len(shop.item_ids)
+    errors: list[str | None] = [None] * len(shop.item_ids)
+    named = [failure for failure in record.get("failures", []) if failure["item_id"] in numbers]
+    for failure in named:
+        status[numbers[failure["item_id"]]] = "failed"
+        errors[numbers[failure["item_id"]]] = failure.get("reason")
+    rows = _rows(shop, status, errors)
+    counts = record.get("counts", {})
+    failed, missing = counts.get("failed", 0), counts.get("missing", 0)
+    if missing:
+        rows["kinds"].append({"status": "missing", "kind": "nothing to encode", "count": missing, "examples": []})
+    rows["more"] += max(0, failed - len(named))
+    return rows | {"count": failed + missing}
+
+
+def _kind(error: str | None) -> str:
+    """Return an error without what differs from item to item: paths, numbers, brackets, bytes."""
+    if not error:
+        return "nothing there"
+    return _DETAIL.sub("\N{HORIZONTAL ELLIPSIS}", error).strip(" :;")[:120]

@@ -1,0 +1,176 @@
+"""Stage `study_page`: a study's comparison as a page that sorts, with its intervals drawn, and its figures."""
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from cm3.common.cli import stage
+from cm3.common.errors import UserError
+from cm3.common.files import read_json
+from cm3.reports.pages.chart import Chart, Forest, Points
+from cm3.reports.pages.figures import save_figures
+from cm3.reports.pages.page import pretty, write_page
+
+log = logging.getLogger("cm3.reports.pages.study_page")
+
+
+def study_page(*, comparison: Path, page_output: Path, figures_output: Path) -> dict[str, Any]:
+    """Write the page of a comparison.json, as `cm3.reports.analysis.compare` leaves it, and its figures as SVG and PNG.
+
+    Returns:
+        Facts for the stage's record.
+
+    Raises:
+        UserError: the comparison is absent or not one.
+    """
+    try:
+        study = read_json(comparison)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"{comparison}: not a comparison ({error}); delete it and run again") from None
+    planes, cost = _planes(study), _cost_chart(study)
+    charts = [*planes, *([cost] if cost else [])]
+    context = {
+        "study": study,
+        "names": {metric: pretty(metric) for metric in study["metrics"]},
+        "intervals": {metric: _intervals(study, metric) for metric in study["metrics"]},
+        "differences": [table for metric in study["metrics"] if (table := _differences(study, metric))["rows"]],
+        "slices": _slices(study),
+        "beyond": _beyond(study),
+        "planes": planes,
+        "cost": cost,
+        "grids": {name: one["grid"] for name, one in study["experiments"].items() if len(one["grid"]) > 1},
+    }
+    write_page(page_output, "study.html", context)
+    forests = [_forest(study, metric) for metric in study["metrics"]]
+    figures = save_figures([*forests, *charts], figures_output)
+    log.info("%s: %d experiments, %d figures", page_output, len(study["experiments"]), len(figures))
+    return {"bytes": page_output.stat().st_size, "figures": len(figures)}
+
+
+def _intervals(study: Mapping[str, Any], metric: str) -> dict[str, Any]:
+    rows = [{"name": name, **one["metrics"][metric]} for name, one in study["experiments"].items()]
+    return {"scale": _scale([row[end] for row in rows for end in ("low", "high")]), "rows": rows}
+
+
+def _differences(study: Mapping[str, Any], metric: str) -> dict[str, Any]:
+    rows = [pair for pair in study["pairs"] if pair["metric"] == metric]
+    ends = [pair[end] for pair in rows for end in ("low", "high")]
+    return {"metric": metric, "rows": rows, "scale": _scale([*ends, 0.0])}
+
+
+def _scale(values: list[float]) -> tuple[float, float]:
+    return (min(values), max(values)) if values else (0.0, 1.0)
+
+
+def _slices(study: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a table for each kind of slice and metric: experiments down, slices across, means over seeds."""
+    tables = []
+    for metric in study["metrics"]:
+        for kind in ("items", "users"):
+            chosen = [one for one in study["slices"] if one["kind"] == kind]
+            rows = [
+                {"name": name, "values": [one["metrics"].get(name, {}).get(metric, {}).get("mean") for one in chosen]}
+                for name in study["experiments"]
+            ]
+            if chosen:
+                tables.append({"metric": metric, "kind": kind, "slices": chosen, "rows": rows})
+    return tables
+
+
+def _beyond(study: Mapping[str, Any]) -> dict[str, Any]:
+    columns = list(dict.fromkeys(name for one in study["experiments"].values() for name in one["beyond"]))
+    rows = {name: [one["beyond"].get(column) for column in columns] for name, one in study["experiments"].items()}
+    return {"columns": columns, "rows": rows}
+
+
+def _planes(study: Mapping[str, Any]) -> list[Chart]:
+    """Return the alignment-uniformity planes of users and of items, controls hollow.
+
+    A model whose vectors all point the same way, such as that of the most popular items, has no place there: at (0, 0)
+    it would squeeze all others into a corner.
+    """
+    found = []
+    for who in ("users", "items"):
+        series = []
+        for control in (False, True):
+            placed = {
+                name: (one["geometry"][f"uniformity_{who}"]["mean"], one["geometry"]["alignment"]["mean"])
+                for name, one in study["experiments"].items()
+                if _has_directions(one["geometry"]) and bool(one["control"]) == control
+            }
+            if placed:
+                x, y = [u for u, _ in placed.values()], [a for _, a in placed.values()]
+                hints = [f"{name}: uniformity {u:.3f}, alignment {a:.3f}" for name, (u, a) in placed.items()]
+                series.append(Points(x, y, list(placed), hints, "ink" if control else "accent", hollow=control))
+        if series:
+            found.append(
+                Chart(
+                    f"alignment-uniformity-{who}",
+                    f"Uniformity of {who}",
+                    "uniformity (left is more even)",
+                    "alignment (lower is closer)",
+                    tuple(series),
+                    wide=500,
+                    high=340,
+                )
+            )
+    return found
+
+
+def _has_directions(geometry: Mapping[str, Any] | None) -> bool:
+    return geometry is not None and any(geometry[f"uniformity_{who}"]["mean"] < -1e-6 for who in ("users", "items"))
+
+
+def _cost_chart(study: Mapping[str, Any]) -> Chart | None:
+    metric = study["headline"]
+
+    def seconds(one: Mapping[str, Any]) -> float:
+        return float(one["cost"]["train_seconds"]["mean"])
+
+    placed = {n: one for n, one in study["experiments"].items() if one["cost"]["train_seconds"] and seconds(one) > 0}
+    if not placed:
+        return None
+    values = [one["metrics"][metric]["mean"] for one in placed.values()]
+    times = [seconds(one) for one in placed.values()]
+    hints = [f"{name}: {time:.1f} s, {value:.4f}" for name, time, value in zip(placed, times, values, strict=True)]
+    return Chart(
+        "cost",
+        f"Training time and {pretty(metric)}",
+        "seconds of training, one run",
+        pretty(metric),
+        (Points(times, values, list(placed), hints),),
+        log_x=True,
+        wide=500,
+        high=340,
+    )
+
+
+def _forest(study: Mapping[str, Any], metric: str) -> Forest:
+    ranked: Callable[[Any], float] = lambda one: -one[1]["metrics"][metric]["mean"]  # noqa: E731
+    rows = sorted(study["experiments"].items(), key=ranked)
+    found = [one["metrics"][metric] for _, one in rows]
+    return Forest(
+        "intervals-" + metric.replace("@", "-"),
+        f"{pretty(metric)} on {study['dataset']}",
+        f"{pretty(metric)}, {study['settings']['confidence']:.0%} interval over users",
+        [name for name, _ in rows],
+        [one["mean"] for one in found],
+        [one["low"] for one in found],
+        [one["high"] for one in found],
+    )
+
+
+def main() -> None:
+    """Run the stage: input comparison; outputs page, figures, record."""
+    with stage("cm3.reports.pages.study_page") as call:
+        facts = study_page(
+            comparison=call.inputs["comparison"],
+            page_output=call.outputs["page"],
+            figures_output=call.outputs["figures"],
+        )
+        call.record.update(facts)
+
+
+if __name__ == "__main__":
+    main()

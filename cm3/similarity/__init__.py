@@ -1,0 +1,1 @@
+"""Item-item similarity: exact, approximate and incremental top-k neighbours."""

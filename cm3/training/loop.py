@@ -1,0 +1,286 @@
+"""The training loop: step, validate, checkpoint, log."""
+
+import itertools
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cm3.common.distributed import Share
+from cm3.common.errors import UserError
+from cm3.config import Training
+from cm3.evaluation.ranking import Validation
+from cm3.model.network import Embeddings, Loss, Network
+from cm3.model.sampling import Batch, Sampler, derived_seed
+from cm3.training.checkpoint import Checkpoint
+from cm3.training.curves import Curves
+from cm3.training.schedule import Stopping, lr_factor
+from cm3.training.state import Best, State
+
+log = logging.getLogger(__name__)
+
+_REST = 9  # times as long as a checkpoint takes to write, until the next
+_LOG_SECONDS = 20.0
+
+
+@dataclass
+class Fitted:
+    """A finished run: the best epoch's parameters and embeddings, and how it got there."""
+
+    parameters: dict[str, Tensor]
+    users: Tensor
+    items: Tensor
+    best: Best
+    history: list[dict[str, Any]]
+    stopped: str
+    seconds_per_epoch: float
+
+
+def fit(
+    model: Network,
+    sampler: Sampler,
+    validation: Validation,
+    settings: Training,
+    checkpoint: Checkpoint,
+    test: Validation | None = None,
+    curves: Path | None = None,
+    share: Share | None = None,
+) -> Fitted:
+    """Train until validation has not improved for `settings.patience` validations in a row, or epochs run out.
+
+    Goes on from the checkpoint if there is one; on the CPU the result is then bit for bit that of a run never stopped.
+
+    Args:
+        model: initialised, on the device to train on.
+        sampler: of the training pairs, on the same device.
+        validation: scores the monitored metric on the validation split.
+        settings: how to train.
+        checkpoint: where the state is kept between batches.
+        test: scores the same metric on the test split each epoch; only for `select_on: test`.
+        curves: folder for TensorBoard's event files; None writes none.
+        share: of several processes that train together; the first one writes.
+
+    Raises:
+        UserError: the loss is not finite; the message names the epoch, the batch, the culprit, and the checkpoint. Or
+            several processes train a model that one alone can.
+        SystemExit: SIGTERM asked to stop; the checkpoint is written.
+    """
+    if share and not model.shares:
+        raise UserError("training.processes: this model is trained by one process; set it to 1")
+    model.share = share
+    first = share is None or share.rank == 0
+    run = _Run(model, sampler, validation, settings, checkpoint, test)
+    drawn = Curves(curves if settings.tensorboard and first else None, run.state.epoch)
+    state, seconds, epochs_here = run.state, 0.0, 0
+    stopped = run.finished()
+    with Stopping(heeds=first) as stopping:
+        while not stopped:
+            started = time.monotonic()
+            last = run.epoch(stopping)
+            run.validate(last)
+            seconds, epochs_here = seconds + time.monotonic() - started, epochs_here + 1
+            run.log_epoch(time.monotonic() - started)
+            drawn.add(state.history[-1])
+            stopped = run.finished()
+            state.epoch, state.step = state.epoch + 1, 0
+            run.save_if_due(stopping, bool(stopped))
+    drawn.close()
+    parameters = {name: state.best_tensors[f"best.{name}"] for name, _ in model.named_parameters()}
+    return Fitted(
+        parameters,
+        state.best_tensors["best_users"],
+        state.best_tensors["best_items"],
+        state.best,
+        state.history,
+        stopped,
+        seconds / max(epochs_here, 1),
+    )
+
+
+class _Run:
+    """One call of `fit`: the model with its optimiser, data and state."""
+
+    def __init__(
+        self,
+        model: Network,
+        sampler: Sampler,
+        validation: Validation,
+        settings: Training,
+        checkpoint: Checkpoint,
+        test: Validation | None,
+    ) -> None:
+        self.model, self.sampler, self.settings, self.checkpoint = model, sampler, settings, checkpoint
+        self.validation, self.test = validation, test
+        self.device = sampler.users.device
+        self.optimiser = torch.optim.Adam(
+            model.parameters(),
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            fused=self.device.type in ("cpu", "cuda"),
+        )
+        self.steps = -(-sampler.n_batches // settings.batches_per_step)
+        parts = torch.zeros(self.steps, 1 + len(model.parts), device=self.device)
+        stored = State.load(checkpoint, model, self.optimiser, parts)
+        self.state = stored or State(parts)
+        if stored:
+            log.info(
+                "going on from the checkpoint: epoch %d, after step %d of %d", stored.epoch, stored.step, self.steps
+            )
+        self.saved, self.writing = time.monotonic(), 0.0
+
+    def epoch(self, stopping: Stopping) -> Embeddings | None:
+        """Take the epoch's steps, or those that are left; return the last step's embeddings where they are scored."""
+        state, last = self.state, None
+        first, started = state.step, time.monotonic()
+        logged = started
+        self.model.begin_epoch(derived_seed(self.settings.seed, state.epoch))
+        per_step = self.settings.batches_per_step
+        for batches in grouped(self.sampler.epoch(state.epoch, first * per_step), per_step):
+            if self.settings.eval_embeddings == "last_batch" and state.step == self.steps - 1:
+                with torch.no_grad():
+                    last = self.model.training_embeddings(self._seed())
+            self.step(batches)
+            state.step += 1
+            now = time.monotonic()
+            if now - logged >= _LOG_SECONDS:
+                logged = now
+                left = (now - started) / (state.step - first) * (self.steps - state.step)
+                log.info("epoch %d: step %d of %d, %.0f s left in it", state.epoch, state.step, self.steps, left)
+            if state.step < self.steps:
+                self.save_if_due(stopping)
+        self._require_finite_parts()
+        return last
+
+    def _seed(self) -> int:
+        return derived_seed(self.settings.seed, self.state.epoch, self.state.step)
+
+    def step(self, batches: Sequence[Batch]) -> None:
+        """Take one step of Adam on the mean loss of some batches."""
+        settings, state = self.settings, self.state
+        for group in self.optimiser.param_groups:
+            group["lr"] = settings.lr * lr_factor(settings, state.epoch, state.step, self.steps)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss = self.model.backward(batches, self._seed())
+        state.parts[state.step] = torch.stack([loss.total, *(loss.parts[name] for name in self.model.parts)])
+        if self.device.type == "cpu":
+            self._require_finite(loss)
+        if self.model.share:
+            self.model.share.sum_gradients(self.model.parameters())
+        if settings.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
+        self.optimiser.step()
+
+    def validate(self, last: Embeddings | None) -> None:
+        """Add the epoch to the history, and score it where a validation is due; `last` is scored in place of a forward."""
+        state, settings, name = self.state, self.settings, self.settings.monitor
+        means = dict(zip(("loss", *self.model.parts), state.parts.cpu().double().mean(0).tolist(), strict=True))
+        row: dict[str, Any] = {"epoch": state.epoch, **means, "grad_norm": self._gradient_norm(), **self.model.curves()}
+        row |= {f"valid_{name}": None} | ({f"test_{name}": None} if self.test is not None else {})
+        state.history.append(row)
+        if state.epoch % settings.validate_every and state.epoch != settings.epochs:
+            return
+        embeddings = last if last is not None else self.model.embed()
+        users, items = embeddings.users.detach(), embeddings.items.detach()
+        value, tested = self.validation.score(users, items), None
+        if self.model.share:
+            value = self.model.share.agree(value)
+        if settings.round_valid is not None:
+            value = round(value, settings.round_valid)
+        row[f"valid_{name}"] = value
+        if self.test is not None:
+            row[f"test_{name}"] = tested = self.test.score(users, items)
+        state.stale += 1
+        if state.best.valid is None or value > state.best.valid:
+            state.best, state.stale = Best(state.epoch, value, tested), 0
+            state.best_tensors |= {f"best.{name}": p.detach().clone() for name, p in self.model.named_parameters()}
+            state.best_tensors |= {"best_users": users.clone(), "best_items": items.clone()}
+
+    def _gradient_norm(self) -> float:
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
+
+    def finished(self) -> str:
+        """Return why training is over, or nothing."""
+        if self.state.stale >= self.settings.patience:
+            return f"no better {self.settings.monitor} in {self.settings.patience} validations"
+        if len(self.state.history) >= self.settings.epochs:
+            return f"all {self.settings.epochs} epochs done"
+        return ""
+
+    def save_if_due(self, stopping: Stopping, finished: bool = False) -> None:
+        """Write a checkpoint when it is time or the end, and heed a wish to stop."""
+        if not (finished or stopping.asked or self._due()):
+            return
+        self._require_finite_parts()
+        self._save()
+        if stopping.asked:
+            log.info("asked to stop; the checkpoint is written, the same command goes on from it")
+            raise SystemExit(128 + signal.SIGTERM)
+
+    def _due(self) -> bool:
+        least = self.settings.checkpoint_seconds
+        return time.monotonic() - self.saved >= (max(least, _REST * self.writing) if least else 0)
+
+    def _save(self) -> None:
+        started = time.monotonic()
+        if not (self.model.share and self.model.share.rank):
+            self.state.save(self.checkpoint, self.model, self.optimiser)
+        self.saved = time.monotonic()
+        self.writing = self.saved - started
+
+    def log_epoch(self, seconds: float) -> None:
+        """Say what the epoch brought."""
+        state, row = self.state, self.state.history[-1]
+        value, best = row[f"valid_{self.settings.monitor}"], state.best.valid
+        log.info(
+            "epoch %d: loss %.4f, %s, best %s at epoch %d, %d of %d without improvement, %.1f s",
+            state.epoch,
+            row["loss"],
+            "not validated" if value is None else f"valid {self.settings.monitor} {value:.4f}",
+            "none" if best is None else f"{best:.4f}",
+            state.best.epoch,
+            state.stale,
+            self.settings.patience,
+            seconds,
+        )
+
+    def _require_finite_parts(self) -> None:
+        bad = torch.nonzero(~torch.isfinite(self.state.parts[: self.state.step]).all(1)).flatten().tolist()
+        if bad:
+            values = self.state.parts[bad[0], 1:].tolist()
+            wrong = [name for name, value in zip(self.model.parts, values, strict=True) if not math.isfinite(value)]
+            raise UserError(self._not_finite(wrong, bad[0]))
+
+    def _require_finite(self, loss: Loss) -> None:
+        if not torch.isfinite(loss.total):
+            wrong = [name for name, value in loss.parts.items() if not torch.isfinite(value)]
+            raise UserError(self._not_finite(wrong, self.state.step))
+
+    def _not_finite(self, wrong: list[str], step: int) -> str:
+        state, named = self.state, list(self.model.named_parameters())
+        culprits = [f"parameter {name}" for name, p in named if not torch.isfinite(p).all()]
+        if not culprits and step == state.step:
+            self._save()
+        suspects = culprits or list(self.model.suspects())
+        norms = ", ".join(f"{name} {float(p.detach().norm()):.4g}" for name, p in named)
+        return (
+            f"epoch {state.epoch}, batch {step * self.settings.batches_per_step + 1}: the loss is not finite, "
+            f"in {', '.join(wrong) or 'its sum'}; "
+            f"culprit: {', '.join(suspects) or 'none of the parameters; look at the features'}. "
+            f"Norms of the parameters: {norms}. {self.checkpoint.kept()}"
+            "Lower training.lr or check the features, and run again."
+        )
+
+
+def grouped(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """Yield lists of `size` batches, the last of which may be shorter."""
+    rest = iter(batches)
+    while group := list(itertools.islice(rest, size)):
+        yield group

@@ -1,0 +1,103 @@
+"""Starting from an earlier model, trained on less data."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cm3.common.errors import UserError
+from cm3.common.interactions import Interactions
+from cm3.model.model import CM3
+
+_BY_USER = ("users", "stream_logits")
+
+
+@torch.no_grad()
+def warm_start(network: CM3, user_ids: Sequence[str], model: Path, users: Path) -> dict[str, int]:
+    """Put an earlier run's parameters in place of the initial ones; users that it did not know keep theirs.
+
+    Items have no parameters of their own but their features, so new items need nothing.
+
+    Args:
+        network: as `cm3.model.model.seeded` gives it.
+        user_ids: the U ids of its users, in order.
+        model, users: `model.safetensors` and `user_embeddings.parquet` of the earlier run.
+
+    Returns:
+        `known_users` and `new_users`.
+
+    Raises:
+        UserError: unreadable files, or parameters of other shapes: another `embedding_dim`, other modalities or features.
+    """
+    before, rows = _read(model, users)
+    known = [(place, rows[name]) for place, name in enumerate(user_ids) if name in rows]
+    here, there = (torch.tensor(part, dtype=torch.int64) for part in (zip(*known, strict=True) if known else ((), ())))
+    for name, parameter in network.named_parameters():
+        old, shape = before.get(name), tuple(parameter.shape)
+        fits = old is not None and (
+            tuple(old.shape[1:]) == shape[1:] if name in _BY_USER else tuple(old.shape) == shape
+        )
+        if old is None or not fits:
+            held = "nothing" if old is None else f"{list(old.shape)}"
+            raise UserError(
+                f"{model}: holds {held} for {name}, where this model has {list(shape)}; start from a run with the same "
+                "model settings, modalities and extractors, or leave training.warm_start out"
+            )
+        if name in _BY_USER:
+            parameter[here.to(parameter.device)] = old[there].to(parameter)
+        else:
+            parameter.copy_(old)
+    return {"known_users": len(known), "new_users": len(user_ids) - len(known)}
+
+
+def require_untold(data: Interactions, earlier: Interactions, vectors: Path) -> None:
+    """Refuse an earlier run that was trained on what validation and test now ask for: they would recall, not predict.
+
+    Args:
+        data, earlier: the interactions at hand, and those that the earlier run learnt from; matched by ids.
+        vectors: `user_embeddings.parquet` of the earlier run, whose users those of `earlier` must be.
+
+    Raises:
+        UserError: some of them were, or the tables are not those that the earlier run learnt from.
+    """
+    folder = vectors.parent
+    if earlier.user_ids != _user_ids(vectors):
+        raise UserError(
+            f"training.warm_start: the tables in {folder} have other users than {vectors.name}; copy those that the run "
+            "learnt from, as they were before new data came"
+        )
+    places = []
+    for now, then in ((data.user_ids, earlier.user_ids), (data.item_ids, earlier.item_ids)):
+        place = {name: row for row, name in enumerate(now)}
+        places.append(np.array([place.get(name, -1) for name in then], np.int64))
+    users, items = (place[rows] for place, rows in zip(places, earlier.pairs("train"), strict=True))
+    there = (users >= 0) & (items >= 0)
+    held = data.matrix("valid", "test")
+    told = int(held[users[there], items[there]].sum()) if there.any() else 0
+    if told:
+        raise UserError(
+            f"training.warm_start: the run in {folder} was trained on {told} of the {held.nnz} interactions that "
+            f"validation and test ask for now; keep the earlier split by split.keep: {folder} of the dataset"
+        )
+
+
+def _read(model: Path, users: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
+    try:
+        tensors = load_file(model)
+        ids = _user_ids(users)
+    except FileNotFoundError as error:
+        raise UserError(f"training.warm_start: {error.filename or model}: no such file") from None
+    except (SafetensorError, ValueError, OSError) as error:
+        raise UserError(f"training.warm_start: {model}, {users}: not an earlier run's files ({error})") from None
+    if len(tensors.get("users", ())) != len(ids):
+        raise UserError(f"training.warm_start: {model} is of other users than {users}; copy both from one run")
+    return tensors, {name: row for row, name in enumerate(ids)}
+
+
+def _user_ids(vectors: Path) -> list[str]:
+    return pq.read_table(vectors, columns=["user_id"], partitioning=None).column("user_id").to_pylist()

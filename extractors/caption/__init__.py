@@ -1,0 +1,1 @@
+"""Captioners: vision-language models that describe images."""

@@ -1,0 +1,79 @@
+"""A question to a vision-language model: a picture, and a prompt that may hold fields of its item."""
+
+import hashlib
+import string
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field, field_validator
+
+from cm3.common.strict import nearest
+from cm3.common.tables import ITEMS, read_table
+from extractors.image.item_images import read_pictures
+from extractors.runtime.cache import DIGEST
+from extractors.runtime.source import Source
+from extractors.spec import ExtractorSpec
+from extractors.text import item_text
+
+PROMPT_FIELDS: tuple[str, ...] = get_args(item_text.Field)
+HOLDS = "may hold " + ", ".join(f"{{{name}}}" for name in PROMPT_FIELDS) + "."
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """A picture's original bytes and the prompt that goes with it."""
+
+    picture: bytes
+    prompt: str
+
+
+class PromptedSpec(ExtractorSpec):
+    """The fields of what shows a model each picture together with a prompt."""
+
+    prompt: str = Field(min_length=1, description="What the model is asked; " + HOLDS)
+    field_chars: int = Field(300, gt=0, description="An item's field in the prompt is cut to so many characters.")
+    max_pixels: int = Field(262_144, ge=784, description="Pictures of a larger area are reduced to it first.")
+
+    @field_validator("prompt")
+    @classmethod
+    def _prompt_names_fields(cls, value: str) -> str:
+        try:
+            parts = list(string.Formatter().parse(value))
+        except ValueError as error:
+            raise ValueError(f"{error}; write {{{{ and }}}} for braces") from None
+        for _, name, form, conversion in parts:
+            if name is not None and (name not in PROMPT_FIELDS or form or conversion):
+                raise ValueError(f"{{{name}}} is no field of an item{nearest(name, PROMPT_FIELDS)}")
+        return value
+
+    def needs(self) -> set[str]:
+        """Return items and manifest."""
+        return {"items", "manifest"}
+
+    def read(self, inputs: Mapping[str, Path]) -> Source[Prompted]:
+        """Return the pictures of the manifest, each with the prompt of its item."""
+        pictures = read_pictures(inputs["items"], inputs["manifest"])
+        items = read_table(inputs["items"], ITEMS, list(PROMPT_FIELDS))
+
+        def stream(rows: np.ndarray) -> Iterator[Prompted]:
+            fields = items.take(rows).to_pylist()
+            for one, picture in zip(fields, pictures.stream(rows), strict=True):
+                yield Prompted(picture, self.prompt_of(one))
+
+        digests = (
+            picture and hashlib.sha256(picture + self.prompt_of(one).encode("utf-8", "surrogatepass")).digest()
+            for picture, one in zip(pictures.digests.to_pylist(), items.to_pylist(), strict=True)
+        )
+        return Source(
+            pictures.item_ids, pictures.status, pictures.rows, stream, pa.array(digests, DIGEST), pictures.errors
+        )
+
+    def prompt_of(self, item: Mapping[str, Any]) -> str:
+        """Return the prompt with the item's fields in their places, empty where the item lacks one."""
+        return self.prompt.format(
+            **{name: item_text.clean(item.get(name))[: self.field_chars] for name in PROMPT_FIELDS}
+        )

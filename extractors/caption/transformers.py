@@ -1,0 +1,107 @@
+"""Pictures to captions with a vision-language model through transformers."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from extractors.caption.base import Answer, CaptionSpec
+from extractors.caption.local import KIND, PICTURES_PER_BATCH, Asked, BatchCaptioner, chat_of, name_of, processor_of
+from extractors.runtime.cpu_estimate import LARGE, check_effort, hours, parameters_of, seconds_per_parameter, tokens_of
+from extractors.runtime.device import Batch, resolve_device
+from extractors.text.item_text import clean
+from extractors.weights.hub import model_path
+from extractors.weights.pretrained import load_model, on_device
+from extractors.weights.spec import ModelSpec
+
+_SERVER = "let a server that has one do it (backend: openai-caption, see docs/captions.md), "
+
+
+class TransformersCaptionSpec(CaptionSpec, ModelSpec):
+    """A captioner: a vision-language model whose captions a text extractor then encodes."""
+
+    runtime_fields: ClassVar[frozenset[str]] = CaptionSpec.runtime_fields | ModelSpec.runtime_fields | {"allow_slow"}
+    neutralised: ClassVar[bool] = False  # sanitize_control_tokens does it without a change of the text
+
+    backend: Literal["transformers-caption"] = Field(description="Caption pictures with a vision-language model.")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "bfloat16", description="Number format of the model's arithmetic."
+    )
+    allow_slow: bool = Field(False, description="Caption on a processor even where that takes hours.")
+
+    def warn_of_effort(self, items: int) -> None:
+        """Tell the estimated hours of a large model on a processor.
+
+        Raises:
+            UserError: they are many, and allow_slow is not set.
+        """
+        parameters = parameters_of(model_path(self))
+        if resolve_device(self.device) == "cpu" and parameters >= LARGE:
+            tokens, speed = tokens_of(self.max_pixels, self.prompt), seconds_per_parameter(self.precision)
+            estimate = hours(parameters, items, tokens, self.max_new_tokens, speed)
+            check_effort(parameters, items, estimate, self.allow_slow, _SERVER)
+
+    def load(self) -> "TransformersCaptioner":
+        """Load the model."""
+        return TransformersCaptioner(self)
+
+
+class TransformersCaptioner(BatchCaptioner):
+    """A loaded vision-language model that captions pictures in batches, greedily."""
+
+    def __init__(self, spec: TransformersCaptionSpec) -> None:
+        from transformers import AutoModelForImageTextToText
+
+        self.spec: TransformersCaptionSpec = spec
+        self.device = resolve_device(spec.device)
+        folder = model_path(spec)
+        self.processor = processor_of(spec, folder)
+        model = load_model(AutoModelForImageTextToText, spec, folder, KIND, use_safetensors=True)
+        self.model = on_device(model, self.device, KIND, spec, folder)
+        self.batch = Batch(spec.batch_size or PICTURES_PER_BATCH[self.device])
+
+    def facts(self) -> dict[str, Any]:
+        """Return the model, its architecture, the prompt and the decoding in use."""
+        return self.spec.facts(name_of(self.spec)) | {"architecture": type(self.model).__name__}
+
+    def size(self) -> int:
+        """Return the pictures per batch at present: it shrinks when memory runs out."""
+        return self.batch.size
+
+    def answer(self, asked: Sequence[Asked]) -> list[Answer]:
+        """Return the answer to each picture and prompt."""
+        return self.batch.all(self._generate, asked)
+
+    def _generate(self, asked: Sequence[Asked]) -> list[Answer]:
+        import torch
+
+        batch = self.processor.apply_chat_template(
+            [chat_of(prompt, picture) for picture, prompt in asked],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True},
+            sanitize_control_tokens=True,  # a title may hold the model's own control tokens
+        ).to(self.device, dtype=self.model.dtype)
+        with torch.inference_mode():
+            # The model's own generation config may sample or penalise; the caption is to be the plain argmax.
+            output = self.model.generate(
+                **batch,
+                max_new_tokens=self.spec.max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                repetition_penalty=1.0,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+            )
+        answers = output[:, batch["input_ids"].shape[1] :]
+        texts = self.processor.batch_decode(answers, skip_special_tokens=True)
+        counts = (answers != self.processor.tokenizer.pad_token_id).sum(dim=1).tolist()
+        ends = self.model.generation_config.eos_token_id
+        last, ended = answers[:, -1].tolist(), ends if isinstance(ends, list) else [ends]
+        return [
+            Answer(clean(text), int(count), cut=count >= self.spec.max_new_tokens and end not in ended)
+            for text, count, end in zip(texts, counts, last, strict=True)
+        ]

@@ -1,0 +1,111 @@
+"""Pictures to captions with a vision-language model through vLLM in this process: an optional, faster engine."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from cm3.common.errors import UserError
+from cm3.common.strict import Float
+from extractors.caption.base import Answer, CaptionSpec
+from extractors.caption.local import Asked, BatchCaptioner, chat_of, name_of, processor_of
+from extractors.text.item_text import clean
+from extractors.weights.hub import model_path
+from extractors.weights.spec import ModelSpec
+
+INSTALL = "pip install vllm"
+_PICTURES_AT_ONCE = 256
+
+
+class VllmCaptionSpec(CaptionSpec, ModelSpec):
+    """A captioner through vLLM: transformers-caption's models on a GPU, many times as fast. vLLM is not installed here."""
+
+    runtime_fields: ClassVar[frozenset[str]] = (
+        CaptionSpec.runtime_fields
+        | ModelSpec.runtime_fields
+        | {"gpu_memory_utilization", "max_model_len", "tensor_parallel_size"}
+    )
+
+    backend: Literal["vllm-caption"] = Field(description="Caption pictures with vLLM, which needs a GPU.")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "bfloat16", description="Number format of the model's arithmetic."
+    )
+    gpu_memory_utilization: Float = Field(0.9, gt=0, le=1, description="Part of the GPU's memory that vLLM takes.")
+    max_model_len: int = Field(4096, gt=0, description="Tokens of picture, prompt and caption together.")
+    tensor_parallel_size: int = Field(1, gt=0, description="GPUs that share the model.")
+
+    def load(self) -> "VllmCaptioner":
+        """Start the engine."""
+        return VllmCaptioner(self)
+
+
+class VllmCaptioner(BatchCaptioner):
+    """A vLLM engine that captions pictures greedily."""
+
+    device = "cuda"
+
+    def __init__(self, spec: VllmCaptionSpec) -> None:
+        try:
+            import vllm
+        except ImportError as error:
+            raise UserError(
+                f"backend vllm-caption: vLLM can't be imported ({error}). Run: {INSTALL}; where its versions of torch "
+                "and transformers don't go with ours, serve it from an environment of its own and take openai-caption"
+            ) from error
+        self.spec: VllmCaptionSpec = spec
+        self.version = str(getattr(vllm, "__version__", "unknown"))
+        folder = model_path(spec)
+        self.processor = processor_of(spec, folder)
+        try:
+            self.engine = vllm.LLM(
+                model=str(folder),
+                dtype=spec.precision,
+                seed=0,
+                trust_remote_code=False,
+                load_format="safetensors",
+                gpu_memory_utilization=spec.gpu_memory_utilization,
+                max_model_len=spec.max_model_len,
+                tensor_parallel_size=spec.tensor_parallel_size,
+                limit_mm_per_prompt={"image": 1},
+            )
+        except Exception as error:  # whatever a folder or a GPU makes an engine raise
+            raise UserError(f"{folder}: vLLM does not start with it: {error}") from error
+        # Explicit parameters, so that the model's own generation config can't sample or penalise.
+        self.sampling = vllm.SamplingParams(temperature=0.0, max_tokens=spec.max_new_tokens, seed=0)
+
+    def facts(self) -> dict[str, Any]:
+        """Return the model, vLLM's version, the prompt and the decoding in use."""
+        return self.spec.facts(name_of(self.spec)) | {"vllm": self.version}
+
+    def size(self) -> int:
+        """Return the pictures that are decoded at a time; vLLM makes its own batches of them."""
+        return self.spec.batch_size or _PICTURES_AT_ONCE
+
+    def answer(self, asked: Sequence[Asked]) -> list[Answer]:
+        """Return the answer to each picture and prompt; what vLLM refuses fails alone, not with its batch."""
+        try:
+            return self._generate(asked)
+        except ValueError as refusal:  # a prompt over max_model_len, or a picture out of the model's bounds
+            if len(asked) == 1:
+                return [Answer("", reason=f"vLLM refused it: {refusal}")]
+        return [self.answer([one])[0] for one in asked]
+
+    def _generate(self, asked: Sequence[Asked]) -> list[Answer]:
+        prompts = [
+            {
+                # vLLM puts the picture's tokens where the template leaves one placeholder. It finds that by its text,
+                # so an item's own must not look like it: `neutralised` prompts hold none.
+                "prompt": self.processor.apply_chat_template(
+                    chat_of(prompt), add_generation_prompt=True, tokenize=False
+                ),
+                "multi_modal_data": {"image": picture},
+            }
+            for picture, prompt in asked
+        ]
+        outputs = self.engine.generate(prompts, self.sampling, use_tqdm=False)
+        if len(outputs) != len(asked):
+            raise UserError(
+                f"vLLM gave {len(outputs)} answers to {len(asked)} pictures; finished shards stay, run again"
+            )
+        first = [output.outputs[0] for output in outputs]
+        return [Answer(clean(one.text), len(one.token_ids), cut=one.finish_reason == "length") for one in first]

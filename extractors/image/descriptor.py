@@ -1,0 +1,128 @@
+"""Pictures to vectors without any weights: colour, texture and shape of what stands out from the background."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from PIL import Image
+from pydantic import Field
+
+from extractors.extractor import Advance, Encoded, Extractor, collect, silent
+from extractors.image import descriptor_features
+from extractors.image.decode import UnreadableError, decode
+from extractors.image.item_images import picture_of, read_pictures
+from extractors.runtime.prefetch import chunks, map_ahead, process_pool
+from extractors.runtime.source import Source
+from extractors.spec import ExtractorSpec
+
+SIDE = 128
+"""Longest side in pixels to which pictures are reduced first."""
+
+BLOCKS = {"colour": 0.7, "layout": 0.5, "texture": 0.7, "gradients": 1.5, "silhouette": 1.0}
+"""Parts and the lengths to which they are scaled: their squares are the parts' shares in a cosine."""
+
+_CHUNK = 32
+_POOL_PAYS_FROM = 256
+
+
+class DescriptorSpec(ExtractorSpec):
+    """A weight-free image extractor: nothing to download, no GPU."""
+
+    modalities: ClassVar[tuple[str, ...]] = ("image",)
+
+    modality: Literal["image"] = Field(description="Always image.")
+    backend: Literal["descriptor"] = Field(description="Describe pictures by colour, texture and shape.")
+
+    def model_identity(self) -> dict[str, Any]:
+        """Return the version of the library that computes the parts."""
+        return {"scikit_image_version": metadata.version("scikit-image")}
+
+    def needs(self) -> set[str]:
+        """Return items and manifest."""
+        return {"items", "manifest"}
+
+    def uses_gpu(self) -> bool:
+        """Return False: it has no model."""
+        return False
+
+    def read(self, inputs: Mapping[str, Path]) -> Source[bytes]:
+        """Return the pictures of the manifest."""
+        return read_pictures(inputs["items"], inputs["manifest"])
+
+    def load(self) -> "DescriptorExtractor":
+        """Return the extractor."""
+        return DescriptorExtractor(self)
+
+
+class DescriptorExtractor(Extractor[bytes]):
+    """Colour, layout, texture, gradients and silhouette of a picture's foreground, each scaled and concatenated."""
+
+    def __init__(self, spec: DescriptorSpec) -> None:
+        self.spec = spec
+        self.dim = len(describe(Image.new("RGB", (8, 8), "white")))
+
+    def input_of(self, item: Mapping[str, Any]) -> bytes | None:
+        """Return the bytes of the item's picture."""
+        return picture_of(item)
+
+    def facts(self) -> dict[str, Any]:
+        """Return the size that pictures are reduced to and the blocks' weights."""
+        return {"preprocessing": {"side": SIDE, "blocks": BLOCKS}}
+
+    def run(self, inputs: Iterable[bytes], advance: Advance = silent) -> Encoded:
+        """Describe pictures, in worker processes where there are enough of them."""
+        vectors: dict[int, np.ndarray] = {}
+        errors: dict[int, str] = {}
+        count = 0
+        # Processes only where asked for, as a job does: they would import a caller's unguarded script again.
+        for described in _in_processes(inputs, self.spec.workers or 1):
+            for one in described:
+                if isinstance(one, str):
+                    errors[count] = one
+                else:
+                    vectors[count] = one
+                count += 1
+            failed = sum(isinstance(one, str) for one in described)
+            advance(len(described), ok=len(described) - failed, failed=failed)
+        return collect(vectors, errors, count, self.dim)
+
+
+def _in_processes(pictures: Iterable[bytes], workers: int) -> Iterator[list[np.ndarray | str]]:
+    """Yield chunks of descriptions in order; few pictures are described right here, where no process need start."""
+    iterator = iter(pictures)
+    first = list(itertools.islice(iterator, _POOL_PAYS_FROM))
+    groups = chunks(itertools.chain(first, iterator), lambda: _CHUNK)
+    if workers < 2 or len(first) < _POOL_PAYS_FROM:
+        yield from map(_describe_chunk, groups)
+        return
+    with process_pool(workers) as pool:
+        for (described,) in map_ahead(pool, _describe_chunk, ([group] for group in groups), 2 * workers):
+            yield described
+
+
+def _describe_chunk(pictures: list[bytes]) -> list[np.ndarray | str]:
+    described: list[np.ndarray | str] = []
+    for data in pictures:
+        try:
+            described.append(describe(decode(data, draft=2 * SIDE)))
+        except UnreadableError as reason:
+            described.append(str(reason))
+    return described
+
+
+def describe(picture: Image.Image) -> np.ndarray:
+    """Return the (1101,) float32 description of an RGB picture, of unit length."""
+    scale = SIDE / max(picture.size)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    small = picture.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
+    part = descriptor_features.foreground(np.asarray(small))
+    blocks = []
+    for name, length in BLOCKS.items():
+        block = getattr(descriptor_features, name)(part)
+        norm = np.linalg.norm(block)
+        blocks.append(block * (length / norm) if norm > 0 else block)
+    vector = np.concatenate(blocks)
+    return (vector / np.linalg.norm(vector)).astype(np.float32)

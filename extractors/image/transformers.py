@@ -1,0 +1,147 @@
+"""Pictures to vectors with a vision model of transformers: CLIP, SigLIP, DINOv2, ViT and their kin."""
+
+import json
+from typing import TYPE_CHECKING, Any, Literal
+
+from PIL import Image
+from pydantic import Field
+
+from cm3.common.errors import UserError
+from extractors.image.base import ImageModel, ImageModelSpec
+from extractors.runtime.device import torch_dtype
+from extractors.weights.hub import checked_path
+from extractors.weights.pretrained import load_model, load_part, loaded, on_device
+from extractors.weights.spec import CodeSpec
+
+if TYPE_CHECKING:
+    import torch
+
+_PREPROCESSING = (
+    "image_processor_type",
+    "do_resize",
+    "size",
+    "resample",
+    "do_center_crop",
+    "crop_size",
+    "do_pad",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+)
+
+
+class TransformersVisionSpec(ImageModelSpec, CodeSpec):
+    """An image extractor out of any vision model that transformers knows, or the image tower of a CLIP or SigLIP."""
+
+    backend: Literal["transformers-vision"] = Field(description="Encode pictures with a vision model of transformers.")
+    pooling: Literal["model", "cls", "mean"] = Field(
+        "model",
+        description="model: the vector that the model itself makes (in a CLIP, the one that is compared with texts); "
+        "cls: the class token; mean: of the patches.",
+    )
+
+    def load(self) -> "TransformersVisionExtractor":
+        """Load the model."""
+        return TransformersVisionExtractor(self)
+
+
+class TransformersVisionExtractor(ImageModel):
+    """A loaded vision model; its preprocessing is the one in its own folder, in torchvision's arithmetic."""
+
+    spec: TransformersVisionSpec
+
+    def __init__(self, spec: TransformersVisionSpec) -> None:
+        from transformers import AutoImageProcessor, AutoModel
+
+        super().__init__(spec)
+        folder = checked_path(spec)
+        self.processor = load_part(
+            AutoImageProcessor, spec, folder, "a vision model with preprocessor_config.json", backend="torchvision"
+        )
+        # A head that pools is missing from many checkpoints of classifiers, and is not used with another pooling.
+        unused = () if spec.pooling == "model" else ("pooler.", "head.", "visual_projection.")
+        model = load_model(_auto(folder) or AutoModel, spec, folder, "a vision model", unused)
+        self.projected = spec.pooling == "model" and hasattr(model, "get_image_features")
+        if spec.pooling != "model":
+            model = getattr(model, "vision_model", model)
+        elif self.projected and hasattr(model, "text_model"):
+            model.text_model = None  # it would only take memory
+        self.model = on_device(model, self.device, "a vision model", spec, folder)
+        shapes = {tuple(self.prepare(Image.new("RGB", size, "white")).shape) for size in ((64, 64), (96, 48))}
+        if len(shapes) > 1:
+            raise UserError(
+                f"{folder}: its preprocessing leaves pictures in different sizes, which don't fit into one batch; "
+                "set do_center_crop, or a size with height and width, in a copy of its preprocessor_config.json"
+            )
+        kind = f"an image encoder that takes pixels alone ({type(model).__name__})"
+        self.dim = loaded(self.measured_dim, kind, spec, folder)
+
+    def facts(self) -> dict[str, Any]:
+        """Return architecture, pooling and the preprocessing in use."""
+        own = json.loads(self.processor.to_json_string())
+        used = {key: own[key] for key in _PREPROCESSING if own.get(key) is not None}
+        return {
+            "model": type(self.model).__name__,
+            "pooling": self.spec.pooling,
+            "preprocessing": {
+                **used,
+                "processor": type(self.processor).__name__,
+                "library": f"transformers, {self.processor.backend}",
+            },
+        }
+
+    def prepare(self, picture: Image.Image) -> "torch.Tensor":
+        """Return a (3, height, width) float tensor: resized, cropped and normalised."""
+        return self.processor(images=picture, return_tensors="pt")["pixel_values"][0]
+
+    def forward(self, stack: "torch.Tensor") -> "torch.Tensor":
+        """Return (n, d) vectors, pooled as the spec says."""
+        pixels = stack.to(torch_dtype(self.spec.precision))
+        if self.projected:
+            return _own(self.model.get_image_features(pixel_values=pixels))
+        output = self.model(pixel_values=pixels)
+        return _own(output) if self.spec.pooling == "model" else self._pooled(output.last_hidden_state, stack)
+
+    def _pooled(self, states: "torch.Tensor", stack: "torch.Tensor") -> "torch.Tensor":
+        """Return (n, d) of (n, tokens, d) hidden states, or of the (n, d, h, w) maps of a convolutional network."""
+        if states.ndim == 4:
+            states = states.flatten(2).transpose(1, 2)
+            first = 0
+        else:
+            first = max(0, states.shape[1] - self._patches(stack))
+        if self.spec.pooling == "mean":
+            return states[:, first:].mean(dim=1)
+        if first == 0:
+            raise UserError(
+                f"pooling = 'cls': {type(self.model).__name__} has no class token; set pooling: model or mean"
+            )
+        return states[:, 0]
+
+    def _patches(self, stack: "torch.Tensor") -> int:
+        """Return how many tokens stand for patches: those before them stand for the class, or for nothing (registers).
+
+        Models that merge patches on their way have fewer tokens than that, and none that stands for a class.
+        """
+        size = getattr(self.model.config, "patch_size", 1)
+        height, width = (size, size) if isinstance(size, int) else size
+        return (stack.shape[-2] // height) * (stack.shape[-1] // width)
+
+
+def _auto(folder: Any) -> Any:
+    """Return the class of an image tower that was saved with its projection, which AutoModel would leave out."""
+    import transformers
+
+    named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
+    return getattr(transformers, named[0], None) if named[0].endswith("VisionModelWithProjection") else None
+
+
+def _own(output: Any) -> "torch.Tensor":
+    """Return the (n, d) vectors that a model itself makes of pictures."""
+    vectors = getattr(output, "image_embeds", None)
+    if vectors is None:
+        vectors = getattr(output, "pooler_output", None)
+    if vectors is None:
+        raise UserError("pooling = 'model': the model makes no vector of its own; set pooling: cls or mean")
+    return vectors.flatten(1)

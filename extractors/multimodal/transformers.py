@@ -1,0 +1,142 @@
+"""Pictures and texts to one vector: hidden states of a vision-language model, without words in between."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from PIL import Image
+from pydantic import Field
+
+from cm3.common.errors import UserError
+from extractors.caption.base import MAX_ASPECT, readable
+from extractors.caption.local import KIND, PICTURES_PER_BATCH, chat_of, processor_of
+from extractors.caption.prompt import HOLDS, Prompted, PromptedSpec
+from extractors.extractor import Advance, Encoded, Extractor, collect, silent
+from extractors.image.item_images import picture_of
+from extractors.runtime.cpu_estimate import LARGE, check_effort, hours, parameters_of, seconds_per_parameter, tokens_of
+from extractors.runtime.device import Batch, arithmetic, resolve_device
+from extractors.runtime.prefetch import chunks
+from extractors.text.pooling import pool
+from extractors.weights.hub import checked_path, model_path
+from extractors.weights.pretrained import load_model, loaded, on_device
+from extractors.weights.spec import CodeSpec
+
+PROMPT = "{title}\nSummarise this product in one word:"
+
+
+class TransformersMllmSpec(PromptedSpec, CodeSpec):
+    """A vision-language model as an encoder: it reads a picture and a prompt, and its hidden states are the vector."""
+
+    runtime_fields: ClassVar[frozenset[str]] = CodeSpec.runtime_fields | {"allow_slow"}
+    shard_items: ClassVar[int | None] = 256
+
+    modality: str = Field(description="Any name, such as mllm.")
+    backend: Literal["transformers-mllm"] = Field(description="Pool hidden states of a vision-language model.")
+    precision: Literal["float32", "autocast", "bfloat16"] = Field(
+        "bfloat16",
+        description="Number format of the model's arithmetic; autocast: bfloat16 where it is sound, else float32.",
+    )
+    prompt: str = Field(PROMPT, min_length=1, description="What the model reads after the picture; " + HOLDS)
+    layer: int = Field(-1, description="Whose hidden states: -1 is the last layer, 0 what enters the first.")
+    pooling: Literal["mean", "last"] = Field(
+        "last", description="The last token, which has seen all others, or the mean of all, those of the picture too."
+    )
+    normalise: bool = Field(True, description="Scale vectors to unit length.")
+    allow_slow: bool = Field(False, description="Encode on a processor even where that takes hours.")
+
+    def warn_of_effort(self, items: int) -> None:
+        """Tell the estimated hours of a large model on a processor.
+
+        Raises:
+            UserError: they are many, and allow_slow is not set.
+        """
+        parameters = parameters_of(model_path(self))
+        if resolve_device(self.device) == "cpu" and parameters >= LARGE:
+            speed = seconds_per_parameter("float32" if self.precision == "float32" else "bfloat16")
+            estimate = hours(parameters, items, tokens_of(self.max_pixels, self.prompt), 0, speed)
+            check_effort(parameters, items, estimate, self.allow_slow)
+
+    def load(self) -> "TransformersMllmExtractor":
+        """Load the model."""
+        return TransformersMllmExtractor(self)
+
+
+class TransformersMllmExtractor(Extractor[Prompted]):
+    """A loaded vision-language model without the head that writes words."""
+
+    def __init__(self, spec: TransformersMllmSpec) -> None:
+        from transformers import AutoModelForImageTextToText
+
+        self.spec = spec
+        self.device = resolve_device(spec.device)
+        folder = checked_path(spec)
+        self.processor = processor_of(spec, folder)
+        model = load_model(AutoModelForImageTextToText, spec, folder, KIND, unused=("lm_head.",))
+        self.model = on_device(model.base_model, self.device, KIND, spec, folder)
+        # A model that cannot be had without its head gives its last states among the hidden ones only.
+        self.last = spec.layer == -1 and self.model is not model
+        layers = self.model.config.get_text_config().num_hidden_layers
+        if not -layers - 1 <= spec.layer <= layers:
+            raise UserError(f"layer = {spec.layer}: the model has {layers} layers, so it is {-layers - 1} to {layers}")
+        self.batch = Batch(spec.batch_size or PICTURES_PER_BATCH[self.device])
+        white = Image.new("RGB", (56, 56), "white")
+        self.dim = loaded(lambda: self._encode([(white, spec.prompt_of({}))]).shape[1], KIND, spec, folder)
+
+    def facts(self) -> dict[str, Any]:
+        """Return architecture, prompt, pooling and preprocessing in use."""
+        return {
+            "model": type(self.model).__name__,
+            "prompt": self.spec.prompt,
+            "layer": self.spec.layer,
+            "pooling": self.spec.pooling,
+            "preprocessing": {
+                "max_pixels": self.spec.max_pixels,
+                "max_aspect": MAX_ASPECT,
+                "processor": type(self.processor).__name__,
+                "library": "transformers",
+            },
+        }
+
+    def input_of(self, item: Mapping[str, Any]) -> Prompted | None:
+        """Return the item's picture with the prompt of its fields; None without a picture."""
+        picture = picture_of(item)
+        return None if picture is None else Prompted(picture, self.spec.prompt_of(item))
+
+    def run(self, inputs: Iterable[Prompted], advance: Advance = silent) -> Encoded:
+        """Encode pictures with their prompts; pictures that can't be decoded are failed with the reason."""
+        vectors: dict[int, np.ndarray] = {}
+        errors: dict[int, str] = {}
+        first = 0
+        for group in chunks(inputs, lambda: self.batch.size):
+            asked: dict[int, tuple[Image.Image, str]] = {}
+            for row, one in enumerate(group, first):
+                picture = readable(one.picture, self.spec.max_pixels)
+                if isinstance(picture, str):
+                    errors[row] = picture
+                else:
+                    asked[row] = picture, one.prompt
+            vectors.update(zip(asked, self.batch.all(self._encode, list(asked.values())), strict=True))
+            first += len(group)
+            advance(len(group), ok=len(asked), failed=len(group) - len(asked))
+        return collect(vectors, errors, first, self.dim)
+
+    def _encode(self, asked: Sequence[tuple[Image.Image, str]]) -> np.ndarray:
+        """Return (n, d) float32 vectors of n pictures with their prompts."""
+        import torch
+
+        batch = self.processor.apply_chat_template(
+            [chat_of(prompt, picture) for picture, prompt in asked],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True},
+            sanitize_control_tokens=True,  # a title may hold the model's own control tokens
+        ).to(self.device, dtype=self.model.dtype)
+        with torch.inference_mode(), arithmetic(self.device, self.spec.precision):
+            output = self.model(**batch, use_cache=False, output_hidden_states=not self.last)
+        states = output.last_hidden_state if self.last else output.hidden_states[self.spec.layer]
+        vectors = pool(states.float(), batch["attention_mask"], self.spec.pooling)
+        if self.spec.normalise:
+            vectors = torch.nn.functional.normalize(vectors, dim=-1)
+        return vectors.cpu().numpy()

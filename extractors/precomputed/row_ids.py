@@ -1,0 +1,104 @@
+"""Which item each row of an .npy array belongs to: told by a file beside it, never by the order of items."""
+
+import csv
+import gzip
+import io
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+
+from cm3.common.errors import UserError
+
+ROW, USER = "itemID", "userID"
+"""Columns of MMRec's tables: an item's number is the row of its vector."""
+
+_DAMAGED = (OSError, EOFError, UnicodeDecodeError, zlib.error)
+
+
+@dataclass(frozen=True)
+class RowIds:
+    """The ids of an array's rows, as UTF-8 bytes.
+
+    Attributes:
+        path: the file that they come from.
+    """
+
+    path: Path
+    names: Sequence[bytes]
+
+    def check(self, vectors: Path, rows: int) -> None:
+        """Raise a UserError unless the array has a row for each id and no other."""
+        if len(self.names) != rows:
+            raise UserError(
+                f"{self.path}: {len(self.names)} ids, but {vectors} has {rows} rows; they must be of the same items"
+            )
+
+
+def read_row_ids(path: Path) -> RowIds:
+    """Return the ids of rows 0, 1, 2, ... of the .npy file that belongs to `path`.
+
+    `path` is one of: a text file with one id a line, in the order of rows; MMRec's i_id_mapping.csv (a column of ids and
+    itemID, the row, in any order); or MMRec's {name}.inter, where an itemID is its own id. Plain or gzip.
+
+    Raises:
+        UserError: unreadable, or the numbers of a mapping are not 0 to n - 1, each once.
+    """
+    try:
+        with _opened(path) as file:
+            header = file.readline().decode("utf-8-sig").rstrip("\r\n").split("\t")
+            file.seek(0)
+            if len(header) > 1 and ROW in header:
+                return RowIds(path, _of_interactions(path, file) if USER in header else _of_mapping(path, file))
+            return RowIds(path, [line.encode() for line in file.read().decode("utf-8-sig").splitlines()])
+    except _DAMAGED as error:
+        raise UserError(f"ids = {str(path)!r}: not a readable text file ({error})") from error
+
+
+def _opened(path: Path) -> BinaryIO:
+    with path.open("rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    return cast(BinaryIO, gzip.open(path) if packed else path.open("rb"))
+
+
+def _of_mapping(path: Path, file: BinaryIO) -> list[bytes]:
+    reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), delimiter="\t")
+    header = next(reader)
+    number, name = header.index(ROW), next(place for place, column in enumerate(header) if column != ROW)
+    names: dict[int, bytes] = {}
+    for values in reader:
+        if not values:
+            continue
+        if len(values) != len(header) or not (values[number].isascii() and values[number].isdigit()):
+            raise UserError(f"{path}, line {reader.line_num}: is not an id and its {ROW}, a number from 0")
+        row = int(values[number])
+        if row in names:
+            raise UserError(f"{path}, line {reader.line_num}: {ROW} {row} stands there again; every id has its own row")
+        names[row] = values[name].encode()
+    if sorted(names) != list(range(len(names))):
+        gap = next(row for row in range(len(names)) if row not in names)
+        raise UserError(
+            f"{path}: {len(names)} ids, but none has {ROW} {gap}; rows are numbered from 0 without a gap, so it cannot be "
+            "told which item a vector belongs to"
+        )
+    return [names[row] for row in range(len(names))]
+
+
+def _of_interactions(path: Path, file: BinaryIO) -> list[bytes]:
+    try:
+        table = pa_csv.read_csv(
+            file,
+            parse_options=pa_csv.ParseOptions(delimiter="\t", quote_char=False),
+            convert_options=pa_csv.ConvertOptions(
+                include_columns=[ROW], column_types={ROW: pa.int64()}, null_values=[]
+            ),
+        )
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path}: the column {ROW} is unreadable ({error})") from error
+    largest = int(np.max(table.column(ROW).to_numpy(), initial=-1))
+    return [str(row).encode() for row in range(largest + 1)]

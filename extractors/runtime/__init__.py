@@ -1,0 +1,1 @@
+"""Running an extraction job: shards, cache, prefetch, device."""

@@ -1,0 +1,156 @@
+"""What text encoders share: the text of an item, and batches of about equal numbers of tokens."""
+
+import sys
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from cm3.common.errors import UserError
+from extractors.extractor import Advance, Encoded, Extractor, collect, silent
+from extractors.runtime.device import Batch, resolve_device
+from extractors.runtime.source import Source
+from extractors.text import item_text
+from extractors.weights.hub import quiet
+from extractors.weights.spec import CodeSpec
+
+USUAL_LIMIT = 512
+"""Longest text in tokens of a model that names no limit."""
+NO_LIMIT = sys.maxsize
+"""Longest text in tokens of a model that has no positions, and cuts nothing."""
+
+_TOKENS_PER_BATCH = {"cpu": 2048, "mps": 16_384, "cuda": 65_536}
+_TEXTS_AT_ONCE = 256
+
+
+class TextModelSpec(CodeSpec):
+    """A spec of a text encoder."""
+
+    modalities: ClassVar[tuple[str, ...]] = ("text",)
+
+    modality: Literal["text"] = Field(description="Always text.")
+    fields: list[item_text.Field] = Field(
+        list(item_text.FIELDS), min_length=1, description="Item fields that make the text, in this order."
+    )
+    prompt: str | None = Field(None, description="Put before each text; by default the model's own default prompt.")
+    max_length: int | None = Field(None, gt=0, description="Longest text in tokens; by default the model's own limit.")
+    normalise: bool = Field(True, description="Scale vectors to unit length.")
+    truncate_dim: int | None = Field(None, gt=0, description="Keep the first so many dimensions (Matryoshka models).")
+
+    @model_validator(mode="after")
+    def _fields_once(self) -> "TextModelSpec":
+        if len(set(self.fields)) < len(self.fields):
+            raise ValueError(f"fields names a field twice: {self.fields}")
+        return self
+
+    def read(self, inputs: Mapping[str, Path]) -> Source[str]:
+        """Return the captions where the stage is given captions, else the texts of the items."""
+        if "captions" in inputs:
+            return item_text.read_captions(inputs["items"], inputs["captions"])
+        return item_text.read_texts(inputs["items"], self.fields)
+
+
+class TextModel(Extractor[str]):
+    """A loaded text encoder. Subclasses set `tokenizer`, `prompt` and `limit`, then call `ready`, and say `forward`.
+
+    Attributes:
+        tokenizer: of transformers, unless a subclass counts tokens itself.
+        prompt: what stands before each text.
+        limit: longest text in tokens, special tokens included; the rest is cut.
+        tokens: batch size in tokens, padding included.
+    """
+
+    tokenizer: Any
+    prompt: str
+    limit: int
+
+    def __init__(self, spec: TextModelSpec) -> None:
+        self.spec = spec
+        self.device = resolve_device(spec.device)
+
+    def ready(self, full: int | None) -> None:
+        """Settle batches and the dimension.
+
+        Args:
+            full: dimensions of the model's vectors before truncation; None: found by encoding a word.
+
+        Raises:
+            UserError: the vectors are to be cut to more dimensions than they have.
+        """
+        size, cut = self.spec.batch_size, self.spec.truncate_dim
+        self.tokens = Batch(_TOKENS_PER_BATCH[self.device] if size is None else size * min(self.limit, USUAL_LIMIT))
+        if full is not None and cut is not None and cut > full:
+            raise UserError(f"truncate_dim = {cut}: the model's vectors have {full} dimensions")
+        self.dim = cut or full or self.forward(["a"]).shape[1]
+
+    @abstractmethod
+    def forward(self, texts: Sequence[str]) -> np.ndarray:
+        """Return (n, dim) float32 vectors of n texts, the prompt not yet before them, in one forward pass."""
+
+    def input_of(self, item: Mapping[str, Any]) -> str | None:
+        """Return the item's text, made of the spec's fields."""
+        return item_text.text_of(item, self.spec.fields)
+
+    def run(self, inputs: Iterable[str], advance: Advance = silent) -> Encoded:
+        """Encode texts, longest first, in batches of about equal numbers of tokens; the order is restored.
+
+        Texts without a single token that the model knows are failed. Counts `truncated_texts`: those longer than the
+        limit, whose end the model does not see.
+        """
+        texts = list(inputs)
+        lengths = self._lengths(texts)
+        errors = {int(row): "the text has no token that the model knows" for row in np.flatnonzero(lengths == 0)}
+        vectors: dict[int, np.ndarray] = {}
+        # The longest first: what doesn't fit into memory shows at once, and padding stays small.
+        order = np.argsort(-np.minimum(lengths, self.limit), kind="stable")[: len(texts) - len(errors)]
+        start = 0
+        while start < len(order):
+            part = order[start : start + self._fitting(lengths, order, start)]
+            encoded = self.tokens.attempt(self.forward, [texts[row] for row in part])
+            if encoded is None:
+                continue
+            vectors.update(zip(part.tolist(), encoded, strict=True))
+            start += len(part)
+            advance(len(part), ok=len(part))
+        advance(len(errors), failed=len(errors))
+        result = collect(vectors, errors, len(texts), self.dim)
+        result.counts["truncated_texts"] = int((lengths > self.limit).sum())
+        return result
+
+    def _fitting(self, lengths: np.ndarray, order: np.ndarray, start: int) -> int:
+        longest = min(int(lengths[order[start]]), self.limit)
+        return max(1, self.tokens.size // max(1, longest))
+
+    def _lengths(self, texts: Sequence[str]) -> np.ndarray:
+        """Return (n,) token counts before truncation, special tokens included."""
+        lengths: list[int] = []
+        # Texts that are too long are counted and reported instead.
+        with quiet("transformers.tokenization_utils_base"):
+            for start in range(0, len(texts), _TEXTS_AT_ONCE):
+                prompted = [self.prompt + text for text in texts[start : start + _TEXTS_AT_ONCE]]
+                lengths.extend(self.counted(prompted))
+        return np.array(lengths, dtype=np.int64)
+
+    def counted(self, texts: Sequence[str]) -> list[int]:
+        """Return the tokens of n texts, none cut."""
+        return [len(ids) for ids in self.tokenizer(texts, truncation=False, padding=False)["input_ids"]]
+
+
+def positions_of(model: Any, max_length: int | None) -> int | None:
+    """Return how many tokens a model of transformers has positions for, None where they don't end.
+
+    Raises:
+        UserError: max_length is more.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is None or positions < 0:
+        return None
+    # RoBERTa's kin number positions from behind the padding's id.
+    first = getattr(getattr(model, "embeddings", None), "padding_idx", None)
+    positions -= 0 if first is None else first + 1
+    if max_length is not None and max_length > positions:
+        raise UserError(f"max_length = {max_length}: the model has positions for {positions} tokens")
+    return positions

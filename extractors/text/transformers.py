@@ -1,0 +1,113 @@
+"""Texts to vectors with any encoder of transformers: its last hidden states, pooled."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from cm3.common.errors import UserError
+from extractors.runtime.device import arithmetic
+from extractors.text.base import USUAL_LIMIT, TextModel, TextModelSpec, positions_of
+from extractors.text.pooling import TokenPooling, pool
+from extractors.weights.hub import checked_path
+from extractors.weights.pretrained import load_model, load_part, loaded, on_device
+
+if TYPE_CHECKING:
+    import torch
+
+_UNSET = 1_000_000
+"""Tokenizers without a limit name an astronomical one."""
+
+
+class TransformersTextSpec(TextModelSpec):
+    """A text extractor out of any encoder or decoder that transformers knows."""
+
+    backend: Literal["transformers-text"] = Field(description="Pool the last hidden states of a transformers model.")
+    pooling: TokenPooling = Field(
+        "mean", description="Of the last hidden states: their mean, the first (cls), the last, or the maximum of each."
+    )
+    prompt: str | None = Field(None, description="Put before each text.")
+
+    def load(self) -> "TransformersTextExtractor":
+        """Load the model."""
+        return TransformersTextExtractor(self)
+
+
+class TransformersTextExtractor(TextModel):
+    """A loaded transformers model; of an encoder-decoder only the encoder."""
+
+    spec: TransformersTextSpec
+
+    def __init__(self, spec: TransformersTextSpec) -> None:
+        from transformers import AutoModel, AutoTokenizer
+
+        super().__init__(spec)
+        folder = checked_path(spec)
+        self.tokenizer = load_part(AutoTokenizer, spec, folder, "a text model with a tokenizer")
+        self._padded_right(folder)
+        # The head that pools is not used, and many checkpoints lack it.
+        model = load_model(AutoModel, spec, folder, "a text encoder", unused=("pooler.",))
+        if getattr(model.config, "is_encoder_decoder", False):
+            model = model.get_encoder()
+        kind = f"a text encoder ({type(model).__name__})"
+        self.model = on_device(model, self.device, kind, spec, folder)
+        self.prompt = spec.prompt or ""
+        self.limit = self._token_limit()
+        self.ready(loaded(lambda: self._states(["a"])[0].shape[-1], kind, spec, folder))
+
+    def facts(self) -> dict[str, Any]:
+        """Return architecture, pooling, token limit and prompt in use."""
+        return {
+            "model": type(self.model).__name__,
+            "pooling": self.spec.pooling,
+            "max_length": self.limit,
+            "prompt": self.prompt,
+        }
+
+    def forward(self, texts: Sequence[str]) -> np.ndarray:
+        """Return (n, dim) float32 vectors of n texts in one forward pass."""
+        import torch
+
+        states, mask = self._states(texts)
+        vectors = pool(states.float(), mask, self.spec.pooling)[:, : self.spec.truncate_dim]
+        if self.spec.normalise:
+            vectors = torch.nn.functional.normalize(vectors, dim=-1)
+        return vectors.cpu().numpy()
+
+    def _states(self, texts: Sequence[str]) -> "tuple[torch.Tensor, torch.Tensor]":
+        """Return (n, tokens, width) last hidden states and the (n, tokens) mask of what is text."""
+        import torch
+
+        batch = self.tokenizer(
+            [self.prompt + text for text in texts],
+            truncation=True,
+            max_length=self.limit,
+            padding=True,
+            return_tensors="pt",
+            return_token_type_ids=False,
+        ).to(self.device)
+        with torch.inference_mode(), arithmetic(self.device, self.spec.precision):
+            output = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        return output.last_hidden_state, batch["attention_mask"]
+
+    def _padded_right(self, folder: Path) -> None:
+        """Let the tokenizer pad behind the text: there, positions count from 0 and a decoder sees no padding."""
+        tokenizer = self.tokenizer
+        tokenizer.padding_side = "right"
+        if tokenizer.pad_token is None:
+            # The mask hides padding, so that any token will do.
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        if tokenizer.pad_token is None:
+            raise UserError(
+                f"{folder}: its tokenizer names no token to pad with; set pad_token in tokenizer_config.json"
+            )
+
+    def _token_limit(self) -> int:
+        """Return the longest text in tokens: as the spec says, else as tokenizer and positions allow."""
+        positions = positions_of(self.model, self.spec.max_length)
+        if self.spec.max_length is not None:
+            return self.spec.max_length
+        named = [limit for limit in (self.tokenizer.model_max_length, positions) if limit and limit < _UNSET]
+        return min(named, default=USUAL_LIMIT)

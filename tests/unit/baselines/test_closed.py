@@ -1,0 +1,180 @@
+"""The closed forms against loops and direct solutions."""
+
+import baseline_shop as small
+import numpy as np
+import oracles_cm3 as oracle
+import pytest
+import scipy.sparse as sp
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+from training_shop import prepared
+
+from cm3.baselines import ease, itemknn, itemknn_content, mostpop
+from cm3.baselines.config import EASE, ItemKNN, ItemKNNContent, MostPop
+from cm3.baselines.inputs import Inputs
+from cm3.common.errors import UserError
+from cm3.evaluation.item_weights import read_item_weights
+
+CPU = torch.device("cpu")
+
+
+def shop(seed: int, n_users: int = 30, n_items: int = 12, share: float = 0.3) -> sp.csr_matrix:
+    """Random pairs in which the last item belongs to nobody and the last user has nothing."""
+    x = (np.random.default_rng(seed).random((n_users, n_items)) < share).astype(np.float32)
+    x[:, -1] = x[-1] = 0
+    return sp.csr_matrix(x)
+
+
+def dense(weights) -> np.ndarray:
+    return weights.matrix if isinstance(weights.matrix, np.ndarray) else weights.matrix.toarray()
+
+
+def test_mostpop_scores_every_item_by_its_users():
+    x = shop(0)
+    solution = mostpop.solve(Inputs(x), MostPop(), CPU)
+    assert (solution.users @ solution.items.T).tolist() == [x.toarray().sum(0).tolist()] * 30
+
+
+@given(seed=st.integers(0, 1000), k=st.integers(1, 14), shrink=st.sampled_from([0.0, 1.0, 10.0]))
+def test_itemknn_is_the_shrunk_cosine_of_each_items_nearest(seed, k, shrink):
+    x = shop(seed)
+    have = [set(np.flatnonzero(column)) for column in x.toarray().T]
+    expected = np.zeros((12, 12))
+    for i in range(12):
+        near = []
+        for j in range(12):
+            both = len(have[i] & have[j])
+            if j != i and both:
+                near.append((-both / ((len(have[i]) * len(have[j])) ** 0.5 + shrink), j))
+        for value, j in sorted(near)[:k]:
+            expected[j, i] = -value
+    found = itemknn.solve(Inputs(x), ItemKNN(k=k, shrink=shrink), CPU)
+    np.testing.assert_allclose(dense(found), expected, rtol=1e-6, atol=0)
+    scores = found.scores(x)(torch.arange(30)).numpy()
+    sums = [[sum(expected[j, i] for j in np.flatnonzero(row)) for i in range(12)] for row in x.toarray()]
+    np.testing.assert_allclose(scores, sums, rtol=1e-5, atol=1e-7)
+
+
+def test_itemknn_is_the_same_in_blocks_of_any_size(monkeypatch):
+    x = shop(3, 200, 40)
+    whole = itemknn.solve(Inputs(x), ItemKNN(k=5), CPU).matrix
+    blocks = 0
+    slices = itemknn._blocks
+
+    def counted(*arguments):
+        nonlocal blocks
+        for block in slices(*arguments):
+            blocks += 1
+            yield block
+
+    monkeypatch.setattr(itemknn, "_BLOCK_PRODUCTS", 2000)
+    monkeypatch.setattr(itemknn, "_blocks", counted)
+    parted = itemknn.solve(Inputs(x), ItemKNN(k=5), CPU).matrix
+    assert blocks > 5 and (whole != parted).nnz == 0
+
+
+def test_content_is_the_weighted_cosine_of_the_modalities_that_both_items_have():
+    rng = np.random.default_rng(1)
+    features = {"text": rng.standard_normal((12, 4)), "image": 50 * rng.standard_normal((12, 3))}
+    features = {m: x.astype(np.float32) for m, x in features.items()}
+    features["text"][2] = features["image"][5] = 0
+    features["text"][9] = features["image"][9] = 0
+    weights = {"text": 0.75, "image": 0.25}
+    found = dense(itemknn_content.solve(Inputs(shop(0), features, {}, weights), ItemKNNContent(k=3), CPU))
+    expected = np.zeros((12, 12))
+    for i in range(12):
+        values = []
+        for j in range(12):
+            total, own = 0.0, [0.0, 0.0]
+            for m, x in features.items():
+                lengths = np.linalg.norm(x[[i, j]].astype(float), axis=1)
+                own = [o + weights[m] * (length > 0) for o, length in zip(own, lengths, strict=True)]
+                if lengths.all():
+                    total += weights[m] * float(x[i].astype(float) @ x[j]) / lengths.prod()
+            if i != j and all(own):
+                values.append((total / (own[0] * own[1]) ** 0.5, j))
+        for value, j in sorted(values, key=lambda pair: (-pair[0], pair[1]))[:3]:
+            expected[j, i] = value
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+    assert not found[9].any() and not found[:, 9].any()
+
+
+def test_content_of_too_few_items_is_refused():
+    features = {"text": np.eye(12, 4, dtype=np.float32)}
+    with pytest.raises(UserError, match=r"model\.k = 4: only 4 items have a vector; lower it below 4"):
+        itemknn_content.solve(Inputs(shop(0), features, {}, {"text": 1.0}), ItemKNNContent(k=4), CPU)
+
+
+@pytest.mark.parametrize("l2", [0.5, 20.0])
+def test_ease_is_the_ridge_regression_of_each_item_on_the_others(l2):
+    x = shop(4, 60, 12).toarray().astype(float)
+    found = dense(ease.solve(Inputs(sp.csr_matrix(x)), EASE(l2=l2), CPU))
+    for j in range(12):
+        others = [i for i in range(12) if i != j]
+        a = x[:, others]
+        expected = np.linalg.solve(a.T @ a + l2 * np.eye(11), a.T @ x[:, j])
+        np.testing.assert_allclose(found[others, j], expected, rtol=0, atol=1e-7)
+        assert found[j, j] == 0
+
+
+def test_ease_of_too_many_items_is_refused_with_the_reason():
+    x = sp.csr_matrix((3, 63_001))
+    with pytest.raises(UserError, match=r"63001 x 63001 items, which takes about 95 GB .* take itemknn"):
+        ease.solve(Inputs(x), EASE(), CPU)
+    with pytest.raises(UserError, match=r"model\.max_items = 11"):
+        ease.solve(Inputs(shop(0)), EASE(max_items=11), CPU)
+    ease.solve(Inputs(shop(0)), EASE(max_items=12), CPU)
+
+
+@pytest.mark.parametrize("name", ["ease", "itemknn"])
+def test_weights_come_back_from_their_file(tmp_path, name):
+    (tmp_path / "data").mkdir()
+    data = prepared(tmp_path / "data")
+    small.fit(data, tmp_path / "run", name)
+    interactions, inputs = small.read(data, name)
+    stored = read_item_weights(tmp_path / "run/model.safetensors", 30)
+    fresh = {"ease": ease, "itemknn": itemknn}[name].solve(inputs, small.settings(name), CPU)
+    assert type(stored.matrix) is type(fresh.matrix) and np.array_equal(dense(stored), dense(fresh))
+    scores = stored.scores(interactions.matrix("train"))(torch.tensor([3, 0]))
+    rows = interactions.matrix("train").toarray()[[3, 0]]
+    np.testing.assert_allclose(scores.numpy(), rows @ dense(fresh), rtol=1e-5, atol=1e-7)
+
+
+def test_files_that_are_no_weights_of_these_items_are_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(UserError, match="no such file"):
+        read_item_weights(path, 3)
+    path.write_bytes(b"no tensors")
+    with pytest.raises(UserError, match="not a readable safetensors file"):
+        read_item_weights(path, 3)
+    sparse = {"offsets": np.array([0, 1, 1, 1]), "columns": np.array([7]), "values": np.ones(1, np.float32)}
+    wrong = {
+        r"holds weights \[2, 2\], not the weights of 3 items": {"weights": np.zeros((2, 2), np.float32)},
+        r"holds users \[3, 1\]": {"users": np.zeros((3, 1), np.float32)},
+        "not rows of weights": sparse,
+        "a weight is NaN or infinite": {"weights": np.full((3, 3), np.nan, np.float32)},
+    }
+    for message, tensors in wrong.items():
+        save_file(tensors, path)
+        with pytest.raises(UserError, match=message):
+            read_item_weights(path, 3)
+    save_file(sparse | {"columns": np.array([2])}, path)
+    assert dense(read_item_weights(path, 3)).tolist() == [[0, 0, 1], [0, 0, 0], [0, 0, 0]]
+    assert set(load_file(path)) == {"offsets", "columns", "values"}
+
+
+def test_equal_scores_of_weights_rank_by_lower_item(tmp_path):
+    (tmp_path / "data").mkdir()
+    data = prepared(tmp_path / "data")
+    save_file({"weights": np.zeros((30, 30), np.float32)}, tmp_path / "model.safetensors")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "model.safetensors").rename(tmp_path / "run/model.safetensors")
+    _, lists = small.scored(data, tmp_path / "run", "ease", k=5)
+    interactions, _ = small.read(data, "ease")
+    seen = interactions.matrix("train").toarray() > 0
+    for user, items in lists.items():
+        row = int(user.removeprefix("user"))
+        expected = oracle.ranked(np.zeros(30), set(np.flatnonzero(seen[row])), 5)
+        assert items == [f"item{i}" for i in expected]

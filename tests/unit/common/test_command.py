@@ -1,0 +1,148 @@
+"""A stage's command line: what it hands over, what it records, and how it ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from checkout import heed_ctrl_c
+from repository import ROOT
+
+from cm3.common.cli import versions
+
+STAGE = """
+import sys, time
+from cm3.common.cli import stage
+from cm3.common.errors import UserError
+with stage("demo") as call:
+    print(call.spec, call.runtime, sorted(call.inputs), flush=True)
+    call.record["rows"] = 3
+    if call.spec.get("fail"):
+        raise UserError("rows.csv, line 4: 'x' is not a number; mend the line")
+    time.sleep(call.spec.get("sleep", 0))
+"""
+
+
+def start(tmp_path: Path, spec: dict, **environment: str) -> subprocess.Popen[str]:
+    outputs = ["--output", f"out={tmp_path / 'out'}", "--output", f"record={tmp_path / 'record.json'}"]
+    command = [sys.executable, "-c", STAGE, "--spec", json.dumps(spec), "--input", "features.text=a=b", *outputs]
+    return subprocess.Popen(
+        [*command, "--log", str(tmp_path / "logs/demo.log"), "--code", "abc"],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | environment,
+        preexec_fn=heed_ctrl_c,
+    )
+
+
+def test_it_records_time_memory_code_and_versions(tmp_path: Path):
+    process = start(tmp_path, {"a": 1})
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert out == "{'a': 1} {} ['features.text']\n"
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["rows"] == 3
+    assert record["code"] == "abc"
+    assert record["wall_seconds"] > 0
+    assert 5 < record["peak_memory_mb"] < 2000
+    assert record["versions"]["pyarrow"]
+    assert "demo: done" in (tmp_path / "logs/demo.log").read_text()
+
+
+def test_a_job_of_the_workflow_that_was_allotted_no_gpu_sees_none_and_one_by_hand_sees_all(tmp_path: Path):
+    code = f"import os\n{STAGE}    print(os.environ.get('CUDA_VISIBLE_DEVICES', 'all'))"
+    seen = {}
+    for told in ({"gpus": 0}, {}):
+        done = subprocess.run(
+            [sys.executable, "-c", code, "--runtime", json.dumps(told), "--output", f"out={tmp_path / 'out'}"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": "0"},
+        )
+        assert done.returncode == 0, done.stderr
+        seen[bool(told)] = done.stdout.splitlines()[-1]
+    assert seen == {True: "", False: "0"}
+
+
+def test_a_user_error_is_one_line_without_traceback(tmp_path: Path):
+    process = start(tmp_path, {"fail": True})
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err.strip().endswith("demo: rows.csv, line 4: 'x' is not a number; mend the line")
+    assert "Traceback" not in err
+    assert not (tmp_path / "record.json").exists()
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path):
+    process = start(tmp_path, {"sleep": 60})
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "interrupted; run the same command again to go on" in err
+    assert "Traceback" not in err
+
+
+def test_it_ends_with_its_killed_parent(tmp_path: Path):
+    shell = (
+        f"{sys.executable} -c '{STAGE.replace(chr(39), chr(34))}' "
+        f"--spec '{json.dumps({'sleep': 60})}' --output out={tmp_path / 'out'}"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", f"import subprocess; subprocess.run(['bash', '-c', {('exec ' + shell)!r}])"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"CM3_STOP_WITH_PARENT": "1"},
+    )
+    assert parent.stdout is not None
+    parent.stdout.readline()
+    parent.kill()
+    started = time.monotonic()
+    parent.stdout.read()  # ends when the stage, which holds the other end, is gone
+    assert time.monotonic() - started < 10
+
+
+def test_a_call_too_long_for_a_command_line_comes_as_a_file(tmp_path: Path):
+    inputs = {f"evaluation.shop.{number}": f"results/{number}" for number in range(20_000)}
+    call = {
+        "spec": {"a": 1},
+        "runtime": {"threads": 2},
+        "inputs": inputs,
+        "code": "abc",
+        "outputs": {"out": str(tmp_path / "out"), "record": str(tmp_path / "nowhere/record.json")},
+    }
+    (tmp_path / "call.json").write_text(json.dumps(call))
+    code = STAGE.replace("sorted(call.inputs)", "len(call.inputs), call.inputs['evaluation.shop.7']")
+    places = ["--root", "/storage/bucket", "--output", f"record={tmp_path / 'record.json'}"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--call", str(tmp_path / "call.json"), *places],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "{'a': 1} {'threads': 2} 20000 /storage/bucket/results/7\n"
+    assert json.loads((tmp_path / "record.json").read_text())["code"] == "abc"
+
+
+def test_versions_name_what_is_installed_and_nothing_else(monkeypatch: pytest.MonkeyPatch):
+    there = {"torch": "1", "torchvision": "2", "tokenizers": "3", "vllm": "4"}
+
+    def version(name: str) -> str:
+        if name not in there:
+            raise metadata.PackageNotFoundError(name)
+        return there[name]
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert versions().items() >= there.items() and len(versions()) == 5

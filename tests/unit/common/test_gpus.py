@@ -1,0 +1,127 @@
+"""Jobs that run at once get GPUs of their own, and a killed one gives its GPU back."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from repository import ROOT
+
+from cm3.common import gpus
+from cm3.common.gpus import gpu_here, own_gpus, visible_gpus
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from cm3.common import gpus
+gpus._SHARED = Path(os.environ["SHARED"])
+with gpus.own_gpus(1) as held:
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == held[0]
+    print(*held, flush=True)
+    time.sleep(float(sys.argv[1]))
+"""
+
+
+@pytest.fixture(autouse=True)
+def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose nvidia-smi lists GPUs 0 and 1."""
+    tool = tmp_path / "bin" / "nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\nprintf '0\\n1\\n'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("SHARED", str(tmp_path))
+    monkeypatch.setattr(gpus, "_SHARED", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def start(seconds: float, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(seconds)], stdout=subprocess.PIPE, text=True, env=os.environ | environment
+    )
+
+
+def told(job: subprocess.Popen[str]) -> str:
+    assert job.stdout is not None
+    return job.stdout.readline().strip()
+
+
+def test_jobs_at_once_hold_different_gpus_and_a_third_waits_until_one_is_killed():
+    jobs = [start(30), start(30)]
+    held = [told(job) for job in jobs]
+    assert sorted(held) == ["0", "1"]
+    third = start(0)
+    time.sleep(0.5)
+    assert third.poll() is None
+    jobs[0].send_signal(signal.SIGKILL)
+    assert told(third) == held[0]
+    jobs[1].kill()
+    for job in (*jobs, third):
+        job.wait(20)
+
+
+def test_jobs_with_temporary_folders_of_their_own_share_the_gpus(tmp_path: Path):
+    jobs = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        jobs.append(start(30, TMPDIR=str(tmp_path / name)))
+    assert sorted(told(job) for job in jobs) == ["0", "1"]
+    for job in jobs:
+        job.kill()
+        job.wait(20)
+
+
+def test_only_visible_gpus_count(monkeypatch: pytest.MonkeyPatch):
+    assert visible_gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-abc,3")
+    with own_gpus(1) as first:
+        assert first == ["GPU-abc"] and os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-abc"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-abc,3"
+
+
+def test_a_job_that_was_allotted_none_sees_none_and_one_that_nobody_counts_sees_all(monkeypatch: pytest.MonkeyPatch):
+    with own_gpus(0) as none:
+        assert none == [] and os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    with own_gpus(None) as none:
+        assert none == [] and "CUDA_VISIBLE_DEVICES" not in os.environ
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+    # Where no GPU is known of, and the planner thus asks for none, one that shows itself to torch stays.
+    monkeypatch.setattr(gpus, "gpu_here", lambda: False)
+    with own_gpus(0):
+        assert "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
+def test_a_machine_without_gpus_waits_for_none(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with own_gpus(1) as gpus:
+        assert gpus == []
+
+
+def test_a_job_that_wants_several_gets_all_or_waits():
+    with own_gpus(5) as both:
+        assert both == ["0", "1"] and os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
+        waiting = start(0)
+        time.sleep(0.5)
+        assert waiting.poll() is None
+    assert told(waiting) == "0"
+    waiting.wait(20)
+
+
+@pytest.mark.parametrize(("device", "there"), [("nvidia0", True), ("kfd", True), ("nvidiactl", False), ("null", False)])
+def test_whether_there_is_a_gpu_is_seen_without_asking_the_driver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, there: bool
+):
+    assert gpu_here(), "an nvidia-smi is there"
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr(gpus, "_DEVICES", tmp_path)
+    (tmp_path / device).touch()
+    assert gpu_here() == there
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert not gpu_here()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert gpu_here()

@@ -1,0 +1,135 @@
+"""Top-k, full ranking and metrics against set arithmetic."""
+
+import numpy as np
+import oracles_cm3 as oracle
+import pytest
+import scipy.sparse as sp
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cm3.evaluation.ranking
+from cm3.common.topk import top_k
+from cm3.evaluation.metrics import NAMES, per_user
+from cm3.evaluation.ranking import Ranking, Validation
+
+KS = [1, 3, 5, 10]
+
+
+def random_case(seed: int, n_users: int = 30, n_items: int = 25) -> tuple[np.ndarray, list[set[int]]]:
+    rng = np.random.default_rng(seed)
+    recommended = np.stack([rng.permutation(n_items)[:10] for _ in range(n_users)])
+    truth = [set(rng.permutation(n_items)[: rng.integers(0, 15)].tolist()) for _ in range(n_users)]
+    return recommended, truth
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 1000))
+def test_per_user_is_the_definition(seed):
+    recommended, truth = random_case(seed)
+    found = per_user(recommended, oracle.csr([sorted(t) for t in truth], 25), KS)
+    assert set(found) == {f"{name}@{k}" for name in NAMES for k in KS}
+    for k in KS:
+        for user, relevant in enumerate(truth):
+            for name, value in oracle.metrics_of(recommended[user].tolist(), relevant, k).items():
+                got = found[f"{name}@{k}"][user]
+                assert got == pytest.approx(value, abs=1e-14), (name, k, user)
+                assert 0 <= got <= 1
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 1000))
+def test_metrics_do_not_depend_on_the_order_of_users_or_the_names_of_items(seed):
+    recommended, truth = random_case(seed)
+    matrix = oracle.csr([sorted(t) for t in truth], 25)
+    rng = np.random.default_rng(seed)
+    order, names = rng.permutation(len(truth)), rng.permutation(25)
+    back = np.argsort(names)
+    base, moved = per_user(recommended, matrix, KS), per_user(names[recommended][order], matrix[order][:, back], KS)
+    for name, values in base.items():
+        np.testing.assert_array_equal(values[order], moved[name])
+
+
+def test_a_perfect_list_scores_one_and_no_item_scores_nothing():
+    truth = oracle.csr([[0, 1, 2], [3]], 5)
+    perfect = per_user(np.array([[2, 0, 1], [3, -1, -1]]), truth, [3])
+    assert {name for name, value in perfect.items() if (value == 1).all()} == {
+        "recall@3",
+        "ndcg@3",
+        "map@3",
+        "hitrate@3",
+        "mrr@3",
+    }
+    nothing = per_user(np.full((2, 3), -1), truth, [3])
+    assert not any(value.any() for value in nothing.values())
+
+
+def test_stored_zeros_are_not_relevant():
+    truth = sp.csr_matrix((np.array([1.0, 0.0]), np.array([0, 1]), np.array([0, 2])), (1, 3))
+    found = per_user(np.array([[1, 0, 2]]), truth, [1, 3])
+    assert found["recall@1"][0] == 0 and found["recall@3"][0] == 1
+
+
+@pytest.mark.parametrize("k", [0, 11])
+def test_a_cut_off_that_the_lists_do_not_reach_is_refused(k):
+    recommended, truth = random_case(0)
+    with pytest.raises(ValueError, match=f"k = {k}"):
+        per_user(recommended, oracle.csr([sorted(t) for t in truth], 25), [k])
+
+
+def test_an_item_outside_the_matrix_is_refused():
+    with pytest.raises(ValueError, match="item 5"):
+        per_user(np.array([[5]]), oracle.csr([[0]], 5), [1])
+
+
+@settings(deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    k=st.integers(1, 12),
+    n=st.integers(12, 70),
+    levels=st.integers(1, 99),
+    group=st.integers(1, 4),
+)
+def test_top_k_orders_ties_by_lower_index(seed, k, n, levels, group):
+    scores = np.random.default_rng(seed).integers(0, levels, (7, n)).astype(np.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cm3.common.topk._GROUP", group)
+        indices, values = top_k(torch.from_numpy(scores), k)
+    for row, found in zip(scores, indices.tolist(), strict=True):
+        assert found == oracle.ranked(row, set(), k)
+    np.testing.assert_array_equal(values.numpy(), np.take_along_axis(scores, indices.numpy(), 1))
+
+
+@pytest.mark.parametrize("block", [1, 60, 10**6])
+def test_ranking_masks_ties_and_runs_out_of_items(block, monkeypatch):
+    monkeypatch.setattr(cm3.evaluation.ranking, "_BLOCK_ENTRIES", block)
+    rng = np.random.default_rng(3)
+    users, items = (rng.integers(-1, 2, (n, 3)).astype(np.float32) for n in (9, 15))
+    masked = [sorted(rng.permutation(15)[: rng.integers(0, 13)].tolist()) for _ in range(9)]
+    chosen = np.array([0, 2, 3, 5, 8])
+    found, scores = Ranking(chosen, oracle.csr(masked, 15)).top(torch.from_numpy(users), torch.from_numpy(items), 20)
+    for row, user in enumerate(chosen):
+        expected = oracle.ranked(users[user] @ items.T, set(masked[user]), 20)
+        assert found[row].tolist() == expected
+        assert np.isneginf(scores[row]).tolist() == [item < 0 for item in expected]
+
+
+@pytest.mark.parametrize("monitor", ["recall@5", "ndcg@5"])
+def test_validation_score_is_the_metric_of_the_users_with_truth(monitor):
+    rng = np.random.default_rng(4)
+    users, items = (torch.from_numpy(rng.standard_normal((n, 4)).astype(np.float32)) for n in (20, 30))
+    masked = [sorted(rng.permutation(30)[:6].tolist()) for _ in range(20)]
+    truth = [sorted(set(rng.permutation(30)[: rng.integers(0, 5)].tolist()) - set(masked[u])) for u in range(20)]
+    score = Validation(oracle.csr(truth, 30), oracle.csr(masked, 30), monitor).score(users, items)
+    name = monitor.split("@")[0]
+    expected = [
+        oracle.metrics_of(oracle.ranked((users @ items.T)[u].numpy(), set(masked[u]), 5), set(truth[u]), 5)[name]
+        for u in range(20)
+        if truth[u]
+    ]
+    assert score == pytest.approx(np.mean(expected), rel=1e-12)
+
+
+def test_validation_needs_someone_to_score():
+    with pytest.raises(ValueError, match="no user"):
+        Validation(oracle.csr([[], []], 4), oracle.csr([[], []], 4), "recall@2")

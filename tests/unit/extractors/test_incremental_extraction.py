@@ -1,0 +1,305 @@
+"""Data that grew: the model is shown what is new, row by row, and nothing else; what it said before stays to the bit."""
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_transformers
+from caption_server import MODEL, completion, error, no_time_to_lose, serving, spec_of
+from fixtures_extractors import plain, shape, write_items, write_pictures
+
+import extractors
+from cm3.common.tables import CAPTIONS, Features, read_features, read_metadata, read_table
+from extractors.caption.stage import caption
+from extractors.extract import extract
+from extractors.image import descriptor
+from extractors.text.transformers import TransformersTextExtractor
+
+__all__ = ["no_time_to_lose"]  # used by every test here
+
+TITLES = {f"i{n}": "red shoe for women " * (n % 5 + 1) + "word " * n for n in range(44)}
+OLD = [f"i{n}" for n in range(44) if n % 11 != 5]  # the 4 others come later, in between
+PICTURES = {f"i{n}": shape("circle", "blue", 40 + n, n) for n in range(44)}
+ALL = list(TITLES)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_transformers.save_text("bert", tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the models are shown, one by one: texts, or the sizes of pictures."""
+    seen: list[Any] = []
+    forward, describe = TransformersTextExtractor.forward, descriptor.describe
+
+    def counted(self: Any, texts: Any) -> Any:
+        seen.extend(texts)
+        return forward(self, texts)
+
+    def seen_picture(picture: Any) -> Any:
+        seen.append(picture.size[0])
+        return describe(picture)
+
+    monkeypatch.setattr(TransformersTextExtractor, "forward", counted)
+    monkeypatch.setattr(descriptor, "describe", seen_picture)
+    return seen
+
+
+def texts_of(bert: Path, **more: Any) -> Any:
+    data = {"modality": "text", "backend": "transformers-text", "weights": str(bert), "device": "cpu"}
+    return extractors.parse_extractor("words", data | {"fields": ["title"]} | more, "extractors.words")
+
+
+def looks(**more: Any) -> Any:
+    data = {"modality": "image", "backend": "descriptor", "workers": 1}
+    return extractors.parse_extractor("looks", data | more, "extractors.looks")
+
+
+def shop(folder: Path, ids: list[str], titles: Any = None, pictures: Any = None) -> dict[str, Path]:
+    titles, pictures = TITLES | (titles or {}), PICTURES | (pictures or {})
+    items = [{"item_id": one, "title": titles[one]} for one in ids]
+    folder.mkdir(exist_ok=True)
+    return {
+        "items": write_items(folder, items),
+        "manifest": write_pictures(folder / "images", [pictures[one] for one in ids], ids=ids),
+    }
+
+
+def run(spec: Any, inputs: dict[str, Path], output: Path, code: str = "a") -> tuple[dict[str, Any], Features]:
+    output.unlink(missing_ok=True)  # as Snakemake does before it runs a job
+    record = extract(spec, inputs, output, name="it", code=code)
+    return record, read_features(output)
+
+
+def vectors(features: Features) -> dict[str, bytes]:
+    return {one: row.tobytes() for one, row in zip(features.item_ids, features.embedding, strict=True)}
+
+
+def test_of_a_tenth_more_texts_the_model_is_shown_the_new_ones_once(
+    tmp_path: Path, bert: Path, shown: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    output = tmp_path / "f.parquet"
+    record, before = run(texts_of(bert), shop(tmp_path, OLD), output)
+    assert (record["kept"], record["encoded"]) == (0, 40)
+    shown.clear()
+    with caplog.at_level(logging.INFO):
+        record, after = run(texts_of(bert), shop(tmp_path, ALL), output)
+    # A model may be shown "a" when it loads, by which its dimension is found.
+    assert sorted(set(shown) - {"a"}) == sorted(TITLES[one].strip() for one in ALL if one not in OLD)
+    assert len(shown) - shown.count("a") == 4
+    assert (record["kept"], record["encoded"], record["repeated"]) == (40, 4, 0)
+    assert "44 items: 40 kept, 4 encoded" in caplog.text
+    assert vectors(before).items() <= vectors(after).items() and after.item_ids == ALL
+    _, fresh = run(texts_of(bert), shop(tmp_path / "fresh", ALL), tmp_path / "fresh/f.parquet")
+    # The new ones were padded to other neighbours than in a full run: equal up to rounding.
+    np.testing.assert_allclose(after.embedding, fresh.embedding, atol=1e-6)
+    assert after.metadata == fresh.metadata
+
+
+def test_pictures_are_encoded_one_by_one_so_that_the_file_is_that_of_a_full_rerun(
+    tmp_path: Path, shown: list[Any]
+) -> None:
+    output = tmp_path / "f.parquet"
+    run(looks(), shop(tmp_path, OLD), output)
+    shown.clear()
+    record, _ = run(looks(), shop(tmp_path, ALL), output)
+    new = [40 + n for n in range(44) if f"i{n}" not in OLD]
+    assert [size for size in shown if size != 8] == new and record["kept"] == 40
+    run(looks(), shop(tmp_path / "fresh", ALL), tmp_path / "fresh/f.parquet")
+    assert output.read_bytes() == (tmp_path / "fresh/f.parquet").read_bytes()
+
+
+CHANGES: dict[str, tuple[Callable[[Path], dict[str, Path]], int, int]] = {
+    "nothing": (lambda folder: shop(folder, ALL), 0, 0),
+    "the order": (lambda folder: shop(folder, ALL[::-1]), 0, 0),
+    "fewer items": (lambda folder: shop(folder, ALL[10:30]), 0, 0),
+    "a title": (lambda folder: shop(folder, ALL, titles={"i7": "blue bag"}), 1, 0),
+    "a title to that of another": (lambda folder: shop(folder, ALL, titles={"i7": TITLES["i8"]}), 0, 0),
+    "a picture": (lambda folder: shop(folder, ALL, pictures={"i7": shape("square", "red", 99)}), 0, 1),
+    "two pictures by the same": (
+        lambda folder: shop(folder, ALL, pictures=dict.fromkeys(("i7", "i9"), shape("square", "red", 99))),
+        0,
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_is_encoded_anew(tmp_path: Path, bert: Path, change: str) -> None:
+    make, texts, pictures = CHANGES[change]
+    specs = {"words": (texts_of(bert), texts), "looks": (looks(), pictures)}
+    for name, (spec, _) in specs.items():
+        run(spec, shop(tmp_path, ALL), tmp_path / f"{name}.parquet")
+    for name, (spec, expected) in specs.items():
+        record, features = run(spec, make(tmp_path), tmp_path / f"{name}.parquet")
+        assert record["encoded"] == expected, name
+        assert record["repeated"] == (change == "two pictures by the same" and name == "looks")
+        _, fresh = run(spec, make(tmp_path / "fresh"), tmp_path / f"fresh/{name}.parquet")
+        assert features.item_ids == fresh.item_ids
+        np.testing.assert_allclose(features.embedding, fresh.embedding, atol=1e-6)
+
+
+def test_equal_inputs_have_equal_vectors_and_the_model_sees_one(tmp_path: Path, bert: Path, shown: list[Any]) -> None:
+    inputs = shop(tmp_path, ALL[:12], titles={"i3": "red pan", "i9": "red pan", "i11": "red pan"})
+    record, features = run(texts_of(bert, shard_size=2), inputs, tmp_path / "f.parquet")
+    assert shown.count("red pan") == 1 and (record["encoded"], record["repeated"]) == (10, 2)
+    assert record["counts"]["ok"] == 12 and len(set(vectors(features).values())) == 10
+    assert np.array_equal(features.embedding[3], features.embedding[9])
+
+
+def test_each_extractor_keeps_its_own_and_a_swap_back_encodes_nothing(tmp_path: Path, shown: list[Any]) -> None:
+    counts = []
+    for ids, dtype in ((OLD, "float32"), (OLD, "float16"), (ALL, "float32"), (ALL, "float16"), (ALL, "float32")):
+        record, _ = run(looks(dtype=dtype), shop(tmp_path, ids), tmp_path / f"looks-{dtype}.parquet")
+        counts.append(record["encoded"])
+    assert counts == [40, 40, 4, 4, 0]
+    run(looks(dtype="float16"), shop(tmp_path / "fresh", ALL), tmp_path / "fresh/f.parquet")
+    assert (tmp_path / "fresh/f.parquet").read_bytes() == (tmp_path / "looks-float16.parquet").read_bytes()
+
+
+@pytest.mark.parametrize("change", ["code", "settings", "library"])
+def test_outputs_of_other_code_settings_or_libraries_are_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    output = tmp_path / "f.parquet"
+    run(looks(), shop(tmp_path, OLD), output)
+    if change == "library":
+        monkeypatch.setattr("extractors.runtime.job.versions", lambda: {"pillow": "0"})
+    spec = looks(dtype="float16") if change == "settings" else looks()
+    record, _ = run(spec, shop(tmp_path, ALL), output, code="b" if change == "code" else "a")
+    assert record["kept"] == 0 and record["encoded"] == 44
+    assert len(list((tmp_path / ".kept/f").iterdir())) == 1  # what can't be used any more is removed
+
+
+def test_without_a_digest_of_the_code_nothing_is_kept(tmp_path: Path) -> None:
+    for _ in range(2):
+        record, _ = run(looks(), shop(tmp_path, OLD), tmp_path / "f.parquet", code="")
+        assert record["encoded"] == 40
+    assert not (tmp_path / ".kept").exists()
+
+
+def breaking(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """Let the descriptor fail at its run number `at`."""
+    run_, number = descriptor.DescriptorExtractor.run, iter(range(99))
+
+    def breaks(self: Any, *arguments: Any) -> Any:
+        if next(number) == at:
+            raise OSError("the disk went away")
+        return run_(self, *arguments)
+
+    monkeypatch.setattr(descriptor.DescriptorExtractor, "run", breaks)
+
+
+@pytest.mark.parametrize("more", [False, True], ids=["same items", "grown again"])
+def test_a_job_that_ended_in_between_loses_only_its_last_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: bool
+) -> None:
+    output = tmp_path / "f.parquet"
+    run(looks(), shop(tmp_path, ALL[:20]), output)
+    with monkeypatch.context() as broken:
+        breaking(broken, at=2)
+        with pytest.raises(OSError, match="went away"):
+            run(looks(shard_size=4), shop(tmp_path, ALL[:40]), output)
+    assert not output.exists()
+    ids = ALL if more else ALL[:40]
+    record, _ = run(looks(shard_size=4), shop(tmp_path, ids), output)
+    assert record["encoded"] == len(ids) - 28 and record["kept"] == 28
+    run(looks(), shop(tmp_path / "fresh", ids), tmp_path / "fresh/f.parquet")
+    assert output.read_bytes() == (tmp_path / "fresh/f.parquet").read_bytes()
+    assert not list(tmp_path.glob(".f.parquet.shards-*"))
+
+
+def test_a_job_that_ended_before_it_kept_its_shards_encodes_nothing_again(
+    tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "f.parquet"
+    with monkeypatch.context() as broken:
+        broken.setattr("extractors.runtime.cache.Kept.adopt", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(texts_of(bert, shard_size=9), shop(tmp_path, ALL), output)
+    before = output.read_bytes()
+    # Half of them were moved when the power went.
+    (folder,) = tmp_path.glob(".f.parquet.shards-*")
+    home = tmp_path / ".kept/f" / folder.name.split("-")[1]
+    home.mkdir(parents=True)
+    for path in sorted(folder.iterdir())[:2]:
+        path.replace(home / f"x-{path.name}")
+    record, _ = run(texts_of(bert, shard_size=9), shop(tmp_path, ALL), output)
+    assert record["encoded"] == 0 and output.read_bytes() == before
+
+
+def test_a_kept_file_that_is_damaged_is_encoded_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    output = tmp_path / "f.parquet"
+    run(looks(shard_size=10), shop(tmp_path, OLD), output)
+    path = sorted((tmp_path / ".kept").rglob("*.parquet"))[1]
+    path.write_bytes(path.read_bytes()[:-20])
+    record, _ = run(looks(), shop(tmp_path, ALL), output)
+    assert record["encoded"] == 14 and f"{path} cannot be read" in caplog.text
+    run(looks(), shop(tmp_path / "fresh", ALL), tmp_path / "fresh/f.parquet")
+    assert output.read_bytes() == (tmp_path / "fresh/f.parquet").read_bytes()
+
+
+def test_what_is_only_looked_up_is_not_stored_twice(tmp_path: Path) -> None:
+    np.save(tmp_path / "v.npy", np.eye(44, dtype=np.float32))
+    (tmp_path / "ids.txt").write_text("".join(f"{one}\n" for one in ALL))
+    data = {"modality": "sound", "backend": "precomputed", "path": str(tmp_path / "v.npy")}
+    spec = extractors.parse_extractor("v", data | {"ids": str(tmp_path / "ids.txt")}, "extractors.v")
+    record, features = run(spec, shop(tmp_path, OLD), tmp_path / "f.parquet")
+    assert record["encoded"] == 40 and features.embedding.sum() == 40 and not (tmp_path / ".kept").exists()
+
+
+COLOURS = ["red", "blue", "green", "yellow"]
+
+
+@pytest.fixture
+def few(tmp_path: Path) -> Iterator[Callable[..., dict[str, Path]]]:
+    """Tables of items with a title and a picture of one colour each."""
+
+    def make(count: int, titles: Any = None, folder: Path = tmp_path) -> dict[str, Path]:
+        pictures = {f"i{n}": plain(COLOURS[n % 4], (40, 30)) for n in range(count)}
+        named = {f"i{n}": f"thing {n}" for n in range(count)} | (titles or {})
+        return shop(folder, list(pictures), named, pictures)
+
+    yield make
+
+
+def test_only_new_pictures_are_captioned_and_failed_ones_are_asked_again(
+    tmp_path: Path, few: Callable[..., dict[str, Path]]
+) -> None:
+    output = tmp_path / "c.parquet"
+    with serving(lambda asked: error(400, "no") if asked.prompt.startswith("thing 3 ") else None) as server:
+        record = caption(spec_of(server.url), few(20), output, name="teller", code="a")
+    assert record["counts"] == {"ok": 19, "missing": 0, "failed": 1}
+    for titles, expected in (
+        (None, ["thing 20 What is it?", "thing 21 What is it?", "thing 3 What is it?"]),
+        ({"i5": "mug"}, ["mug What is it?"]),
+        (None, []),
+    ):
+        output.unlink()
+        with serving(lambda asked: completion(f"a {asked.colour} product", model="newer")) as server:
+            record = caption(spec_of(server.url), few(22, titles), output, name="teller", code="a")
+        assert sorted(asked.prompt for asked in server.asked) == expected
+        assert record["encoded"] == len(expected) and record["kept"] == 22 - len(expected)
+        table = read_table(output, CAPTIONS).to_pydict()
+        assert table["caption"] == [f"a {COLOURS[n % 4]} product" for n in range(22)]
+        assert read_metadata(output)["answered_by"]["models"] == sorted([MODEL, "newer"])
+
+
+def test_a_caption_of_the_same_words_is_not_encoded_again(
+    tmp_path: Path, bert: Path, few: Callable[..., dict[str, Path]], shown: list[Any]
+) -> None:
+    counts = []
+    for number, titles in ((20, None), (22, {"i5": "mug"})):
+        inputs = few(number, titles)
+        with serving() as server:
+            caption(spec_of(server.url), inputs, tmp_path / "c.parquet", name="teller", code="a")
+        inputs = {"items": inputs["items"], "captions": tmp_path / "c.parquet"}
+        record, features = run(texts_of(bert), inputs, tmp_path / "f.parquet")
+        counts.append((record["kept"], record["encoded"], record["repeated"]))
+        assert 1 < len(set(vectors(features).values())) <= 4  # the small model does not know every colour
+    assert counts == [(0, 4, 16), (22, 0, 0)]

@@ -1,0 +1,259 @@
+"""Whose weights and whose code are loaded: pickles, checkpoints of something else, and models that bring code."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_transformers
+import torch
+from fixtures_extractors import no_room_on_the_device, shape
+from safetensors.torch import load_file, save_file
+
+import extractors
+from cm3.common.errors import UserError
+
+PICTURE = shape("circle", "blue", 64)
+TEXTS = ["red shoe", "blue bag for women"]
+
+
+class Code:
+    """What a pickle may hold: a call, made when it is read."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.mark,)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_transformers.save_text("bert", tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="module")
+def sentence(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sentence-transformers model of the same weights."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Pooling, Transformer
+
+    folder = tmp_path_factory.mktemp("sentence")
+    body = Transformer(str(bert))
+    SentenceTransformer(modules=[body, Pooling(32)], device="cpu").save(str(folder))
+    return folder
+
+
+def load(backend: str, weights: Path, **more: Any) -> Any:
+    modality = "text" if backend in ("sentence-transformers", "transformers-text") else "image"
+    return extractors.load({"modality": modality, "backend": backend, "weights": str(weights), "device": "cpu"} | more)
+
+
+def pickled(source: Path, folder: Path, name: str, extra: Any = None) -> Path:
+    """Copy a model folder, its weights as a pickle, with something more in it."""
+    shutil.copytree(source, folder)
+    (file,) = folder.glob("*.safetensors")
+    weights: dict[str, Any] = load_file(file)
+    file.unlink()
+    torch.save(weights if extra is None else weights | {"extra": extra}, folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("backend", ["transformers-text", "sentence-transformers"])
+def test_a_pickle_of_tensors_alone_loads_and_one_of_more_is_refused_unread(
+    request: pytest.FixtureRequest, tmp_path: Path, backend: str
+) -> None:
+    source = request.getfixturevalue("bert" if backend == "transformers-text" else "sentence")
+    expected = load(backend, source).run(TEXTS).embedding
+    tensors = load(backend, pickled(source, tmp_path / "tensors", "pytorch_model.bin"))
+    assert np.array_equal(tensors.run(TEXTS).embedding, expected)
+    mark = tmp_path / "mark"
+    bad = pickled(source, tmp_path / "code", "pytorch_model.bin", Code(mark))
+    with pytest.raises(UserError, match=r"pytorch_model\.bin: a pickle that holds more than tensors"):
+        load(backend, bad)
+    assert not mark.exists()
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_image_weights_may_be_pickles_of_tensors_too(tmp_path: Path) -> None:
+    import timm
+
+    torch.manual_seed(0)
+    weights = timm.create_model("test_efficientnet", num_classes=7).state_dict()
+    save_file(weights, tmp_path / "w.safetensors")
+    torch.save(weights, tmp_path / "w.pth")
+    torch.save(weights | {"more": Code(tmp_path / "mark")}, tmp_path / "bad.pth")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(weights))
+    knobs = {"model": "test_efficientnet", "input_size": 64}
+    expected = load("timm", tmp_path / "w.safetensors", **knobs).run([PICTURE]).embedding
+    assert np.array_equal(load("timm", tmp_path / "w.pth", **knobs).run([PICTURE]).embedding, expected)
+    for bad in ("bad.pth", "plain.pt"):
+        with pytest.raises(UserError, match="a pickle that holds more than tensors"):
+            load("timm", tmp_path / bad, **knobs)
+    (tmp_path / "w.h5").write_bytes(b"")
+    with pytest.raises(UserError, match=r"weights are a \.safetensors file, or a pickle of tensors alone"):
+        load("timm", tmp_path / "w.h5", **knobs)
+    assert not (tmp_path / "mark").exists()
+
+
+def test_pickled_vision_weights_of_transformers_and_open_clip(tmp_path: Path) -> None:
+    import open_clip
+
+    vit = tiny_transformers.save_vision("vit", tmp_path / "vit")
+    expected = load("transformers-vision", vit).run([PICTURE]).embedding
+    found = load("transformers-vision", pickled(vit, tmp_path / "vit-bin", "pytorch_model.bin")).run([PICTURE])
+    assert np.array_equal(found.embedding, expected)
+
+    clip = tmp_path / "clip"
+    clip.mkdir()
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+        "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 1, "layers": 1},
+    }
+    (clip / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    save_file(open_clip.CLIP(**config).state_dict(), clip / "open_clip_model.safetensors")
+    expected = load("open_clip", clip).run([PICTURE]).embedding
+    tensors = pickled(clip, tmp_path / "clip-bin", "open_clip_pytorch_model.bin")
+    assert np.array_equal(load("open_clip", tensors).run([PICTURE]).embedding, expected)
+    bad = pickled(clip, tmp_path / "clip-bad", "open_clip_pytorch_model.bin", Code(tmp_path / "mark"))
+    with pytest.raises(UserError, match="a pickle that holds more than tensors"):
+        load("open_clip", bad)
+    (clip / "open_clip_model.safetensors").write_bytes(b"cut")
+    with pytest.raises(UserError, match="not weights of an open_clip model"):
+        load("open_clip", clip)
+    assert not (tmp_path / "mark").exists()
+
+
+def test_pickles_that_are_loaded_are_part_of_the_identity_and_others_are_not(bert: Path, tmp_path: Path) -> None:
+    data = {"modality": "text", "backend": "transformers-text"}
+
+    def identity(folder: Path) -> dict[str, Any]:
+        return extractors.parse_extractor("m", data | {"weights": str(folder)}, "m").identity()
+
+    folder = pickled(bert, tmp_path / "bin", "pytorch_model.bin")
+    before = identity(folder)
+    torch.save({"x": torch.ones(1)}, folder / "pytorch_model.bin")
+    after = identity(folder)
+    assert after != before
+    (folder / "training_args.bin").write_bytes(b"anything")
+    assert identity(folder) == after
+    shutil.copytree(bert, tmp_path / "both")
+    (tmp_path / "both" / "pytorch_model.bin").write_bytes(b"never read, for safetensors stand beside it")
+    assert identity(tmp_path / "both") == identity(bert)
+    assert load("transformers-text", tmp_path / "both").dim == 32
+    # open_clip reads its own pickle even where the weights of transformers stand beside it.
+    torch.save({}, tmp_path / "both" / "open_clip_pytorch_model.bin")
+    assert identity(tmp_path / "both") != identity(bert)
+
+
+@pytest.mark.parametrize("backend", ["transformers-text", "sentence-transformers"])
+def test_random_weights_are_never_used(request: pytest.FixtureRequest, tmp_path: Path, backend: str) -> None:
+    source = request.getfixturevalue("bert" if backend == "transformers-text" else "sentence")
+    folder = tmp_path / "m"
+    shutil.copytree(source, folder)
+    weights = load_file(folder / "model.safetensors")
+    lost = next(name for name in weights if name.endswith("layer.1.output.dense.weight"))
+    kept = {name: tensor for name, tensor in weights.items() if name != lost}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"1 tensors of BertModel, .*layer\.1\.output\.dense\.weight is not in the"):
+        load(backend, folder)
+    (folder / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes()[:2000])
+    with pytest.raises(UserError, match="that can be loaded safely"):
+        load(backend, folder)
+
+
+@pytest.mark.parametrize("backend", ["transformers-text", "transformers-vision"])
+def test_memory_that_runs_out_while_a_model_loads_is_told(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    folder = bert if backend == "transformers-text" else tiny_transformers.save_vision("vit", tmp_path / "vit")
+    no_room_on_the_device(monkeypatch)
+    with pytest.raises(UserError, match="memory ran out while the model was loaded"):
+        load(backend, folder)
+
+
+MODEL = """
+from pathlib import Path
+import torch
+from transformers import PreTrainedModel, PreTrainedConfig
+from transformers.modeling_outputs import BaseModelOutput
+
+Path(MARK).touch()
+
+class ToyConfig(PreTrainedConfig):
+    model_type = "toy-with-code"
+
+class Toy(PreTrainedModel):
+    config_class = ToyConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.words = torch.nn.Embedding(32, 8)
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask=None, **_):
+        return BaseModelOutput(last_hidden_state=self.words(input_ids))
+"""
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model whose folder holds the code that it needs; running it leaves a mark."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tmp_path / "toy"
+    folder.mkdir()
+    (folder / "toy.py").write_text(MODEL.replace("MARK", repr(str(tmp_path / "mark"))))
+    config = {
+        "model_type": "toy-with-code",
+        "hidden_size": 8,
+        "auto_map": {"AutoConfig": "toy.ToyConfig", "AutoModel": "toy.Toy"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({"words.weight": torch.randn(32, 8)}, folder / "model.safetensors", metadata={"format": "pt"})
+    tiny_transformers.tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("backend", ["transformers-text", "sentence-transformers"])
+def test_code_that_a_model_brings_runs_only_where_the_config_says_so(toy: Path, backend: str) -> None:
+    mark = toy.parent / "mark"
+    with pytest.raises(
+        UserError, match=r"brings code of its own \(toy\.Toy, toy\.ToyConfig\).*trust_remote_code: true"
+    ):
+        load(backend, toy)
+    assert not mark.exists()
+    trusted = load(backend, toy, trust_remote_code=True)
+    assert mark.exists() and trusted.run(TEXTS).embedding.shape == (2, 8)
+
+
+def test_modules_of_sentence_transformers_are_code_too(sentence: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    shutil.copytree(sentence, folder)
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[1]["type"] = "own_pooling.Pooling"
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "own_pooling.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')")
+    with pytest.raises(UserError, match=r"brings code of its own \(own_pooling\.Pooling\)"):
+        load("sentence-transformers", folder)
+    assert not (tmp_path / "mark").exists()
+
+
+def test_trusted_code_is_part_of_the_identity_and_comes_from_one_place(toy: Path) -> None:
+    data = {"modality": "text", "backend": "transformers-text", "weights": str(toy)}
+
+    def identity(**more: Any) -> dict[str, Any]:
+        return extractors.parse_extractor("m", data | more, "m").identity()
+
+    before = identity(), identity(trust_remote_code=True)
+    (toy / "toy.py").write_text((toy / "toy.py").read_text() + "# other\n")
+    assert identity() == before[0] and identity(trust_remote_code=True) != before[1]
+    config = json.loads((toy / "config.json").read_text())
+    config["auto_map"]["AutoModel"] = "somebody/else--toy.Toy"
+    (toy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"its code toy\.Toy comes from the repository somebody/else, whose revision"):
+        load("transformers-text", toy, trust_remote_code=True)
+    assert not (toy.parent / "mark").exists()

@@ -1,0 +1,371 @@
+"""The network and its loss against a dense float64 recomputation, and the sampler and settings that feed it."""
+
+import gc
+import weakref
+
+import numpy as np
+import oracles_cm3 as oracle
+import pytest
+import scipy.sparse as sp
+import torch
+
+from cm3.common.errors import UserError
+from cm3.config import PRESETS, Evaluation, Model, Training, modality_weights, settings
+from cm3.model.model import CM3
+from cm3.model.network import Loss
+from cm3.model.sampling import Batch, Sampler, mixing_parameters, spreads
+
+USERS, ITEMS = 9, 7
+
+
+def build(modalities: int, **changes: object) -> tuple[CM3, dict[str, torch.Tensor]]:
+    rng = np.random.default_rng(modalities)
+    interactions = (rng.random((USERS, ITEMS)) < 0.4).astype(np.float32)
+    graph = sp.csr_matrix(np.where(rng.random((ITEMS, ITEMS)) < 0.5, 0.25, 0).astype(np.float32))
+    features = [torch.from_numpy(rng.standard_normal((ITEMS, 5 + m)).astype(np.float32)) for m in range(modalities)]
+    torch.manual_seed(modalities)
+    model = CM3(features, sp.csr_matrix(interactions), graph, Model(embedding_dim=6, **changes)).double()
+    dense = {
+        "adjacency": torch.from_numpy(oracle.dense_adjacency(interactions)),
+        "graph": torch.from_numpy(graph.toarray()).double(),
+    }
+    return model, dense | {f"x{m}": x.double() for m, x in enumerate(features)}
+
+
+def batch(dedup: bool = True) -> Batch:
+    users, items, contrast = (torch.tensor(x) for x in BATCH)
+    return Batch(users, items, contrast, spreads(users, len(users), dedup)[0], spreads(contrast, len(users), dedup)[0])
+
+
+BATCH = ([0, 1, 2, 3, 1, 8], [1, 2, 3, 4, 6, 0], [5, 0, 2, 5, 3, 1])
+
+
+CHANGES = [
+    {"detach_similarity": True, "dedup_pairs": True},
+    {"detach_similarity": False, "dedup_pairs": True, "max_sim": 0.8},
+    {"detach_similarity": False, "dedup_pairs": False, "n_ui_layers": 4, "n_mm_layers": 2, "gamma": 0.5},
+    {"detach_similarity": True, "dedup_pairs": False, "n_mm_layers": 0, "min_sim": 0.2, "slerp": "reference"},
+]
+ABLATIONS = [
+    {"fusion": "mean"},
+    {"fusion": "concat"},
+    {"fusion": "linear"},
+    {"calibration": False},
+    {"item_graph": False},
+]
+
+
+@pytest.mark.parametrize("modalities", [1, 2, 3, 5])
+@pytest.mark.parametrize("changes", CHANGES + ABLATIONS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-4)])
+def test_forward_loss_and_gradients(modalities, changes, dtype, tolerance):
+    model, dense = build(modalities, **changes)
+    chosen = model.settings
+    t = torch.rand(ITEMS, dtype=torch.float64) * 0.9 + 0.05
+
+    weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    features = [dense[f"x{m}"] for m in range(modalities)]
+    users, items, fused = oracle.plain_forward(
+        weights,
+        features,
+        dense["adjacency"],
+        dense["graph"],
+        t,
+        chosen.n_ui_layers,
+        chosen.n_mm_layers if chosen.item_graph else -1,
+        chosen.fusion,
+    )
+    expected = oracle.plain_loss(
+        users,
+        items,
+        fused,
+        BATCH,
+        chosen.gamma,
+        (chosen.min_sim, chosen.max_sim),
+        chosen.dedup_pairs,
+        chosen.detach_similarity,
+        chosen.calibration,
+    )
+    plain_gradients = torch.autograd.grad(expected, list(weights.values()), allow_unused=True)
+
+    model = model.to(dtype)
+    embeddings = model(t.to(dtype))
+    for found, plain in ((embeddings.users, users), (embeddings.items, items), (embeddings.fused, fused)):
+        assert_near(found, plain, tolerance, "embeddings")
+    # What a training step computes embeds the batch's users alone; it must be the same loss.
+    model._mixing = lambda seed: t.to(dtype)
+    some = batch(chosen.dedup_pairs)
+    for run in (
+        lambda: backward_of(model.loss(embeddings, some)),
+        lambda: model.backward([some], 0),
+        lambda: model.backward([some, some], 0),
+    ):
+        model.zero_grad()
+        assert float(run().total) == pytest.approx(float(expected.detach()), rel=tolerance)
+        for (name, parameter), plain in zip(model.named_parameters(), plain_gradients, strict=True):
+            assert (parameter.grad is None) == (plain is None), name
+            if plain is not None:
+                assert_near(parameter.grad, plain, tolerance, name)
+
+
+def backward_of(loss: Loss) -> Loss:
+    loss.total.backward()
+    return Loss(loss.total.detach(), loss.parts)
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor, tolerance: float, name: str) -> None:
+    """Whether the largest error is small against the largest entry."""
+    error = float((found.double() - expected).detach().abs().max())
+    assert error <= tolerance * float(expected.detach().abs().max()), f"{name}: off by {error}"
+
+
+def test_a_step_over_two_batches_is_the_mean_of_their_losses_over_one_forward():
+    model, _ = build(2)
+    one, other = (
+        batch(),
+        Batch(
+            *(torch.tensor(x) for x in ([5, 5], [0, 1], [2, 3])),
+            *(spreads(torch.tensor(x), 2, True)[0] for x in ([5, 5], [2, 3])),
+        ),
+    )
+    embeddings = model.training_embeddings(3)
+    losses = [model.loss(embeddings, some) for some in (one, other)]
+    ((losses[0].total + losses[1].total) / 2).backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    both = model.backward([one, other], 3)
+    torch.testing.assert_close(both.total, (losses[0].total + losses[1].total).detach() / 2)
+    for name in model.parts:
+        torch.testing.assert_close(both.parts[name], (losses[0].parts[name] + losses[1].parts[name]).detach() / 2)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name])
+
+
+@pytest.mark.parametrize("batches", [1, 2, 3])
+def test_a_step_leaves_nothing_to_the_garbage_collector(batches, monkeypatch):
+    model, _ = build(2)
+    kept = []
+    ego = model._ego
+
+    def watched(t):
+        found = ego(t)
+        kept.extend(weakref.ref(x) for x in found)
+        return found
+
+    monkeypatch.setattr(model, "_ego", watched)
+    gc.disable()
+    try:
+        model.backward([batch()] * batches, 3)
+        assert len(kept) == 2 and all(ref() is None for ref in kept)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("fusion", ["bezier", "mean"])
+def test_the_curve_of_fused_points_is_their_mean_cosine(fusion):
+    model, _ = build(2, fusion=fusion)
+    fused = model.embed().fused
+    fused = fused / fused.norm(dim=1, keepdim=True)
+    cosines = fused @ fused.T
+    expected = (float(cosines.sum()) - ITEMS) / (ITEMS * (ITEMS - 1))
+    assert model.curves()["fused_cosine"] == pytest.approx(expected, abs=1e-9)
+    with torch.no_grad():
+        for modality in model.modalities:
+            modality.point.weight.zero_()
+    assert model.curves()["fused_cosine"] == pytest.approx(1)
+
+
+def test_bfloat16_products_are_near_those_of_float32():
+    model, _ = build(2)
+    model = model.float()
+    t = torch.full((ITEMS,), 0.3)
+    exact = model(t)
+    for modality in model.modalities:
+        modality.features = modality.features.bfloat16()
+    rough = model(t)
+    assert rough.items.dtype == torch.float32
+    difference = float(((rough.items - exact.items).norm() / exact.items.norm()).detach())
+    assert 0 < difference < 0.02
+    rough.items.sum().backward()
+    assert all(m.hidden.weight.grad.dtype == torch.float32 and m.hidden.weight.grad.any() for m in model.modalities)
+
+
+def test_parts_add_up_to_the_loss():
+    model, _ = build(2, gamma=0.7)
+    loss = model.loss(model(torch.full((ITEMS,), 0.3, dtype=torch.float64)), batch())
+    align, *uniformities = (loss.parts[name] for name in model.parts)
+    torch.testing.assert_close(loss.total, align + 0.7 * sum(uniformities) / 2)
+
+
+def test_embedding_for_evaluation_uses_the_middle_of_the_curve():
+    model, _ = build(3)
+    middle = model(torch.full((ITEMS,), 0.5, dtype=torch.float64))
+    torch.testing.assert_close(model.double().embed().items, middle.items, rtol=0, atol=0)
+    assert not torch.equal(model(torch.full((ITEMS,), 0.1, dtype=torch.float64)).items, middle.items)
+
+
+def test_detaching_the_similarity_changes_the_gradient_and_not_the_loss():
+    results = {}
+    for detach in (True, False):
+        model, _ = build(2, detach_similarity=detach)
+        loss = model.loss(model(torch.full((ITEMS,), 0.4, dtype=torch.float64)), batch())
+        results[detach] = (loss.total, torch.autograd.grad(loss.total, model.modalities[0].point.weight)[0])
+    assert torch.equal(results[True][0], results[False][0])
+    assert not torch.allclose(results[True][1], results[False][1])
+
+
+def sampler(
+    contrast: str = "negative", seed: int = 3, batch_size: int = 64, dedup_pairs: bool = False
+) -> tuple[Sampler, np.ndarray]:
+    rng = np.random.default_rng(0)
+    seen = rng.random((50, 20)) < 0.5
+    users, items = (torch.from_numpy(x) for x in np.nonzero(seen))
+    made = Sampler(users, items, 20, batch_size=batch_size, contrast=contrast, dedup_pairs=dedup_pairs, seed=seed)
+    return made, seen
+
+
+def test_an_epoch_is_every_pair_once_with_an_unseen_item():
+    chosen, seen = sampler()
+    batches = list(chosen.epoch(1))
+    assert len(batches) == chosen.n_batches
+    assert [len(b.users) for b in batches[:-1]] == [64] * (len(batches) - 1)
+    users, items = (torch.cat([getattr(b, name) for b in batches]).numpy() for name in ("users", "items"))
+    pairs = sorted(zip(users.tolist(), items.tolist(), strict=True))
+    assert pairs == list(zip(*map(list, np.nonzero(seen)), strict=True))
+    assert not seen[users, torch.cat([b.spread_items.ids for b in batches]).numpy()].any()
+
+
+def test_gathered_ids_are_those_of_the_batch():
+    repeated, gathered = list(sampler()[0].epoch(1)), list(sampler(dedup_pairs=True)[0].epoch(1))
+    for a, b in zip(repeated, gathered, strict=True):
+        assert torch.equal(a.users, b.users) and torch.equal(a.items, b.items) and a.spread_users.counts is None
+        for one, other in ((a.spread_users, b.spread_users), (a.spread_items, b.spread_items)):
+            ids, counts = np.unique(one.ids.numpy(), return_counts=True)
+            assert other.ids.tolist() == ids.tolist() and other.counts.tolist() == counts.tolist()
+
+
+def test_negatives_are_uniform_over_the_unseen():
+    chosen, seen = sampler(batch_size=10_000)
+    counts = np.zeros(seen.shape)
+    for epoch in range(1, 200):
+        (whole,) = chosen.epoch(epoch)
+        np.add.at(counts, (whole.users.numpy(), whole.spread_items.ids.numpy()), 1)
+    expected = np.where(seen, 0, (seen.sum(1) * 199 / (~seen).sum(1))[:, None])
+    variance = expected * (1 - 1 / (~seen).sum(1))[:, None]
+    deviation = (counts - expected)[~seen] ** 2 / variance[~seen]
+    assert 0.8 < deviation.mean() < 1.2  # chi-square per cell of about 500
+
+
+def test_other_contrasts():
+    (positive,) = sampler("positive", batch_size=10_000)[0].epoch(1)
+    assert torch.equal(positive.spread_items.ids, positive.items)
+    chosen, seen = sampler("uniform", batch_size=10_000)
+    (uniform,) = chosen.epoch(1)
+    assert seen[uniform.users.numpy(), uniform.spread_items.ids.numpy()].any()
+    assert set(uniform.spread_items.ids.tolist()) == set(range(20))
+
+
+def test_epochs_differ_and_repeat_by_seed_from_any_batch():
+    chosen, _ = sampler()
+    whole = list(chosen.epoch(2))
+    for first in (0, 3, len(whole)):
+        rest = list(chosen.epoch(2, first))
+        assert len(rest) == len(whole) - first
+        for a, b in zip(whole[first:], rest, strict=True):
+            assert torch.equal(a.users, b.users) and torch.equal(a.spread_items.ids, b.spread_items.ids)
+    assert not torch.equal(next(chosen.epoch(3)).users, whole[0].users)
+    assert not torch.equal(next(sampler(seed=4)[0].epoch(2)).users, whole[0].users)
+
+
+def test_a_user_with_every_item_has_no_negative():
+    with pytest.raises(ValueError, match="user 1 has interacted with all 3 items"):
+        users, items = torch.tensor([0, 1, 1, 1]), torch.tensor([0, 0, 1, 2])
+        Sampler(users, items, 3, batch_size=4, contrast="negative", dedup_pairs=True, seed=0)
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.5, 2.0])
+def test_mixing_parameters_are_beta_and_leave_the_global_generator_alone(alpha):
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    t = mixing_parameters(alpha, 20_000, torch.device("cpu"), 7)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(t, mixing_parameters(alpha, 20_000, torch.device("cpu"), 7))
+    assert float(t.min()) >= 0 and float(t.max()) <= 1
+    assert float(t.mean()) == pytest.approx(0.5, abs=0.01)
+    assert float(t.var()) == pytest.approx(1 / (4 * (2 * alpha + 1)), abs=0.005)
+
+
+def test_official_preset_sets_every_switch_of_the_reference():
+    official = settings("official", {}, {}, {}, "x")
+    assert (official.model.dedup_pairs, official.model.detach_similarity) == (False, False)
+    assert official.model.uniformity_items == "negative" and official.training.weight_decay == 0
+    assert official.training.select_on == "test" and official.training.eval_embeddings == "last_batch"
+    assert official.training.round_valid == 4
+    assert official.training.patience == 11  # the reference stops one validation later than its setting of 10 says
+    assert official.evaluation.score == "dot" and official.evaluation.mask == "train"
+
+
+def test_user_values_stand_above_the_preset():
+    found = settings("official", {"gamma": 0.5, "dedup_pairs": True}, {"patience": 3}, {"ks": [20, 5]}, "x")
+    assert (found.model.gamma, found.model.dedup_pairs, found.training.patience) == (0.5, True, 3)
+    assert found.evaluation.ks == [5, 20]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_settings_survive_their_identity(preset):
+    found = settings(preset, {}, {}, {}, "x")
+    assert Model.model_validate(found.model.identity()) == found.model
+    assert Training.model_validate({**found.training.identity(), **found.training.runtime()}) == found.training
+    assert Evaluation.model_validate(found.evaluation.identity()) == found.evaluation
+    assert not {"device", "checkpoint_seconds"} & set(found.training.identity())
+
+
+@pytest.mark.parametrize(
+    ("model", "training", "evaluation", "message"),
+    [
+        ({"dropout": 0.1}, {}, {}, r"x\.model\.dropout = 0\.1: dropout is not implemented"),
+        ({"gama": 0.1}, {}, {}, r"x\.model\.gama: unknown key \(did you mean 'gamma'\?\)"),
+        ({"min_sim": 0.9, "max_sim": 0.5}, {}, {}, r"min_sim 0\.9 is above max_sim 0\.5"),
+        ({"alpha": 0}, {}, {}, r"x\.model\.alpha = 0"),
+        ({"modality_weights": {"text": 0}}, {}, {}, "at least one modality"),
+        ({"modality_weights": {"text": -1}}, {}, {}, r"x\.model\.modality_weights\.text = -1"),
+        ({}, {"lr": "fast"}, {}, r"x\.training\.lr = 'fast'"),
+        ({}, {"monitor": "accuracy"}, {}, r"x\.training\.monitor = 'accuracy'"),
+        ({}, {"epochs": 1.5}, {}, r"x\.training\.epochs = 1\.5"),
+        ({}, {}, {"ks": [5, 5]}, r"x\.evaluation\.ks = \[5, 5\]: a cut-off stands here twice"),
+        ({}, {}, {"ks": []}, r"x\.evaluation\.ks"),
+        ({}, {}, {"score": "euclid"}, r"x\.evaluation\.score = 'euclid'"),
+    ],
+)
+def test_impossible_settings_are_refused_with_their_path(model, training, evaluation, message):
+    with pytest.raises(UserError, match=message):
+        settings("default", model, training, evaluation, "x")
+
+
+def test_an_unknown_preset_is_refused():
+    with pytest.raises(UserError, match=r"x\.preset = 'offical': unknown preset \(did you mean 'official'\?\)"):
+        settings("offical", {}, {}, {}, "x")
+
+
+@pytest.mark.parametrize(
+    ("given", "modalities", "expected"),
+    [
+        (None, ["text", "image"], [0.9, 0.1]),
+        (None, ["text", "image", "caption"], [0.45, 0.1, 0.45]),
+        (None, ["image"], [1.0]),
+        (None, ["text", "caption"], [0.5, 0.5]),
+        ({"text": 3, "image": 1}, ["image", "text"], [0.25, 0.75]),
+        ({"text": 1, "image": 0}, ["image", "text"], [0.0, 1.0]),
+    ],
+)
+def test_modality_weights(given, modalities, expected):
+    found = modality_weights(Model(modality_weights=given), modalities)
+    assert list(found) == modalities
+    assert list(found.values()) == pytest.approx(expected)
+
+
+def test_modality_weights_must_name_the_modalities():
+    with pytest.raises(UserError, match=r"e\.model\.modality_weights\.txt: .*did you mean 'text'"):
+        modality_weights(Model(modality_weights={"txt": 1.0}), ["text"], "e.model")
+    with pytest.raises(UserError, match="modality 'image' has no weight"):
+        modality_weights(Model(modality_weights={"text": 1.0}), ["text", "image"])

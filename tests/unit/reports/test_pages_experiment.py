@@ -1,0 +1,247 @@
+"""The page of an experiment: its numbers, neighbours, users, pictures and troubles, against the files that it is made of."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import page_shop
+import pyarrow.parquet as pq
+import pytest
+from training_shop import one_thread
+
+from cm3.common.embeddings import read_embeddings
+from cm3.common.files import read_json
+from cm3.common.tables import SIMILARITY, read_table
+from cm3.reports.pages.experiment_page import experiment_page
+
+__all__ = ["one_thread"]  # used by every test here
+
+
+class Page(HTMLParser):
+    """The elements of a page and the text of each, scripts and styles apart."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.source = path.read_text(encoding="utf-8")
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.rows: list[list[str]] = []
+        self.text = ""
+        self._inside: list[str] = []
+        self._cell = False
+        self.scripts: list[str] = []
+        self.feed(self.source)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag in ("script", "style"):
+            self._inside.append(tag)
+            self.scripts += [""] * (tag == "script")
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th") and self.rows:
+            self.rows[-1].append("")
+            self._cell = True
+
+    def handle_endtag(self, tag):
+        if tag in ("script", "style"):
+            self._inside.pop()
+        if tag in ("td", "th", "tr", "table"):
+            self._cell = False
+
+    def handle_data(self, data):
+        if self._inside:
+            if self._inside[-1] == "script":
+                self.scripts[-1] += data
+            return
+        self.text += data
+        if self._cell and self.rows and self.rows[-1]:
+            self.rows[-1][-1] += data
+
+    def row(self, first):
+        return next([" ".join(cell.split()) for cell in row] for row in self.rows if row and row[0].strip() == first)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trial")
+    inputs = page_shop.experiment(folder)
+    facts = experiment_page(inputs=inputs, page_output=folder / "report.html", figures_output=folder / "figures")
+    return inputs, folder, facts, Page(folder / "report.html")
+
+
+def test_the_tables_hold_the_metrics_of_metrics_json(made):
+    inputs, _, _, page = made
+    metrics = read_json(inputs["metrics"])
+    for name, row in (("recall", "Recall"), ("ndcg", "NDCG"), ("mrr", "MRR")):
+        cells = page.row(row)[1:]
+        assert cells == [
+            f"{metrics['test'][f'{name}@{k}']:.4f} {metrics['valid'][f'{name}@{k}']:.4f}" for k in (5, 10, 20)
+        ]
+    for way in ("score dot, mask train+valid", "score cosine, mask train"):
+        shown = {"score dot, mask train+valid": "dot product, without items of training and validation"}
+        cells = page.row(shown.get(way, "cosine, without items of training"))
+        assert cells[1] == f"{metrics['detail']['test'][way]['recall@20']:.4f}"
+    cold = page.row("cold items (never bought in training)")
+    assert int(cold[2]) == metrics["detail"]["items"]["cold"]["interactions"]
+
+
+def test_the_page_tells_settings_keys_versions_and_how_to_make_the_numbers_again(made):
+    text = made[3].text
+    for told in (
+        "results/trial/metrics.json",
+        "0123456789ab",
+        "python",
+        "3.11",
+        "package:minilm",
+        "lr",
+        "0.02",
+        "1 min 12 s",
+        "1.2 GB",
+    ):
+        assert told in text
+    assert "dropped: 2 by repeated pairs, 7 by the 5-core" in " ".join(text.split())
+
+
+def panels(page, which):
+    """The HTML of each panel of a chooser."""
+    start = page.source.index(f'data-panel="{which}"')
+    end = page.source.index("</section>", start)
+    return page.source[start:end].split(f'data-panel="{which}"')[1:]
+
+
+def strips(html):
+    """Each strip of pictures in a part of the page: its label, and (title, line under it) of each card."""
+    found = {}
+    for label, body in re.findall(r'<ul class="strip" tabindex="0" aria-label="([^"]*)">(.*?)</ul>', html, re.DOTALL):
+        cards = re.findall(r'<li class="card( hit)?">.*?<bdi>(.*?)</bdi>(.*?)</li>', body, re.DOTALL)
+        found[label] = [(title, re.sub("<[^>]*>", "", under).split(), bool(hit)) for hit, title, under in cards]
+    return found
+
+
+def test_neighbours_are_those_of_the_graphs_and_of_the_embeddings(made):
+    inputs, _, _, page = made
+    items = pq.read_table(inputs["items"])
+    titles = items.column("title").to_pylist()
+    vectors, _ = read_embeddings(inputs["item_embeddings"], "item_id", items.column("item_id").to_pylist())
+    unit = vectors.astype(np.float64) / np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+    graph = read_table(inputs["similarity.text"], SIMILARITY).to_pylist()
+    checked = 0
+    for html in panels(page, "neighbours"):
+        title = re.search(r"<strong><bdi>(Thing \d+)</bdi>", html)
+        if title is None:  # one of the hostile ones
+            continue
+        item = titles.index(title[1])
+        shown = strips(html)
+        near = [row["neighbour"] for row in graph if row["item"] == item and row["neighbour"] != item]
+        assert shown["Neighbours by text"] and len(shown["Neighbours by text"]) == len(near)
+        cosines = sorted((unit[item] @ unit[other] for other in range(len(titles)) if other != item), reverse=True)
+        got = [title for title, _, _ in shown["Neighbours by fused"]]
+        assert len(got) == 6
+        for place, title in enumerate(got):
+            if title.startswith("Thing"):
+                assert unit[item] @ unit[titles.index(title)] == pytest.approx(cosines[place], abs=1e-5)
+        checked += 1
+    assert checked >= 6
+
+
+def test_hits_are_the_held_out_items_among_the_first_recommendations(made):
+    inputs, _, _, page = made
+    rows = pq.read_table(inputs["interactions"]).to_pylist()
+    items = pq.read_table(inputs["items"]).to_pylist()
+    name = {row["item"]: (row["title"] or row["item_id"]) for row in items}
+    users = pq.read_table(inputs["users"]).column("user_id").to_pylist()
+    lists = pq.read_table(inputs["recommendations"]).to_pylist()
+    options = re.findall(r"<option>(\d+) bought, (a|no) hit: (user\d+)</option>", page.source)
+    assert {kind for _, kind, _ in options} == {"a", "no"} and len(options) == 8
+    for (bought, kind, user_id), html in zip(options, panels(page, "users"), strict=True):
+        user = users.index(user_id)
+        held_out = {row["item"] for row in rows if row["user"] == user and row["split"] == "test"}
+        ranked = [row["item_id"] for row in sorted(lists, key=lambda row: row["rank"]) if row["user_id"] == user_id][
+            :10
+        ]
+        expected = [f"item{item}" in ranked for item in held_out]
+        shown = strips(html)
+        hits = [hit for _, _, hit in shown["Recommendations"]]
+        assert hits == [int(item_id.removeprefix("item")) in held_out for item_id in ranked]
+        assert (kind == "a") == any(expected) == any(hits)
+        latest = sorted((r for r in rows if r["user"] == user and r["split"] == "train"), key=lambda r: -r["timestamp"])
+        plain = [title for title, _, _ in shown["Training history"] if title.startswith("Thing")]
+        assert plain == [name[r["item"]] for r in latest[:10] if name[r["item"]].startswith("Thing")]
+        assert int(bought) == len({row["item"] for row in latest})
+
+
+def test_texts_of_items_are_text_everywhere(made):
+    page = made[3]
+    assert page_shop.SCRIPT in page.text and page_shop.ISLAND in page.text and "{{ 7 * 7 }}" in page.text
+    assert len(page.scripts) == 2 and "window.broken" not in "".join(page.scripts)
+    assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+    assert {attributes.get("src") for tag, attributes in page.elements if tag == "img"} == {None}
+    island = json.loads(page.scripts[0])
+    assert all(uri.startswith("data:image/webp;base64,") for uri in island.values())
+
+
+def test_nothing_in_the_page_points_outside_it(made):
+    for tag, attributes in made[3].elements:
+        for name in ("src", "href", "srcset", "action", "data", "poster"):
+            target = attributes.get(name)
+            assert target is None or target.startswith(("#", "data:")), f"<{tag} {name}={target}>"
+        assert "style" not in attributes, "the policy refuses styles in attributes"
+    policy = next(a["content"] for _, a in made[3].elements if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'; img-src data:; style-src 'sha256-")
+
+
+def test_every_chosen_picture_is_in_the_page_once(made):
+    _, _, facts, page = made
+    island = json.loads(page.scripts[0])
+    wanted = {attributes["data-picture"] for tag, attributes in page.elements if tag == "img"}
+    assert wanted == set(island) and facts["pictures"] == len(island) and facts["pictures_left_out"] == 0
+    assert not {"5", "6", "7"} & wanted, "missing and damaged pictures have none"
+
+
+def test_what_failed_is_counted_with_its_reasons(made):
+    page = made[3]
+    text = " ".join(page.text.split())
+    assert "Pictures: 3 of 30" in text and "Captions (caption): 1 of 30" in text and "Vectors (image): 1 of 30" in text
+    assert "Texts: 30 of 30" not in text, "items with a title have a text"
+    assert ["missing", "1", "nothing there", "item5"] in [[" ".join(cell.split()) for cell in row] for row in page.rows]
+    assert any("the server says no" in " ".join(row) for row in page.rows)
+
+
+def test_the_same_files_make_the_same_page_and_figures(made, tmp_path):
+    inputs, folder, _, _ = made
+    experiment_page(inputs=inputs, page_output=tmp_path / "report.html", figures_output=tmp_path / "figures")
+    assert (tmp_path / "report.html").read_bytes() == (folder / "report.html").read_bytes()
+    names = sorted(path.name for path in (folder / "figures").iterdir())
+    assert {"stream-weights.svg", "alignment-uniformity.png", "training-loss.svg"} <= set(names)
+    for name in names:
+        assert (tmp_path / "figures" / name).read_bytes() == (folder / "figures" / name).read_bytes(), name
+
+
+def test_a_model_with_numbers_alone_still_has_a_page(tmp_path):
+    inputs = page_shop.bare_experiment(tmp_path)
+    facts = experiment_page(inputs=inputs, page_output=tmp_path / "report.html", figures_output=tmp_path / "figures")
+    page = Page(tmp_path / "report.html")
+    assert facts["pictures"] == 0 and "interactions only" in page.text
+    headings = re.findall(r"<h2[^>]*>([^<]*)</h2>", page.source)
+    assert headings == [
+        "What was run",
+        "Data and coverage",
+        "Metrics",
+        "What users are recommended",
+        "What failed, and why",
+    ]
+    linked = {a["href"] for tag, a in page.elements if tag == "a" and a["href"].startswith("#")}
+    assert linked <= {f"#{a['id']}" for _, a in page.elements if "id" in a}
+
+
+def test_pictures_beyond_the_budget_are_left_out_and_said_so(made, tmp_path):
+    inputs = made[0]
+    facts = experiment_page(
+        inputs=inputs, page_output=tmp_path / "report.html", figures_output=tmp_path / "figures", budget=9000
+    )
+    page = Page(tmp_path / "report.html")
+    assert facts["pictures_left_out"] > 0 and facts["pictures"] > 0
+    assert sum(map(len, json.loads(page.scripts[0]).values())) <= 9000
+    assert f"{facts['pictures_left_out']} pictures are left out" in page.text

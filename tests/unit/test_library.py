@@ -1,0 +1,166 @@
+"""The library: fit on ids and arrays, recommend, similar items, save and load, without any workflow."""
+
+import doctest
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import oracles_cm3 as oracle
+import pyarrow as pa
+import pytest
+import scipy.sparse as sp
+
+import cm3
+import cm3.library
+from cm3.common.embeddings import write_embeddings
+from cm3.similarity.exact import knn
+
+SMALL = {"embedding_dim": 8, "knn_k": 4}
+QUICK = {"epochs": 40, "batch_size": 128, "lr": 0.02, "device": "cpu", "patience": 40}
+
+
+def shop(seed: int = 0) -> tuple[dict[str, list[str]], dict[str, np.ndarray], list[str]]:
+    """Two tastes: users of a group buy its items alone, features tell the groups apart; the last item is cold."""
+    rng = np.random.default_rng(seed)
+    items = [f"i{n}" for n in range(41)]
+    group = np.arange(41) % 2
+    users, bought = [], []
+    for user in range(60):
+        mine = rng.choice(np.flatnonzero(group[:40] == user % 2), 8, replace=False)
+        users += [f"u{user}"] * 8
+        bought += [items[item] for item in mine]
+    centres = rng.normal(size=(2, 6))
+    features = {"text": centres[group] + 0.1 * rng.normal(size=(41, 6)), "image": rng.normal(size=(41, 5))}
+    return {"user": users, "item": bought}, features, items
+
+
+@pytest.fixture(scope="module")
+def trained() -> cm3.Recommender:
+    pairs, features, items = shop()
+    return cm3.fit(pairs, features, items, SMALL, QUICK)
+
+
+@pytest.mark.parametrize("setting", [{"processes": 2}, {"warm_start": "old"}, {"select_on": "test"}])
+def test_settings_of_the_pipeline_are_refused(setting):
+    with pytest.raises(ValueError, match="are the pipeline's"):
+        cm3.fit({"user": [1], "item": [1]}, {"text": np.ones((1, 2))}, [1], training=setting)
+
+
+def test_the_examples_run():
+    assert doctest.testmod(cm3.library).attempted >= 5
+    assert not doctest.testmod(cm3.library).failed
+
+
+def test_it_recommends_what_a_users_group_buys_and_nothing_seen(trained: cm3.Recommender):
+    pairs, _, _ = shop()
+    seen = {(u, i) for u, i in zip(pairs["user"], pairs["item"], strict=True)}
+    users = [f"u{n}" for n in range(60)]
+    lists = cm3.recommend(trained, users, k=5)
+    right = 0
+    for user, recommended in zip(users, lists, strict=True):
+        assert len(recommended) == 5 and not any((user, item) in seen for item, _ in recommended)
+        assert [score for _, score in recommended] == sorted((score for _, score in recommended), reverse=True)
+        right += sum(int(item[1:]) % 2 == int(user[1:]) % 2 for item, _ in recommended)
+    assert right > 0.9 * 300
+    again = cm3.recommend(trained, ["u3"], k=100, exclude_seen=False)[0]
+    assert len(again) == 41 and len(cm3.recommend(trained, ["u3"], k=100)[0]) == 33
+    scores = trained.users[trained.user_ids.index("u3")] @ trained.items.T
+    assert [item for item, _ in again] == [trained.item_ids[n] for n in np.argsort(-scores, kind="stable")]
+
+
+def test_a_cold_item_is_recommended_by_its_features_to_its_group(trained: cm3.Recommender):
+    lists = cm3.recommend(trained, trained.user_ids, k=41, exclude_seen=False)
+    scores = {user: dict(one)["i40"] for user, one in zip(trained.user_ids, lists, strict=True)}
+    own, other = ([score for user, score in scores.items() if int(user[1:]) % 2 == n] for n in (0, 1))
+    assert min(own) > max(other)
+
+
+def test_similar_items_are_of_the_same_group_and_never_the_item_itself(trained: cm3.Recommender):
+    for item, found in zip(("i0", "i1"), cm3.similar_items(trained, ["i0", "i1"], k=5), strict=True):
+        assert item not in [name for name, _ in found]
+        assert all(int(name[1:]) % 2 == int(item[1:]) % 2 and -1 <= cosine <= 1.000001 for name, cosine in found)
+
+
+def test_equal_calls_give_equal_models_and_saved_ones_come_back(trained: cm3.Recommender, tmp_path: Path):
+    pairs, features, items = shop()
+    table = pa.table(pairs)
+    again = cm3.fit(table, features, items, SMALL, QUICK)
+    assert np.array_equal(again.users, trained.users) and np.array_equal(again.items, trained.items)
+    trained.save(tmp_path / "model")
+    loaded = cm3.load(tmp_path / "model")
+    users = ["u5", "u6"]
+    assert cm3.recommend(loaded, users, k=7) == cm3.recommend(trained, users, k=7)
+    other = cm3.fit(pairs, features, items, SMALL, {**QUICK, "seed": 7})
+    assert not np.array_equal(other.users, trained.users)
+
+
+def test_missing_vectors_and_one_modality_are_enough():
+    pairs, features, items = shop()
+    features["text"][3] = np.nan
+    fitted = cm3.fit(pairs, {"text": features["text"]}, items, SMALL, {**QUICK, "epochs": 2})
+    assert np.isfinite(fitted.items).all() and len(fitted.history) == 2
+
+
+def test_an_experiments_folder_is_loaded_with_what_users_have_seen(trained: cm3.Recommender, tmp_path: Path):
+    results, prepared = tmp_path / "results/shop", tmp_path / "processed/data/interactions.parquet"
+    write_embeddings(results / "user_embeddings.parquet", "user_id", trained.user_ids, trained.users, {})
+    write_embeddings(results / "item_embeddings.parquet", "item_id", trained.item_ids, trained.items, {})
+    assert cm3.load(results).seen is None
+    with pytest.raises(ValueError, match="not known what users have seen"):
+        cm3.recommend(cm3.load(results), ["u1"])
+    (results / "metrics.json").write_text(json.dumps({"dataset": "data"}))
+    assert trained.seen is not None
+    coo = trained.seen.tocoo()
+    users, items = ["a new user", *trained.user_ids], ["a new item", *trained.item_ids]  # which moves all others
+    rows, columns = np.append(coo.row + 1, [0, 1]), np.append(coo.col + 1, [1, 0])
+    (tmp_path / "processed/data").mkdir(parents=True)
+    oracle.write_interactions(
+        prepared.parent, rows, columns, np.zeros(len(rows), np.int8), len(users), len(items), users, items
+    )
+    assert cm3.recommend(cm3.load(results), ["u1"]) == cm3.recommend(trained, ["u1"])
+    assert cm3.recommend(cm3.load(results, prepared), ["u2"]) == cm3.recommend(trained, ["u2"])
+
+
+def test_a_model_saved_without_what_users_have_seen_forgets_what_lay_there(trained: cm3.Recommender, tmp_path: Path):
+    trained.save(tmp_path)
+    replace(trained, seen=None).save(tmp_path)
+    assert cm3.load(tmp_path).seen is None
+
+
+@pytest.mark.parametrize("settings", [{"knn_missing": "mean"}, {"knn_method": "hnsw"}])
+def test_the_neighbours_are_those_of_the_settings(settings, monkeypatch):
+    if "knn_method" in settings:
+        pytest.importorskip("faiss", reason="faiss-cpu is not installed")
+    pairs, features, items = shop()
+    features["text"] = features["text"].copy()
+    features["text"][:9] = np.nan
+    graphs: list[sp.csr_matrix] = []
+    found: list[str] = []
+    made = cm3.library.item_item_matrix
+    monkeypatch.setattr(cm3.library, "item_item_matrix", lambda *args: graphs.append(made(*args)) or graphs[-1])
+    monkeypatch.setattr(cm3.library, "knn", lambda *args: found.append("exact") or knn(*args))
+    cm3.fit(pairs, features, items, SMALL | settings, QUICK | {"epochs": 1})
+    cm3.fit(pairs, features, items, SMALL, QUICK | {"epochs": 1})
+    if "knn_missing" in settings:
+        assert (graphs[0] != graphs[1]).nnz and len(found) == 4
+    else:
+        assert found == ["exact"] * 2
+
+
+def test_what_does_not_fit_together_is_named(trained: cm3.Recommender, tmp_path: Path):
+    pairs, features, items = shop()
+    for call, complaint in (
+        (lambda: cm3.recommend(trained, ["u100"]), r"user 'u100' is unknown \(did you mean 'u10'"),
+        (lambda: cm3.similar_items(trained, ["x"]), "item 'x' is unknown"),
+        (lambda: cm3.fit({"user": ["a"]}, features, items), "no column 'item'"),
+        (lambda: cm3.fit(pairs, {"text": features["text"][:3]}, items), r"\(3, 6\) is not \(41, d\)"),
+        (lambda: cm3.fit(pairs, {}, items), "at least one modality"),
+        (lambda: cm3.fit(pairs, features, items[:-2]), r"features\['text'\]|item 'i39' is unknown"),
+        (lambda: cm3.fit(pairs, features, ["i0"] * 41), "stand twice"),
+        (lambda: cm3.fit(pairs, features, items, {"knn": 3}), "unknown key"),
+        (lambda: cm3.fit(pairs, features, items, valid_share=0.0), "holds nothing out"),
+        (lambda: cm3.load(tmp_path), "no such file"),
+    ):
+        with pytest.raises(Exception, match=complaint):
+            call()

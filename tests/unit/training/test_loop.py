@@ -1,0 +1,175 @@
+"""The training loop: what it records, how it groups batches, and what it does when things go wrong."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training_shop import OUTPUTS, history, one_thread, run, shop
+
+import cm3.training.loop
+from cm3.common.errors import UserError
+from cm3.evaluation.ranking import Ranking
+from cm3.model.sampling import derived_seed
+
+__all__ = ["one_thread", "shop"]
+
+
+def outputs(folder) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in OUTPUTS}
+
+
+def curves(folder) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_curves_are_the_history_also_of_a_run_that_was_stopped(shop, tmp_path, monkeypatch):
+    training = {"tensorboard": True, "checkpoint_seconds": 0, "epochs": 3}
+    run(shop, tmp_path, training=training)
+    rows = history(tmp_path)
+    tags = {
+        "loss": "training/loss",
+        "alignment": "training/alignment",
+        "user_uniformity": "training/user_uniformity",
+        "item_uniformity": "training/item_uniformity",
+        "grad_norm": "training/grad_norm",
+        "fused_cosine": "training/fused_cosine",
+        "valid_recall@20": "validation/recall@20",
+        **{f"stream_weight_{name}": f"stream weight/{name}" for name in ("text", "image", "fused")},
+    }
+    assert set(rows[0]) == {"epoch", *tags}
+    for column, tag in tags.items():
+        expected = [(int(row["epoch"]), float(row[column])) for row in rows]
+        assert curves(tmp_path)[tag] == [(epoch, pytest.approx(value, rel=1e-6)) for epoch, value in expected]
+    assert sum(float(rows[0][f"stream_weight_{name}"]) for name in ("text", "image", "fused")) == pytest.approx(1)
+
+    # Killed after the third epoch was drawn and before its checkpoint: the epoch is done, and drawn, again.
+    save, saves = cm3.training.loop._Run._save, 0
+
+    def save_then_die(self):
+        nonlocal saves
+        saves += self.state.epoch == 3 and self.state.step == 0
+        if saves:
+            raise KeyboardInterrupt
+        save(self)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(cm3.training.loop._Run, "_save", save_then_die)
+        run(shop, tmp_path / "stopped", training=training)
+    run(shop, tmp_path / "stopped", training=training)
+    assert curves(tmp_path / "stopped") == curves(tmp_path)
+
+
+def test_no_curves_are_written_where_none_are_wanted(shop, tmp_path):
+    run(shop, tmp_path, training={"tensorboard": False, "epochs": 1})
+    assert not (tmp_path / "tensorboard").exists()
+
+
+def test_the_gradient_norm_is_that_of_the_last_step(shop, tmp_path, monkeypatch):
+    seen = []
+    validate = cm3.training.loop._Run.validate
+
+    def look(self, last):
+        gradients = [p.grad.double().square().sum() for p in self.model.parameters() if p.grad is not None]
+        seen.append(math.sqrt(sum(gradients)))
+        validate(self, last)
+
+    monkeypatch.setattr(cm3.training.loop._Run, "validate", look)
+    run(shop, tmp_path, training={"epochs": 2})
+    assert [float(row["grad_norm"]) for row in history(tmp_path)] == [pytest.approx(norm, rel=1e-5) for norm in seen]
+
+
+@pytest.mark.parametrize("per_step", [2, 3, 1000])
+def test_batches_that_share_a_step(shop, tmp_path, monkeypatch, per_step):
+    steps = []
+    step = cm3.training.loop._Run.step
+
+    def count(self, batches):
+        steps.append(len(batches))
+        step(self, batches)
+
+    monkeypatch.setattr(cm3.training.loop._Run, "step", count)
+    run(shop, tmp_path / "one", training={"epochs": 1})
+    n_batches = len(steps)
+    steps.clear()
+    run(shop, tmp_path / "more", training={"epochs": 1, "batches_per_step": per_step})
+    assert sum(steps) == n_batches and len(steps) == math.ceil(n_batches / per_step)
+    assert set(steps[:-1]) <= {per_step}
+    assert outputs(tmp_path / "one") != outputs(tmp_path / "more")
+
+
+def test_a_run_of_shared_steps_goes_on_to_the_same_bytes(shop, tmp_path, monkeypatch):
+    training = {"batches_per_step": 2, "checkpoint_seconds": 0, "epochs": 3}
+    run(shop, tmp_path / "whole", training=training)
+    save, saves = cm3.training.loop._Run._save, 0
+
+    def die_in_the_middle(self):
+        nonlocal saves
+        saves += 1
+        save(self)
+        if saves == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(cm3.training.loop._Run, "_save", die_in_the_middle)
+        run(shop, tmp_path / "stopped", training=training)
+    run(shop, tmp_path / "stopped", training=training)
+    assert outputs(tmp_path / "whole") == outputs(tmp_path / "stopped")
+
+
+def test_a_loss_that_is_not_finite_names_norms_and_keeps_the_last_good_state(shop, tmp_path, monkeypatch):
+    mixing = cm3.model.model.mixing_parameters
+
+    def spoilt(alpha, n, device, seed):
+        t = mixing(alpha, n, device, seed)
+        return t * math.nan if seed == derived_seed(42, 2, 1) else t
+
+    monkeypatch.setattr(cm3.model.model, "mixing_parameters", spoilt)
+    kept = tmp_path / "checkpoints/last.safetensors"
+    with pytest.raises(UserError, match=r"epoch 2, batch 2: .* Norms of the parameters: users \d.*last\.safetensors"):
+        run(shop, tmp_path, training={"checkpoint_seconds": 1000})
+    assert kept.exists()
+    monkeypatch.undo()
+    run(shop, tmp_path, training={"checkpoint_seconds": 1000})
+    run(shop, tmp_path / "whole")
+    assert outputs(tmp_path) == outputs(tmp_path / "whole")
+
+
+def test_bfloat16_trains_to_nearly_the_same_model(shop, tmp_path):
+    exact = run(shop, tmp_path / "float32")
+    rough = run(shop, tmp_path / "bfloat16", training={"precision": "bfloat16"})
+    assert outputs(tmp_path / "float32") != outputs(tmp_path / "bfloat16")
+    first = [float(history(tmp_path / name)[0]["loss"]) for name in ("float32", "bfloat16")]
+    assert first[0] == pytest.approx(first[1], rel=0.02)
+    assert abs(exact["best_valid"] - rough["best_valid"]) < 0.1
+
+
+def test_ranking_halves_its_blocks_when_memory_runs_out(caplog):
+    rng = np.random.default_rng(0)
+    users, items = torch.from_numpy(rng.standard_normal((37, 4))), torch.from_numpy(rng.standard_normal((50, 4)))
+    masked = sp.csr_matrix(rng.random((37, 50)) < 0.2)
+    expected = Ranking(np.arange(37), masked).top(users, items, 5)
+    sizes = []
+
+    def scarce(rows):
+        sizes.append(len(rows))
+        if len(rows) > 6:
+            raise torch.OutOfMemoryError("out of memory")
+        return users[rows] @ items.T
+
+    ranking = Ranking(np.arange(37), masked)
+    for _ in range(2):
+        found = ranking.top_by(scarce, 5)
+        np.testing.assert_array_equal(found[0], expected[0])
+    assert "blocks of 5 users" in caplog.text
+    assert sizes[:4] == [37, 19, 10, 5] and set(sizes[4:]) <= {5, 2}, "what was learnt is kept"
+
+    def hopeless(rows):
+        raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        ranking.top_by(hopeless, 5)

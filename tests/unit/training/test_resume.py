@@ -1,0 +1,208 @@
+"""A run that was stopped or killed goes on, to the same bytes; a state of anything else is never resumed."""
+
+import json
+import logging
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+from repository import ROOT
+from training_shop import MODEL, OUTPUTS, TRAINING, history, one_thread, prepared, run, shop, written  # noqa: F401
+
+import cm3.training.loop
+from cm3.config import Model, Training
+from cm3.training.checkpoint import Checkpoint
+from cm3.training.schedule import lr_factor
+
+
+class Stopped(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 5, 9, 13])
+@pytest.mark.parametrize("eval_embeddings", ["fresh", "last_batch"])
+def test_a_run_that_is_stopped_again_and_again_ends_as_if_it_never_was(
+    shop, tmp_path, monkeypatch, stop_after, eval_embeddings
+):
+    training = {"checkpoint_seconds": 0, "eval_embeddings": eval_embeddings}
+    run(shop, tmp_path / "whole", training=training)
+    save, stops = Checkpoint.save, 0
+
+    def save_then_stop(self, tensors, state):
+        nonlocal saves
+        save(self, tensors, state)
+        saves += 1
+        if saves == stop_after:
+            raise Stopped
+
+    monkeypatch.setattr(Checkpoint, "save", save_then_stop)
+    while True:
+        saves = 0
+        try:
+            run(shop, tmp_path / "stopped", training=training)
+            break
+        except Stopped:
+            stops += 1
+    assert stops >= 1
+    assert written(tmp_path / "stopped") == written(tmp_path / "whole")
+
+
+def test_a_killed_process_goes_on_to_the_same_bytes(shop, tmp_path):
+    training = TRAINING | {"epochs": 12}
+    identity = Training(**training).identity()
+    spec = {"modalities": ["text", "image"], "model": Model(**MODEL).identity(), "training": identity}
+    run(shop, tmp_path / "whole", training=training, code="c0de")
+
+    folder = tmp_path / "killed"
+    command = [sys.executable, "-m", "cm3.training.train", "--spec", json.dumps(spec), "--code", "c0de"]
+    command += ["--runtime", json.dumps({"device": "cpu", "checkpoint_seconds": 0, "threads": torch.get_num_threads()})]
+    command += [part for name, path in shop.items() for part in ("--input", f"{name}={path}")]
+    outputs = dict(zip(("model", "history", "users", "items"), OUTPUTS, strict=True)) | {"record": "record.json"}
+    command += [part for name, path in outputs.items() for part in ("--output", f"{name}={folder / path}")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    checkpoint, chance, resumed = folder / "checkpoints/last.safetensors", random.Random(0), False
+    for _ in range(2):
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        seen = checkpoint.stat().st_mtime_ns if checkpoint.exists() else None
+        while process.poll() is None and (not checkpoint.exists() or checkpoint.stat().st_mtime_ns == seen):
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.15))
+        process.send_signal(chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
+        resumed |= "going on from the checkpoint" in process.communicate()[1]
+    last = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "going on from the checkpoint" in last.stderr or resumed
+    record = json.loads((folder / "record.json").read_text())
+    assert (
+        record["stage"] == "cm3.training.train"
+        and record["epochs"] == len(history(folder))
+        and record["peak_memory_mb"] > 0
+    )
+    assert {name: (folder / name).read_bytes() for name in OUTPUTS} == written(tmp_path / "whole")
+    assert not (folder / "checkpoints").exists()
+
+
+def test_sigterm_writes_a_checkpoint_and_the_run_goes_on_from_it(shop, tmp_path, monkeypatch, caplog):
+    training = {"checkpoint_seconds": 1000, "epochs": 4, "schedule": "cosine", "warmup_epochs": 0.5, "clip_norm": 0.5}
+    run(shop, tmp_path / "whole", training=training)
+    step, steps = cm3.training.loop._Run.step, 0
+
+    def step_then_signal(*arguments):
+        nonlocal steps
+        steps += 1
+        done = step(*arguments)
+        if steps in (2, 7):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return done
+
+    monkeypatch.setattr(cm3.training.loop._Run, "step", step_then_signal)
+    before = signal.getsignal(signal.SIGTERM)
+    for _ in range(2):
+        with pytest.raises(SystemExit) as stopped:
+            run(shop, tmp_path / "stopped", training=training)
+        assert stopped.value.code == 143
+        assert (tmp_path / "stopped/checkpoints/last.safetensors").exists()
+    assert signal.getsignal(signal.SIGTERM) is before
+    with caplog.at_level(logging.INFO):
+        run(shop, tmp_path / "stopped", training=training)
+    assert "going on from the checkpoint" in caplog.text
+    assert written(tmp_path / "stopped") == written(tmp_path / "whole")
+
+
+def test_learning_rates_follow_their_schedule():
+    def factors(**settings):
+        chosen = Training(**settings)
+        return [lr_factor(chosen, epoch, batch, 4) for epoch in (1, 2, 3) for batch in range(4)]
+
+    assert factors() == [1.0] * 12
+    assert factors(warmup_epochs=1.0)[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert factors(warmup_epochs=0.6)[:4] == pytest.approx([0.25 / 0.6, 0.5 / 0.6, 1.0, 1.0])
+    assert factors(warmup_epochs=0.1)[0] == 1.0
+    assert factors(schedule="exponential", lr_decay=0.5)[::4] == [1.0, 0.5, 0.25]
+    cosine = factors(schedule="cosine", epochs=3)
+    assert cosine == sorted(cosine, reverse=True) and cosine[0] == 1.0
+    assert cosine[6] == pytest.approx(0.5) and cosine[-1] == pytest.approx(0.5 * (1 + math.cos(math.pi * 11 / 12)))
+
+
+def test_a_clipped_gradient_changes_the_run_and_a_loose_limit_does_not(shop, tmp_path):
+    outputs = {}
+    for name, training in (
+        ("none", {}),
+        ("loose", {"clip_norm": 1e6}),
+        ("tight", {"clip_norm": 1e-3, "weight_decay": 0.1}),
+    ):
+        run(shop, tmp_path / name, training=training | {"epochs": 2})
+        outputs[name] = written(tmp_path / name)["history.csv"]
+    assert outputs["loose"] == outputs["none"] != outputs["tight"]
+
+
+@pytest.mark.parametrize("change", ["code", "model", "training", "inputs"])
+def test_a_checkpoint_of_other_code_settings_or_inputs_is_not_resumed(shop, tmp_path, monkeypatch, caplog, change):
+    save = Checkpoint.save
+
+    def save_then_stop(self, tensors, state):
+        save(self, tensors, state)
+        raise Stopped
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(Checkpoint, "save", save_then_stop)
+        run(shop, tmp_path / "out", code="one", training={"checkpoint_seconds": 0})
+    changes = {
+        "code": {"code": "two"},
+        "model": {"code": "one", "model": {"gamma": 0.4}},
+        "training": {"code": "one", "training": {"lr": 0.01}},
+        "inputs": {"code": "one"},
+    }[change]
+    if change == "inputs":
+        (tmp_path / "data").mkdir()
+        shop = prepared(tmp_path / "data", seed=9)
+    with caplog.at_level(logging.WARNING):
+        run(shop, tmp_path / "out", **changes)
+    assert "starting afresh" in caplog.text
+    run(shop, tmp_path / "clean", **changes)
+    assert written(tmp_path / "out") == written(tmp_path / "clean")
+
+
+def test_a_broken_checkpoint_is_not_resumed(shop, tmp_path, caplog):
+    (tmp_path / "out/checkpoints").mkdir(parents=True)
+    (tmp_path / "out/checkpoints/last.safetensors").write_bytes(b"half a file")
+    with caplog.at_level(logging.WARNING):
+        run(shop, tmp_path / "out", training={"epochs": 1})
+    assert "unreadable" in caplog.text
+    written(tmp_path / "out")
+
+
+def test_a_resume_may_change_the_checkpoint_interval(shop, tmp_path):
+    shared = dict.fromkeys(("a", "b"))
+    for name, seconds in (("a", 0), ("b", 1000)):
+        run(shop, tmp_path / name, training={"checkpoint_seconds": seconds})
+        shared[name] = written(tmp_path / name)
+    assert shared["a"] == shared["b"]
+
+
+def test_checkpoints_that_take_long_are_written_more_rarely(shop, tmp_path, monkeypatch):
+    now, saved, save, step = [0.0], [], Checkpoint.save, cm3.training.loop._Run.step
+
+    def slowly(self, tensors, state):
+        saved.append(now[0])
+        save(self, tensors, state)
+        now[0] += 1
+
+    def counted(self, batches):
+        step(self, batches)
+        now[0] += 1
+
+    monkeypatch.setattr(cm3.training.loop, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(Checkpoint, "save", slowly)
+    monkeypatch.setattr(cm3.training.loop._Run, "step", counted)
+    run(shop, tmp_path, training={"checkpoint_seconds": 2, "epochs": 20, "patience": 20})
+    *due, finished = saved
+    assert due[0] == 2 and [later - one for one, later in pairwise(due)] == [10.0] * (len(due) - 1)
+    assert len(due) > 2 and finished == now[0] - 1

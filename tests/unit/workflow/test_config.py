@@ -1,0 +1,239 @@
+"""A wrong configuration is refused before any job starts: key path, value, nearest valid name."""
+
+import copy
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from checkout import SMALL, Checkout
+from repository import ROOT
+
+from cm3.common.errors import UserError
+from cm3.config import WARM
+from workflow import reference
+from workflow.plan.config import Config, load_config
+from workflow.plan.runs import Plan
+
+
+def shipped() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "config/config.yaml").read_text())
+
+
+def with_value(path: str, value: Any) -> dict[str, Any]:
+    config = copy.deepcopy(SMALL)
+    *parents, last = path.split(".")
+    section = config
+    for parent in parents:
+        section = section.setdefault(parent, {})
+    section[last] = value
+    return config
+
+
+def test_the_shipped_config_has_the_promised_experiments():
+    config = load_config(shipped())
+    assert {"sample", "baby", "sports", "clothing", "electronics", "baby-paper"} <= config.experiments.keys()
+    for name in ("baby", "sports", "clothing", "electronics"):
+        assert list(config.experiments[name].modalities) == ["text", "image", "caption"]
+    assert config.extractors[config.experiments["baby-paper"].modalities["image"]].backend == "precomputed"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("experimants", {}, r"experimants: unknown key \(did you mean 'experiments'\?\)"),
+        ("datasets.shop.user", 3, r"datasets\.shop\.user: unknown key \(did you mean 'users'\?\)"),
+        ("datasets.shop.source", "sampel", r"datasets\.shop\.source = 'sampel'.*did you mean 'sample'"),
+        ("datasets.shop.users", "many", r"datasets\.shop\.users = 'many': Input should be a valid integer"),
+        ("datasets.shop.users", 1.5, r"datasets\.shop\.users = 1\.5"),
+        ("datasets.shop.kcore", -1, r"datasets\.shop\.kcore = -1: Input should be greater than or equal to 0"),
+        ("datasets.shop.split.strategy", "rnd", r"datasets\.shop\.split\.strategy = 'rnd'"),
+        ("extractors.looks.backend", "descriptr", r"extractors\.looks\.backend.*'descriptr'.*'descriptor'"),
+        ("extractors.looks.bakend", "descriptor", r"extractors\.looks\.bakend: unknown key.*'backend'"),
+        ("extractors.looks.modality", "text", r"extractors\.looks\.modality"),
+        ("experiments.shop.dataset", "shp", r"experiments\.shop\.dataset = 'shp': no such name.*'shop'"),
+        ("experiments.shop.modalities", {"text": "wrds"}, r"experiments\.shop\.modalities\.text = 'wrds'.*'words'"),
+        ("experiments.shop.modalities", {"text": "looks"}, r"modalities\.text = 'looks'.*modality 'image'.*words"),
+        ("experiments.shop.modalities", {}, r"experiments\.shop\.modalities = \{\}.*at least 1"),
+        ("experiments.shop.model.gama", 1, r"experiments\.shop\.model\.gama: unknown key \(did you mean 'gamma'\?\)"),
+        (
+            "experiments.shop.model.dropout",
+            0.5,
+            r"experiments\.shop\.model\.dropout = 0\.5: dropout is not implemented",
+        ),
+        ("experiments.shop.model.min_sim", 1.5, r"experiments\.shop\.model\.min_sim = 1\.5"),
+        ("experiments.shop.training.lr", -1.0, r"experiments\.shop\.training\.lr = -1\.0"),
+        ("experiments.shop.training.lr", True, r"experiments\.shop\.training\.lr = True"),
+        ("experiments.shop.training.epochs", 0, r"experiments\.shop\.training\.epochs = 0"),
+        ("experiments.shop.evaluation.ks", [0], r"experiments\.shop\.evaluation\.ks\.0 = 0"),
+        ("experiments.shop.evaluation.ks", [], r"experiments\.shop\.evaluation\.ks = \[\]"),
+        ("experiments.shop.preset", "offical", r"experiments\.shop\.preset = 'offical'.*'official'"),
+        ("experiments.shop.model.modality_weights", {"image": 1.0}, r"modality_weights.*'text' has no weight"),
+        ("experiments.shop.model.modality_weights", {"text": 1.0, "imge": 1.0}, r"modality_weights\.imge.*'image'"),
+        ("experiments.a/b", {"dataset": "shop", "modalities": {"text": "words"}}, r"experiments\.a/b: a name is made"),
+    ],
+)
+def test_what_is_wrong_is_refused_with_its_path_value_and_the_nearest_name(path: str, value: Any, message: str):
+    config = copy.deepcopy(SMALL)
+    if path == "experimants":
+        config[path] = value
+    elif path.startswith("experiments.a/b"):
+        config["experiments"]["a/b"] = value
+    else:
+        config = with_value(path, value)
+    with pytest.raises(UserError) as error:
+        load_config(config)
+    assert re.search(message, str(error.value)), str(error.value)
+
+
+def test_a_captioner_stores_no_vectors_and_has_no_type_for_them():
+    told = {"modality": "caption", "backend": "openai-caption", "model": "m", "url": "http://a/v1", "encoder": "words"}
+    load_config(with_value("extractors.told", told | {"dtype": "float32"}))
+    with pytest.raises(UserError, match=r"extractors\.told\.dtype = 'float16': captions are text.*set it on 'words'"):
+        load_config(with_value("extractors.told", told | {"dtype": "float16"}))
+
+
+def test_all_faults_are_told_at_once():
+    config = with_value("experiments.shop.model.gama", 1)
+    config["datasets"]["shop"]["usrs"] = 3
+    with pytest.raises(UserError) as error:
+        load_config(config)
+    assert "gama" in str(error.value)
+    assert "usrs" in str(error.value)
+
+
+def test_scientific_numbers_without_a_dot_are_numbers():
+    config = yaml.safe_load(yaml.safe_dump(SMALL))
+    config["experiments"]["shop"]["training"]["lr"] = yaml.safe_load("1e-3")
+    assert load_config(config).experiments["shop"].training.lr == 0.001
+
+
+def plan(config: dict[str, Any]) -> Plan:
+    return Plan(load_config(config), ROOT)
+
+
+def test_an_earlier_split_is_there_and_not_in_what_is_replaced(tmp_path: Path):
+    earlier = tmp_path / "earlier"
+    told = plan(with_value("datasets.shop.split.keep", str(earlier)))
+    with pytest.raises(UserError, match=r"datasets\.shop\.split\.keep = .*: there is no .*interactions\.parquet"):
+        told.split_inputs("shop")
+    earlier.mkdir()
+    for name in ("interactions", "items", "users"):
+        (earlier / f"{name}.parquet").touch()
+    assert set(told.split_inputs("shop")) == {"ratings", "items", "users"} | {
+        f"keep.{name}" for name in ("interactions", "items", "users")
+    }
+    assert set(plan(SMALL).split_inputs("shop")) == {"ratings"}
+    with pytest.raises(UserError, match="lies in what this preparation replaces"):
+        plan(with_value("datasets.shop.split.keep", "processed/shop")).split_inputs("shop")
+    with pytest.raises(UserError, match="global-time does not keep labels"):
+        plan(with_value("datasets.shop.split", {"strategy": "global-time", "keep": str(earlier)}))
+
+
+def test_an_earlier_run_is_there_and_not_in_what_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def inputs(folder: str) -> dict[str, str]:
+        told = plan(with_value("experiments.shop.training.warm_start", folder))
+        return told.train_inputs("shop", told.run("shop"))
+
+    monkeypatch.setenv("EARLIER", str(tmp_path))
+    with pytest.raises(
+        UserError, match=r"experiments\.shop\.training\.warm_start = .*: there is no .*model\.safetensors"
+    ):
+        inputs("$EARLIER")
+    for name in WARM.values():
+        (tmp_path / name).touch()
+    assert {name: path for name, path in inputs("$EARLIER").items() if name.startswith("warm.")} == {
+        f"warm.{name}": f"{tmp_path}/{file}" for name, file in WARM.items()
+    }
+    with pytest.raises(UserError, match="lies in the results that this run replaces"):
+        inputs("results/shop/runs/0")
+
+
+def test_a_raw_file_is_fetched_again_where_another_generation_has_one_of_its_name():
+    def fetched(source: str, **changes: Any) -> tuple[str, str]:
+        shop = {"source": source, "category": "Sports_and_Outdoors", **changes}
+        found = plan(SMALL | {"datasets": {"shop": shop}})
+        path = found.dataset("shop").prepare_inputs("shop")["meta"]
+        return path, found.download("shop", Path(path).name).identity
+
+    before, after = fetched("amazon-2014"), fetched("amazon-2018")
+    assert before[0] == after[0] and before[1] != after[1]
+    assert fetched("amazon-2014", mirrors=["http://127.0.0.1/elsewhere"]) == before
+
+
+def test_the_run_key_follows_what_decides_the_model_and_nothing_else():
+    base = plan(SMALL).run("shop")
+    same = [
+        "experiments.shop.training.device",
+        "extractors.words.batch_size",
+        "experiments.shop.evaluation.ks",
+        "datasets.shop.expected",
+    ]
+    for path, value in zip(same, ["cpu", 3, [7], {"users": 150}], strict=True):
+        assert plan(with_value(path, value)).run("shop") == base, path
+    for path, value in [
+        ("experiments.shop.training.seed", 7),
+        ("experiments.shop.model.gamma", 0.1),
+        ("datasets.shop.split.seed", 7),
+        ("datasets.shop.kcore", 4),
+        ("extractors.words.max_length", 16),
+        ("experiments.shop.modalities", {"image": "looks", "text": "words"}),
+        ("experiments.shop.modalities", {"text": "words"}),
+    ]:
+        assert plan(with_value(path, value)).run("shop") != base, path
+
+
+def test_checks_of_the_raw_files_are_prepares_own_and_no_part_of_a_runs_key():
+    def told(**changes: Any) -> tuple[str, str]:
+        shop = {"source": "amazon-2014", "category": "Baby", **changes}
+        found = plan(SMALL | {"datasets": {"shop": shop}})
+        return found.run("shop"), found.prepare("shop").identity
+
+    run, preparation = told()
+    checks: list[dict[str, Any]] = [
+        {"expected": {"users": 19445}},
+        {"malformed": 0.5},
+        {"sizes": {"ratings_Baby.csv": 1}},
+        {"sha256": {"meta_Baby.json.gz": "0" * 64}},
+    ]
+    for check in checks:
+        assert told(**check)[0] == run and told(**check)[1] != preparation, check
+    assert told(interactions="reviews")[0] != run
+
+
+def test_every_key_is_explained_and_the_reference_is_up_to_date():
+    readme = (ROOT / "config/README.md").read_text()
+    assert reference.tables() in readme, "run: python -m workflow.reference"
+    assert json.loads((ROOT / "workflow/schemas/config.schema.json").read_text()) == reference.schema()
+    for row in re.findall(r"^\| `.*$", reference.tables(), re.MULTILINE):
+        assert re.search(r"\| [^|]+ \|$", row), f"no explanation: {row}"
+
+
+def test_the_configuration_imports_nothing_heavy():
+    code = (
+        "import sys, yaml; from workflow.plan.config import load_config; from workflow.plan.runs import Plan; from pathlib import Path;"
+        "p = Plan(load_config(yaml.safe_load(open('config/config.yaml'))), Path('.').resolve());"
+        "[p.run(e) for e in p.config.experiments];"
+        "print([m for m in ('torch', 'transformers', 'skimage', 'scipy', 'open_clip') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_snakemake_refuses_before_any_job_starts(tmp_path: Path):
+    checkout = Checkout(tmp_path / "checkout", with_value("experiments.shop.model.gama", 1))
+    output = checkout.run("results/shop/metrics.json", check=False)
+    assert "experiments.shop.model.gama: unknown key (did you mean 'gamma'?)" in output
+    assert "Traceback" not in output
+    assert not list((checkout.folder / "raw").glob("*"))
+
+
+def test_the_config_type_is_immutable():
+    config = load_config(SMALL)
+    assert isinstance(config, Config)
+    with pytest.raises(Exception, match="frozen"):
+        config.experiments["shop"].training.lr = 1.0  # type: ignore[misc]

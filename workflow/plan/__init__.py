@@ -1,0 +1,1 @@
+"""What a configuration asks for: tasks, paths, keys and resources."""

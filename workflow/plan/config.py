@@ -1,0 +1,126 @@
+"""The whole configuration as one strict model: datasets, extractors and experiments, checked against each other."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pydantic import Field
+
+from cm3.common.errors import UserError
+from cm3.common.strict import Strict, nearest, validate
+from cm3.datasets.base_config import Dataset
+from cm3.datasets.config import parse_dataset
+from extractors.spec import ExtractorSpec, parse_extractor
+from workflow.plan.experiments import Experiment, ExperimentSection, inherit, parse_settings
+from workflow.plan.studies import Study, parse_study
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+Parsed = TypeVar("Parsed")
+
+
+class Sections(Strict):
+    """The top level of config.yaml."""
+
+    datasets: dict[str, dict[str, Any]] = Field(description="where interactions, items and pictures come from")
+    extractors: dict[str, dict[str, Any]] = Field(description="models that turn items into vectors")
+    experiments: dict[str, dict[str, Any]] = Field(description="a dataset, its modalities, a model and its training")
+    studies: dict[str, dict[str, Any]] = Field(default_factory=dict, description="experiments to compare")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The checked configuration. Every name in an experiment or study exists and fits."""
+
+    datasets: Mapping[str, Dataset]
+    extractors: Mapping[str, ExtractorSpec]
+    experiments: Mapping[str, Experiment]
+    studies: Mapping[str, Study]
+
+
+def load_config(raw: Any) -> Config:
+    """Check the configuration as a whole.
+
+    Args:
+        raw: what config.yaml holds.
+
+    Raises:
+        UserError: every fault found, a line each: the key's path, the value, and the nearest valid name.
+    """
+    sections = validate(Sections, raw, "")
+    faults: list[str] = []
+    datasets = _parse_each("datasets", sections.datasets, parse_dataset, faults)
+    extractors = _parse_each("extractors", sections.extractors, parse_extractor, faults)
+
+    for name, spec in extractors.items():
+        encoder = getattr(spec, "encoder", None)
+        if encoder is not None:
+            faults += _reference(f"extractors.{name}.encoder", encoder, sections.extractors)
+            if encoder in extractors and extractors[encoder].modality != "text":
+                faults.append(
+                    f"extractors.{name}.encoder = {encoder!r}: captions are encoded by a text extractor, "
+                    f"but this one is of modality {extractors[encoder].modality!r}"
+                )
+            if spec.dtype != "float32":
+                faults.append(
+                    f"extractors.{name}.dtype = {spec.dtype!r}: captions are text, and the encoder makes vectors of them; "
+                    f"set it on {encoder!r}"
+                )
+
+    def parse_experiment(name: str, data: dict[str, Any], where: str) -> Experiment:
+        section = validate(ExperimentSection, inherit(name, sections.experiments), where)
+        wrong = _reference(f"{where}.dataset", section.dataset, sections.datasets)
+        for modality, extractor in section.modalities.items():
+            path = f"{where}.modalities.{modality}"
+            wrong += _reference(path, extractor, sections.extractors)
+            if extractor in extractors and extractors[extractor].modality != modality:
+                fitting = [n for n, s in extractors.items() if s.modality == modality]
+                wrong.append(
+                    f"{path} = {extractor!r}: this extractor is of modality {extractors[extractor].modality!r}; "
+                    f"of modality {modality!r} there are: {', '.join(sorted(fitting)) or 'none'}"
+                )
+        if wrong:
+            raise UserError("\n".join(wrong))
+        return parse_settings(section, where)
+
+    experiments = _parse_each("experiments", sections.experiments, parse_experiment, faults)
+
+    def parse_comparison(name: str, data: dict[str, Any], where: str) -> Study | None:
+        if name in sections.experiments:
+            raise UserError(
+                f"{where}: there is an experiment {name!r}, too, and both would write to results/{name}; rename one"
+            )
+        named = data.get("experiments")
+        refused = sections.experiments.keys() - experiments.keys()
+        if isinstance(named, list) and any(isinstance(n, str) and n in refused for n in named):
+            return None  # what is wrong with that experiment is told already
+        return parse_study(data, experiments, where)
+
+    studies = _parse_each("studies", sections.studies, parse_comparison, faults)
+    if faults:
+        raise UserError("\n".join(faults))
+    return Config(datasets, extractors, experiments, {name: study for name, study in studies.items() if study})
+
+
+def _parse_each(
+    section: str,
+    entries: Mapping[str, dict[str, Any]],
+    parse: Callable[[str, dict[str, Any], str], Parsed],
+    faults: list[str],
+) -> dict[str, Parsed]:
+    parsed = {}
+    for name, data in entries.items():
+        where = f"{section}.{name}"
+        if not _NAME.fullmatch(name):
+            faults.append(f"{where}: a name is made of letters, digits, - and _, as it becomes part of a path")
+            continue
+        try:
+            parsed[name] = parse(name, data, where)
+        except UserError as error:
+            faults.append(str(error))
+    return parsed
+
+
+def _reference(path: str, name: str, valid: Iterable[str]) -> list[str]:
+    return [] if name in valid else [f"{path} = {name!r}: no such name{nearest(name, valid)}"]

@@ -1,0 +1,207 @@
+"""Studies: experiments on one dataset, compared over seeds and grids of settings."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator
+
+from cm3.common.errors import UserError
+from cm3.common.keys import canonical_json
+from cm3.common.strict import Strict, nearest, validate
+from workflow.plan.experiments import Experiment, check
+
+METRICS = ("recall", "ndcg", "precision", "hitrate", "mrr", "map")
+SECTIONS = ("model", "training")
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Values = Annotated[list[Any], Field(min_length=1)]
+
+
+class StudySection(Strict):
+    """One entry of `studies`."""
+
+    experiments: list[str] = Field(min_length=1, description="names under experiments, of one dataset")
+    seeds: list[Seed] = Field(
+        [1, 2, 3, 4, 5], min_length=1, description="each experiment is trained once with each of them as training.seed"
+    )
+    grids: dict[str, dict[str, Values]] = Field(
+        default_factory=dict,
+        description="experiment -> key -> values, as model.gamma: [0.5, 0.9]; every combination is trained, and the "
+        "best by mean validation score over the seeds is compared",
+    )
+    reference: str | None = Field(
+        None, description="the experiment that each other one is tested against; null: all pairs are tested"
+    )
+    metrics: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="what is tested, such as recall@20; null: recall and ndcg at each cut-off that all "
+        "experiments have, the monitored one first",
+    )
+
+    @field_validator("experiments", "seeds", "metrics")
+    @classmethod
+    def _once(cls, value: list[Any] | None) -> list[Any] | None:
+        for entry in value or ():
+            if value and value.count(entry) > 1:
+                raise ValueError(f"{entry!r} stands here twice")
+        return value
+
+
+@dataclass(frozen=True)
+class Point:
+    """An experiment with the values of one combination of its grid; without a grid, there is one without values."""
+
+    values: Mapping[str, Any]
+    experiment: Experiment
+
+
+@dataclass(frozen=True)
+class Study:
+    """A checked study: `points` holds every experiment's combinations, in the order of the config."""
+
+    points: Mapping[str, Sequence[Point]]
+    seeds: Sequence[int]
+    reference: str | None
+    metrics: Sequence[str]
+
+    def settings(self, experiment: str) -> list[tuple[Point, int, Experiment]]:
+        """Return (grid point, seed, settings) of each of an experiment's cells."""
+        return [(p, seed, p.experiment.with_seed(seed)) for p in self.points[experiment] for seed in self.seeds]
+
+
+def parse_study(data: Mapping[str, Any], experiments: Mapping[str, Experiment], where: str) -> Study:
+    """Return a section of `studies`, expanded.
+
+    Args:
+        data: the section.
+        experiments: all checked experiments.
+        where: the key path of the section.
+
+    Raises:
+        UserError: one line per fault: unknown names and keys, impossible values, experiments that cannot be compared.
+    """
+    section = validate(StudySection, data, where)
+    faults = [
+        f"{where}.experiments = {name!r}: no such name{nearest(name, experiments)}"
+        for name in section.experiments
+        if name not in experiments
+    ]
+    for path, name in [("reference", section.reference), *((f"grids.{name}", name) for name in section.grids)]:
+        if name is not None and name not in section.experiments:
+            faults.append(f"{where}.{path}: the study has no experiment {name!r}{nearest(name, section.experiments)}")
+    if faults:
+        raise UserError("\n".join(faults))
+    compared = {name: experiments[name] for name in section.experiments}
+    faults += _incomparable(compared, where)
+    points = {}
+    for name, experiment in compared.items():
+        try:
+            points[name] = _expand(experiment, section.grids.get(name, {}), f"{where}.grids.{name}")
+        except UserError as error:
+            faults.append(str(error))
+    metrics = _metrics(section.metrics, compared, where, faults)
+    if faults:
+        raise UserError("\n".join(faults))
+    return Study(points, section.seeds, section.reference, metrics)
+
+
+def _incomparable(experiments: Mapping[str, Experiment], where: str) -> list[str]:
+    first, *others = experiments
+    faults = []
+    for name in others:
+        for what in ("dataset", "evaluation.score", "evaluation.mask", "evaluation.top_n"):
+            values = []
+            for experiment in (experiments[first], experiments[name]):
+                value: Any = experiment
+                for part in what.split("."):
+                    value = getattr(value, part)
+                values.append(value)
+            if values[0] != values[1]:
+                faults.append(
+                    f"{where}.experiments: {first} has {what} {values[0]!r} and {name} {values[1]!r}; only what is equal in it can be compared"
+                )
+    return faults
+
+
+def _expand(experiment: Experiment, grid: Mapping[str, Sequence[Any]], where: str) -> list[Point]:
+    """Return a point for every combination of the grid's values, each checked like an experiment of its own."""
+    for path in grid:
+        _check_path(experiment, path, where)
+    points: dict[str, Point] = {}
+    faults: dict[str, None] = {}
+    for combination in itertools.product(*(grid[path] for path in sorted(grid))):
+        try:
+            point = _point(experiment, dict(zip(sorted(grid), combination, strict=True)), where)
+        except UserError as error:
+            faults |= dict.fromkeys(str(error).splitlines())
+            continue
+        key = canonical_json(point.values)
+        if key in points:
+            faults[f"{where}: a value stands twice: {key}"] = None
+        points[key] = point
+    if faults:
+        raise UserError("\n".join(faults))
+    return list(points.values())
+
+
+def _check_path(experiment: Experiment, path: str, where: str) -> None:
+    section, _, key = path.partition(".")
+    if section not in SECTIONS:
+        raise UserError(
+            f"{where}.{path}: unknown key; a grid's keys are model.KEY or training.KEY{nearest(section, SECTIONS)}"
+        )
+    settings = type(getattr(experiment, section))
+    if path == "training.seed":
+        raise UserError(f"{where}.{path}: seeds are not chosen by validation; list them in the study's seeds")
+    if path == "training.monitor":
+        raise UserError(f"{where}.{path}: points are chosen by what is monitored; set it in the experiment")
+    if path == "model.name":
+        raise UserError(f"{where}.{path}: another model is another experiment; add one to the study")
+    if section == "training" and not experiment.traits.trains:
+        raise UserError(f"{where}.{path}: {experiment.model_name} is computed in closed form and does not train")
+    valid = settings.model_fields.keys() - settings.runtime_fields
+    if key in settings.runtime_fields:
+        raise UserError(f"{where}.{path}: changes speed only; there is nothing to choose by validation")
+    if key not in valid:
+        raise UserError(
+            f"{where}.{path}: unknown key of {experiment.model_name}{nearest(path, [f'{section}.{name}' for name in valid])}"
+        )
+
+
+def _point(experiment: Experiment, values: Mapping[str, Any], where: str) -> Point:
+    changed: dict[str, Any] = {}
+    for section in SECTIONS:
+        before: Strict = getattr(experiment, section)
+        own = {path.partition(".")[2]: value for path, value in values.items() if path.startswith(f"{section}.")}
+        whole = {**before.model_dump(), **own}
+        try:
+            changed[section] = validate(type(before), whole, f"{where}.{section}")
+        except UserError as error:
+            raise UserError(str(error).replace(repr(whole), repr(own))) from None
+    chosen = replace(experiment, **changed)
+    check(chosen, where)
+    taken = {section: changed[section].model_dump(mode="json") for section in SECTIONS}
+    return Point({path: taken[path.partition(".")[0]][path.partition(".")[2]] for path in values}, chosen)
+
+
+def _metrics(
+    given: Sequence[str] | None, experiments: Mapping[str, Experiment], where: str, faults: list[str]
+) -> list[str]:
+    evaluations = [experiment.evaluation for experiment in experiments.values()]
+    shared = {k for k in evaluations[0].ks if all(k in other.ks and k <= other.top_n for other in evaluations)}
+    if not shared:
+        faults.append(f"{where}.experiments: they have no cut-off of evaluation.ks in common, up to evaluation.top_n")
+    if given is None:
+        # The first is the headline: at the cut-off that training monitors, where it is one of them.
+        monitored = {int(experiment.training.monitor.partition("@")[2]) for experiment in experiments.values()}
+        return [f"{name}@{k}" for k in sorted(shared, key=lambda k: (k not in monitored, -k)) for name in METRICS[:2]]
+    valid = [f"{name}@{k}" for k in sorted(shared) for name in METRICS]
+    for metric in given:
+        if metric not in valid:
+            faults.append(
+                f"{where}.metrics = {metric!r}: not a metric that all its experiments have{nearest(metric, valid)}"
+            )
+    return list(given)
