@@ -1,7 +1,7 @@
-"""Extraction against the bare model: texts and pictures a second, and peak memory as items grow.
+"""Extraction against the bare model: texts and images a second, and peak memory as items grow.
 
     python benchmarks/extraction.py texts --data FOLDER            # MiniLM over the item texts of FOLDER
-    python benchmarks/extraction.py pictures --data FOLDER --weights mobilenetv2_100.safetensors
+    python benchmarks/extraction.py images --data FOLDER --weights mobilenetv2_100.safetensors
     python benchmarks/extraction.py memory
 
 FOLDER holds hm/items.jsonl and hm/images/, amazon-2018/meta_*.json.gz and amazon-2023/meta_*.jsonl.gz, as the tests
@@ -92,7 +92,7 @@ def texts(folder: Path, count: int | None) -> None:
         print(f"| {name} | {len(found) / value:.1f} | {best / value:.1%} |")
 
 
-def pictures(folder: Path, weights: Path, count: int | None) -> None:
+def images(folder: Path, weights: Path, count: int | None) -> None:
     """Print how MobileNetV2 through our extractor compares with its bare forward on tensors that are ready."""
     import torch
 
@@ -131,7 +131,7 @@ def pictures(folder: Path, weights: Path, count: int | None) -> None:
     step = max(64, len(files) // 8)
     seconds = compare([files[start : start + step] for start in range(0, len(files), step)], ways)
     best = min(value for name, value in seconds.items() if "bare" in name)
-    print(f"| {len(files)} pictures | pictures/s | of the best bare forward |\n|---|---|---|")
+    print(f"| {len(files)} images | images/s | of the best bare forward |\n|---|---|---|")
     for name, value in seconds.items():
         print(f"| {name} | {len(files) / value:.1f} | {best / value:.1%} |")
 
@@ -143,7 +143,7 @@ def memory() -> None:
     from cm3.common.tables import ITEMS, read_table, write_table
     from cm3.datasets.config import parse_dataset
     from cm3.datasets.images.config import Images
-    from cm3.datasets.images.stage import collect_pictures
+    from cm3.datasets.images.stage import collect_images
     from cm3.datasets.sample.generate import make_sample
 
     print("| items | MiniLM, peak MB | descriptor, peak MB |\n|---|---|---|")
@@ -166,7 +166,7 @@ def memory() -> None:
             columns |= {"sales_rank": [None] * len(ids), "image_urls": empty}
             write_table(folder / "items.parquet", pa.table({k: list(v) for k, v in columns.items()}, ITEMS), ITEMS)
             spec = Images(folder=str(folder / "images"), pattern="{item_id}.jpg").spec()
-            collect_pictures(spec, {}, folder / "items.parquet", {}, folder / "out/manifest.parquet")
+            collect_images(spec, {}, folder / "items.parquet", {}, folder / "out/manifest.parquet")
             assert len(read_table(folder / "items.parquet", ITEMS)) == len(ids)
             peaks = [
                 _peak(folder, MINILM, {"items": folder / "items.parquet"}),
@@ -192,15 +192,15 @@ def _peak(folder: Path, settings: dict[str, Any], inputs: dict[str, Path]) -> fl
 def main() -> None:
     """Run one of the comparisons."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["texts", "pictures", "memory"])
+    parser.add_argument("what", choices=["texts", "images", "memory"])
     parser.add_argument("--data", type=Path)
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--count", type=int, help="only so many, drawn at random")
     arguments = parser.parse_args()
     if arguments.what == "texts":
         texts(arguments.data, arguments.count)
-    elif arguments.what == "pictures":
-        pictures(arguments.data, arguments.weights, arguments.count)
+    elif arguments.what == "images":
+        images(arguments.data, arguments.weights, arguments.count)
     else:
         memory()
 

@@ -1,11 +1,11 @@
-"""Speed of the images stage against a loopback server that misbehaves for a fifth of the pictures.
+"""Speed of the images stage against a loopback server that misbehaves for a fifth of the images.
 
-    python benchmarks/images.py --pictures 2000 6000 20000
+    python benchmarks/images.py --images 2000 6000 20000
 
 The stage runs as Snakemake runs it, `python -m cm3.datasets.images.stage`, with its default settings but for the rate, which is
-not bounded. The server is another process on the same machine. Pictures are JPEGs of 300-500 pixels, 15-40 kB; of a
+not bounded. The server is another process on the same machine. Images are JPEGs of 300-500 pixels, 15-40 kB; of a
 hundred, 10 are not found, 4 break once, 2 are cut once, 2 are truncated, 1 is a dot, 1 is refused once with 429.
-Of a run, pictures/s is items by the stage's whole time, from start to record, imports left out.
+Of a run, images/s is items by the stage's whole time, from start to record, imports left out.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from cm3.datasets.images.config import Images  # noqa: E402
 
 
 def measure(server: Address, first: int, count: int, folder: Path) -> dict[str, Any]:
-    """Run the stage on pictures `first` to `first + count` and return its record."""
+    """Run the stage on images `first` to `first + count` and return its record."""
     empty = {field.name: pa.nulls(count, field.type) for field in ITEMS}
     numbers = range(first, first + count)
     columns = {
@@ -64,16 +64,16 @@ def measure(server: Address, first: int, count: int, folder: Path) -> dict[str, 
     )
     record: dict[str, Any] = json.loads((out / "images.stage.json").read_text())
     for status in ("ok", "missing", "failed"):
-        assert record[f"pictures_{status}"] == sum(status_of(number) == status for number in numbers), record
+        assert record[f"images_{status}"] == sum(status_of(number) == status for number in numbers), record
     return record
 
 
 def main() -> None:
     """Measure each size and print a row of it."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--pictures", type=int, nargs="+", default=[2000, 6000, 20000])
-    counts = parser.parse_args().pictures
-    print("pictures   seconds  of them fetching  pictures/s  peak MB      ok  missing  failed  shards MB")
+    parser.add_argument("--images", type=int, nargs="+", default=[2000, 6000, 20000])
+    counts = parser.parse_args().images
+    print("images   seconds  of them fetching  images/s  peak MB      ok  missing  failed  shards MB")
     with running() as server:
         for number, count in enumerate(counts):
             with tempfile.TemporaryDirectory() as folder:
@@ -81,8 +81,8 @@ def main() -> None:
                 found = measure(server, number * 1_000_000, count, Path(folder))
             print(
                 f"{count:8d}  {found['wall_seconds']:8.1f}  {found['fetch_seconds']:16.1f}"
-                f"  {count / found['wall_seconds']:10.0f}  {found['peak_memory_mb']:7.0f}  {found['pictures_ok']:6d}"
-                f"  {found['pictures_missing']:7d}  {found['pictures_failed']:6d}  {found['picture_bytes'] / 1e6:9.0f}",
+                f"  {count / found['wall_seconds']:10.0f}  {found['peak_memory_mb']:7.0f}  {found['images_ok']:6d}"
+                f"  {found['images_missing']:7d}  {found['images_failed']:6d}  {found['image_bytes'] / 1e6:9.0f}",
                 flush=True,
             )
 

@@ -6,13 +6,13 @@
 >>> file = io.BytesIO()
 >>> Image.new("RGB", (40, 30), "red").save(file, "PNG")
 >>> extractor = extractors.load({"modality": "image", "backend": "descriptor"})
->>> encoded = extractor.encode([{"picture": file.getvalue()}, {"picture": b"no picture"}, {"title": "red shoe"}])
+>>> encoded = extractor.encode([{"image": file.getvalue()}, {"image": b"no image"}, {"title": "red shoe"}])
 >>> encoded.embedding.shape, encoded.embedding.dtype
 ((3, 1101), dtype('float32'))
 >>> encoded.status.tolist()
 ['ok', 'failed', 'missing']
 >>> encoded.errors
-{1: "not a picture in a known format (starts with b'no pictu')"}
+{1: "not an image in a known format (starts with b'no image')"}
 
 Importing this package, or parsing a spec, loads no model library; only `load` does.
 """
@@ -30,7 +30,7 @@ __all__ = ["load", "parse_extractor"]
 def load(spec: "ExtractorSpec | Mapping[str, Any]", name: str = "extractor") -> "Extractor[Any]":
     """Return the extractor that `spec` describes, its model loaded and ready on its device.
 
-    Its `encode(items)` takes N mappings with the keys of items.parquet (title, brand, categories, ...) and `picture`
+    Its `encode(items)` takes N mappings with the keys of items.parquet (title, brand, categories, ...) and `image`
     (bytes or a path), and returns (N, d) float32 vectors, a status per row, and the reasons of failures. A captioner
     has `caption(items)` instead.
 

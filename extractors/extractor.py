@@ -75,7 +75,7 @@ class Encoded(Result):
 
 
 class Model(ABC, Generic[T]):
-    """A loaded model that works off inputs of type T: texts, pictures, ids."""
+    """A loaded model that works off inputs of type T: texts, images, ids."""
 
     device: str = "cpu"
 
@@ -105,7 +105,7 @@ class Extractor(Model[T]):
         """Return the vectors of N items as (N, d) float32 with a status per row.
 
         Args:
-            items: mappings with the keys of items.parquet, and `picture` (bytes or a path) for images.
+            items: mappings with the keys of items.parquet, and `image` (bytes or a path) for images.
 
         Raises:
             UserError: the model returned NaN or infinity; names the items.

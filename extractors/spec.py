@@ -37,7 +37,7 @@ class ExtractorSpec(Strict):
         "auto", description="Where the model runs; auto takes a GPU where there is one."
     )
     workers: int | None = Field(
-        None, ge=0, description="Threads or processes that decode pictures; by default one per thread of the job."
+        None, ge=0, description="Threads or processes that decode images; by default one per thread of the job."
     )
     shard_size: int | None = Field(
         None, gt=0, description="Items after which a job keeps what it has, so that a killed one loses little."

@@ -1,4 +1,4 @@
-"""Reading the original bytes of product pictures back from their shards."""
+"""Reading the original bytes of product images back from their shards."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from cm3.common.errors import UserError
 from cm3.common.tables import MANIFEST, OK, read_table
 
-PICTURES_PER_ROW_GROUP = 64
+IMAGES_PER_ROW_GROUP = 64
 
 
 def shard_path(manifest: str | os.PathLike[str], shard: int) -> Path:
@@ -18,7 +18,7 @@ def shard_path(manifest: str | os.PathLike[str], shard: int) -> Path:
     return Path(manifest).parent / f"shard-{shard:05d}.parquet"
 
 
-def iter_pictures(manifest: str | os.PathLike[str], items: Sequence[int] | None = None) -> Iterator[tuple[int, bytes]]:
+def iter_images(manifest: str | os.PathLike[str], items: Sequence[int] | None = None) -> Iterator[tuple[int, bytes]]:
     """Yield (item, original bytes) for the items whose status is ok, one shard's row group in memory at a time.
 
     Args:
@@ -34,18 +34,18 @@ def iter_pictures(manifest: str | os.PathLike[str], items: Sequence[int] | None 
     wanted = wanted[status[wanted] == OK]
     shard = table.column("shard").to_numpy()[wanted].astype(np.int64)
     row = table.column("row").to_numpy()[wanted].astype(np.int64)
-    yield from pictures_at(manifest, wanted, shard, row)
+    yield from images_at(manifest, wanted, shard, row)
 
 
-def pictures_at(
+def images_at(
     manifest: str | os.PathLike[str], items: np.ndarray, shard: np.ndarray, row: np.ndarray
 ) -> Iterator[tuple[int, bytes]]:
-    """Yield (item, original bytes) as `iter_pictures` does, of items whose places are known: the manifest is not read.
+    """Yield (item, original bytes) as `iter_images` does, of items whose places are known: the manifest is not read.
 
     Args:
         manifest: the manifest.parquet; its shards lie beside it.
         items: (n,) row numbers.
-        shard, row: (n,) where the manifest says that their pictures are.
+        shard, row: (n,) where the manifest says that their images are.
     """
     order = np.lexsort((items, row, shard))
     items, shard, row = items[order], shard[order], row[order]

@@ -51,7 +51,7 @@ MANIFEST = pa.schema(
         ("item_id", pa.string()),
         ("status", _CATEGORY),  # ok, missing or failed
         ("error", pa.string()),  # the reason when not ok
-        ("url", pa.string()),  # where the picture came from: a URL or a path
+        ("url", pa.string()),  # where the image came from: a URL or a path
         ("sha256", pa.string()),  # of the original bytes
         ("width", pa.int32()),
         ("height", pa.int32()),
@@ -60,7 +60,7 @@ MANIFEST = pa.schema(
         ("row", pa.int32()),  # row in that shard
     ]
 )
-PICTURES = pa.schema([("sha256", pa.string()), ("bytes", pa.binary())])
+IMAGES = pa.schema([("sha256", pa.string()), ("bytes", pa.binary())])
 CAPTIONS = pa.schema(
     [
         ("item_id", pa.string()),

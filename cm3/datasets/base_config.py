@@ -56,7 +56,7 @@ class Dataset(Strict):
     unknown_items: Literal["drop", "keep", "error"] = Field(
         default="drop",
         description="interactions whose item is not in the item table: leave them out, keep the item without "
-        "text and picture, or stop; amazon, microlens and mmrec keep them by default, as their published counts do",
+        "text and image, or stop; amazon, microlens and mmrec keep them by default, as their published counts do",
     )
     cold_items: Literal["drop", "keep"] = Field(
         default="drop",
@@ -118,7 +118,7 @@ class Dataset(Strict):
         return {}
 
     def image_folder(self) -> str | None:
-        """Return the user's own folder of pictures, which the images stage reads too, or None."""
+        """Return the user's own folder of images, which the images stage reads too, or None."""
         return None
 
     def published_vectors(self, name: str, modality: str) -> dict[str, str]:
@@ -126,8 +126,8 @@ class Dataset(Strict):
         return {}
 
 
-class Pictured(Dataset):
-    """What sources share whose pictures lie in a local folder or are fetched."""
+class WithImages(Dataset):
+    """What sources share whose images lie in a local folder or are fetched."""
 
     images: Images | None = None
 
@@ -136,7 +136,7 @@ class Pictured(Dataset):
         return self.images.spec() if self.images else {"find": "none"}
 
     def image_folder(self) -> str | None:
-        """Return the local folder of pictures, if that is where they are."""
+        """Return the local folder of images, if that is where they are."""
         return expand(self.images.folder) if self.images and self.images.folder else None
 
     def images_runtime(self) -> dict[str, Any]:

@@ -171,7 +171,7 @@ class Gathering:
             told += ", ..." if count > SHOWN else ""
             if policy == "error":
                 raise UserError(
-                    f"{told}. Add them to it, or set unknown_items: drop, or keep (items without text and picture)"
+                    f"{told}. Add them to it, or set unknown_items: drop, or keep (items without text and image)"
                 )
             log.warning("%s (%s by unknown_items: %s)", told, {"drop": "dropped", "keep": "kept"}[policy], policy)
             if policy == "drop":

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from cm3.common.paths import expand
 from cm3.common.strict import Float, nearest
-from cm3.datasets.base_config import Pictured
+from cm3.datasets.base_config import WithImages
 from cm3.datasets.images.config import Images
 
 
@@ -22,7 +22,7 @@ Url = Annotated[str, AfterValidator(_check_url)]
 Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class Published(Pictured):
+class Published(WithImages):
     """Published files: `files` names them, all else follows."""
 
     folder: str | None = Field(
@@ -40,7 +40,7 @@ class Published(Pictured):
         description="share of lines that may be malformed; they are left out and counted in stats.json, more are an error",
     )
     images: Images = Field(
-        default=Images(), description="a local folder of pictures by item id, or nothing: fetched by URL"
+        default=Images(), description="a local folder of images by item id, or nothing: fetched by URL"
     )
 
     def files(self) -> dict[str, str]:
@@ -51,12 +51,12 @@ class Published(Pictured):
         """Return the names under which `files` are kept in one folder, by kind."""
         return {kind: path.rpartition("/")[2] for kind, path in self.files().items()}
 
-    def picture_hosts(self) -> list[str]:
-        """Return the hosts that pictures are fetched from by default."""
+    def image_hosts(self) -> list[str]:
+        """Return the hosts that images are fetched from by default."""
         return []
 
     @model_validator(mode="after")
-    def _local_pictures_have_a_pattern(self) -> "Published":
+    def _local_images_have_a_pattern(self) -> "Published":
         if self.images.folder is not None and self.images.pattern is None:
             raise ValueError("images.folder needs images.pattern, such as {item_id}.jpg")
         return self
@@ -113,4 +113,4 @@ class Published(Pictured):
     def images_spec(self) -> dict[str, Any]:
         """Return the spec of the images stage."""
         spec = self.images.spec()
-        return spec if spec["find"] != "urls" or spec["hosts"] else {**spec, "hosts": sorted(self.picture_hosts())}
+        return spec if spec["find"] != "urls" or spec["hosts"] else {**spec, "hosts": sorted(self.image_hosts())}

@@ -40,7 +40,7 @@ def is_unicode(text: str) -> bool:
 
 
 def addresses(found: Iterable[str]) -> list[str]:
-    """Return the addresses of pictures among `found`, in order; what cannot be written is none."""
+    """Return the addresses of images among `found`, in order; what cannot be written is none."""
     return [text for text in found if is_unicode(text)]
 
 

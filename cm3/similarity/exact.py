@@ -161,7 +161,7 @@ def _finish(space: Directions, rows: Tensor, k: int, among: Tensor | None, floor
 
     A product that rounds to the same score from either end of its error needs no second look; the few others that
     reach `floor` (R,), a lower bound of the k-th score, are summed in the fixed order. So thousands of rows that differ
-    by noise alone, a shop's placeholder picture for one, cost a product and not a gather.
+    by noise alone, a shop's placeholder image for one, cost a product and not a gather.
     """
     d = space.shape[1]
     every = torch.arange(space.shape[0], device=rows.device) if among is None else among

@@ -1,4 +1,4 @@
-"""What all captioners share: their settings, the prompt, the picture that a model is shown, and the captions."""
+"""What all captioners share: their settings, the prompt, the image that a model is shown, and the captions."""
 
 import hashlib
 from abc import abstractmethod
@@ -15,7 +15,7 @@ from cm3.common.tables import FAILED, MISSING, OK
 from extractors.caption.prompt import HOLDS, Prompted, PromptedSpec
 from extractors.extractor import Advance, Model, Result, silent
 from extractors.image.decode import UnreadableError, decode
-from extractors.image.item_images import picture_of
+from extractors.image.item_images import image_of
 
 PROMPT = (
     "Describe this product in one or two plain sentences for someone who decides whether it suits them: "
@@ -63,7 +63,7 @@ class CaptionSpec(PromptedSpec):
 
 
 class Answer(NamedTuple):
-    """What a model said of a picture.
+    """What a model said of an image.
 
     Attributes:
         text: the caption, "" where there is none.
@@ -80,7 +80,7 @@ class Answer(NamedTuple):
 
 @dataclass(kw_only=True)
 class Captioned(Result):
-    """The captions of n pictures.
+    """The captions of n images.
 
     Attributes:
         captions: n texts, "" where not ok.
@@ -116,16 +116,16 @@ class Captioner(Model[Prompted]):
 
     @abstractmethod
     def run(self, inputs: Iterable[Prompted], advance: Advance = silent) -> Captioned:
-        """Caption pictures; those that can't be decoded, and empty answers, are failed with the reason."""
+        """Caption images; those that can't be decoded, and empty answers, are failed with the reason."""
 
     def caption(self, items: Sequence[Mapping[str, Any]]) -> Captioned:
-        """Return the captions of items with a `picture` (bytes or a path); those without one are missing."""
-        pictures = [picture_of(item) for item in items]
-        rows = [row for row, picture in enumerate(pictures) if picture is not None]
+        """Return the captions of items with a `image` (bytes or a path); those without one are missing."""
+        images = [image_of(item) for item in items]
+        rows = [row for row, image in enumerate(images) if image is not None]
         asked = (
-            Prompted(picture, self.spec.prompt_of(item))
-            for picture, item in zip(pictures, items, strict=True)
-            if picture is not None
+            Prompted(image, self.spec.prompt_of(item))
+            for image, item in zip(images, items, strict=True)
+            if image is not None
         )
         found = self.run(asked)
         result = Captioned(
@@ -142,24 +142,24 @@ class Captioner(Model[Prompted]):
 
 
 def readable(data: bytes, max_pixels: int) -> Image.Image | str:
-    """Return a picture as a model is shown it, or the reason why it can't be decoded."""
+    """Return an image as a model is shown it, or the reason why it can't be decoded."""
     try:
         return capped(decode(data), max_pixels)
     except UnreadableError as reason:
         return str(reason)
 
 
-def capped(picture: Image.Image, max_pixels: int) -> Image.Image:
-    """Return a picture of at most max_pixels, widened with white where one side is over 20 times the other."""
-    shortest = -(-max(picture.size) // MAX_ASPECT)
-    wide = max(picture.width, shortest), max(picture.height, shortest)
+def capped(image: Image.Image, max_pixels: int) -> Image.Image:
+    """Return an image of at most max_pixels, widened with white where one side is over 20 times the other."""
+    shortest = -(-max(image.size) // MAX_ASPECT)
+    wide = max(image.width, shortest), max(image.height, shortest)
     scale = (max_pixels / (wide[0] * wide[1])) ** 0.5
-    if scale < 1:  # before the white is put round it: a thin picture's canvas may be too large for any memory
-        picture, wide = picture.resize(_scaled(picture.size, scale)), _scaled(wide, scale)
-    if picture.size == wide:
-        return picture
+    if scale < 1:  # before the white is put round it: a thin image's canvas may be too large for any memory
+        image, wide = image.resize(_scaled(image.size, scale)), _scaled(wide, scale)
+    if image.size == wide:
+        return image
     canvas = Image.new("RGB", wide, "white")
-    canvas.paste(picture, ((wide[0] - picture.width) // 2, (wide[1] - picture.height) // 2))
+    canvas.paste(image, ((wide[0] - image.width) // 2, (wide[1] - image.height) // 2))
     return canvas
 
 

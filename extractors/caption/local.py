@@ -1,4 +1,4 @@
-"""Captioners whose weights are on this machine: their model, its processor, and batches of pictures that decode."""
+"""Captioners whose weights are on this machine: their model, its processor, and batches of images that decode."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
@@ -15,44 +15,44 @@ from extractors.weights.pretrained import load_part
 from extractors.weights.spec import ModelSpec
 
 KIND = "a vision-language model"
-PICTURES_PER_BATCH = {"cpu": 4, "mps": 4, "cuda": 16}
+IMAGES_PER_BATCH = {"cpu": 4, "mps": 4, "cuda": 16}
 Asked = tuple[Image.Image, str]
-"""A decoded picture and its prompt."""
+"""A decoded image and its prompt."""
 
 
 class BatchCaptioner(Captioner):
-    """A captioner that answers many pictures at once."""
+    """A captioner that answers many images at once."""
 
     @abstractmethod
     def size(self) -> int:
-        """Return how many pictures are decoded for one call of `answer`."""
+        """Return how many images are decoded for one call of `answer`."""
 
     @abstractmethod
     def answer(self, asked: Sequence[Asked]) -> list[Answer]:
-        """Return the answer to each picture and prompt."""
+        """Return the answer to each image and prompt."""
 
     def run(self, inputs: Iterable[Prompted], advance: Advance = silent) -> Captioned:
-        """Caption pictures; those that can't be decoded, and empty answers, are failed with the reason."""
+        """Caption images; those that can't be decoded, and empty answers, are failed with the reason."""
         answers: list[Answer] = []
         for group in chunks(inputs, self.size):
-            pictures = [readable(one.picture, self.spec.max_pixels) for one in group]
-            asked = [(p, one.prompt) for p, one in zip(pictures, group, strict=True) if not isinstance(p, str)]
+            images = [readable(one.image, self.spec.max_pixels) for one in group]
+            asked = [(p, one.prompt) for p, one in zip(images, group, strict=True) if not isinstance(p, str)]
             given = iter(self.answer(asked) if asked else [])
-            part = [Answer("", reason=p) if isinstance(p, str) else next(given) for p in pictures]
+            part = [Answer("", reason=p) if isinstance(p, str) else next(given) for p in images]
             answers += part
             ok = sum(bool(answer.text) for answer in part)
             advance(len(part), ok=ok, failed=len(part) - ok)
         return Captioned.of(answers)
 
 
-def chat_of(prompt: str, picture: Image.Image | None = None) -> list[dict[str, object]]:
-    """Return a chat of one message: a picture, or the place of one, and then the prompt."""
-    image: dict[str, object] = {"type": "image"} if picture is None else {"type": "image", "image": picture}
-    return [{"role": "user", "content": [image, {"type": "text", "text": prompt}]}]
+def chat_of(prompt: str, image: Image.Image | None = None) -> list[dict[str, object]]:
+    """Return a chat of one message: an image, or the place of one, and then the prompt."""
+    part: dict[str, object] = {"type": "image"} if image is None else {"type": "image", "image": image}
+    return [{"role": "user", "content": [part, {"type": "text", "text": prompt}]}]
 
 
 def processor_of(spec: ModelSpec, folder: Path) -> Any:
-    """Return the processor of pictures and texts in a model's folder; it pads in front.
+    """Return the processor of images and texts in a model's folder; it pads in front.
 
     Raises:
         UserError: the folder has none.
@@ -61,7 +61,7 @@ def processor_of(spec: ModelSpec, folder: Path) -> Any:
 
     processor = load_part(AutoProcessor, spec, folder, KIND)
     if not hasattr(processor, "tokenizer"):
-        raise UserError(f"{folder}: has no processor of pictures and texts, so it is not {KIND}")
+        raise UserError(f"{folder}: has no processor of images and texts, so it is not {KIND}")
     # A decoder goes on at the right end: with padding there it would continue the padding.
     processor.tokenizer.padding_side = "left"
     return processor

@@ -1,4 +1,4 @@
-"""Pictures to captions by asking an OpenAI-compatible server: vLLM on another machine, or a service."""
+"""Images to captions by asking an OpenAI-compatible server: vLLM on another machine, or a service."""
 
 import asyncio
 import base64
@@ -70,7 +70,7 @@ VariableName = Annotated[str, AfterValidator(_name_of_variable), BeforeValidator
 
 
 class ServerCaptionSpec(CaptionSpec):
-    """A captioner on a server: any that speaks OpenAI's chat completions. It is sent the pictures and item texts."""
+    """A captioner on a server: any that speaks OpenAI's chat completions. It is sent the images and item texts."""
 
     runtime_fields: ClassVar[frozenset[str]] = CaptionSpec.runtime_fields | {
         "url",
@@ -81,7 +81,7 @@ class ServerCaptionSpec(CaptionSpec):
         "patience",
     }
 
-    backend: Literal["openai-caption"] = Field(description="Caption pictures by asking an OpenAI-compatible server.")
+    backend: Literal["openai-caption"] = Field(description="Caption images by asking an OpenAI-compatible server.")
     url: Address = Field(description="Base URL of the server, such as http://127.0.0.1:8000/v1; it may move.")
     model: str = Field(min_length=1, description="Name of the model, as the server knows it.")
     revision: str | None = Field(
@@ -113,7 +113,7 @@ class ServerCaptionSpec(CaptionSpec):
 
 
 class ServerCaptioner(Captioner):
-    """A server that captions pictures, several at once."""
+    """A server that captions images, several at once."""
 
     device = "server"
 
@@ -142,7 +142,7 @@ class ServerCaptioner(Captioner):
         return self.spec.facts(name) | {"answered_by": told}
 
     def run(self, inputs: Iterable[Prompted], advance: Advance = silent) -> Captioned:
-        """Caption pictures in their order, however many are asked for at once; what gets no answer is failed.
+        """Caption images in their order, however many are asked for at once; what gets no answer is failed.
 
         Raises:
             UserError: it is no use to go on: wrong address or key, or the server is out of order.
@@ -190,10 +190,10 @@ class ServerCaptioner(Captioner):
         return early
 
     async def _answer(self, session: "aiohttp.ClientSession", one: Prompted) -> Answer:
-        picture, reason = await asyncio.to_thread(self._data_url, one.picture)
-        if picture is None:
+        image, reason = await asyncio.to_thread(self._data_url, one.image)
+        if image is None:
             return Answer("", reason=reason)
-        reply = await self.server.ask(session, self._request(picture, one.prompt))
+        reply = await self.server.ask(session, self._request(image, one.prompt))
         self._note(reply.model, reply.fingerprint)
         if len(reply.text) > _LETTERS_PER_TOKEN * self.spec.max_new_tokens:
             return Answer(
@@ -205,8 +205,8 @@ class ServerCaptioner(Captioner):
         """Return a request that has nothing in it that could be refused."""
         return self._request(_as_url(Image.new("RGB", (224, 224), "white")), PROMPT)
 
-    def _request(self, picture: str, prompt: str) -> dict[str, Any]:
-        content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": prompt}]
+    def _request(self, image: str, prompt: str) -> dict[str, Any]:
+        content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": prompt}]
         return {
             "model": self.spec.model,
             "messages": [{"role": "user", "content": content}],
@@ -216,15 +216,15 @@ class ServerCaptioner(Captioner):
         }
 
     def _data_url(self, data: bytes) -> tuple[str | None, str]:
-        """Return a picture as a data URL, or the reason why it can't be decoded.
+        """Return an image as a data URL, or the reason why it can't be decoded.
 
         It is encoded anew: the server gets the pixels that a local model would be shown, and none of the file's notes
         on where, when and by whom it was taken.
         """
-        picture = readable(data, self.spec.max_pixels)
-        if isinstance(picture, str):
-            return None, picture
-        return _as_url(picture), ""
+        image = readable(data, self.spec.max_pixels)
+        if isinstance(image, str):
+            return None, image
+        return _as_url(image), ""
 
     def _note(self, model: str, fingerprint: str) -> None:
         if model and model not in self._models and len(self._models) < _NAMES_KEPT:
@@ -235,9 +235,9 @@ class ServerCaptioner(Captioner):
             self._fingerprints.add(fingerprint)
 
 
-def _as_url(picture: Image.Image) -> str:
+def _as_url(image: Image.Image) -> str:
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=_QUALITY, subsampling=0)
+    image.save(file, "JPEG", quality=_QUALITY, subsampling=0)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")
 
 

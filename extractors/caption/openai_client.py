@@ -158,7 +158,7 @@ class ChatServer:
             await self.ask(session, request)
         except RefusedError as reason:
             raise self._replies.stop(
-                f"{failed} requests got no caption, and neither did one for a plain white picture: {reason}"
+                f"{failed} requests got no caption, and neither did one for a plain white image: {reason}"
             ) from None
 
     async def _once(self, session: aiohttp.ClientSession, request: Mapping[str, Any]) -> Reply:
@@ -205,7 +205,7 @@ class ChatServer:
         self, session: aiohttp.ClientSession, method: str, path: str, request: Mapping[str, Any] | None = None
     ) -> tuple[int, Mapping[str, str], bytes]:
         try:
-            # A redirect is not followed: it would send pictures to a host that nobody named.
+            # A redirect is not followed: it would send images to a host that nobody named.
             async with session.request(
                 method, self.url + path, json=request, allow_redirects=False, proxy=self._proxy
             ) as response:

@@ -1,4 +1,4 @@
-"""A question to a vision-language model: a picture, and a prompt that may hold fields of its item."""
+"""A question to a vision-language model: an image, and a prompt that may hold fields of its item."""
 
 import hashlib
 import string
@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 
 from cm3.common.strict import nearest
 from cm3.common.tables import ITEMS, read_table
-from extractors.image.item_images import read_pictures
+from extractors.image.item_images import read_images
 from extractors.runtime.cache import DIGEST
 from extractors.runtime.source import Source
 from extractors.spec import ExtractorSpec
@@ -25,18 +25,18 @@ HOLDS = "may hold " + ", ".join(f"{{{name}}}" for name in PROMPT_FIELDS) + "."
 
 @dataclass(frozen=True)
 class Prompted:
-    """A picture's original bytes and the prompt that goes with it."""
+    """An image's original bytes and the prompt that goes with it."""
 
-    picture: bytes
+    image: bytes
     prompt: str
 
 
 class PromptedSpec(ExtractorSpec):
-    """The fields of what shows a model each picture together with a prompt."""
+    """The fields of what shows a model each image together with a prompt."""
 
     prompt: str = Field(min_length=1, description="What the model is asked; " + HOLDS)
     field_chars: int = Field(300, gt=0, description="An item's field in the prompt is cut to so many characters.")
-    max_pixels: int = Field(262_144, ge=784, description="Pictures of a larger area are reduced to it first.")
+    max_pixels: int = Field(262_144, ge=784, description="Images of a larger area are reduced to it first.")
 
     @field_validator("prompt")
     @classmethod
@@ -55,22 +55,20 @@ class PromptedSpec(ExtractorSpec):
         return {"items", "manifest"}
 
     def read(self, inputs: Mapping[str, Path]) -> Source[Prompted]:
-        """Return the pictures of the manifest, each with the prompt of its item."""
-        pictures = read_pictures(inputs["items"], inputs["manifest"])
+        """Return the images of the manifest, each with the prompt of its item."""
+        images = read_images(inputs["items"], inputs["manifest"])
         items = read_table(inputs["items"], ITEMS, list(PROMPT_FIELDS))
 
         def stream(rows: np.ndarray) -> Iterator[Prompted]:
             fields = items.take(rows).to_pylist()
-            for one, picture in zip(fields, pictures.stream(rows), strict=True):
-                yield Prompted(picture, self.prompt_of(one))
+            for one, image in zip(fields, images.stream(rows), strict=True):
+                yield Prompted(image, self.prompt_of(one))
 
         digests = (
-            picture and hashlib.sha256(picture + self.prompt_of(one).encode("utf-8", "surrogatepass")).digest()
-            for picture, one in zip(pictures.digests.to_pylist(), items.to_pylist(), strict=True)
+            image and hashlib.sha256(image + self.prompt_of(one).encode("utf-8", "surrogatepass")).digest()
+            for image, one in zip(images.digests.to_pylist(), items.to_pylist(), strict=True)
         )
-        return Source(
-            pictures.item_ids, pictures.status, pictures.rows, stream, pa.array(digests, DIGEST), pictures.errors
-        )
+        return Source(images.item_ids, images.status, images.rows, stream, pa.array(digests, DIGEST), images.errors)
 
     def prompt_of(self, item: Mapping[str, Any]) -> str:
         """Return the prompt with the item's fields in their places, empty where the item lacks one."""

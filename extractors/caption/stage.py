@@ -47,7 +47,7 @@ def caption(
         threads: processor threads of the model.
 
     Raises:
-        UserError: no item has a picture, the model is not to be had, it would take hours on a processor and the
+        UserError: no item has an image, the model is not to be had, it would take hours on a processor and the
             spec doesn't allow it, or not one caption came out.
     """
     job = Job(spec, inputs, captions, name, code, threads)

@@ -1,4 +1,4 @@
-"""Pictures to captions with a vision-language model through transformers."""
+"""Images to captions with a vision-language model through transformers."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from extractors.caption.base import Answer, CaptionSpec
-from extractors.caption.local import KIND, PICTURES_PER_BATCH, Asked, BatchCaptioner, chat_of, name_of, processor_of
+from extractors.caption.local import IMAGES_PER_BATCH, KIND, Asked, BatchCaptioner, chat_of, name_of, processor_of
 from extractors.runtime.cpu_estimate import LARGE, check_effort, hours, parameters_of, seconds_per_parameter, tokens_of
 from extractors.runtime.device import Batch, resolve_device
 from extractors.text.item_text import clean
@@ -23,7 +23,7 @@ class TransformersCaptionSpec(CaptionSpec, ModelSpec):
     runtime_fields: ClassVar[frozenset[str]] = CaptionSpec.runtime_fields | ModelSpec.runtime_fields | {"allow_slow"}
     neutralised: ClassVar[bool] = False  # sanitize_control_tokens does it without a change of the text
 
-    backend: Literal["transformers-caption"] = Field(description="Caption pictures with a vision-language model.")
+    backend: Literal["transformers-caption"] = Field(description="Caption images with a vision-language model.")
     precision: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="Number format of the model's arithmetic."
     )
@@ -47,7 +47,7 @@ class TransformersCaptionSpec(CaptionSpec, ModelSpec):
 
 
 class TransformersCaptioner(BatchCaptioner):
-    """A loaded vision-language model that captions pictures in batches, greedily."""
+    """A loaded vision-language model that captions images in batches, greedily."""
 
     def __init__(self, spec: TransformersCaptionSpec) -> None:
         from transformers import AutoModelForImageTextToText
@@ -58,25 +58,25 @@ class TransformersCaptioner(BatchCaptioner):
         self.processor = processor_of(spec, folder)
         model = load_model(AutoModelForImageTextToText, spec, folder, KIND, use_safetensors=True)
         self.model = on_device(model, self.device, KIND, spec, folder)
-        self.batch = Batch(spec.batch_size or PICTURES_PER_BATCH[self.device])
+        self.batch = Batch(spec.batch_size or IMAGES_PER_BATCH[self.device])
 
     def facts(self) -> dict[str, Any]:
         """Return the model, its architecture, the prompt and the decoding in use."""
         return self.spec.facts(name_of(self.spec)) | {"architecture": type(self.model).__name__}
 
     def size(self) -> int:
-        """Return the pictures per batch at present: it shrinks when memory runs out."""
+        """Return the images per batch at present: it shrinks when memory runs out."""
         return self.batch.size
 
     def answer(self, asked: Sequence[Asked]) -> list[Answer]:
-        """Return the answer to each picture and prompt."""
+        """Return the answer to each image and prompt."""
         return self.batch.all(self._generate, asked)
 
     def _generate(self, asked: Sequence[Asked]) -> list[Answer]:
         import torch
 
         batch = self.processor.apply_chat_template(
-            [chat_of(prompt, picture) for picture, prompt in asked],
+            [chat_of(prompt, image) for image, prompt in asked],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,

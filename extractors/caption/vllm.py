@@ -1,4 +1,4 @@
-"""Pictures to captions with a vision-language model through vLLM in this process: an optional, faster engine."""
+"""Images to captions with a vision-language model through vLLM in this process: an optional, faster engine."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
@@ -14,7 +14,7 @@ from extractors.weights.hub import model_path
 from extractors.weights.spec import ModelSpec
 
 INSTALL = "pip install vllm"
-_PICTURES_AT_ONCE = 256
+_IMAGES_AT_ONCE = 256
 
 
 class VllmCaptionSpec(CaptionSpec, ModelSpec):
@@ -26,12 +26,12 @@ class VllmCaptionSpec(CaptionSpec, ModelSpec):
         | {"gpu_memory_utilization", "max_model_len", "tensor_parallel_size"}
     )
 
-    backend: Literal["vllm-caption"] = Field(description="Caption pictures with vLLM, which needs a GPU.")
+    backend: Literal["vllm-caption"] = Field(description="Caption images with vLLM, which needs a GPU.")
     precision: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="Number format of the model's arithmetic."
     )
     gpu_memory_utilization: Float = Field(0.9, gt=0, le=1, description="Part of the GPU's memory that vLLM takes.")
-    max_model_len: int = Field(4096, gt=0, description="Tokens of picture, prompt and caption together.")
+    max_model_len: int = Field(4096, gt=0, description="Tokens of image, prompt and caption together.")
     tensor_parallel_size: int = Field(1, gt=0, description="GPUs that share the model.")
 
     def load(self) -> "VllmCaptioner":
@@ -40,7 +40,7 @@ class VllmCaptionSpec(CaptionSpec, ModelSpec):
 
 
 class VllmCaptioner(BatchCaptioner):
-    """A vLLM engine that captions pictures greedily."""
+    """A vLLM engine that captions images greedily."""
 
     device = "cuda"
 
@@ -78,14 +78,14 @@ class VllmCaptioner(BatchCaptioner):
         return self.spec.facts(name_of(self.spec)) | {"vllm": self.version}
 
     def size(self) -> int:
-        """Return the pictures that are decoded at a time; vLLM makes its own batches of them."""
-        return self.spec.batch_size or _PICTURES_AT_ONCE
+        """Return the images that are decoded at a time; vLLM makes its own batches of them."""
+        return self.spec.batch_size or _IMAGES_AT_ONCE
 
     def answer(self, asked: Sequence[Asked]) -> list[Answer]:
-        """Return the answer to each picture and prompt; what vLLM refuses fails alone, not with its batch."""
+        """Return the answer to each image and prompt; what vLLM refuses fails alone, not with its batch."""
         try:
             return self._generate(asked)
-        except ValueError as refusal:  # a prompt over max_model_len, or a picture out of the model's bounds
+        except ValueError as refusal:  # a prompt over max_model_len, or an image out of the model's bounds
             if len(asked) == 1:
                 return [Answer("", reason=f"vLLM refused it: {refusal}")]
         return [self.answer([one])[0] for one in asked]
@@ -93,19 +93,17 @@ class VllmCaptioner(BatchCaptioner):
     def _generate(self, asked: Sequence[Asked]) -> list[Answer]:
         prompts = [
             {
-                # vLLM puts the picture's tokens where the template leaves one placeholder. It finds that by its text,
+                # vLLM puts the image's tokens where the template leaves one placeholder. It finds that by its text,
                 # so an item's own must not look like it: `neutralised` prompts hold none.
                 "prompt": self.processor.apply_chat_template(
                     chat_of(prompt), add_generation_prompt=True, tokenize=False
                 ),
-                "multi_modal_data": {"image": picture},
+                "multi_modal_data": {"image": image},
             }
-            for picture, prompt in asked
+            for image, prompt in asked
         ]
         outputs = self.engine.generate(prompts, self.sampling, use_tqdm=False)
         if len(outputs) != len(asked):
-            raise UserError(
-                f"vLLM gave {len(outputs)} answers to {len(asked)} pictures; finished shards stay, run again"
-            )
+            raise UserError(f"vLLM gave {len(outputs)} answers to {len(asked)} images; finished shards stay, run again")
         first = [output.outputs[0] for output in outputs]
         return [Answer(clean(one.text), len(one.token_ids), cut=one.finish_reason == "length") for one in first]

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from extractors.extractor import Advance, Encoded, Extractor, collect, silent
 from extractors.image.decode import UnreadableError, decode
-from extractors.image.item_images import picture_of, read_pictures
+from extractors.image.item_images import image_of, read_images
 from extractors.runtime.device import Batch, arithmetic, resolve_device
 from extractors.runtime.prefetch import chunks, default_workers, map_ahead
 from extractors.runtime.source import Source
@@ -21,8 +21,8 @@ from extractors.weights.spec import ModelSpec
 if TYPE_CHECKING:
     import torch
 
-# On a processor the activations of a few pictures stay in its cache; 16 at once are slower by a third.
-_PICTURES_PER_BATCH = {"cpu": 4, "mps": 64, "cuda": 256}
+# On a processor the activations of a few images stay in its cache; 16 at once are slower by a third.
+_IMAGES_PER_BATCH = {"cpu": 4, "mps": 64, "cuda": 256}
 
 
 class ImageModelSpec(ModelSpec):
@@ -38,8 +38,8 @@ class ImageModelSpec(ModelSpec):
         return {"items", "manifest"}
 
     def read(self, inputs: Mapping[str, Path]) -> Source[bytes]:
-        """Return the pictures of the manifest."""
-        return read_pictures(inputs["items"], inputs["manifest"])
+        """Return the images of the manifest."""
+        return read_images(inputs["items"], inputs["manifest"])
 
 
 class ArchitectureSpec(ImageModelSpec):
@@ -52,33 +52,33 @@ class ArchitectureSpec(ImageModelSpec):
 
 
 class ImageModel(Extractor[bytes]):
-    """A loaded image encoder. Subclasses set `model` and `dim` and say how a picture becomes a tensor."""
+    """A loaded image encoder. Subclasses set `model` and `dim` and say how an image becomes a tensor."""
 
     def __init__(self, spec: ImageModelSpec) -> None:
         self.spec = spec
         self.device = resolve_device(spec.device)
-        self.batch = Batch(spec.batch_size or _PICTURES_PER_BATCH[self.device])
+        self.batch = Batch(spec.batch_size or _IMAGES_PER_BATCH[self.device])
         # On a CPU decoding ahead would take the cores from the forward pass; on a GPU it hides behind it.
         self.lookahead = 0 if self.device == "cpu" else 3
 
     @abstractmethod
-    def prepare(self, picture: Image.Image) -> "torch.Tensor":
-        """Return one RGB picture as the tensor that `forward` takes a stack of. Runs in threads."""
+    def prepare(self, image: Image.Image) -> "torch.Tensor":
+        """Return one RGB image as the tensor that `forward` takes a stack of. Runs in threads."""
 
     @abstractmethod
     def forward(self, stack: "torch.Tensor") -> "torch.Tensor":
-        """Return (n, d) vectors of a stack of n prepared pictures on the device."""
+        """Return (n, d) vectors of a stack of n prepared images on the device."""
 
     def measured_dim(self) -> int:
-        """Return d, found by encoding one white picture."""
+        """Return d, found by encoding one white image."""
         return int(self._encode([self.prepare(Image.new("RGB", (64, 64), "white"))]).shape[1])
 
     def input_of(self, item: Mapping[str, Any]) -> bytes | None:
-        """Return the bytes of the item's picture."""
-        return picture_of(item)
+        """Return the bytes of the item's image."""
+        return image_of(item)
 
     def run(self, inputs: Iterable[bytes], advance: Advance = silent) -> Encoded:
-        """Encode pictures; those that can't be decoded are failed with the reason."""
+        """Encode images; those that can't be decoded are failed with the reason."""
         vectors: dict[int, np.ndarray] = {}
         errors: dict[int, str] = {}
         first = 0

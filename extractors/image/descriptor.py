@@ -1,4 +1,4 @@
-"""Pictures to vectors without any weights: colour, texture and shape of what stands out from the background."""
+"""Images to vectors without any weights: colour, texture and shape of what stands out from the background."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,13 +13,13 @@ from pydantic import Field
 from extractors.extractor import Advance, Encoded, Extractor, collect, silent
 from extractors.image import descriptor_features
 from extractors.image.decode import UnreadableError, decode
-from extractors.image.item_images import picture_of, read_pictures
+from extractors.image.item_images import image_of, read_images
 from extractors.runtime.prefetch import chunks, map_ahead, process_pool
 from extractors.runtime.source import Source
 from extractors.spec import ExtractorSpec
 
 SIDE = 128
-"""Longest side in pixels to which pictures are reduced first."""
+"""Longest side in pixels to which images are reduced first."""
 
 BLOCKS = {"colour": 0.7, "layout": 0.5, "texture": 0.7, "gradients": 1.5, "silhouette": 1.0}
 """Parts and the lengths to which they are scaled: their squares are the parts' shares in a cosine."""
@@ -34,7 +34,7 @@ class DescriptorSpec(ExtractorSpec):
     modalities: ClassVar[tuple[str, ...]] = ("image",)
 
     modality: Literal["image"] = Field(description="Always image.")
-    backend: Literal["descriptor"] = Field(description="Describe pictures by colour, texture and shape.")
+    backend: Literal["descriptor"] = Field(description="Describe images by colour, texture and shape.")
 
     def model_identity(self) -> dict[str, Any]:
         """Return the version of the library that computes the parts."""
@@ -49,8 +49,8 @@ class DescriptorSpec(ExtractorSpec):
         return False
 
     def read(self, inputs: Mapping[str, Path]) -> Source[bytes]:
-        """Return the pictures of the manifest."""
-        return read_pictures(inputs["items"], inputs["manifest"])
+        """Return the images of the manifest."""
+        return read_images(inputs["items"], inputs["manifest"])
 
     def load(self) -> "DescriptorExtractor":
         """Return the extractor."""
@@ -58,22 +58,22 @@ class DescriptorSpec(ExtractorSpec):
 
 
 class DescriptorExtractor(Extractor[bytes]):
-    """Colour, layout, texture, gradients and silhouette of a picture's foreground, each scaled and concatenated."""
+    """Colour, layout, texture, gradients and silhouette of an image's foreground, each scaled and concatenated."""
 
     def __init__(self, spec: DescriptorSpec) -> None:
         self.spec = spec
         self.dim = len(describe(Image.new("RGB", (8, 8), "white")))
 
     def input_of(self, item: Mapping[str, Any]) -> bytes | None:
-        """Return the bytes of the item's picture."""
-        return picture_of(item)
+        """Return the bytes of the item's image."""
+        return image_of(item)
 
     def facts(self) -> dict[str, Any]:
-        """Return the size that pictures are reduced to and the blocks' weights."""
+        """Return the size that images are reduced to and the blocks' weights."""
         return {"preprocessing": {"side": SIDE, "blocks": BLOCKS}}
 
     def run(self, inputs: Iterable[bytes], advance: Advance = silent) -> Encoded:
-        """Describe pictures, in worker processes where there are enough of them."""
+        """Describe images, in worker processes where there are enough of them."""
         vectors: dict[int, np.ndarray] = {}
         errors: dict[int, str] = {}
         count = 0
@@ -90,9 +90,9 @@ class DescriptorExtractor(Extractor[bytes]):
         return collect(vectors, errors, count, self.dim)
 
 
-def _in_processes(pictures: Iterable[bytes], workers: int) -> Iterator[list[np.ndarray | str]]:
-    """Yield chunks of descriptions in order; few pictures are described right here, where no process need start."""
-    iterator = iter(pictures)
+def _in_processes(images: Iterable[bytes], workers: int) -> Iterator[list[np.ndarray | str]]:
+    """Yield chunks of descriptions in order; few images are described right here, where no process need start."""
+    iterator = iter(images)
     first = list(itertools.islice(iterator, _POOL_PAYS_FROM))
     groups = chunks(itertools.chain(first, iterator), lambda: _CHUNK)
     if workers < 2 or len(first) < _POOL_PAYS_FROM:
@@ -103,9 +103,9 @@ def _in_processes(pictures: Iterable[bytes], workers: int) -> Iterator[list[np.n
             yield described
 
 
-def _describe_chunk(pictures: list[bytes]) -> list[np.ndarray | str]:
+def _describe_chunk(images: list[bytes]) -> list[np.ndarray | str]:
     described: list[np.ndarray | str] = []
-    for data in pictures:
+    for data in images:
         try:
             described.append(describe(decode(data, draft=2 * SIDE)))
         except UnreadableError as reason:
@@ -113,11 +113,11 @@ def _describe_chunk(pictures: list[bytes]) -> list[np.ndarray | str]:
     return described
 
 
-def describe(picture: Image.Image) -> np.ndarray:
-    """Return the (1101,) float32 description of an RGB picture, of unit length."""
-    scale = SIDE / max(picture.size)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    small = picture.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
+def describe(image: Image.Image) -> np.ndarray:
+    """Return the (1101,) float32 description of an RGB image, of unit length."""
+    scale = SIDE / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    small = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
     part = descriptor_features.foreground(np.asarray(small))
     blocks = []
     for name, length in BLOCKS.items():

@@ -1,4 +1,4 @@
-"""A picture's colour, layout, texture, gradients and silhouette as numbers: the parts of the weight-free descriptor."""
+"""An image's colour, layout, texture, gradients and silhouette as numbers: the parts of the weight-free descriptor."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ LBP = ((8, 1), (16, 2))
 
 @dataclass(frozen=True)
 class Foreground:
-    """What stands out from a plain background, cut to its bounding box; the whole picture where nothing does.
+    """What stands out from a plain background, cut to its bounding box; the whole image where nothing does.
 
     Attributes:
         lab: (h, w, 3) float32 in CIE Lab.
@@ -31,7 +31,7 @@ class Foreground:
 
 
 def foreground(rgb: np.ndarray) -> Foreground:
-    """Return the foreground of an (H, W, 3) uint8 picture: what differs from the median colour of its frame."""
+    """Return the foreground of an (H, W, 3) uint8 image: what differs from the median colour of its frame."""
     from skimage.color import rgb2lab
 
     lab = rgb2lab(rgb).astype(np.float32)

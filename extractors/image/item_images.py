@@ -1,4 +1,4 @@
-"""The pictures of items, as the images stage left them: a manifest and shards of original bytes."""
+"""The images of items, as the images stage left them: a manifest and shards of original bytes."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -8,20 +8,20 @@ import numpy as np
 import pyarrow as pa
 
 from cm3.common.errors import UserError
-from cm3.common.images import pictures_at
+from cm3.common.images import images_at
 from cm3.common.tables import ITEMS, MANIFEST, MISSING, OK, read_table
 from extractors.runtime.cache import DIGEST
 from extractors.runtime.source import Source
 
 
-def picture_of(item: Mapping[str, Any]) -> bytes | None:
-    """Return the bytes of an item's `picture`, which may be bytes or the path of a file; None without one."""
-    picture = item.get("picture")
-    return Path(picture).read_bytes() if isinstance(picture, (str, Path)) else picture
+def image_of(item: Mapping[str, Any]) -> bytes | None:
+    """Return the bytes of an item's `image`, which may be bytes or the path of a file; None without one."""
+    image = item.get("image", item.get("picture"))
+    return Path(image).read_bytes() if isinstance(image, (str, Path)) else image
 
 
-def read_pictures(items: Path, manifest: Path) -> Source[bytes]:
-    """Return the pictures of a manifest as inputs, in the order in which the shards hold them.
+def read_images(items: Path, manifest: Path) -> Source[bytes]:
+    """Return the images of a manifest as inputs, in the order in which the shards hold them.
 
     Raises:
         UserError: the manifest is of other items.
@@ -45,7 +45,7 @@ def read_pictures(items: Path, manifest: Path) -> Source[bytes]:
         stream=lambda wanted: _stream(manifest, wanted, shard[wanted], place[wanted]),
         digests=pa.array(digests, DIGEST),
         errors={
-            row: errors[row] or "the picture could not be fetched"
+            row: errors[row] or "the image could not be fetched"
             for row in range(len(ids))
             if status[row] not in (OK, MISSING)
         },
@@ -53,7 +53,7 @@ def read_pictures(items: Path, manifest: Path) -> Source[bytes]:
 
 
 def _stream(manifest: Path, wanted: np.ndarray, shard: np.ndarray, place: np.ndarray) -> Iterator[bytes]:
-    for row, (item, data) in zip(wanted, pictures_at(manifest, wanted, shard, place), strict=True):
+    for row, (item, data) in zip(wanted, images_at(manifest, wanted, shard, place), strict=True):
         if item != row:
             raise UserError(f"{manifest}: the shards are out of step with it; delete the images folder and run again")
         yield data

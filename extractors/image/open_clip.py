@@ -1,4 +1,4 @@
-"""Pictures to vectors with open_clip."""
+"""Images to vectors with open_clip."""
 
 import json
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ _ASSUMED: dict[str, Any] = {
 class OpenClipSpec(ArchitectureSpec):
     """An image extractor out of open_clip: the image tower of a CLIP model."""
 
-    backend: Literal["open_clip"] = Field(description="Encode pictures with the image tower of an open_clip model.")
+    backend: Literal["open_clip"] = Field(description="Encode images with the image tower of an open_clip model.")
     force_quick_gelu: bool = Field(
         False, description="The activation that OpenAI's weights were trained with; set it for local copies of them."
     )
@@ -40,7 +40,7 @@ class OpenClipSpec(ArchitectureSpec):
     std: list[Float] | None = Field(None, min_length=3, max_length=3, description="Per channel, of values in 0..1.")
     interpolation: Literal["bilinear", "bicubic"] | None = Field(None, description="Filter of the resize.")
     resize_mode: Literal["shortest", "longest", "squash"] | None = Field(
-        None, description="How a picture becomes square: cut, pad or squeeze."
+        None, description="How an image becomes square: cut, pad or squeeze."
     )
 
     @model_validator(mode="after")
@@ -89,9 +89,9 @@ class OpenClipExtractor(ImageModel):
         """Return the preprocessing in use."""
         return {"preprocessing": {**self.preprocessing, "library": "open_clip"}}
 
-    def prepare(self, picture: Image.Image) -> "torch.Tensor":
+    def prepare(self, image: Image.Image) -> "torch.Tensor":
         """Return a (3, side, side) float tensor: resized, cropped and normalised."""
-        return self.preprocess(picture)
+        return self.preprocess(image)
 
     def forward(self, stack: "torch.Tensor") -> "torch.Tensor":
         """Return (n, d) image embeddings in the space shared with text."""

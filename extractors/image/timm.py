@@ -1,4 +1,4 @@
-"""Pictures to vectors with timm."""
+"""Images to vectors with timm."""
 
 import difflib
 import json
@@ -25,7 +25,7 @@ _PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "cro
 class TimmSpec(ArchitectureSpec):
     """An image extractor out of timm."""
 
-    backend: Literal["timm"] = Field(description="Encode pictures with a timm model, its classifier removed.")
+    backend: Literal["timm"] = Field(description="Encode images with a timm model, its classifier removed.")
     model_kwargs: dict[str, str | int | float | bool] = Field(
         {}, description="Further arguments of timm.create_model, such as pad_type: same."
     )
@@ -33,11 +33,9 @@ class TimmSpec(ArchitectureSpec):
     mean: list[Float] | None = Field(None, min_length=3, max_length=3, description="Per channel, of values in 0..1.")
     std: list[Float] | None = Field(None, min_length=3, max_length=3, description="Per channel, of values in 0..1.")
     interpolation: Literal["bilinear", "bicubic", "lanczos"] | None = Field(None, description="Filter of the resize.")
-    crop_pct: Float | None = Field(
-        None, gt=0, le=1, description="Side of the crop over the side of the resized picture."
-    )
+    crop_pct: Float | None = Field(None, gt=0, le=1, description="Side of the crop over the side of the resized image.")
     crop_mode: Literal["center", "squash", "border"] | None = Field(
-        None, description="How a picture becomes square: cut, squeeze or pad."
+        None, description="How an image becomes square: cut, squeeze or pad."
     )
 
     @model_validator(mode="after")
@@ -89,10 +87,10 @@ class TimmExtractor(ImageModel):
         self.dim = loaded(self.measured_dim, kind, spec, path)
 
     def measured_dim(self) -> int:
-        """Return d, found by encoding one white picture.
+        """Return d, found by encoding one white image.
 
         Raises:
-            UserError: the model takes no pictures of that size.
+            UserError: the model takes no images of that size.
         """
         try:
             return super().measured_dim()
@@ -106,9 +104,9 @@ class TimmExtractor(ImageModel):
         """Return the preprocessing in use."""
         return {"preprocessing": {**self.preprocessing, "library": "timm"}}
 
-    def prepare(self, picture: Image.Image) -> "torch.Tensor":
+    def prepare(self, image: Image.Image) -> "torch.Tensor":
         """Return a (3, side, side) uint8 tensor: resized and cropped."""
-        return self.transform(picture)
+        return self.transform(image)
 
     def forward(self, stack: "torch.Tensor") -> "torch.Tensor":
         """Return (n, d) pooled features."""

@@ -1,4 +1,4 @@
-"""Pictures to vectors with a vision model of transformers: CLIP, SigLIP, DINOv2, ViT and their kin."""
+"""Images to vectors with a vision model of transformers: CLIP, SigLIP, DINOv2, ViT and their kin."""
 
 import json
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,7 +35,7 @@ _PREPROCESSING = (
 class TransformersVisionSpec(ImageModelSpec, CodeSpec):
     """An image extractor out of any vision model that transformers knows, or the image tower of a CLIP or SigLIP."""
 
-    backend: Literal["transformers-vision"] = Field(description="Encode pictures with a vision model of transformers.")
+    backend: Literal["transformers-vision"] = Field(description="Encode images with a vision model of transformers.")
     pooling: Literal["model", "cls", "mean"] = Field(
         "model",
         description="model: the vector that the model itself makes (in a CLIP, the one that is compared with texts); "
@@ -72,7 +72,7 @@ class TransformersVisionExtractor(ImageModel):
         shapes = {tuple(self.prepare(Image.new("RGB", size, "white")).shape) for size in ((64, 64), (96, 48))}
         if len(shapes) > 1:
             raise UserError(
-                f"{folder}: its preprocessing leaves pictures in different sizes, which don't fit into one batch; "
+                f"{folder}: its preprocessing leaves images in different sizes, which don't fit into one batch; "
                 "set do_center_crop, or a size with height and width, in a copy of its preprocessor_config.json"
             )
         kind = f"an image encoder that takes pixels alone ({type(model).__name__})"
@@ -92,9 +92,9 @@ class TransformersVisionExtractor(ImageModel):
             },
         }
 
-    def prepare(self, picture: Image.Image) -> "torch.Tensor":
+    def prepare(self, image: Image.Image) -> "torch.Tensor":
         """Return a (3, height, width) float tensor: resized, cropped and normalised."""
-        return self.processor(images=picture, return_tensors="pt")["pixel_values"][0]
+        return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
 
     def forward(self, stack: "torch.Tensor") -> "torch.Tensor":
         """Return (n, d) vectors, pooled as the spec says."""
@@ -138,7 +138,7 @@ def _auto(folder: Any) -> Any:
 
 
 def _own(output: Any) -> "torch.Tensor":
-    """Return the (n, d) vectors that a model itself makes of pictures."""
+    """Return the (n, d) vectors that a model itself makes of images."""
     vectors = getattr(output, "image_embeds", None)
     if vectors is None:
         vectors = getattr(output, "pooler_output", None)

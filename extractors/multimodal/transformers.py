@@ -1,4 +1,4 @@
-"""Pictures and texts to one vector: hidden states of a vision-language model, without words in between."""
+"""Images and texts to one vector: hidden states of a vision-language model, without words in between."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
@@ -9,10 +9,10 @@ from pydantic import Field
 
 from cm3.common.errors import UserError
 from extractors.caption.base import MAX_ASPECT, readable
-from extractors.caption.local import KIND, PICTURES_PER_BATCH, chat_of, processor_of
+from extractors.caption.local import IMAGES_PER_BATCH, KIND, chat_of, processor_of
 from extractors.caption.prompt import HOLDS, Prompted, PromptedSpec
 from extractors.extractor import Advance, Encoded, Extractor, collect, silent
-from extractors.image.item_images import picture_of
+from extractors.image.item_images import image_of
 from extractors.runtime.cpu_estimate import LARGE, check_effort, hours, parameters_of, seconds_per_parameter, tokens_of
 from extractors.runtime.device import Batch, arithmetic, resolve_device
 from extractors.runtime.prefetch import chunks
@@ -25,7 +25,7 @@ PROMPT = "{title}\nSummarise this product in one word:"
 
 
 class TransformersMllmSpec(PromptedSpec, CodeSpec):
-    """A vision-language model as an encoder: it reads a picture and a prompt, and its hidden states are the vector."""
+    """A vision-language model as an encoder: it reads an image and a prompt, and its hidden states are the vector."""
 
     runtime_fields: ClassVar[frozenset[str]] = CodeSpec.runtime_fields | {"allow_slow"}
     shard_items: ClassVar[int | None] = 256
@@ -36,10 +36,10 @@ class TransformersMllmSpec(PromptedSpec, CodeSpec):
         "bfloat16",
         description="Number format of the model's arithmetic; autocast: bfloat16 where it is sound, else float32.",
     )
-    prompt: str = Field(PROMPT, min_length=1, description="What the model reads after the picture; " + HOLDS)
+    prompt: str = Field(PROMPT, min_length=1, description="What the model reads after the image; " + HOLDS)
     layer: int = Field(-1, description="Whose hidden states: -1 is the last layer, 0 what enters the first.")
     pooling: Literal["mean", "last"] = Field(
-        "last", description="The last token, which has seen all others, or the mean of all, those of the picture too."
+        "last", description="The last token, which has seen all others, or the mean of all, those of the image too."
     )
     normalise: bool = Field(True, description="Scale vectors to unit length.")
     allow_slow: bool = Field(False, description="Encode on a processor even where that takes hours.")
@@ -78,7 +78,7 @@ class TransformersMllmExtractor(Extractor[Prompted]):
         layers = self.model.config.get_text_config().num_hidden_layers
         if not -layers - 1 <= spec.layer <= layers:
             raise UserError(f"layer = {spec.layer}: the model has {layers} layers, so it is {-layers - 1} to {layers}")
-        self.batch = Batch(spec.batch_size or PICTURES_PER_BATCH[self.device])
+        self.batch = Batch(spec.batch_size or IMAGES_PER_BATCH[self.device])
         white = Image.new("RGB", (56, 56), "white")
         self.dim = loaded(lambda: self._encode([(white, spec.prompt_of({}))]).shape[1], KIND, spec, folder)
 
@@ -98,34 +98,34 @@ class TransformersMllmExtractor(Extractor[Prompted]):
         }
 
     def input_of(self, item: Mapping[str, Any]) -> Prompted | None:
-        """Return the item's picture with the prompt of its fields; None without a picture."""
-        picture = picture_of(item)
-        return None if picture is None else Prompted(picture, self.spec.prompt_of(item))
+        """Return the item's image with the prompt of its fields; None without an image."""
+        image = image_of(item)
+        return None if image is None else Prompted(image, self.spec.prompt_of(item))
 
     def run(self, inputs: Iterable[Prompted], advance: Advance = silent) -> Encoded:
-        """Encode pictures with their prompts; pictures that can't be decoded are failed with the reason."""
+        """Encode images with their prompts; images that can't be decoded are failed with the reason."""
         vectors: dict[int, np.ndarray] = {}
         errors: dict[int, str] = {}
         first = 0
         for group in chunks(inputs, lambda: self.batch.size):
             asked: dict[int, tuple[Image.Image, str]] = {}
             for row, one in enumerate(group, first):
-                picture = readable(one.picture, self.spec.max_pixels)
-                if isinstance(picture, str):
-                    errors[row] = picture
+                image = readable(one.image, self.spec.max_pixels)
+                if isinstance(image, str):
+                    errors[row] = image
                 else:
-                    asked[row] = picture, one.prompt
+                    asked[row] = image, one.prompt
             vectors.update(zip(asked, self.batch.all(self._encode, list(asked.values())), strict=True))
             first += len(group)
             advance(len(group), ok=len(asked), failed=len(group) - len(asked))
         return collect(vectors, errors, first, self.dim)
 
     def _encode(self, asked: Sequence[tuple[Image.Image, str]]) -> np.ndarray:
-        """Return (n, d) float32 vectors of n pictures with their prompts."""
+        """Return (n, d) float32 vectors of n images with their prompts."""
         import torch
 
         batch = self.processor.apply_chat_template(
-            [chat_of(prompt, picture) for picture, prompt in asked],
+            [chat_of(prompt, image) for image, prompt in asked],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,

@@ -29,7 +29,7 @@ def parameters_of(folder: Path) -> int:
 
 
 def tokens_of(pixels: int, prompt: str) -> int:
-    """Return about how many tokens a picture and a prompt make."""
+    """Return about how many tokens an image and a prompt make."""
     return pixels // _PIXELS_PER_TOKEN + len(prompt) // 4
 
 
@@ -54,7 +54,7 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def hours(parameters: int, items: int, prompt_tokens: int, new_tokens: int, speed: tuple[float, float]) -> float:
-    """Return the hours for captioning `items` pictures one by one at `seconds_per_parameter` (two values)."""
+    """Return the hours for captioning `items` images one by one at `seconds_per_parameter` (two values)."""
     reading, writing = speed
     return items * parameters * (prompt_tokens * reading + new_tokens * writing) / 3600
 

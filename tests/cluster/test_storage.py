@@ -38,7 +38,7 @@ def bucket() -> Iterator[Any]:
 
 
 def config() -> dict[str, Any]:
-    """The small shop by its pictures, compared with a model that leaves item weights."""
+    """The small shop by its images, compared with a model that leaves item weights."""
     whole = copy.deepcopy(SMALL)
     whole["experiments"]["shop"]["modalities"] = {"image": "looks"}
     whole["experiments"]["ease"] = {"like": "shop", "model": {"name": "ease"}}

@@ -1,4 +1,4 @@
-"""Amazon data as published in 2014, from a loopback server through the whole DAG: files, pictures, published vectors."""
+"""Amazon data as published in 2014, from a loopback server through the whole DAG: files, images, published vectors."""
 
 import gzip
 import http.server
@@ -97,7 +97,7 @@ def config(url: str) -> dict:
     }
 
 
-def test_files_and_pictures_are_fetched_once_and_the_published_vectors_serve(server, tmp_path: Path):
+def test_files_and_images_are_fetched_once_and_the_published_vectors_serve(server, tmp_path: Path):
     url, asked = server
     checkout = Checkout(tmp_path / "checkout", config(url))
     planned = checkout.planned(METRICS)

@@ -1,4 +1,4 @@
-"""A user's own shop through the whole DAG: own tables and pictures, three modalities, captions, and bad input."""
+"""A user's own shop through the whole DAG: own tables and images, three modalities, captions, and bad input."""
 
 import copy
 import json
@@ -26,7 +26,7 @@ COLOURS = {"red": (220, 20, 20), "blue": (20, 20, 220), "green": (20, 200, 20), 
 
 @pytest.fixture(scope="module")
 def vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real vision-language model of under 1 MB that names a picture's colour."""
+    """A real vision-language model of under 1 MB that names an image's colour."""
     return tiny_vlm.save_fitted(tmp_path_factory.mktemp("vlm"))
 
 
@@ -120,7 +120,7 @@ def test_one_modality_is_enough(shop: Checkout):
         assert stage["peak_memory_mb"] > 10
 
 
-def test_three_more_modalities_with_captions_that_name_what_pictures_show(shop: Checkout, vlm: Path, tmp_path: Path):
+def test_three_more_modalities_with_captions_that_name_what_images_show(shop: Checkout, vlm: Path, tmp_path: Path):
     checkout = shop.clone(tmp_path / "copy")
     checkout.configure(config(vlm, text="words", image="looks", caption="teller", sound="sound"))
     planned = checkout.planned(METRICS)
@@ -143,7 +143,7 @@ def test_three_more_modalities_with_captions_that_name_what_pictures_show(shop: 
     assert checkout.planned(METRICS) == {"extract": 1, "similarity": 1, "train": 1, "evaluate": 1, "publish": 1}
 
 
-def test_a_changed_picture_a_new_line_and_moved_weights(shop: Checkout, tmp_path: Path):
+def test_a_changed_image_a_new_line_and_moved_weights(shop: Checkout, tmp_path: Path):
     checkout = shop.clone(tmp_path / "copy")
     everything = {"images": 1, "extract": 1, "similarity": 1, "train": 1, "evaluate": 1, "publish": 1}
     photo = checkout.folder / "shop/photos/p0.png"
@@ -206,7 +206,7 @@ BAD = {
     "a malformed line": (("purchases.csv", "customer,sku,day\nc1,p1\n"), {}, r"purchases.csv.*line 2"),
     "a k-core that leaves nothing": (None, {"kcore": 50}, r"kcore"),
     "fewer items than knn_k": (None, {"knn_k": 25}, r"24 items have a vector, fewer than knn_k = 25"),
-    "no picture at all": (None, {"pattern": "{item_id}.gif"}, r"looks"),
+    "no image at all": (None, {"pattern": "{item_id}.gif"}, r"looks"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The files of 2018 and 2023 as published, served on loopback with their pictures, through the whole DAG."""
+"""The files of 2018 and 2023 as published, served on loopback with their images, through the whole DAG."""
 
 import gzip
 import http.server
@@ -13,21 +13,21 @@ from typing import Any
 
 import pytest
 from checkout import Checkout
-from oracles_sources import picture
+from oracles_sources import image
 
 from cm3.common.tables import ITEMS, MANIFEST, read_table
 
-PICTURES = re.compile(rb"https?://[a-z.-]*(?:images-amazon|media-amazon)\.com/")
+IMAGES = re.compile(rb"https?://[a-z.-]*(?:images-amazon|media-amazon)\.com/")
 COLOURS = ("red", "green", "blue", "yellow", "noise")
 
 
 class Shop:
-    """A loopback server of published files and of a picture for nearly every address."""
+    """A loopback server of published files and of an image for nearly every address."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.asked: list[str] = []
-        self.pictures = [picture((60 + n, 50), colour) for n, colour in enumerate(COLOURS * 3)]
+        self.images = [image((60 + n, 50), colour) for n, colour in enumerate(COLOURS * 3)]
 
     def answer(self, path: str) -> tuple[int, bytes]:
         if path in self.files:
@@ -37,7 +37,7 @@ class Shop:
             return 404, b""
         if luck == 1:
             return 200, b"<html>busy</html>"
-        return 200, self.pictures[luck % len(self.pictures)]
+        return 200, self.images[luck % len(self.images)]
 
 
 @pytest.fixture
@@ -83,8 +83,8 @@ def config(data: dict[str, Any], url: str) -> dict[str, Any]:
 
 
 def on_loopback(file: Path, url: str) -> bytes:
-    """The metadata with its pictures' addresses on the loopback server."""
-    return gzip.compress(PICTURES.sub(f"{url}/".encode(), gzip.decompress(file.read_bytes())))
+    """The metadata with its images' addresses on the loopback server."""
+    return gzip.compress(IMAGES.sub(f"{url}/".encode(), gzip.decompress(file.read_bytes())))
 
 
 def check(checkout: Checkout, served: Shop) -> dict[str, Any]:

@@ -19,7 +19,7 @@ AFTER = {"cells": 1, "study": 1, "study_page": 1}
 
 
 def config(gammas: tuple[float, ...] = (0.9,), seeds: tuple[int, ...] = (1, 2), *more: str) -> dict[str, Any]:
-    """The small shop, by its pictures alone, against noise in their place and against EASE."""
+    """The small shop, by its images alone, against noise in their place and against EASE."""
     whole = copy.deepcopy(SMALL)
     whole["experiments"]["shop"]["modalities"] = {"image": "looks"}
     whole["experiments"] |= {

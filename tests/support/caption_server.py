@@ -1,4 +1,4 @@
-"""A loopback captioning server that says which colour a posted picture has, and any trouble that a test asks for."""
+"""A loopback captioning server that says which colour a posted image has, and any trouble that a test asks for."""
 
 import base64
 import collections
@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from fixtures_extractors import COLOURS, plain, write_items, write_pictures
+from fixtures_extractors import COLOURS, plain, write_images, write_items
 from PIL import Image
 
 import extractors
@@ -26,7 +26,7 @@ from extractors.caption.openai import ServerCaptioner, ServerCaptionSpec
 MODEL = "colour-teller"
 KEY = "sk-very-secret-0123456789"
 NAMES = [*COLOURS, *COLOURS]
-ITEMS = [{"title": f"thing {n}", "picture": plain(name, (40, 30))} for n, name in enumerate(NAMES)]
+ITEMS = [{"title": f"thing {n}", "image": plain(name, (40, 30))} for n, name in enumerate(NAMES)]
 ANSWERS = [f"a {name} product" for name in NAMES]
 _MOST_REQUESTS = 500
 _LONGEST_HANG = 5.0
@@ -34,7 +34,7 @@ _LONGEST_HANG = 5.0
 
 @dataclass(frozen=True)
 class Asked:
-    """A request for a caption: its number among all, how often this picture and prompt were asked for before."""
+    """A request for a caption: its number among all, how often this image and prompt were asked for before."""
 
     number: int
     before: int
@@ -104,8 +104,8 @@ class CaptionServer(http.server.ThreadingHTTPServer):
         self._before: collections.Counter[tuple[str, str]] = collections.Counter()
 
     def note(self, request: dict[str, Any], headers: Mapping[str, str]) -> Asked:
-        picture, prompt = request["messages"][0]["content"]
-        data = base64.b64decode(picture["image_url"]["url"].partition("base64,")[2], validate=True)
+        image, prompt = request["messages"][0]["content"]
+        data = base64.b64decode(image["image_url"]["url"].partition("base64,")[2], validate=True)
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as decoded:
             mean = np.asarray(decoded.convert("RGB"), float).mean(axis=(0, 1))
         colour = min(COLOURS, key=lambda name: float(np.abs(mean - COLOURS[name]).sum()))
@@ -210,17 +210,17 @@ def captions(url: str, items: Any = ITEMS, **more: Any) -> Any:
 
 
 def tables(folder: Path, names: list[str | None]) -> dict[str, Path]:
-    pictures = [None if name is None else plain(name, (40, 30)) for name in names]
+    images = [None if name is None else plain(name, (40, 30)) for name in names]
     return {
         "items": write_items(folder, [{"title": f"thing {n}"} for n in range(len(names))]),
-        "manifest": write_pictures(folder / "images", pictures),
+        "manifest": write_images(folder / "images", images),
     }
 
 
 def once(said: Any) -> Trouble:
-    """Trouble at the first request for each picture."""
+    """Trouble at the first request for each image."""
     return lambda asked: said if asked.before == 0 else None
 
 
 def many(count: int) -> list[dict[str, Any]]:
-    return [{"title": str(n), "picture": plain("red", (8, 8))} for n in range(count)]
+    return [{"title": str(n), "image": plain("red", (8, 8))} for n in range(count)]

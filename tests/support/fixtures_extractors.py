@@ -1,4 +1,4 @@
-"""Small builders of the tables that extractors read: items, manifest with picture shards; and pictures of every kind."""
+"""Small builders of the tables that extractors read: items, manifest with image shards; and images of every kind."""
 
 import hashlib
 import io
@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from cm3.common.images import shard_path
-from cm3.common.tables import FAILED, ITEMS, MANIFEST, MISSING, OK, PICTURES, write_table
+from cm3.common.tables import FAILED, IMAGES, ITEMS, MANIFEST, MISSING, OK, write_table
 
 COLOURS = {
     "red": (220, 20, 20),
@@ -38,53 +38,53 @@ def write_items(folder: Path, items: Sequence[Mapping[str, Any]]) -> Path:
     return path
 
 
-def write_pictures(
-    folder: Path, pictures: Sequence[bytes | str | None], per_shard: int = 5, ids: Sequence[str] | None = None
+def write_images(
+    folder: Path, images: Sequence[bytes | str | None], per_shard: int = 5, ids: Sequence[str] | None = None
 ) -> Path:
-    """Write a manifest and its shards: bytes are ok, None is missing, a str is a failed picture's reason."""
-    ids = ids or [f"i{row}" for row in range(len(pictures))]
-    kept = [picture for picture in pictures if isinstance(picture, bytes)]
+    """Write a manifest and its shards: bytes are ok, None is missing, a str is a failed image's reason."""
+    ids = ids or [f"i{row}" for row in range(len(images))]
+    kept = [image for image in images if isinstance(image, bytes)]
     manifest = folder / "manifest.parquet"
     folder.mkdir(parents=True, exist_ok=True)
     for start in range(0, len(kept), per_shard):
         part = kept[start : start + per_shard]
-        table = pa.table({"sha256": [hashlib.sha256(one).hexdigest() for one in part], "bytes": part}, schema=PICTURES)
+        table = pa.table({"sha256": [hashlib.sha256(one).hexdigest() for one in part], "bytes": part}, schema=IMAGES)
         pq.write_table(table, shard_path(manifest, start // per_shard), row_group_size=3)
     rows: list[dict[str, Any]] = []
     number = 0
-    for item_id, picture in zip(ids, pictures, strict=True):
+    for item_id, image in zip(ids, images, strict=True):
         row: dict[str, Any] = dict.fromkeys(MANIFEST.names) | {"item_id": item_id}
-        if isinstance(picture, bytes):
+        if isinstance(image, bytes):
             place = {"shard": number // per_shard, "row": number % per_shard}
-            row |= {"status": OK, "sha256": hashlib.sha256(picture).hexdigest()} | place
+            row |= {"status": OK, "sha256": hashlib.sha256(image).hexdigest()} | place
             number += 1
         else:
-            row |= {"status": MISSING} if picture is None else {"status": FAILED, "error": picture}
+            row |= {"status": MISSING} if image is None else {"status": FAILED, "error": image}
         rows.append(row)
     write_table(manifest, pa.Table.from_pylist(rows, schema=MANIFEST), MANIFEST)
     return manifest
 
 
-def encoded(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    """Return a picture as the bytes of a file."""
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    """Return an image as the bytes of a file."""
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 def shape(kind: str, colour: str, side: int = 160, seed: int = 0) -> bytes:
     """Return a JPEG of a square or a circle in a colour on a plain background, its place and size varied by seed."""
     random = np.random.default_rng(seed)
-    picture = Image.new("RGB", (side, side), (245, 245, 245))
+    image = Image.new("RGB", (side, side), (245, 245, 245))
     middle, half = side / 2 + random.integers(-10, 11, 2), int(random.integers(side // 5, side // 3))
     box = (*(middle - half), *(middle + half))
-    draw = ImageDraw.Draw(picture)
+    draw = ImageDraw.Draw(image)
     (draw.rectangle if kind == "square" else draw.ellipse)(box, fill=COLOURS[colour])
-    return encoded(picture, "JPEG", quality=90)
+    return encoded(image, "JPEG", quality=90)
 
 
 def plain(colour: str, size: tuple[int, int] = (60, 60)) -> bytes:
-    """Return a picture of one colour."""
+    """Return an image of one colour."""
     return encoded(Image.new("RGB", size, COLOURS[colour]))
 
 

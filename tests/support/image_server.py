@@ -1,4 +1,4 @@
-"""A loopback server of made-up pictures that misbehaves for one address in five, always in the same way.
+"""A loopback server of made-up images that misbehaves for one address in five, always in the same way.
 
 In a process of its own: `python tests/support/image_server.py` prints its port and serves until its standard input closes.
 """
@@ -29,7 +29,7 @@ ONCE = (*BROKEN_ONCE, *CUT_ONCE, *BUSY_ONCE)
 
 
 def status_of(number: int) -> str:
-    """The status in the manifest of the item whose only picture is number `number`."""
+    """The status in the manifest of the item whose only image is number `number`."""
     kind = number % 100
     return "missing" if kind in NOT_FOUND or kind in DOT else "failed" if kind in TRUNCATED else "ok"
 
@@ -41,22 +41,22 @@ def make_bases(sizes: range) -> list[bytes]:
         file = io.BytesIO()
         size = (width, width - 20)
         noise = Image.effect_noise((width // 4, width // 4), 50).resize(size, Image.Resampling.BICUBIC)
-        picture = Image.merge(
+        image = Image.merge(
             "RGB", (noise, noise.transpose(Image.Transpose.ROTATE_180), Image.linear_gradient("L").resize(size))
         )
-        picture.save(file, "JPEG", quality=55)
+        image.save(file, "JPEG", quality=55)
         bases.append(file.getvalue())
     return bases
 
 
 def distinct(base: bytes, number: int) -> bytes:
-    """The same picture with other bytes: a comment holds the number."""
+    """The same image with other bytes: a comment holds the number."""
     note = f"{number:012d}".encode()
     return base[:2] + b"\xff\xfe" + (len(note) + 2).to_bytes(2, "big") + note + base[2:]
 
 
 class Shop:
-    """Answers /picture/N.jpg, and /asked with how often each was asked for."""
+    """Answers /image/N.jpg, and /asked with how often each was asked for."""
 
     def __init__(self, bases: list[bytes], delay: float) -> None:
         self.bases, self.delay = bases, delay
@@ -65,14 +65,14 @@ class Shop:
         Image.new("RGB", (1, 1)).save(dot, "GIF")
         self.dot = dot.getvalue()
 
-    async def picture(self, request: web.Request) -> web.StreamResponse:
+    async def image(self, request: web.Request) -> web.StreamResponse:
         number = int(request.match_info["number"])
         self.asked[str(number)] += 1
         if self.delay:
             await asyncio.sleep(self.delay)
         kind, first = number % 100, self.asked[str(number)] == 1
         if kind in NOT_FOUND:
-            return web.Response(status=404, text="no such picture")
+            return web.Response(status=404, text="no such image")
         if kind in DOT:
             return web.Response(body=self.dot, content_type="image/gif")
         if first and kind in BROKEN_ONCE:
@@ -98,7 +98,7 @@ class Shop:
 async def serve(shop: Shop) -> None:
     """Serve until standard input closes."""
     app = web.Application()
-    app.add_routes([web.get("/picture/{number}.jpg", shop.picture), web.get("/asked", shop.counts)])
+    app.add_routes([web.get("/image/{number}.jpg", shop.image), web.get("/asked", shop.counts)])
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -115,10 +115,10 @@ class Address:
         self.root = f"http://127.0.0.1:{port}"
 
     def url(self, number: int) -> str:
-        return f"{self.root}/picture/{number}.jpg"
+        return f"{self.root}/image/{number}.jpg"
 
     def asked(self) -> dict[int, int]:
-        """How often each picture was asked for."""
+        """How often each image was asked for."""
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(f"{self.root}/asked", timeout=30) as answer:
             return {int(number): count for number, count in json.load(answer).items()}
@@ -145,7 +145,7 @@ def running(*arguments: str) -> Iterator[Address]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--sizes", type=int, nargs=2, default=[300, 500], help="widths in pixels, from and below")
-    parser.add_argument("--kinds", type=int, default=100, help="number of different pictures beneath the comments")
+    parser.add_argument("--kinds", type=int, default=100, help="number of different images beneath the comments")
     parser.add_argument("--delay", type=float, default=0.0, help="seconds before each answer")
     options = parser.parse_args()
     low, high = options.sizes

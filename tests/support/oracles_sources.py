@@ -91,7 +91,7 @@ def gz(path: Path, lines: Sequence[str]) -> Path:
     return path
 
 
-def picture(size: tuple[int, int] = (40, 30), colour: str = "red", format: str = "JPEG") -> bytes:
+def image(size: tuple[int, int] = (40, 30), colour: str = "red", format: str = "JPEG") -> bytes:
     file = io.BytesIO()
     Image.effect_noise(size, 40).convert("RGB").save(file, format) if colour == "noise" else Image.new(
         "RGB", size, colour

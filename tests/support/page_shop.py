@@ -1,4 +1,4 @@
-"""An experiment on a small shop with pictures, captions and hostile texts, ready for its page."""
+"""An experiment on a small shop with images, captions and hostile texts, ready for its page."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import oracles_cm3 as oracle
 import pyarrow as pa
-from fixtures_extractors import COLOURS, shape, write_items, write_pictures
+from fixtures_extractors import COLOURS, shape, write_images, write_items
 from safetensors.torch import save_file
 from training_shop import OUTPUTS, prepared, run
 
@@ -33,13 +33,13 @@ def experiment(folder: Path) -> dict[str, Path]:
     rows = [{"item_id": f"item{item}", "title": title} for item, title in enumerate(titles)]
     rows[N_ITEMS - 1]["title"] = None  # nothing at all is known of the last
     colours = list(COLOURS)
-    pictures: list[bytes | str | None] = [
+    images: list[bytes | str | None] = [
         shape("square" if item % 2 else "circle", colours[item % 6], 200, item) for item in range(N_ITEMS)
     ]
-    pictures[5], pictures[6], pictures[7] = None, f"0 bytes {SCRIPT}", "corrupt: image file is truncated (47 bytes)"
+    images[5], images[6], images[7] = None, f"0 bytes {SCRIPT}", "corrupt: image file is truncated (47 bytes)"
     paths |= {
         "items": write_items(folder, rows),
-        "manifest": write_pictures(folder / "images", pictures, ids=[f"item{i}" for i in range(N_ITEMS)]),
+        "manifest": write_images(folder / "images", images, ids=[f"item{i}" for i in range(N_ITEMS)]),
         "captions.caption": write_captions(folder / "captions.parquet"),
     }
     for modality in MODALITIES:
@@ -65,7 +65,7 @@ def write_captions(path: Path) -> Path:
     columns: dict[str, list[Any]] = {name: [] for name in CAPTIONS.names}
     for item in range(N_ITEMS):
         failed = item == 8
-        text = None if failed else f"a picture of thing {item}" if item else SCRIPT
+        text = None if failed else f"an image of thing {item}" if item else SCRIPT
         for name, value in zip(
             columns, (f"item{item}", text, "failed" if failed else "ok", "the server says no" if failed else None, 4)
         ):
@@ -143,7 +143,7 @@ def statistics(tables: dict[str, Path]) -> dict[str, Any]:
 
 
 def bare_experiment(folder: Path) -> dict[str, Path]:
-    """Item weights in place of embeddings, no features, no pictures, no epochs: as little as a page can be given."""
+    """Item weights in place of embeddings, no features, no images, no epochs: as little as a page can be given."""
     paths = oracle.write_shop(folder, modalities=())
     data = read_interactions(paths["interactions"], paths["items"], paths["users"])
     together = np.asarray((data.matrix("train").T @ data.matrix("train")).todense(), np.float32)

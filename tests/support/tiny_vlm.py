@@ -1,4 +1,4 @@
-"""A Qwen2.5-VL of under 1 MB, built and fitted offline in seconds, that says which colour a picture has."""
+"""A Qwen2.5-VL of under 1 MB, built and fitted offline in seconds, that says which colour an image has."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ _WIDTH = 64
 
 
 def answer(colour: str) -> str:
-    """Return what the fitted model says about a picture of this colour."""
+    """Return what the fitted model says about an image of this colour."""
     return f"a {colour} product"
 
 
@@ -95,7 +95,7 @@ def build() -> tuple[transformers.ProcessorMixin, transformers.PreTrainedModel]:
 
 
 def fit(processor: transformers.ProcessorMixin, model: transformers.PreTrainedModel, steps: int) -> float:
-    """Teach the model to answer with the colour of noisy one-colour pictures, whatever is asked; return the loss."""
+    """Teach the model to answer with the colour of noisy one-colour images, whatever is asked; return the loss."""
     random = np.random.default_rng(0)
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
     length = len(processor.tokenizer(f" {answer('red')}<|im_end|>")["input_ids"])
@@ -107,7 +107,7 @@ def fit(processor: transformers.ProcessorMixin, model: transformers.PreTrainedMo
         colours = random.choice(list(COLOURS), 12)
         # Questions of other lengths, so that the padding in front is nothing new.
         asked = [QUESTION + "".join(random.choice(list(" abc<|>"), random.integers(0, 24))) for _ in colours]
-        pictures = [
+        images = [
             Image.fromarray(np.clip(COLOURS[one] + random.normal(0, 12, (56, 56, 3)), 0, 255).astype(np.uint8))
             for one in colours
         ]
@@ -117,7 +117,7 @@ def fit(processor: transformers.ProcessorMixin, model: transformers.PreTrainedMo
             for question, colour in zip(asked, colours, strict=True)
         ]
         processor.tokenizer.padding_side = "left"
-        batch = processor(text=texts, images=[[one] for one in pictures], return_tensors="pt", padding=True)
+        batch = processor(text=texts, images=[[one] for one in images], return_tensors="pt", padding=True)
         labels = batch["input_ids"].clone()
         labels[:, :-length] = -100
         loss = model(**batch, labels=labels).loss

@@ -23,7 +23,7 @@ Parsed = TypeVar("Parsed")
 class Sections(Strict):
     """The top level of config.yaml."""
 
-    datasets: dict[str, dict[str, Any]] = Field(description="where interactions, items and pictures come from")
+    datasets: dict[str, dict[str, Any]] = Field(description="where interactions, items and images come from")
     extractors: dict[str, dict[str, Any]] = Field(description="models that turn items into vectors")
     experiments: dict[str, dict[str, Any]] = Field(description="a dataset, its modalities, a model and its training")
     studies: dict[str, dict[str, Any]] = Field(default_factory=dict, description="experiments to compare")

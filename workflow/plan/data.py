@@ -129,7 +129,7 @@ class DataPlan:
         return paths | {name: f"{base}/{name}.parquet" for name in ("items", "users")} | earlier
 
     def images(self, dataset: str) -> Task:
-        """Return the task of gathering pictures; the contents of a user's own folder decide too."""
+        """Return the task of gathering images; the contents of a user's own folder decide too."""
         chosen = self.dataset(dataset)
         folder = chosen.image_folder()
         digest = digest_of_folder(Path(folder)) if folder else None

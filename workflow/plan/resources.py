@@ -120,7 +120,7 @@ class Needs:
         return Need(1000 + rows * 200 / MEBIBYTE, 10 + rows / 2e6)
 
     def images(self, wildcards: Any, files: Files) -> Need:
-        """Memory does not grow with the number of pictures; time is what a polite client takes, twice over."""
+        """Memory does not grow with the number of images; time is what a polite client takes, twice over."""
         dataset = self.plan.dataset(wildcards.dataset)
         rate = dataset.images_runtime().get("rate", 300.0)
         return Need(1500, 30 + 2 * self._items(wildcards, files).rows / min(rate, 300.0) / 60)

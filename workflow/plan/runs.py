@@ -323,7 +323,7 @@ class Plan(DataPlan):
     def report_inputs(self, name: str) -> dict[str, str]:
         """Return the published files of an experiment, and of its dataset and modalities what its page shows.
 
-        Pictures are shown where the experiment reads them, and where they are at hand without a download.
+        Images are shown where the experiment reads them, and where they are at hand without a download.
         """
         chosen = self.experiment(name)
         base, folder = f"processed/{chosen.dataset}", f"results/{name}"

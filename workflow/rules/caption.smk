@@ -1,4 +1,4 @@
-# pictures to sentences
+# images to sentences
 rule caption:
     input:
         unpack(

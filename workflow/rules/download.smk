@@ -3,7 +3,7 @@ rule generate:
     output:
         reviews="raw/{dataset}/reviews.json.gz",
         meta="raw/{dataset}/meta.json.gz",
-        pictures="raw/{dataset}/pictures.sha256",
+        images="raw/{dataset}/pictures.sha256",
         truth="raw/{dataset}/truth.parquet",
         record="raw/{dataset}/generate.stage.json",
     log:

@@ -1,4 +1,4 @@
-# gather and check product pictures
+# gather and check product images
 rule images:
     input:
         unpack(

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from cm3.datasets.published_config import Published, Url
 
-_PICTURE_HOSTS = (
+_IMAGE_HOSTS = (
     "ecx.images-amazon.com",
     "g-ecx.images-amazon.com",
     "images.amazon.com",
@@ -39,9 +39,9 @@ class _Amazon(Published):
         """Return the spec of the prepare stage."""
         return {**super().prepare_spec(), "interactions": self.interactions}
 
-    def picture_hosts(self) -> list[str]:
-        """Return the hosts of Amazon's product pictures."""
-        return list(_PICTURE_HOSTS)
+    def image_hosts(self) -> list[str]:
+        """Return the hosts of Amazon's product images."""
+        return list(_IMAGE_HOSTS)
 
 
 class Amazon2014(_Amazon):

@@ -13,9 +13,9 @@ _PRICE = re.compile(r"(?:from\s+)?(?:US)?\s*\$?\s*(\d[\d,]*(?:\.\d+)?)(?:\s*-\s*
 # "742 in Magazine Subscriptions (", ">#2,893,775 in Toys & Games (See Top 100 in Toys & Games)"
 _RANK = re.compile(r"#?\s*(\d[\d,]*)\s+(?:Paid |Free )?in\b")
 _LARGEST = 2**31 - 1
-# The size that a picture is asked for in, such as "._SX38_SY50_CR,0,0,38,50_", before the suffix.
+# The size that an image is asked for in, such as "._SX38_SY50_CR,0,0,38,50_", before the suffix.
 _RESIZED = re.compile(r"\._[^/]*_(\.[A-Za-z]+)$")
-_PICTURES = 4
+_IMAGES = 4
 
 
 def strings(value: Any) -> Iterator[str]:
@@ -68,7 +68,7 @@ def rank(value: Any) -> int | None:
 
 
 def candidates(urls: Sequence[str]) -> list[str]:
-    """Return the addresses of an item's first pictures: all in full size, then as they stand, which may be thumbnails."""
+    """Return the addresses of an item's first images: all in full size, then as they stand, which may be thumbnails."""
     urls = addresses(urls)
-    full = list(dict.fromkeys(_RESIZED.sub(r"\1", url) for url in urls))[:_PICTURES]
+    full = list(dict.fromkeys(_RESIZED.sub(r"\1", url) for url in urls))[:_IMAGES]
     return list(dict.fromkeys([*full, *(url for url in urls if _RESIZED.sub(r"\1", url) in full)]))

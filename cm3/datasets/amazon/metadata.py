@@ -61,7 +61,7 @@ class Metadata:
         """Return the wanted items. Of several lines of one id, each field is the first that is not empty.
 
         A wanted line that cannot be parsed, be it code, nesting without end or a number of a million digits, is
-        counted and gives an item without text and picture.
+        counted and gives an item without text and image.
         """
         asked = {item_id.encode() for item_id in wanted}
         items: dict[str, Item] = {}

@@ -33,9 +33,9 @@ class Reader(AmazonReader):
 def item_of(record: dict[str, Any]) -> Item:
     """Return the item of a parsed line of metadata, in the schema with `image` or with `imageURL` and `imageURLHighRes`.
 
-    Pictures in full size come first; a thumbnail's address tells that of the full size.
+    Images in full size come first; a thumbnail's address tells that of the full size.
     """
-    pictures = [url for name in ("imageURLHighRes", "imageURL", "image") for url in strings(record.get(name))]
+    images = [url for name in ("imageURLHighRes", "imageURL", "image") for url in strings(record.get(name))]
     return Item(
         title=" ".join(texts(record.get("title"))),
         brand=" ".join(texts(record.get("brand"))).removeprefix("by ").strip(),
@@ -45,5 +45,5 @@ def item_of(record: dict[str, Any]) -> Item:
         details=pairs(record.get("details")),
         price=number(record.get("price")),
         sales_rank=rank(record.get("rank")),
-        image_urls=candidates(pictures),
+        image_urls=candidates(images),
     )

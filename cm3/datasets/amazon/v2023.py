@@ -43,7 +43,7 @@ class Reader(AmazonReader):
 def item_of(record: dict[str, Any]) -> Item:
     """Return the item of a parsed line of metadata.
 
-    The shop's name stands for the brand. Pictures: the variant MAIN before the others, of each the large size (500
+    The shop's name stands for the brand. Images: the variant MAIN before the others, of each the large size (500
     pixels), then the high resolution; thumbnails only where there is nothing else.
     """
     details = record.get("details")
@@ -59,7 +59,7 @@ def item_of(record: dict[str, Any]) -> Item:
         details=pairs(details),
         price=number(record.get("price")),
         sales_rank=None,
-        image_urls=_pictures(record.get("images")),
+        image_urls=_images(record.get("images")),
     )
 
 
@@ -70,7 +70,7 @@ def _parsed(text: str) -> Any:
         return None
 
 
-def _pictures(images: Any) -> list[str]:
+def _images(images: Any) -> list[str]:
     if isinstance(images, dict):  # the same by columns: {"large": [...], "variant": [...]}
         columns = {name: values for name, values in images.items() if isinstance(values, list)}
         length = max(map(len, columns.values()), default=0)

@@ -5,23 +5,23 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from cm3.common.paths import expand
-from cm3.datasets.base_config import Pictured
+from cm3.datasets.base_config import WithImages
 from cm3.datasets.files.tables_config import InteractionsFile, ItemsFile
 from cm3.datasets.images.config import Images
 
 
-class Files(Pictured):
+class Files(WithImages):
     """A user's own data."""
 
     source: Literal["files"]
     interactions: InteractionsFile = Field(description="table of who bought, clicked or rated what")
     items: ItemsFile | None = Field(
-        default=None, description="table of items; without it, items have neither text nor picture"
+        default=None, description="table of items; without it, items have neither text nor image"
     )
-    images: Images | None = Field(default=None, description="pictures; without it, items have none")
+    images: Images | None = Field(default=None, description="images; without it, items have none")
 
     @model_validator(mode="after")
-    def _pictures_can_be_found(self) -> "Files":
+    def _images_can_be_found(self) -> "Files":
         if self.images is None:
             return self
         named = self.items is not None and self.items.columns.image is not None
@@ -30,7 +30,7 @@ class Files(Pictured):
         if self.images.folder is not None and self.images.pattern is None and not named:
             raise ValueError("images.folder needs images.pattern, or items.columns.image with the column of file names")
         if self.images.folder is None and not self.images.hosts:
-            raise ValueError("images.hosts must list the hosts that pictures may be fetched from")
+            raise ValueError("images.hosts must list the hosts that images may be fetched from")
         return self
 
     def prepare_inputs(self, name: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Config of where product pictures are, and what they may be at most."""
+"""Config of where product images are, and what they may be at most."""
 
 import re
 import string
@@ -30,35 +30,35 @@ _Pattern = Annotated[str, AfterValidator(_check_pattern)]
 _Patterns = Annotated[list[_Pattern], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
 
 
-class PictureLimits(Strict):
-    """What a picture may be at most; beyond it is `failed` with the reason."""
+class ImageLimits(Strict):
+    """What an image may be at most; beyond it is `failed` with the reason."""
 
     max_pixels: int = Field(
         default=64_000_000, gt=0, le=89_000_000, description="width x height, checked before decoding"
     )
-    max_bytes: int = Field(default=32_000_000, gt=0, description="size of one picture's file or download")
+    max_bytes: int = Field(default=32_000_000, gt=0, description="size of one image's file or download")
 
 
-class Images(PictureLimits):
-    """Where product pictures are: a local folder, or the URLs in the item table."""
+class Images(ImageLimits):
+    """Where product images are: a local folder, or the URLs in the item table."""
 
     runtime_fields: ClassVar[frozenset[str]] = frozenset({"rate", "concurrency", "timeout", "attempts"})
 
     folder: str | None = Field(
-        default=None, min_length=1, description="local folder of pictures; without it, URLs are fetched"
+        default=None, min_length=1, description="local folder of images; without it, URLs are fetched"
     )
     pattern: _Patterns | None = Field(
         default=None,
-        description="where in the folder an item's picture lies, such as {item_id}.jpg or {item_id:.3}/{item_id}.jpg; "
+        description="where in the folder an item's image lies, such as {item_id}.jpg or {item_id:.3}/{item_id}.jpg; "
         "several are tried in order; without it, the item's own image column names the file",
     )
     hosts: list[str] = Field(
         default=[],
-        description="hosts that pictures may be fetched from, at any port; `*.example.com` takes in all below it",
+        description="hosts that images may be fetched from, at any port; `*.example.com` takes in all below it",
     )
     placeholders: list[_Digest] = Field(
         default=[],
-        description="sha256 digests of pictures that mean `no picture`, 64 hex digits each as in the manifest; items "
+        description="sha256 digests of images that mean `no image`, 64 hex digits each as in the manifest; items "
         "that have one of them are missing",
     )
     private: bool = Field(default=False, description="whether hosts with private or loopback addresses may be asked")
@@ -72,11 +72,11 @@ class Images(PictureLimits):
         if self.folder is None and self.pattern is not None:
             raise ValueError("pattern needs images.folder, the folder that it is looked up in")
         if self.folder is not None and self.hosts:
-            raise ValueError("give either folder (local pictures) or hosts (pictures to fetch), not both")
+            raise ValueError("give either folder (local images) or hosts (images to fetch), not both")
         return self
 
     def spec(self) -> dict[str, Any]:
-        """Return the JSON that decides which pictures the images stage finds and accepts."""
+        """Return the JSON that decides which images the images stage finds and accepts."""
         limits = {
             "max_pixels": self.max_pixels,
             "max_bytes": self.max_bytes,

@@ -1,4 +1,4 @@
-"""Fetching pictures from the web: each URL once, many at a time, politely, each answer checked in a thread."""
+"""Fetching images from the web: each URL once, many at a time, politely, each answer checked in a thread."""
 
 import asyncio
 import contextlib
@@ -24,7 +24,7 @@ log = logging.getLogger("cm3.datasets.images")
 
 _SILENCE = frozenset({"no connection", "no answer in time"})
 NOT_REACHED = _SILENCE | {"refused"}
-"""Kinds of failure that say nothing of the picture."""
+"""Kinds of failure that say nothing of the image."""
 
 _REDIRECTS = 5
 # Requests at a time to all hosts together, and items at a time, those included that wait for another try: as
@@ -38,7 +38,7 @@ _NO_IMAGE = re.compile(r"(?<![a-z])no[-_]?(img|image)", re.IGNORECASE)
 
 
 class _AnswerError(FetchError):
-    """The answer holds no picture, for a reason of this kind."""
+    """The answer holds no image, for a reason of this kind."""
 
     def __init__(self, kind: str, reason: str, status: str = FAILED) -> None:
         super().__init__(reason)
@@ -189,10 +189,10 @@ class Fetcher:
 
     def _examine(self, url: str, data: bytes, hosts: tuple[str, ...]) -> Outcome:
         try:
-            picture = examine(data, self.spec["max_pixels"], self.spec["placeholders"])
-            outcome = Outcome.of(picture, OK, hosts=hosts)
+            image = examine(data, self.spec["max_pixels"], self.spec["placeholders"])
+            outcome = Outcome.of(image, OK, hosts=hosts)
         except PlaceholderError as error:
-            outcome = Outcome.of(error.picture, MISSING, error.kind, str(error), hosts)
+            outcome = Outcome.of(error.image, MISSING, error.kind, str(error), hosts)
         except UnreadableError as error:
             outcome = Outcome(FAILED, error.kind, one_line(str(error)), hosts=hosts)
         self.store.add(url, outcome, data)
@@ -221,13 +221,13 @@ def without_asking(url: str, spec: dict[str, Any]) -> Outcome | None:
 
 
 def is_no_image(url: URL) -> bool:
-    """Return whether the last part of a URL's path says that it is no product's picture: no-img-sm.gif and the like."""
+    """Return whether the last part of a URL's path says that it is no product's image: no-img-sm.gif and the like."""
     return _NO_IMAGE.search(url.name) is not None
 
 
 def _check(response: aiohttp.ClientResponse, host: Host) -> None:
     if response.status in (404, 410):
-        raise _AnswerError(f"HTTP {response.status}", f"HTTP {response.status}: there is no such picture", MISSING)
+        raise _AnswerError(f"HTTP {response.status}", f"HTTP {response.status}: there is no such image", MISSING)
     try:
         check_status(response)
     except BusyError as busy:

@@ -1,4 +1,4 @@
-"""Finder of pictures in a local folder, by a pattern of the item id or by the item's own image column."""
+"""Finder of images in a local folder, by a pattern of the item id or by the item's own image column."""
 
 import itertools
 import stat
@@ -16,22 +16,22 @@ from cm3.datasets.images.validate import PlaceholderError, UnreadableError, exam
 
 _AT_ONCE = 64
 _ABSENT = ("no such file",)
-_NONE = Found("", MISSING, ("the item names no picture",), ("the item names no picture",))
+_NONE = Found("", MISSING, ("the item names no image",), ("the item names no image",))
 
 
 def find(search: Search) -> Iterator[Found]:
-    """Yield each item's picture; never a file outside the folder, whatever an id or a column says.
+    """Yield each item's image; never a file outside the folder, whatever an id or a column says.
 
     Raises:
         UserError: the folder does not exist.
     """
     spec = search.spec
-    folder = Path(expand(spec["folder"])) if spec["folder"] else search.inputs["pictures"].parent / "images"
+    folder = Path(expand(spec["folder"])) if spec["folder"] else search.inputs["images"].parent / "images"
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; set the data set's images.folder to where the pictures are")
+        raise UserError(f"{folder}: no such folder; set the data set's images.folder to where the images are")
     items = iter(search.wanted)
     look = partial(_look, folder, folder.resolve(), spec)
-    # Threads, because Pillow's decoders let go of the interpreter lock; in blocks, so that few pictures are in memory.
+    # Threads, because Pillow's decoders let go of the interpreter lock; in blocks, so that few images are in memory.
     with ThreadPoolExecutor(search.runtime.get("threads")) as pool:
         while block := list(itertools.islice(items, _AT_ONCE)):
             yield from pool.map(look, block)

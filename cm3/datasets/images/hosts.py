@@ -179,7 +179,7 @@ class Host:
         silent = now - self._silent_since
         if not self._answered or silent >= self.patience:
             self.down = reason
-            log.warning("%s does not answer (%s); its other pictures are not asked for", self.name, reason)
+            log.warning("%s does not answer (%s); its other images are not asked for", self.name, reason)
         else:
             self.hold(min(max(silent, 1.0), 30.0))
 

@@ -1,4 +1,4 @@
-"""Shards of pictures: original bytes, each distinct picture once, in the order in which they are added."""
+"""Shards of images: original bytes, each distinct image once, in the order in which they are added."""
 
 import contextlib
 import os
@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cm3.common.files import atomic
-from cm3.common.images import PICTURES_PER_ROW_GROUP, shard_path
-from cm3.common.tables import PICTURES
+from cm3.common.images import IMAGES_PER_ROW_GROUP, shard_path
+from cm3.common.tables import IMAGES
 
 SHARD_BYTES = 256_000_000
 KNOWN = ".known.parquet"
@@ -36,7 +36,7 @@ def fresh_folder(folder: Path) -> Path:
 def put_in_place(fresh: Path, manifest: Path) -> None:
     """Replace shards, known outcomes and manifest by those in `fresh`, whose manifest.parquet must be written last.
 
-    A kill at any moment loses nothing: while `fresh` holds a manifest, all its files are whole, and every picture
+    A kill at any moment loses nothing: while `fresh` holds a manifest, all its files are whole, and every image
     lies either there or in its place. The manifest comes last, so shards that belong to another one are never read.
     """
     shards = {path.name for path in fresh.glob("shard-*.parquet")}
@@ -51,7 +51,7 @@ def put_in_place(fresh: Path, manifest: Path) -> None:
 
 
 def _move(fresh: Path, folder: Path) -> None:
-    # Outcomes go first: the old ones do not know the new pictures, the new ones need no old picture.
+    # Outcomes go first: the old ones do not know the new images, the new ones need no old image.
     if (fresh / KNOWN).exists():
         (fresh / KNOWN).replace(folder / KNOWN)
     for path in sorted(fresh.glob("shard-*.parquet")):
@@ -81,7 +81,7 @@ class ShardWriter:
         return self
 
     def add(self, sha256: str, data: bytes) -> tuple[int, int]:
-        """Store a picture unless the same bytes are there already; return its (shard, row)."""
+        """Store an image unless the same bytes are there already; return its (shard, row)."""
         if sha256 in self._places:
             return self._places[sha256]
         if self._open is not None and self._bytes + len(data) > self.shard_bytes:
@@ -93,16 +93,16 @@ class ShardWriter:
         self._rows += 1
         self._bytes += len(data)
         self._group_bytes += len(data)
-        if len(self._group) == PICTURES_PER_ROW_GROUP or self._group_bytes >= _ROW_GROUP_BYTES:
+        if len(self._group) == IMAGES_PER_ROW_GROUP or self._group_bytes >= _ROW_GROUP_BYTES:
             self._flush()
         return place
 
     def _start(self) -> None:
         self._open = contextlib.ExitStack()
         temporary = self._open.enter_context(atomic(shard_path(self.manifest, self.count)))
-        # Pictures are compressed already, and statistics over their bytes would store some of them twice.
+        # Images are compressed already, and statistics over their bytes would store some of them twice.
         self._writer = self._open.enter_context(
-            pq.ParquetWriter(temporary, PICTURES, compression="none", use_dictionary=False, write_statistics=["sha256"])
+            pq.ParquetWriter(temporary, IMAGES, compression="none", use_dictionary=False, write_statistics=["sha256"])
         )
         self.count += 1
         self._rows = self._bytes = 0
@@ -110,7 +110,7 @@ class ShardWriter:
     def _flush(self) -> None:
         if self._group:
             digests, values = zip(*self._group, strict=True)
-            self._writer.write_table(pa.table([digests, values], schema=PICTURES))
+            self._writer.write_table(pa.table([digests, values], schema=IMAGES))
             self._group.clear()
             self._group_bytes = 0
 

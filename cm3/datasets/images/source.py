@@ -1,4 +1,4 @@
-"""What every way of finding pictures is given by the images stage, and hands back to it."""
+"""What every way of finding images is given by the images stage, and hands back to it."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cm3.common.tables import OK
-from cm3.datasets.images.validate import Picture
+from cm3.datasets.images.validate import ImageFacts
 
 _LONGEST_REASON = 160
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """One item's picture to be found: its id, and what its image column holds, best first."""
+    """One item's image to be found: its id, and what its image column holds, best first."""
 
     item_id: str
     references: Sequence[str]
@@ -21,21 +21,21 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Found:
-    """An item's picture, or why there is none.
+    """An item's image, or why there is none.
 
     Attributes:
         url: where it comes from, a URL or a path.
         status: ok, missing or failed.
         reasons: why not, one for each place that was looked at; empty when ok.
         kinds: the same in a word or two each, such as "HTTP 404", for counting.
-        picture, data: what it is and its bytes; None and empty unless ok.
+        image, data: what it is and its bytes; None and empty unless ok.
     """
 
     url: str = ""
     status: str = OK
     reasons: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ()
-    picture: Picture | None = None
+    image: ImageFacts | None = None
     data: bytes = b""
 
 
@@ -64,7 +64,7 @@ class Find(Protocol):
     """`find` of a finder module: yields one Found for each wanted item, in the same order."""
 
     def __call__(self, search: Search) -> Iterator[Found]:
-        """Find pictures."""
+        """Find images."""
 
 
 def one_line(reason: str) -> str:

@@ -1,4 +1,4 @@
-"""Stage: product pictures -> shards of their original bytes and a manifest with one row per item."""
+"""Stage: product images -> shards of their original bytes and a manifest with one row per item."""
 
 import importlib
 import logging
@@ -22,7 +22,7 @@ log = logging.getLogger("cm3.datasets.images.stage")
 _LONGEST_ERROR = 400
 
 
-def collect_pictures(
+def collect_images(
     spec: dict[str, Any],
     runtime: dict[str, Any],
     items: Path,
@@ -30,11 +30,11 @@ def collect_pictures(
     manifest: Path,
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, Any]:
-    """Find every item's picture, check that it decodes, and store the bytes of those that do.
+    """Find every item's image, check that it decodes, and store the bytes of those that do.
 
-    An item without a picture, or with a placeholder, is `missing`; one whose picture cannot be used is `failed` with
-    the reason. Each item has its row in the manifest, in item order. Identical pictures are stored once. The same
-    pictures give the same files to the byte, however often the stage was stopped and in whatever order they came.
+    An item without an image, or with a placeholder, is `missing`; one whose image cannot be used is `failed` with
+    the reason. Each item has its row in the manifest, in item order. Identical images are stored once. The same
+    images give the same files to the byte, however often the stage was stopped and in whatever order they came.
 
     Earlier shards stay until the new ones are whole, so a rerun needs room for both.
 
@@ -44,15 +44,15 @@ def collect_pictures(
         items: items.parquet.
         inputs: its image_inputs().
         manifest: file to write; shards go beside it.
-        shard_bytes: at most so many bytes of pictures a shard (one picture may be larger).
+        shard_bytes: at most so many bytes of images a shard (one image may be larger).
 
     Returns:
-        counts by status and by reason (rows; one with several reasons counts for each), of distinct pictures, shards
-        and bytes, the first failures; of pictures from URLs also how many were known before, URLs asked, and the
-        seconds and pictures a second of fetching.
+        counts by status and by reason (rows; one with several reasons counts for each), of distinct images, shards
+        and bytes, the first failures; of images from URLs also how many were known before, URLs asked, and the
+        seconds and images a second of fetching.
 
     Raises:
-        UserError: the pictures' folder does not exist, or fetching is impossible.
+        UserError: the images' folder does not exist, or fetching is impossible.
     """
     table = read_table(items, ITEMS)
     wanted = [
@@ -73,12 +73,12 @@ def collect_pictures(
     with (
         strict_decoding(),
         ShardWriter(fresh / manifest.name, shard_bytes) as shards,
-        Progress(len(wanted), "pictures") as progress,
+        Progress(len(wanted), "images") as progress,
     ):
         for item, found in zip(wanted, find(search), strict=True):
             place, error = None, _error(found)
-            if found.picture is not None:
-                place = shards.add(found.picture.sha256, found.data)
+            if found.image is not None:
+                place = shards.add(found.image.sha256, found.data)
                 sizes[place] = len(found.data)
             elif found.status == FAILED:
                 failures.append(f"{item.item_id}: {found.url}: {error}")
@@ -93,7 +93,7 @@ def collect_pictures(
         log.warning("failed: %s", failure)
     often = ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common(5))
     log.info(
-        "%d items: %d pictures, %d missing, %d failed%s",
+        "%d items: %d images, %d missing, %d failed%s",
         len(wanted),
         counts[OK],
         counts[MISSING],
@@ -101,13 +101,13 @@ def collect_pictures(
         often and f"; most often: {often}",
     )
     if wanted and not counts[OK]:
-        log.warning("none of the %d items has a picture; the first: %s", len(wanted), rows[0][2])
+        log.warning("none of the %d items has an image; the first: %s", len(wanted), rows[0][2])
     return {
         "items": len(wanted),
-        **{f"pictures_{status}": counts[status] for status in (OK, MISSING, FAILED)},
+        **{f"images_{status}": counts[status] for status in (OK, MISSING, FAILED)},
         "reasons": dict(kinds.most_common()),
-        "distinct_pictures": len(sizes),
-        "picture_bytes": sum(sizes.values()),
+        "distinct_images": len(sizes),
+        "image_bytes": sum(sizes.values()),
         "shards": shards.count,
         "first_failures": failures[:20],
         **search.facts,
@@ -120,16 +120,16 @@ def _error(found: Found) -> str | None:
 
 
 def _row(item: Wanted, found: Found, error: str | None, place: tuple[int, int] | None) -> tuple[Any, ...]:
-    picture = found.picture
+    image = found.image
     return (
         item.item_id,
         found.status,
         error,
         found.url or None,
-        picture and picture.sha256,
-        picture and picture.width,
-        picture and picture.height,
-        picture and picture.format,
+        image and image.sha256,
+        image and image.width,
+        image and image.height,
+        image and image.format,
         place and place[0],
         place and place[1],
     )
@@ -147,7 +147,7 @@ def main() -> None:
     """Spec: images_spec(). Runtime: images_runtime(). Inputs: items and image_inputs(). Outputs: manifest, record."""
     with stage("cm3.datasets.images.stage") as call:
         inputs = {name: path for name, path in call.inputs.items() if name != "items"}
-        facts = collect_pictures(call.spec, call.runtime, call.inputs["items"], inputs, call.outputs["manifest"])
+        facts = collect_images(call.spec, call.runtime, call.inputs["items"], inputs, call.outputs["manifest"])
         call.record.update(facts)
 
 

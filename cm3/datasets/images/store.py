@@ -1,8 +1,8 @@
 """What is known of URLs: fetched by this run (a journal), or by earlier ones (their shards).
 
-`images/.downloads/journal` grows by one record a URL: a line of JSON with its checksum, then the picture's bytes. It
-is not synced to disk. Instead a record counts only when its checksum and the picture's sha256 hold, so that neither a
-kill nor a power cut leaves anything that could be mistaken for a picture. It goes when the stage is done, and
+`images/.downloads/journal` grows by one record a URL: a line of JSON with its checksum, then the image's bytes. It
+is not synced to disk. Instead a record counts only when its checksum and the image's sha256 hold, so that neither a
+kill nor a power cut leaves anything that could be mistaken for an image. It goes when the stage is done, and
 `images/.known.parquet` tells what became of each URL; the bytes are in the shards.
 
 Disk: while the stage runs, up to the fetched bytes once more than the shards, and another time in a rerun, in which
@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from cm3.common.errors import UserError
 from cm3.common.tables import FAILED, MISSING, OK, read_metadata, read_table, write_table
 from cm3.datasets.images.shards import KNOWN
-from cm3.datasets.images.validate import Picture, PlaceholderError, refuse_placeholder
+from cm3.datasets.images.validate import ImageFacts, PlaceholderError, refuse_placeholder
 
 log = logging.getLogger("cm3.datasets.images")
 
@@ -54,7 +54,7 @@ class Outcome:
 
     Attributes:
         status, kind, reason: as in Found.
-        sha256, width, height, format: of the bytes, where they are a picture; a placeholder is missing and has them.
+        sha256, width, height, format: of the bytes, where they are an image; a placeholder is missing and has them.
         hosts: those that it led on to.
         passing: failed in a way that may be over soon: not to be believed by another process.
     """
@@ -71,20 +71,20 @@ class Outcome:
 
     @classmethod
     def of(
-        cls, picture: Picture, status: str, kind: str = "", reason: str = "", hosts: tuple[str, ...] = ()
+        cls, image: ImageFacts, status: str, kind: str = "", reason: str = "", hosts: tuple[str, ...] = ()
     ) -> "Outcome":
-        """Return the outcome of a URL that gave a picture."""
-        return cls(status, kind, reason, picture.sha256, picture.width, picture.height, picture.format, hosts)
+        """Return the outcome of a URL that gave an image."""
+        return cls(status, kind, reason, image.sha256, image.width, image.height, image.format, hosts)
 
     @property
-    def picture(self) -> Picture:
+    def image(self) -> ImageFacts:
         """What the bytes are."""
-        return Picture(self.sha256, self.width, self.height, self.format)
+        return ImageFacts(self.sha256, self.width, self.height, self.format)
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a picture's bytes are: in the journal (group -1; start in bytes) or in a row group of a shard."""
+    """Where an image's bytes are: in the journal (group -1; start in bytes) or in a row group of a shard."""
 
     path: Path
     group: int
@@ -101,7 +101,7 @@ class Store:
     """
 
     def __init__(self, folder: Path, spec: dict[str, Any], allowed: Callable[[str], bool]) -> None:
-        """Read what earlier runs left in `folder`, checking every picture's sha256.
+        """Read what earlier runs left in `folder`, checking every image's sha256.
 
         Only what this spec would find as well is taken over; `allowed` tells which hosts may be asked.
         """
@@ -137,9 +137,9 @@ class Store:
         if not outcome.sha256:
             return outcome
         try:
-            refuse_placeholder(outcome.picture, self._spec["placeholders"])
+            refuse_placeholder(outcome.image, self._spec["placeholders"])
         except PlaceholderError as error:
-            return Outcome.of(outcome.picture, MISSING, error.kind, str(error), outcome.hosts)
+            return Outcome.of(outcome.image, MISSING, error.kind, str(error), outcome.hosts)
         place = self._places.get(outcome.sha256)
         if (
             place is None
@@ -147,7 +147,7 @@ class Store:
             or outcome.width * outcome.height > self._spec["max_pixels"]
         ):
             return None
-        return Outcome.of(outcome.picture, OK, hosts=outcome.hosts)
+        return Outcome.of(outcome.image, OK, hosts=outcome.hosts)
 
     def _known(self, path: Path) -> dict[str, Outcome]:
         try:
@@ -156,9 +156,9 @@ class Store:
                 return {}
             rows = read_table(path, _KNOWN).to_pylist()
         except (OSError, ValueError, KeyError, UserError) as error:  # pa.ArrowInvalid is a ValueError
-            log.warning("%s cannot be read (%s); pictures are fetched again", path, error)
+            log.warning("%s cannot be read (%s); images are fetched again", path, error)
             return {}
-        # Other settings may make a failure a picture; of those that hold still, the caller says what is asked again.
+        # Other settings may make a failure an image; of those that hold still, the caller says what is asked again.
         return {
             row.pop("url"): Outcome(**{**row, "hosts": tuple(row["hosts"])})
             for row in rows
@@ -166,7 +166,7 @@ class Store:
         }
 
     def _trusts(self, private: bool) -> bool:
-        # Which addresses pictures came from is not noted, only whether private ones were allowed.
+        # Which addresses images came from is not noted, only whether private ones were allowed.
         return not private or bool(self._spec["private"])
 
     def _index_shard(self, path: Path) -> None:
@@ -180,7 +180,7 @@ class Store:
                         if hashlib.sha256(data).hexdigest() == digest:
                             self._places[digest] = _Place(path, group, row, data.size)
         except (OSError, ValueError, KeyError) as error:
-            log.warning("%s cannot be read (%s); its pictures are fetched again", path, error)
+            log.warning("%s cannot be read (%s); its images are fetched again", path, error)
 
     def _replay(self) -> Iterator[tuple[str, Outcome]]:
         """Yield what the journal's whole records say, and cut off what follows them."""
@@ -232,7 +232,7 @@ class Store:
             self.outcomes[url] = outcome
 
     def read(self, sha256: str) -> bytes:
-        """Return a picture's bytes, checked.
+        """Return an image's bytes, checked.
 
         Raises:
             UserError: they changed since they were written.
@@ -247,7 +247,7 @@ class Store:
                     self._group = (at, file.read_row_group(place.group, columns=["bytes"]).column("bytes"))
             data = self._group[1][place.start].as_py()
         if hashlib.sha256(data).hexdigest() != sha256:
-            raise UserError(f"{place.path}: a picture in it changed while this ran; run the same command again")
+            raise UserError(f"{place.path}: an image in it changed while this ran; run the same command again")
         return data
 
     def write_known(self, path: Path, urls: Iterable[str]) -> None:

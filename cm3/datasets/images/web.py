@@ -1,4 +1,4 @@
-"""Finder of pictures on the web: politely, and from allowed hosts only."""
+"""Finder of images on the web: politely, and from allowed hosts only."""
 
 import asyncio
 import contextlib
@@ -20,14 +20,14 @@ _RUNTIME = {"rate": 50.0, "concurrency": 16, "timeout": 30.0, "attempts": 5, "pa
 
 
 def find(search: Search) -> Iterator[Found]:
-    """Fetch each item's picture from the first of its URLs that gives one that decodes.
+    """Fetch each item's image from the first of its URLs that gives one that decodes.
 
-    What is known already is not asked for: what a run that was stopped has fetched, and of an earlier run pictures
+    What is known already is not asked for: what a run that was stopped has fetched, and of an earlier run images
     and those missing for good (HTTP 404 or 410, placeholders). Items that failed are asked for again, and only they:
-    one that has a picture keeps it, even if an earlier URL failed.
+    one that has an image keeps it, even if an earlier URL failed.
 
     Raises:
-        UserError: CM3_OFFLINE is set and a picture is not there yet; or of all hosts none answered or was allowed.
+        UserError: CM3_OFFLINE is set and an image is not there yet; or of all hosts none answered or was allowed.
     """
     spec, wanted = search.spec, search.wanted
     runtime = {**_RUNTIME, "threads": min(os.cpu_count() or 1, 4), **search.runtime}
@@ -37,7 +37,7 @@ def find(search: Search) -> Iterator[Found]:
         unknown = [item for item in wanted if _found(item, store, spec) is None]
         if unknown and offline():
             raise UserError(
-                f"CM3_OFFLINE is set, and the pictures of {len(unknown)} items are not here: get them on another "
+                f"CM3_OFFLINE is set, and the images of {len(unknown)} items are not here: get them on another "
                 "machine and set images.folder and images.pattern"
             )
         fetcher, started = Fetcher(spec, runtime, store), time.perf_counter()
@@ -45,18 +45,18 @@ def find(search: Search) -> Iterator[Found]:
             asyncio.run(fetcher.fetch(unknown))
         seconds = time.perf_counter() - started
         search.facts.update(
-            pictures_known_before=0,
+            images_known_before=0,
             urls_asked=fetcher.asked,
             fetch_seconds=seconds,
-            pictures_per_second=len(unknown) / seconds if unknown else None,
+            images_per_second=len(unknown) / seconds if unknown else None,
         )
         found = [_found(item, store, spec) or Found() for item in wanted]
         _stop_unless_reached(found)
         for place in found:
-            if place.status == OK and place.picture is not None:
-                search.facts["pictures_known_before"] += place.url in earlier
-                data = store.read(place.picture.sha256)
-                yield Found(place.url, OK, (), (), place.picture, data)
+            if place.status == OK and place.image is not None:
+                search.facts["images_known_before"] += place.url in earlier
+                data = store.read(place.image.sha256)
+                yield Found(place.url, OK, (), (), place.image, data)
             else:
                 yield place
         store.write_known(search.fresh / KNOWN, (url for item in wanted for url in item.references))
@@ -80,11 +80,11 @@ def _found(item: Wanted, store: Store, spec: dict[str, Any]) -> Found | None:
         if outcome is None:
             return None
         if outcome.status == OK:
-            return Found(url, OK, (), (), outcome.picture)
+            return Found(url, OK, (), (), outcome.image)
         bad.append(outcome)
     if not bad:
-        return Found("", MISSING, ("the item names no picture",), ("the item names no picture",))
-    # A picture that another day or another setting may bring is not missing, whatever the other addresses say.
+        return Found("", MISSING, ("the item names no image",), ("the item names no image",))
+    # An image that another day or another setting may bring is not missing, whatever the other addresses say.
     status = FAILED if any(outcome.status == FAILED for outcome in bad) else MISSING
     return Found(
         item.references[0], status, tuple(outcome.reason for outcome in bad), tuple(outcome.kind for outcome in bad)
@@ -95,6 +95,6 @@ def _stop_unless_reached(found: Sequence[Found]) -> None:
     tried = [place for place in found if place.url]
     if tried and all(place.status == FAILED and NOT_REACHED.issuperset(place.kinds) for place in tried):
         raise UserError(
-            f"none of {len(tried)} pictures could be fetched, because no host answered or is allowed; the first: "
+            f"none of {len(tried)} images could be fetched, because no host answered or is allowed; the first: "
             f"{tried[0].url}: {'; '.join(tried[0].reasons)}. Check the network, and images.hosts in the config"
         )

@@ -62,7 +62,7 @@ class MicroLens(Published):
         covers = [f"{root.rstrip('/')}/{self._tree}/MicroLens-{self.size}_covers" for root in self.mirrors]
         return {**super().prepare_spec(), "interactions": self.interactions, "covers": covers}
 
-    def picture_hosts(self) -> list[str]:
+    def image_hosts(self) -> list[str]:
         """Return the hosts of the mirrors, which serve the covers one by one."""
         return sorted({urlsplit(root).hostname or "" for root in self.mirrors})
 

@@ -9,14 +9,14 @@ from pydantic import Field, model_validator
 
 from cm3.common.errors import UserError
 from cm3.common.paths import expand
-from cm3.datasets.base_config import Pictured
+from cm3.datasets.base_config import WithImages
 from cm3.datasets.images.config import Images
 
 _LABEL = "x_label"
 _LONGEST_HEADER = 65_536
 
 
-class MMRec(Pictured):
+class MMRec(WithImages):
     """A data set as MMRec's `data/` folder holds it, its split and its features as published."""
 
     source: Literal["mmrec"]
@@ -33,15 +33,15 @@ class MMRec(Pictured):
     )
     images: Images | None = Field(
         default=None,
-        description="a local folder of pictures by item id, or hosts to fetch those from that meta-{name}.csv names",
+        description="a local folder of images by item id, or hosts to fetch those from that meta-{name}.csv names",
     )
 
     @model_validator(mode="after")
-    def _pictures_can_be_found(self) -> "MMRec":
+    def _images_can_be_found(self) -> "MMRec":
         if self.images is not None and self.images.folder is not None and self.images.pattern is None:
             raise ValueError("images.folder needs images.pattern, such as {item_id}.jpg")
         if self.images is not None and self.images.folder is None and not self.images.hosts:
-            raise ValueError("images needs a folder, or hosts that pictures may be fetched from")
+            raise ValueError("images needs a folder, or hosts that images may be fetched from")
         return self
 
     @property

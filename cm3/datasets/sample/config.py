@@ -6,7 +6,7 @@ from pydantic import Field
 
 from cm3.common.strict import Float
 from cm3.datasets.base_config import Dataset
-from cm3.datasets.images.config import PictureLimits
+from cm3.datasets.images.config import ImageLimits
 
 
 class Sample(Dataset):
@@ -19,15 +19,15 @@ class Sample(Dataset):
     interactions_per_user: Float = Field(default=10.5, ge=3, description="mean number of purchases of a customer")
     taste: Float = Field(default=1.0, ge=0, description="how much tastes decide; 0 is chance and popularity alone")
     picture_share: Float = Field(
-        default=0.5, ge=0, le=1, description="share of taste that only pictures show; only texts tell the rest"
+        default=0.5, ge=0, le=1, description="share of taste that only images show; only texts tell the rest"
     )
     popularity: Float = Field(default=0.5, ge=0, description="how much popularity decides")
     cold: Float = Field(default=0.05, ge=0, lt=1, description="share of items that hardly anybody has bought yet")
-    without_picture: Float = Field(default=0.03, ge=0, lt=1, description="share of items without picture")
+    without_picture: Float = Field(default=0.03, ge=0, lt=1, description="share of items without image")
     without_description: Float = Field(default=0.1, ge=0, lt=1, description="share of items without description")
-    corrupt_pictures: int = Field(default=5, ge=0, description="number of pictures that are damaged files")
-    picture_size: int = Field(default=160, ge=32, le=1024, description="width and height of the pictures in pixels")
-    images: PictureLimits = PictureLimits()
+    corrupt_pictures: int = Field(default=5, ge=0, description="number of images that are damaged files")
+    picture_size: int = Field(default=160, ge=32, le=1024, description="width and height of the images in pixels")
+    images: ImageLimits = ImageLimits()
 
     def sample_spec(self) -> dict[str, Any]:
         """Return the spec of the sample stage, which writes the raw files of prepare_inputs and image_inputs."""
@@ -47,5 +47,5 @@ class Sample(Dataset):
         return {"find": "folder", "folder": None, "patterns": ["{item_id}.jpg"], **self.images.identity()}
 
     def image_inputs(self, name: str) -> dict[str, str]:
-        """Return the checksums of the drawn pictures."""
-        return {"pictures": f"raw/{name}/pictures.sha256"}
+        """Return the checksums of the drawn images."""
+        return {"images": f"raw/{name}/pictures.sha256"}

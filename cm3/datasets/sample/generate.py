@@ -36,23 +36,23 @@ TRUTH = pa.schema(
 _LETTERS = np.asarray(list("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
 
 
-def make_sample(spec: dict[str, Any], reviews: Path, meta: Path, pictures: Path, truth: Path) -> dict[str, Any]:
-    """Write reviews, metadata, the folder `images` beside `pictures`, the checksums of its files, and the truth.
+def make_sample(spec: dict[str, Any], reviews: Path, meta: Path, images: Path, truth: Path) -> dict[str, Any]:
+    """Write reviews, metadata, the folder `images` beside `images`, the checksums of its files, and the truth.
 
     Args:
         spec: a sample data set's sample_spec().
-        reviews: gzip JSON lines to write; meta: gzip Python literals; pictures: sha256sum's format; truth: TRUTH.
+        reviews: gzip JSON lines to write; meta: gzip Python literals; images: sha256sum's format; truth: TRUTH.
 
     Returns:
         counts of what was written.
     """
     world = make_world(spec)
-    # A stream for each kind of file: other pictures must not change the words.
+    # A stream for each kind of file: other images must not change the words.
     streams = np.random.SeedSequence((spec["seed"], 1)).spawn(4)
-    for_ids, for_texts, for_pictures, for_reviews = map(np.random.default_rng, streams)
+    for_ids, for_texts, for_images, for_reviews = map(np.random.default_rng, streams)
     asins = _ids(for_ids, spec["items"], "B0", 10)
     reviewers = _ids(for_ids, spec["users"], "A", 14)
-    state = _draw_all(for_pictures, world, asins, spec, pictures)
+    state = _draw_all(for_images, world, asins, spec, images)
     _write_lines(meta, _metadata(for_texts, world, asins))
     _write_lines(reviews, _reviews(for_reviews, world, asins, reviewers))
     columns = {name: [values[c] for c in world.attributes[name]] for name, values in ATTRIBUTES.items()}
@@ -69,7 +69,7 @@ def make_sample(spec: dict[str, Any], reviews: Path, meta: Path, pictures: Path,
         "users": spec["users"],
         "items": spec["items"],
         "reviews": len(world.user),
-        **{f"pictures_{name}": state.count(name) for name in ("ok", "missing", "corrupt")},
+        **{f"images_{name}": state.count(name) for name in ("ok", "missing", "corrupt")},
         "items_without_description": int((~world.has_description).sum()),
         "cold_items": int(world.cold.sum()),
     }
@@ -87,22 +87,22 @@ def _ids(rng: np.random.Generator, count: int, prefix: str, length: int) -> list
 
 
 def _draw_all(
-    rng: np.random.Generator, world: World, asins: list[str], spec: dict[str, Any], pictures: Path
+    rng: np.random.Generator, world: World, asins: list[str], spec: dict[str, Any], images: Path
 ) -> list[str]:
-    with_picture = np.flatnonzero(world.has_picture)
-    chosen = rng.permutation(with_picture)[: spec["corrupt_pictures"]].tolist()
+    with_image = np.flatnonzero(world.has_image)
+    chosen = rng.permutation(with_image)[: spec["corrupt_pictures"]].tolist()
     corrupt = {item: kind for kind, item in enumerate(chosen)}
-    folder = pictures.parent / "images"
-    drawing = pictures.parent / ".images.part"
+    folder = images.parent / "images"
+    drawing = images.parent / ".images.part"
     shutil.rmtree(drawing, ignore_errors=True)
     drawing.mkdir(parents=True)
     state, listing = [], []
-    with Progress(len(asins), "pictures") as progress:
+    with Progress(len(asins), "images") as progress:
         for item, asin in enumerate(asins):
             progress.advance()
             shown = {name: ATTRIBUTES[name][world.attributes[name][item]] for name in ("colour", "pattern", "shape")}
             data = draw(rng, **shown, size=spec["picture_size"])
-            if not world.has_picture[item]:
+            if not world.has_image[item]:
                 state.append("missing")
                 continue
             if item in corrupt:
@@ -112,7 +112,7 @@ def _draw_all(
             state.append("corrupt" if item in corrupt else "ok")
     shutil.rmtree(folder, ignore_errors=True)
     drawing.rename(folder)
-    with atomic(pictures) as temporary:
+    with atomic(images) as temporary:
         temporary.write_text("".join(sorted(listing, key=lambda line: line.split()[1])), encoding="utf-8")
     return state
 
@@ -133,7 +133,7 @@ def _metadata(rng: np.random.Generator, world: World, asins: list[str]) -> Itera
         told = texts.description(rng, kinds[item], materials[item], uses[item])
         if world.has_description[item]:
             record["description"] = told
-        if world.has_picture[item]:
+        if world.has_image[item]:
             record["imUrl"] = f"http://images.example.com/{asin}.jpg"
         yield repr(record)
 
@@ -170,10 +170,10 @@ def _write_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def main() -> None:
-    """Spec: sample_spec(). Outputs: reviews, meta, pictures (with the folder images beside it), truth, record."""
+    """Spec: sample_spec(). Outputs: reviews, meta, images (with the folder images beside it), truth, record."""
     with stage("cm3.datasets.sample.generate") as call:
         out = call.outputs
-        call.record.update(make_sample(call.spec, out["reviews"], out["meta"], out["pictures"], out["truth"]))
+        call.record.update(make_sample(call.spec, out["reviews"], out["meta"], out["images"], out["truth"]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Pictures of the made-up shop's items: a coloured, patterned shape before a pale background."""
+"""Images of the made-up shop's items: a coloured, patterned shape before a pale background."""
 
 import hashlib
 import io
@@ -103,7 +103,7 @@ def _turned(points: np.ndarray, angle: float) -> np.ndarray:
 
 
 def spoil(jpeg: bytes, kind: int) -> bytes:
-    """Return a damaged file in place of a picture: empty, a web page, cut short, or with noise for its header."""
+    """Return a damaged file in place of an image: empty, a web page, cut short, or with noise for its header."""
     damaged = (
         b"",
         b"<html><body><h1>404 Not Found</h1></body></html>\n",

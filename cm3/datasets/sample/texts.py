@@ -1,4 +1,4 @@
-"""Titles and descriptions of the made-up shop's items; they never tell what only pictures show."""
+"""Titles and descriptions of the made-up shop's items; they never tell what only images show."""
 
 import numpy as np
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-# Only pictures show these ...
-PICTURE_ATTRIBUTES: dict[str, tuple[str, ...]] = {
+# Only images show these ...
+IMAGE_ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "colour": ("red", "orange", "yellow", "green", "teal", "blue", "purple", "pink", "brown", "grey"),
     "pattern": ("plain", "striped", "dotted", "checked", "zigzag"),
     "shape": ("circle", "square", "triangle", "star", "heart", "hexagon", "cross", "moon"),
@@ -41,14 +41,14 @@ TEXT_ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "bedroom",
     ),
 }
-ATTRIBUTES = {**PICTURE_ATTRIBUTES, **TEXT_ATTRIBUTES}
+ATTRIBUTES = {**IMAGE_ATTRIBUTES, **TEXT_ATTRIBUTES}
 
 _USERS_AT_ONCE = 512
 _COLD_PENALTY = 4.0
 # Favourites stand out from mere liking, so that a customer's purchases have something in common.
 _SHARPNESS = 1.5
 _STRENGTH = 2.5  # standard deviation of the utility's part that is taste, at taste = 1
-# Shares within the taste for pictures and within that for texts.
+# Shares within the taste for images and within that for texts.
 _IMPORTANCE = {"colour": 0.5, "pattern": 0.3, "shape": 0.2, "kind": 0.4, "material": 0.35, "use": 0.25}
 
 
@@ -59,7 +59,7 @@ class World:
     Attributes:
         attributes: name -> (items,) codes into ATTRIBUTES[name].
         popularity: (items,) log-odds that any customer buys the item.
-        cold, has_picture, has_description: (items,) bool.
+        cold, has_image, has_description: (items,) bool.
         likes: name -> (users, values) how much each customer likes each value of an attribute.
         user, item: (N,) purchases, a customer's own in order of time.
         rating: (N,) 1 to 5.
@@ -69,7 +69,7 @@ class World:
     attributes: dict[str, np.ndarray]
     popularity: np.ndarray
     cold: np.ndarray
-    has_picture: np.ndarray
+    has_image: np.ndarray
     has_description: np.ndarray
     likes: dict[str, np.ndarray]
     user: np.ndarray
@@ -83,7 +83,7 @@ def make_world(spec: dict[str, Any]) -> World:
 
     A customer u buys n_u different items, item i with probability proportional to exp(utility), where
     utility = taste * sum_a w_a likes_a[u, value_a(i)] + popularity_i, drawn without replacement (Gumbel top-n).
-    Likes are sharpened normal draws; w_a is set so that picture and text attributes have the shares that spec says.
+    Likes are sharpened normal draws; w_a is set so that image and text attributes have the shares that spec says.
 
     Args:
         spec: a sample data set's sample_spec().
@@ -95,13 +95,13 @@ def make_world(spec: dict[str, Any]) -> World:
     popularity = spec["popularity"] * for_items.standard_normal(items)
     cold = _some(for_items, items, spec["cold"])
     popularity[cold] -= _COLD_PENALTY
-    has_picture = ~_some(for_items, items, spec["without_picture"])
+    has_image = ~_some(for_items, items, spec["without_picture"])
     has_description = ~_some(for_items, items, spec["without_description"])
     likes = {name: _likes(for_tastes, users, len(values)) for name, values in ATTRIBUTES.items()}
     weights = _weights(spec["taste"], spec["picture_share"])
     user, item, pleasure = _purchases(for_purchases, spec, attributes, popularity, likes, weights)
     rating, time = _reviews(for_reviews, user, pleasure)
-    return World(attributes, popularity, cold, has_picture, has_description, likes, user, item, rating, time)
+    return World(attributes, popularity, cold, has_image, has_description, likes, user, item, rating, time)
 
 
 def _some(rng: np.random.Generator, items: int, share: float) -> np.ndarray:
@@ -117,7 +117,7 @@ def _likes(rng: np.random.Generator, users: int, values: int) -> np.ndarray:
 
 
 def _weights(taste: float, picture_share: float) -> dict[str, float]:
-    share = {name: _IMPORTANCE[name] * picture_share for name in PICTURE_ATTRIBUTES}
+    share = {name: _IMPORTANCE[name] * picture_share for name in IMAGE_ATTRIBUTES}
     share |= {name: _IMPORTANCE[name] * (1 - picture_share) for name in TEXT_ATTRIBUTES}
     # Variances add up, so the share of an attribute in the taste is its squared weight.
     return {name: _STRENGTH * taste * share[name] ** 0.5 for name in ATTRIBUTES}

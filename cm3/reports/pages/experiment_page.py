@@ -41,7 +41,7 @@ def experiment_page(
             `record.extract.M`.
         page_output: the page, one HTML file that loads nothing.
         figures_output: a folder for the figures.
-        budget: characters of all pictures together.
+        budget: characters of all images together.
 
     Returns:
         Facts for the stage's record.
@@ -51,13 +51,13 @@ def experiment_page(
     """
     metrics = read_json(inputs["metrics"])
     shop = read_shop(inputs)
-    pictured = _pictured(inputs.get("manifest"))
+    with_image = _with_image(inputs.get("manifest"))
     vectors = _vectors(inputs, shop)
-    chosen = chosen_items(shop.popularity, pictured)
+    chosen = chosen_items(shop.popularity, with_image)
     neighbours = neighbour_panels(shop, chosen, _neighbour_lists(inputs, metrics, vectors, chosen))
     k = list_length(metrics["config"]["evaluation"]["ks"])
     histories = history_panels(shop, inputs["per_user"], inputs["recommendations"], k)
-    captions = _captions(inputs, shop, pictured)
+    captions = _captions(inputs, shop, with_image)
     drawn = _charts(inputs, metrics, vectors, shop)
     cards = [*_cards(neighbours), *_cards(histories), *_cards(captions)]
     small = thumbnails(inputs.get("manifest"), [card["item"] for card in cards], budget)
@@ -70,18 +70,18 @@ def experiment_page(
         "histories": histories,
         "captions": captions,
         "trouble": troubles(shop, inputs),
-        "pictures": small.uris,
+        "images": small.uris,
         "left_out": small.left_out,
         **drawn,
     }
     write_page(page_output, "experiment.html", context)
     figures = save_figures(drawn["figures"], figures_output)
     size = page_output.stat().st_size
-    log.info("%s: %.1f MB, %d pictures, %d figures", page_output, size / 1e6, len(small.uris), len(figures))
-    return {"bytes": size, "pictures": len(small.uris), "pictures_left_out": small.left_out, "figures": len(figures)}
+    log.info("%s: %.1f MB, %d images, %d figures", page_output, size / 1e6, len(small.uris), len(figures))
+    return {"bytes": size, "images": len(small.uris), "images_left_out": small.left_out, "figures": len(figures)}
 
 
-def _pictured(manifest: Path | None) -> set[int]:
+def _with_image(manifest: Path | None) -> set[int]:
     if manifest is None:
         return set()
     status = read_table(manifest, MANIFEST, ["status"]).column("status").to_pylist()
@@ -112,12 +112,12 @@ def _neighbour_lists(
     return lists
 
 
-def _captions(inputs: Mapping[str, Path], shop: Shop, pictured: set[int]) -> list[dict[str, Any]]:
+def _captions(inputs: Mapping[str, Path], shop: Shop, with_image: set[int]) -> list[dict[str, Any]]:
     found = []
     for name, path in inputs.items():
         if name.startswith("captions."):
             texts = read_table(path, CAPTIONS, ["caption"]).column("caption").to_pylist()
-            there = [item for item, text in enumerate(texts) if text is not None and item in pictured]
+            there = [item for item, text in enumerate(texts) if text is not None and item in with_image]
             cards = [shop.card(item) | {"caption": texts[item]} for item in spread(there, CAPTIONS_SHOWN)]
             told = sum(text is not None for text in texts)
             found.append({"cards": cards, "told": told, "of": len(texts)})

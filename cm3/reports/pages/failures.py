@@ -1,4 +1,4 @@
-"""What failed or is missing, and why: pictures, captions, vectors and texts, with a few examples of each."""
+"""What failed or is missing, and why: images, captions, vectors and texts, with a few examples of each."""
 
 import re
 from collections import defaultdict
@@ -25,7 +25,7 @@ def troubles(shop: Shop, inputs: Mapping[str, Path]) -> list[dict[str, Any]]:
     if "manifest" in inputs:
         table = read_table(inputs["manifest"], MANIFEST)
         found.append(
-            {"what": "Pictures", **_rows(shop, table.column("status").to_pylist(), table.column("error").to_pylist())}
+            {"what": "Images", **_rows(shop, table.column("status").to_pylist(), table.column("error").to_pylist())}
         )
     for name, path in inputs.items():
         if name.startswith("captions."):

@@ -1,4 +1,4 @@
-"""Items as a reader meets them: a title, a picture, and the words around it."""
+"""Items as a reader meets them: a title, an image, and the words around it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Shop:
     popularity: np.ndarray
 
     def card(self, item: int, under: str = "", hit: bool = False) -> dict[str, Any]:
-        """Return what a template shows of an item: its title, its number for the picture, a line under them."""
+        """Return what a template shows of an item: its title, its number for the image, a line under them."""
         return {
             "item": item,
             "item_id": self.item_ids[item],

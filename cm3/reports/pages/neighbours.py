@@ -12,11 +12,11 @@ from cm3.reports.pages.item_cards import Shop, spread
 ITEMS_SHOWN, NEIGHBOURS_SHOWN = 12, 6
 
 
-def chosen_items(popularity: np.ndarray, pictured: set[int]) -> list[int]:
-    """Return items to look at: evenly spread from the most to the least bought in training, with pictures if any have."""
+def chosen_items(popularity: np.ndarray, with_image: set[int]) -> list[int]:
+    """Return items to look at: evenly spread from the most to the least bought in training, with images if any have."""
     order = np.lexsort((np.arange(len(popularity)), -popularity))
-    with_picture = np.array([item for item in order if item in pictured], dtype=np.int64)
-    return spread(with_picture if len(with_picture) else order, ITEMS_SHOWN)
+    shown = np.array([item for item in order if item in with_image], dtype=np.int64)
+    return spread(shown if len(shown) else order, ITEMS_SHOWN)
 
 
 def by_graph(path: Path, chosen: Sequence[int]) -> dict[int, list[tuple[int, float]]]:

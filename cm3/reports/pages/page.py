@@ -20,7 +20,7 @@ def write_page(path: Path, template: str, context: Mapping[str, Any]) -> None:
     """Fill `template` with `context` and write the page, atomically.
 
     Every value is escaped unless it is Markup that our own code made. Style and script stand in the page; its content
-    security policy admits them by their hashes, pictures as data URIs, and nothing else.
+    security policy admits them by their hashes, images as data URIs, and nothing else.
     """
     style, script = (Markup((TEMPLATES / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
     policy = (

@@ -1,4 +1,4 @@
-"""Small copies of product pictures, as data URIs that together stay within a number of bytes."""
+"""Small copies of product images, as data URIs that together stay within a number of bytes."""
 
 import base64
 import io
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from cm3.common.images import iter_pictures
+from cm3.common.images import iter_images
 from extractors.image.decode import UnreadableError, decode
 
 log = logging.getLogger(__name__)
@@ -20,12 +20,12 @@ _SIZES = ((160, 72), (128, 66), (104, 60))  # longer side in pixels, WebP qualit
 
 @dataclass(frozen=True)
 class Thumbnails:
-    """Pictures by item number.
+    """Images by item number.
 
     Attributes:
         uris: data URIs.
         side: the longer side of each, in pixels.
-        left_out: how many pictures there was no room for.
+        left_out: how many images there was no room for.
     """
 
     uris: dict[int, str]
@@ -34,30 +34,30 @@ class Thumbnails:
 
 
 def thumbnails(manifest: Path | None, items: Sequence[int], budget: int = BUDGET) -> Thumbnails:
-    """Return small copies of the pictures of `items`, those of items without a usable picture left out.
+    """Return small copies of the images of `items`, those of items without a usable image left out.
 
     Where all do not fit into `budget` characters they get smaller, and at last those of the last items are dropped.
 
     Args:
-        manifest: the manifest.parquet of the dataset's pictures; None where it has none.
+        manifest: the manifest.parquet of the dataset's images; None where it has none.
         items: item numbers, the most wanted first; repeats count once.
         budget: the length of all data URIs together.
     """
     wanted = list(dict.fromkeys(items))
     if manifest is None or not wanted:
         return Thumbnails({}, _SIZES[0][0], 0)
-    pictures = {}
-    for item, data in iter_pictures(manifest, wanted):
+    images = {}
+    for item, data in iter_images(manifest, wanted):
         try:
-            picture = decode(data, draft=_SIZES[0][0])
+            image = decode(data, draft=_SIZES[0][0])
         except UnreadableError as error:
-            log.warning("item %d: its picture was readable before, now: %s", item, error)
+            log.warning("item %d: its image was readable before, now: %s", item, error)
             continue
-        picture.thumbnail((_SIZES[0][0],) * 2, Image.Resampling.LANCZOS)
-        pictures[item] = picture
-    ordered = [item for item in wanted if item in pictures]
+        image.thumbnail((_SIZES[0][0],) * 2, Image.Resampling.LANCZOS)
+        images[item] = image
+    ordered = [item for item in wanted if item in images]
     for side, quality in _SIZES:
-        uris = {item: _uri(pictures[item], side, quality) for item in ordered}
+        uris = {item: _uri(images[item], side, quality) for item in ordered}
         if sum(map(len, uris.values())) <= budget:
             return Thumbnails(uris, side, 0)
     kept, length = {}, 0
@@ -66,12 +66,12 @@ def thumbnails(manifest: Path | None, items: Sequence[int], budget: int = BUDGET
         if length > budget:
             break
         kept[item] = uris[item]
-    log.warning("%d of %d pictures are left out to keep the page small", len(ordered) - len(kept), len(ordered))
+    log.warning("%d of %d images are left out to keep the page small", len(ordered) - len(kept), len(ordered))
     return Thumbnails(kept, _SIZES[-1][0], len(ordered) - len(kept))
 
 
-def _uri(picture: Image.Image, side: int, quality: int) -> str:
-    small = picture.copy()
+def _uri(image: Image.Image, side: int, quality: int) -> str:
+    small = image.copy()
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     small.save(buffer, "WEBP", quality=quality, method=4)

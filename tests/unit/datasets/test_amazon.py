@@ -241,7 +241,7 @@ def test_items_without_metadata_count_as_published(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("category", "reviews", "items", "unknown", "known_or_bought", "with_picture"),
+    ("category", "reviews", "items", "unknown", "known_or_bought", "with_image"),
     [("Gift_Cards", 2972, 148, 0, 1547, 116), ("Magazine_Subscriptions", 2375, 157, 6, 2326, 130)],
 )
 def test_the_files_of_2018_as_published(
@@ -252,7 +252,7 @@ def test_the_files_of_2018_as_published(
     items: int,
     unknown: int,
     known_or_bought: int,
-    with_picture: int,
+    with_image: int,
 ):
     data = {"source": "amazon-2018", "category": category, "folder": str(real_data / "amazon-2018"), "kcore": 0}
     stats = run_prepare(tmp_path, data)
@@ -261,7 +261,7 @@ def test_the_files_of_2018_as_published(
     rows = items_of(tmp_path).values()
     assert not any(mark in row["title"] for row in rows for mark in ("<", "class=", "getTime"))
     assert stats["items_with_text"] == items - unknown
-    assert stats["items_with_image_reference"] == with_picture
+    assert stats["items_with_image_reference"] == with_image
     assert run_prepare(tmp_path / "all", {**data, "cold_items": "keep"})["items"] == known_or_bought
 
 

@@ -126,7 +126,7 @@ def test_sample_settings_reach_the_generator():
     assert spec["seed"] == 9 and spec["users"] == 50
     assert not {"source", "kcore", "split", "images", "unknown_items", "cold_items"} & set(spec)
     assert found.prepare_inputs("s") == {"reviews": "raw/s/reviews.json.gz", "meta": "raw/s/meta.json.gz"}
-    assert found.image_inputs("s") == {"pictures": "raw/s/pictures.sha256"}
+    assert found.image_inputs("s") == {"images": "raw/s/pictures.sha256"}
 
 
 def test_amazon_files_have_mirrors():
@@ -190,7 +190,12 @@ def test_a_source_runs_its_own_parsers_code_only():
     code = {}
     for data in (FILES, BABY):
         modules = stage_modules(parse_dataset("x", data, "d.x"))
-        code[data["source"]] = {stage: closure(root, [f"sources.{stage}", *modules[stage]]) for stage in modules}
+        code[data["source"]] = {
+            stage: closure(
+                root, [dict(images="cm3.datasets.images.stage", prepare="cm3.datasets.prepare")[stage], *modules[stage]]
+            )
+            for stage in modules
+        }
     assert (
         "cm3.datasets.files.reader" in code["files"]["prepare"]
         and "cm3.datasets.amazon.v2014" not in code["files"]["prepare"]
@@ -203,7 +208,7 @@ def test_a_source_runs_its_own_parsers_code_only():
         "cm3.datasets.images.none" in code["files"]["images"]
         and "cm3.datasets.images.web" not in code["files"]["images"]
     )
-    # Config reaches a stage through its spec; code of the split or the pictures is none of prepare's.
+    # Config reaches a stage through its spec; code of the split or the images is none of prepare's.
     assert (
         not {"cm3.datasets.config", "cm3.datasets.images.config", "cm3.datasets.splits", "cm3.datasets.images.stage"}
         & code["files"]["prepare"]

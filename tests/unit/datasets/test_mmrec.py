@@ -284,7 +284,7 @@ def test_features_come_with_the_file_that_tells_their_rows(tmp_path: Path) -> No
     assert config(folder).published_vectors("shop", "text")["ids"] == str(folder / "i_id_mapping.csv")
 
 
-def test_pictures_need_a_place(tmp_path: Path) -> None:
+def test_images_need_a_place(tmp_path: Path) -> None:
     assert config(tmp_path).images_spec() == {"find": "none"}
     with pytest.raises(UserError, match=r"images\.folder needs images\.pattern"):
         config(tmp_path, images={"folder": "covers"})

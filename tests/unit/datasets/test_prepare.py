@@ -28,7 +28,7 @@ def test_tables_hold_what_the_files_say(tmp_path: Path):
             "brand": "Acme",
             "categories": ["Home", "Tea", "Home"],
             "description": ["One.", " Two\n\tlines. "],
-            "image": "pictures/b.jpg",
+            "image": "images/b.jpg",
         },
         {"item_id": "a", "title": "Size < 10 cm and > 5 cm", "brand": None, "categories": [], "description": ""},
     ]
@@ -55,7 +55,7 @@ def test_tables_hold_what_the_files_say(tmp_path: Path):
             "categories": ["Home", "Tea"],
             "description": "One. Two lines.",
             **nothing,
-            "image_urls": ["pictures/b.jpg"],
+            "image_urls": ["images/b.jpg"],
         },
     ]
     assert rows(tmp_path / "ratings.parquet", RATINGS) == [

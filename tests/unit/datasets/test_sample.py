@@ -20,13 +20,13 @@ from repository import ROOT
 
 from cm3.common.tables import ITEMS, MANIFEST, read_table
 from cm3.datasets.config import Sample, parse_dataset
-from cm3.datasets.images.stage import collect_pictures
+from cm3.datasets.images.stage import collect_images
 from cm3.datasets.k_core import kcore
 from cm3.datasets.prepare import prepare
 from cm3.datasets.sample.generate import TRUTH, make_sample
 from cm3.datasets.sample.images import draw
 from cm3.datasets.sample.texts import description
-from cm3.datasets.sample.world import ATTRIBUTES, PICTURE_ATTRIBUTES, TEXT_ATTRIBUTES, World, make_world
+from cm3.datasets.sample.world import ATTRIBUTES, IMAGE_ATTRIBUTES, TEXT_ATTRIBUTES, World, make_world
 from cm3.datasets.splits import split
 
 SMALL = {"source": "sample", "users": 300, "items": 120, "corrupt_pictures": 4, "picture_size": 48}
@@ -42,7 +42,7 @@ def write(folder: Path, **settings: Any) -> dict[str, Any]:
     names = {
         "reviews": "reviews.json.gz",
         "meta": "meta.json.gz",
-        "pictures": "pictures.sha256",
+        "images": "pictures.sha256",
         "truth": "truth.parquet",
     }
     return make_sample(config(**settings).sample_spec(), **{name: folder / file for name, file in names.items()})
@@ -69,7 +69,7 @@ def test_equal_seeds_give_equal_bytes_in_another_process(shop: Path, tmp_path: P
         for n, f in (
             ("reviews", "reviews.json.gz"),
             ("meta", "meta.json.gz"),
-            ("pictures", "pictures.sha256"),
+            ("images", "pictures.sha256"),
             ("truth", "truth.parquet"),
         )
     ]
@@ -91,7 +91,7 @@ def test_equal_seeds_give_equal_bytes_in_another_process(shop: Path, tmp_path: P
     assert all(other[name] != ours[name] for name in ("reviews.json.gz", "meta.json.gz", "pictures.sha256"))
 
 
-def test_writing_again_leaves_no_pictures_of_the_shop_before(tmp_path: Path):
+def test_writing_again_leaves_no_images_of_the_shop_before(tmp_path: Path):
     write(tmp_path, users=40, items=30, picture_size=32)
     write(tmp_path, users=40, items=20, picture_size=32, without_picture=0.0, corrupt_pictures=0)
     assert len(list((tmp_path / "images").iterdir())) == 20
@@ -127,7 +127,7 @@ def test_what_is_missing_and_damaged_is_as_the_truth_says(shop: Path, tmp_path: 
         {**settings.prepare_spec(), "kcore": 0, "cold_items": "keep"}, inputs, stats=tmp_path / "stats.json", **tables
     )
     manifest = tmp_path / "images" / "manifest.parquet"
-    collect_pictures(settings.images_spec(), {}, tables["items"], {"pictures": shop / "pictures.sha256"}, manifest)
+    collect_images(settings.images_spec(), {}, tables["items"], {"images": shop / "pictures.sha256"}, manifest)
     status = {row["item_id"]: row["status"] for row in read_table(manifest, MANIFEST).to_pylist()}
     expected = {"ok": "ok", "missing": "missing", "corrupt": "failed"}
     assert status == {item_id: expected[row["picture"]] for item_id, row in truth.items()}
@@ -135,9 +135,9 @@ def test_what_is_missing_and_damaged_is_as_the_truth_says(shop: Path, tmp_path: 
     assert not any("&#39;" in row["description"] or "<b>" in row["description"] for row in texts)
 
 
-def test_texts_never_tell_what_pictures_show(shop: Path):
+def test_texts_never_tell_what_images_show(shop: Path):
     told = "\n".join(unpacked(shop / "meta.json.gz")).lower()
-    for values in PICTURE_ATTRIBUTES.values():
+    for values in IMAGE_ATTRIBUTES.values():
         for value in values:
             assert not re.search(rf"\b{value}\b", told), value
     truth = read_table(shop / "truth.parquet", TRUTH).to_pylist()
@@ -158,14 +158,14 @@ def test_descriptions_read_like_a_shops():
     assert min(lengths) >= 15 and max(lengths) <= 75 and 30 < np.mean(lengths) < 60
 
 
-@pytest.mark.parametrize("colour", PICTURE_ATTRIBUTES["colour"])
-def test_pictures_show_their_colour(colour: str):
+@pytest.mark.parametrize("colour", IMAGE_ATTRIBUTES["colour"])
+def test_images_show_their_colour(colour: str):
     def middle(name: str, pattern: str, seed: int) -> np.ndarray:
         data = draw(np.random.default_rng(seed), name, pattern, "square", 96)
         return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), dtype=float)[30:66, 30:66].reshape(-1, 3)
 
-    plain = {name: middle(name, "plain", 1).mean(axis=0) for name in PICTURE_ATTRIBUTES["colour"]}
-    for pattern in PICTURE_ATTRIBUTES["pattern"]:
+    plain = {name: middle(name, "plain", 1).mean(axis=0) for name in IMAGE_ATTRIBUTES["colour"]}
+    for pattern in IMAGE_ATTRIBUTES["pattern"]:
         pixels = middle(colour, pattern, 2)
         coloured = pixels[pixels.min(axis=1) < 190]  # The rest is the pattern's white.
         nearest = np.stack([np.abs(coloured - plain[name]).sum(axis=1) for name in plain]).argmin(axis=0)
@@ -175,10 +175,10 @@ def test_pictures_show_their_colour(colour: str):
         assert spread < 6 if pattern == "plain" else spread > 20
 
 
-def test_pictures_show_their_shape():
+def test_images_show_their_shape():
     rng = np.random.default_rng(0)
     masks = {}
-    for shape in PICTURE_ATTRIBUTES["shape"]:
+    for shape in IMAGE_ATTRIBUTES["shape"]:
         data = draw(rng, "blue", "plain", shape, 64)
         masks[shape] = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))[..., 0] < 120
     areas = {shape: float(mask.mean()) for shape, mask in masks.items()}
@@ -199,7 +199,7 @@ def _recall(scores: np.ndarray, train: np.ndarray, test: np.ndarray, k: int = 20
 
 
 def _recalls(world: World) -> dict[str, float]:
-    """Recall@20 of popularity, item-kNN, and kNN over the true attributes of pictures, of texts, of both."""
+    """Recall@20 of popularity, item-kNN, and kNN over the true attributes of images, of texts, of both."""
     keep = kcore(world.user, world.item, 5)
     user = np.unique(world.user[keep], return_inverse=True)[1]
     ids, item = np.unique(world.item[keep], return_inverse=True)
@@ -215,7 +215,7 @@ def _recalls(world: World) -> dict[str, float]:
         "popularity": _recall(np.tile(popularity, (len(train), 1)), train, test),
         "collaborative": _recall(train @ collaborative, train, test),
     }
-    for name, attributes in (("pictures", PICTURE_ATTRIBUTES), ("texts", TEXT_ATTRIBUTES), ("both", ATTRIBUTES)):
+    for name, attributes in (("images", IMAGE_ATTRIBUTES), ("texts", TEXT_ATTRIBUTES), ("both", ATTRIBUTES)):
         content = np.hstack([np.eye(len(v), dtype=np.float32)[world.attributes[a][ids]] for a, v in attributes.items()])
         content -= content.mean(axis=0)
         found[name] = _recall(train @ (content @ content.T), train, test)
@@ -225,16 +225,16 @@ def _recalls(world: World) -> dict[str, float]:
 def test_content_beats_everything_without_it_and_both_kinds_beat_one():
     recall = _recalls(make_world(config().sample_spec()))
     assert recall["both"] > 1.4 * recall["collaborative"] > 3 * recall["popularity"]
-    assert recall["both"] > 1.5 * max(recall["pictures"], recall["texts"])
-    assert min(recall["pictures"], recall["texts"]) > 3 * recall["popularity"]
+    assert recall["both"] > 1.5 * max(recall["images"], recall["texts"])
+    assert min(recall["images"], recall["texts"]) > 3 * recall["popularity"]
 
 
 def test_the_knobs_do_what_they_say():
     base = {"users": 1000, "items": 500}
     no_taste = _recalls(make_world(config(**base, taste=0.0).sample_spec()))
     assert max(no_taste["both"], no_taste["collaborative"]) < no_taste["popularity"]
-    pictures_only = _recalls(make_world(config(**base, picture_share=1.0).sample_spec()))
-    assert pictures_only["pictures"] > 3 * pictures_only["texts"]
+    images_only = _recalls(make_world(config(**base, picture_share=1.0).sample_spec()))
+    assert images_only["images"] > 3 * images_only["texts"]
     popular = make_world(config(**base, popularity=3.0).sample_spec())
     plain = make_world(config(**base, popularity=0.0).sample_spec())
     assert np.bincount(popular.item).max() > 2 * np.bincount(plain.item).max()

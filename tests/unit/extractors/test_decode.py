@@ -1,4 +1,4 @@
-"""Decoding strangers' pictures: every mode comes out as RGB, and what can't be read says why."""
+"""Decoding strangers' images: every mode comes out as RGB, and what can't be read says why."""
 
 import numpy as np
 import pytest
@@ -12,9 +12,9 @@ RED = (220, 20, 20)
 
 
 def pixel(data: bytes, place: tuple[int, int] = (0, 0)) -> tuple[int, ...]:
-    picture = decode(data)
-    assert picture.mode == "RGB"
-    return tuple(int(value) for value in np.asarray(picture)[place[1], place[0]])
+    image = decode(data)
+    assert image.mode == "RGB"
+    return tuple(int(value) for value in np.asarray(image)[place[1], place[0]])
 
 
 @pytest.mark.parametrize(
@@ -55,18 +55,18 @@ def test_cmyk_jpeg_is_not_inverted() -> None:
     assert red > 200 and green < 60 and blue < 60
 
 
-def test_a_picture_is_turned_as_its_exif_says() -> None:
-    picture = Image.new("RGB", (20, 10), RED)
-    picture.paste((0, 0, 255), (0, 0, 10, 10))
+def test_a_image_is_turned_as_its_exif_says() -> None:
+    image = Image.new("RGB", (20, 10), RED)
+    image.paste((0, 0, 255), (0, 0, 10, 10))
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
-    turned = decode(encoded(picture, "JPEG", exif=exif, quality=95))
+    turned = decode(encoded(image, "JPEG", exif=exif, quality=95))
     assert turned.size == (10, 20)
     assert np.asarray(turned)[2, 5, 2] > 200 and np.asarray(turned)[17, 5, 0] > 180
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1)])
-def test_thin_and_tiny_pictures_are_pictures(size: tuple[int, int]) -> None:
+def test_thin_and_tiny_images_are_images(size: tuple[int, int]) -> None:
     assert decode(plain("blue", size)).size == size
 
 
@@ -74,7 +74,7 @@ def test_thin_and_tiny_pictures_are_pictures(size: tuple[int, int]) -> None:
     ("data", "reason"),
     [
         (b"", "0 bytes"),
-        (b"<html>not found</html>", "not a picture"),
+        (b"<html>not found</html>", "not an image"),
         (shape("square", "red")[:900], "truncated"),
         (plain("red")[:60], "Error"),
         (shape("square", "red")[:400] + b"\xff" * 400, "Error"),
@@ -85,7 +85,7 @@ def test_thin_and_tiny_pictures_are_pictures(size: tuple[int, int]) -> None:
         (encoded(Image.new("F", (4, 4)), "TIFF"), "no defined range"),
     ],
 )
-def test_what_is_no_picture_says_why(data: bytes, reason: str) -> None:
+def test_what_is_no_image_says_why(data: bytes, reason: str) -> None:
     with pytest.raises(UnreadableError, match=reason):
         decode(data)
 
@@ -97,16 +97,16 @@ def test_drafts_are_at_least_as_large_as_asked() -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 300), (300, 1), (4000, 3), (1, 1), (3000, 2000)])
-def test_pictures_for_captioning_are_capped_in_area_and_aspect(size: tuple[int, int]) -> None:
-    picture = capped(Image.new("RGB", size, RED), 250_000)
-    width, height = picture.size
-    assert max(picture.size) <= (MAX_ASPECT + 1) * min(picture.size)
+def test_images_for_captioning_are_capped_in_area_and_aspect(size: tuple[int, int]) -> None:
+    image = capped(Image.new("RGB", size, RED), 250_000)
+    width, height = image.size
+    assert max(image.size) <= (MAX_ASPECT + 1) * min(image.size)
     assert width * height <= 250_000
-    assert any(red > 200 and blue < 200 for _, (red, _, blue) in picture.getcolors(2**24))
+    assert any(red > 200 and blue < 200 for _, (red, _, blue) in image.getcolors(2**24))
 
 
-def test_a_thin_picture_is_reduced_before_it_is_widened(monkeypatch: pytest.MonkeyPatch) -> None:
-    picture, new, made = Image.new("RGB", (4000, 3), RED), Image.new, []
+def test_a_thin_image_is_reduced_before_it_is_widened(monkeypatch: pytest.MonkeyPatch) -> None:
+    image, new, made = Image.new("RGB", (4000, 3), RED), Image.new, []
     monkeypatch.setattr(Image, "new", lambda mode, size, *more: (made.append(size), new(mode, size, *more))[1])
-    assert capped(picture, 250_000).size == (2236, 111)
+    assert capped(image, 250_000).size == (2236, 111)
     assert made == [(2236, 111)]

@@ -14,7 +14,7 @@ import extractors
 from cm3.common.errors import UserError
 from extractors.extractor import Extractor
 
-PICTURES = [
+IMAGES = [
     shape(kind, colour, seed=seed)
     for seed, (kind, colour) in enumerate(
         [
@@ -85,18 +85,18 @@ def extractor(request: pytest.FixtureRequest) -> Extractor[bytes]:
 
 
 def test_every_backend_tells_statuses_and_gives_batch_equal_to_single(extractor: Extractor[bytes]) -> None:
-    pictures = [PICTURES[0], BAD[0], PICTURES[1], BAD[1], BAD[2], None]
-    result = extractor.encode([{"picture": picture} for picture in pictures])
+    images = [IMAGES[0], BAD[0], IMAGES[1], BAD[1], BAD[2], None]
+    result = extractor.encode([{"image": image} for image in images])
     assert result.status.tolist() == ["ok", "failed", "ok", "failed", "failed", "missing"]
     assert result.errors[1] == "0 bytes" and "truncated" in result.errors[4] and set(result.errors) == {1, 3, 4}
     assert result.embedding.shape == (6, extractor.dim) and not result.embedding[[1, 3, 4, 5]].any()
     for row in (0, 2):
-        alone = extractor.encode([{"picture": pictures[row]}]).embedding[0]
+        alone = extractor.encode([{"image": images[row]}]).embedding[0]
         np.testing.assert_allclose(result.embedding[row], alone, atol=1e-5)
     assert not np.allclose(result.embedding[0], result.embedding[2], atol=1e-3)
 
 
-def test_every_backend_takes_pictures_of_any_mode_and_shape(extractor: Extractor[bytes]) -> None:
+def test_every_backend_takes_images_of_any_mode_and_shape(extractor: Extractor[bytes]) -> None:
     red = (220, 20, 20)
     odd = [
         plain("red", (1, 1)),
@@ -107,7 +107,7 @@ def test_every_backend_takes_pictures_of_any_mode_and_shape(extractor: Extractor
         encoded(Image.fromarray(np.full((40, 40), 51_400, np.uint16))),
         encoded(Image.new("RGBA", (40, 40), (*red, 9))),
     ]
-    result = extractor.encode([{"picture": picture} for picture in odd])
+    result = extractor.encode([{"image": image} for image in odd])
     assert result.status.tolist() == ["ok"] * len(odd) and np.isfinite(result.embedding).all()
 
 
@@ -118,8 +118,8 @@ def test_every_backend_says_what_it_did(extractor: Extractor[bytes]) -> None:
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_any_batch_size_and_worker_count_gives_the_same_vectors(timm_spec: dict[str, Any], batch: int) -> None:
-    expected = load(timm_spec).run(PICTURES).embedding
-    found = load(timm_spec | {"batch_size": batch, "workers": batch}).run(PICTURES).embedding
+    expected = load(timm_spec).run(IMAGES).embedding
+    found = load(timm_spec | {"batch_size": batch, "workers": batch}).run(IMAGES).embedding
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -136,10 +136,10 @@ def test_timm_vectors_are_those_of_timm_itself(timm_spec: dict[str, Any], timm_f
     transform = create_transform(
         (3, 64, 64), mean=cfg["mean"], std=cfg["std"], interpolation=cfg["interpolation"], crop_pct=cfg["crop_pct"]
     )
-    picture = Image.new("RGB", (90, 70), COLOURS["green"])
+    image = Image.new("RGB", (90, 70), COLOURS["green"])
     with torch.inference_mode():
-        bare = model(transform(picture)[None])[0].numpy()
-    found = load(timm_spec).encode([{"picture": encoded(picture)}]).embedding[0]
+        bare = model(transform(image)[None])[0].numpy()
+    found = load(timm_spec).encode([{"image": encoded(image)}]).embedding[0]
     np.testing.assert_allclose(found, bare, atol=1e-4)
 
 
@@ -194,16 +194,16 @@ def test_open_clip_vectors_are_those_of_open_clip_itself(clip_folder: Path) -> N
     import torch
 
     model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{clip_folder}")
-    picture = Image.new("RGB", (50, 40), COLOURS["green"])
+    image = Image.new("RGB", (50, 40), COLOURS["green"])
     with torch.inference_mode():
-        bare = model.encode_image(preprocess(picture)[None])[0].numpy()
+        bare = model.encode_image(preprocess(image)[None])[0].numpy()
     spec = {"backend": "open_clip", "model": f"local-dir:{clip_folder}"}
     extractor = load(spec)
     assert extractor.facts()["preprocessing"]["mean"] == [0.5, 0.4, 0.3]
-    np.testing.assert_allclose(extractor.encode([{"picture": encoded(picture)}]).embedding[0], bare, atol=1e-5)
-    unit = load(spec | {"normalise": True}).encode([{"picture": encoded(picture)}]).embedding[0]
+    np.testing.assert_allclose(extractor.encode([{"image": encoded(image)}]).embedding[0], bare, atol=1e-5)
+    unit = load(spec | {"normalise": True}).encode([{"image": encoded(image)}]).embedding[0]
     np.testing.assert_allclose(unit, bare / np.linalg.norm(bare), atol=1e-5)
-    quick = load(spec | {"force_quick_gelu": True}).encode([{"picture": encoded(picture)}]).embedding[0]
+    quick = load(spec | {"force_quick_gelu": True}).encode([{"image": encoded(image)}]).embedding[0]
     assert not np.allclose(quick, bare, atol=1e-4)
 
 
@@ -239,7 +239,7 @@ def test_a_description_beside_a_file_of_weights_is_heeded(bare_clip: tuple[dict[
     described = load(spec)
     assert described.facts()["preprocessing"]["mean"] == [0.5, 0.4, 0.3]
     folder = load({"backend": "open_clip", "weights": str(description.parent), "force_quick_gelu": True})
-    assert np.array_equal(described.run(PICTURES).embedding, folder.run(PICTURES).embedding)
+    assert np.array_equal(described.run(IMAGES).embedding, folder.run(IMAGES).embedding)
     assert described.spec.identity() == bare.spec.identity() | {
         "described": {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2], "quick_gelu": True}
     }
@@ -292,24 +292,24 @@ def test_memory_that_runs_out_while_a_model_loads_is_told(
 
 def test_the_descriptor_tells_colours_and_shapes_apart() -> None:
     kinds = [(kind, colour) for kind in ("square", "circle") for colour in ("red", "blue", "green", "yellow", "black")]
-    pictures = [shape(kind, colour, seed=seed) for seed in range(3) for kind, colour in kinds]
-    vectors = load(DESCRIPTOR).run(pictures).embedding
+    images = [shape(kind, colour, seed=seed) for seed in range(3) for kind, colour in kinds]
+    vectors = load(DESCRIPTOR).run(images).embedding
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
-    nearest = (vectors @ vectors.T - 2 * np.eye(len(pictures))).argmax(axis=1)
+    nearest = (vectors @ vectors.T - 2 * np.eye(len(images))).argmax(axis=1)
     assert [kinds[n % 10] for n in nearest] == kinds * 3
 
 
 def test_the_descriptor_is_deterministic_whatever_computes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     from extractors.image import descriptor
 
-    here = load(DESCRIPTOR | {"workers": 0}).run(PICTURES * 8 + BAD)
+    here = load(DESCRIPTOR | {"workers": 0}).run(IMAGES * 8 + BAD)
     monkeypatch.setattr(descriptor, "_POOL_PAYS_FROM", 8)
     monkeypatch.setattr(descriptor, "_CHUNK", 5)
-    there = load(DESCRIPTOR | {"workers": 2}).run(PICTURES * 8 + BAD)
+    there = load(DESCRIPTOR | {"workers": 2}).run(IMAGES * 8 + BAD)
     assert np.array_equal(here.embedding, there.embedding) and here.errors == there.errors
 
 
-def test_blank_pictures_have_a_description() -> None:
+def test_blank_images_have_a_description() -> None:
     vectors = load(DESCRIPTOR).run([plain(colour) for colour in COLOURS]).embedding
     assert np.isfinite(vectors).all() and len(np.unique(vectors.round(4), axis=0)) == len(COLOURS)
 
@@ -332,7 +332,7 @@ def test_real_photos_have_neighbours_of_their_product_type(
         }
     with (hm / "items.jsonl").open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in file][:160]
-    vectors = load(spec).encode([{"picture": hm / row["image"]} for row in rows]).embedding
+    vectors = load(spec).encode([{"image": hm / row["image"]} for row in rows]).embedding
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     nearest = (vectors @ vectors.T - 2 * np.eye(len(rows))).argmax(axis=1)
     shared = np.mean([rows[a]["type"] == rows[b]["type"] for a, b in enumerate(nearest)])

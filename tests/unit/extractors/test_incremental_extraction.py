@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny_transformers
 from caption_server import MODEL, completion, error, no_time_to_lose, serving, spec_of
-from fixtures_extractors import plain, shape, write_items, write_pictures
+from fixtures_extractors import plain, shape, write_images, write_items
 
 import extractors
 from cm3.common.tables import CAPTIONS, Features, read_features, read_metadata, read_table
@@ -22,7 +22,7 @@ __all__ = ["no_time_to_lose"]  # used by every test here
 
 TITLES = {f"i{n}": "red shoe for women " * (n % 5 + 1) + "word " * n for n in range(44)}
 OLD = [f"i{n}" for n in range(44) if n % 11 != 5]  # the 4 others come later, in between
-PICTURES = {f"i{n}": shape("circle", "blue", 40 + n, n) for n in range(44)}
+IMAGES = {f"i{n}": shape("circle", "blue", 40 + n, n) for n in range(44)}
 ALL = list(TITLES)
 
 
@@ -33,7 +33,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def shown(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What the models are shown, one by one: texts, or the sizes of pictures."""
+    """What the models are shown, one by one: texts, or the sizes of images."""
     seen: list[Any] = []
     forward, describe = TransformersTextExtractor.forward, descriptor.describe
 
@@ -41,12 +41,12 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         seen.extend(texts)
         return forward(self, texts)
 
-    def seen_picture(picture: Any) -> Any:
-        seen.append(picture.size[0])
-        return describe(picture)
+    def seen_image(image: Any) -> Any:
+        seen.append(image.size[0])
+        return describe(image)
 
     monkeypatch.setattr(TransformersTextExtractor, "forward", counted)
-    monkeypatch.setattr(descriptor, "describe", seen_picture)
+    monkeypatch.setattr(descriptor, "describe", seen_image)
     return seen
 
 
@@ -60,13 +60,13 @@ def looks(**more: Any) -> Any:
     return extractors.parse_extractor("looks", data | more, "extractors.looks")
 
 
-def shop(folder: Path, ids: list[str], titles: Any = None, pictures: Any = None) -> dict[str, Path]:
-    titles, pictures = TITLES | (titles or {}), PICTURES | (pictures or {})
+def shop(folder: Path, ids: list[str], titles: Any = None, images: Any = None) -> dict[str, Path]:
+    titles, images = TITLES | (titles or {}), IMAGES | (images or {})
     items = [{"item_id": one, "title": titles[one]} for one in ids]
     folder.mkdir(exist_ok=True)
     return {
         "items": write_items(folder, items),
-        "manifest": write_pictures(folder / "images", [pictures[one] for one in ids], ids=ids),
+        "manifest": write_images(folder / "images", [images[one] for one in ids], ids=ids),
     }
 
 
@@ -101,7 +101,7 @@ def test_of_a_tenth_more_texts_the_model_is_shown_the_new_ones_once(
     assert after.metadata == fresh.metadata
 
 
-def test_pictures_are_encoded_one_by_one_so_that_the_file_is_that_of_a_full_rerun(
+def test_images_are_encoded_one_by_one_so_that_the_file_is_that_of_a_full_rerun(
     tmp_path: Path, shown: list[Any]
 ) -> None:
     output = tmp_path / "f.parquet"
@@ -120,9 +120,9 @@ CHANGES: dict[str, tuple[Callable[[Path], dict[str, Path]], int, int]] = {
     "fewer items": (lambda folder: shop(folder, ALL[10:30]), 0, 0),
     "a title": (lambda folder: shop(folder, ALL, titles={"i7": "blue bag"}), 1, 0),
     "a title to that of another": (lambda folder: shop(folder, ALL, titles={"i7": TITLES["i8"]}), 0, 0),
-    "a picture": (lambda folder: shop(folder, ALL, pictures={"i7": shape("square", "red", 99)}), 0, 1),
-    "two pictures by the same": (
-        lambda folder: shop(folder, ALL, pictures=dict.fromkeys(("i7", "i9"), shape("square", "red", 99))),
+    "an image": (lambda folder: shop(folder, ALL, images={"i7": shape("square", "red", 99)}), 0, 1),
+    "two images by the same": (
+        lambda folder: shop(folder, ALL, images=dict.fromkeys(("i7", "i9"), shape("square", "red", 99))),
         0,
         1,
     ),
@@ -131,14 +131,14 @@ CHANGES: dict[str, tuple[Callable[[Path], dict[str, Path]], int, int]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_changes_is_encoded_anew(tmp_path: Path, bert: Path, change: str) -> None:
-    make, texts, pictures = CHANGES[change]
-    specs = {"words": (texts_of(bert), texts), "looks": (looks(), pictures)}
+    make, texts, images = CHANGES[change]
+    specs = {"words": (texts_of(bert), texts), "looks": (looks(), images)}
     for name, (spec, _) in specs.items():
         run(spec, shop(tmp_path, ALL), tmp_path / f"{name}.parquet")
     for name, (spec, expected) in specs.items():
         record, features = run(spec, make(tmp_path), tmp_path / f"{name}.parquet")
         assert record["encoded"] == expected, name
-        assert record["repeated"] == (change == "two pictures by the same" and name == "looks")
+        assert record["repeated"] == (change == "two images by the same" and name == "looks")
         _, fresh = run(spec, make(tmp_path / "fresh"), tmp_path / f"fresh/{name}.parquet")
         assert features.item_ids == fresh.item_ids
         np.testing.assert_allclose(features.embedding, fresh.embedding, atol=1e-6)
@@ -258,17 +258,17 @@ COLOURS = ["red", "blue", "green", "yellow"]
 
 @pytest.fixture
 def few(tmp_path: Path) -> Iterator[Callable[..., dict[str, Path]]]:
-    """Tables of items with a title and a picture of one colour each."""
+    """Tables of items with a title and an image of one colour each."""
 
     def make(count: int, titles: Any = None, folder: Path = tmp_path) -> dict[str, Path]:
-        pictures = {f"i{n}": plain(COLOURS[n % 4], (40, 30)) for n in range(count)}
+        images = {f"i{n}": plain(COLOURS[n % 4], (40, 30)) for n in range(count)}
         named = {f"i{n}": f"thing {n}" for n in range(count)} | (titles or {})
-        return shop(folder, list(pictures), named, pictures)
+        return shop(folder, list(images), named, images)
 
     yield make
 
 
-def test_only_new_pictures_are_captioned_and_failed_ones_are_asked_again(
+def test_only_new_images_are_captioned_and_failed_ones_are_asked_again(
     tmp_path: Path, few: Callable[..., dict[str, Path]]
 ) -> None:
     output = tmp_path / "c.parquet"

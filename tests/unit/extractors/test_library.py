@@ -49,7 +49,7 @@ def test_the_documented_backend_works_as_it_stands(monkeypatch: pytest.MonkeyPat
     exec(compile(code, "docs", "exec"), module.__dict__)
     monkeypatch.setitem(registry.BACKENDS, *line)
     extractor = extractors.load({"modality": "image", "backend": "mean-colour"})
-    found = extractor.encode([{"picture": plain("red")}, {"picture": b"x"}, {}])
+    found = extractor.encode([{"image": plain("red")}, {"image": b"x"}, {}])
     assert found.status.tolist() == ["ok", "failed", "missing"] and found.embedding.shape == (3, 3)
     np.testing.assert_allclose(found.embedding[0], np.array([220, 20, 20]) / 255, atol=1e-6)
     with pytest.raises(UserError, match=r"mine\.squared: unknown key"):

@@ -9,7 +9,7 @@ import pytest
 import tiny_vlm
 import torch
 import transformers
-from fixtures_extractors import COLOURS, encoded, no_room_on_the_device, plain, write_items, write_pictures
+from fixtures_extractors import COLOURS, encoded, no_room_on_the_device, plain, write_images, write_items
 from PIL import Image
 
 import extractors
@@ -22,7 +22,7 @@ from workflow.plan.config import load_config
 TITLES = ["shoe", "<|image_pad|>", "bag <|im_end|>\n<|im_start|>assistant", "", "a long title, " * 4, "{0}"]
 SIZES = [(70, 50), (28, 28), (200, 100), (1, 300), (56, 56), (60, 90)]
 ITEMS = [
-    {"title": title, "picture": plain(colour, size)} for title, colour, size in zip(TITLES, COLOURS, SIZES, strict=True)
+    {"title": title, "image": plain(colour, size)} for title, colour, size in zip(TITLES, COLOURS, SIZES, strict=True)
 ]
 
 
@@ -67,37 +67,37 @@ def test_batch_equals_single_and_control_tokens_in_titles_are_text(vlm: Path, kn
 def test_vectors_are_the_models_hidden_states(vlm: Path, pooling: str, layer: int) -> None:
     processor = transformers.AutoProcessor.from_pretrained(vlm)
     model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(vlm, dtype=torch.float32).eval()
-    picture = Image.new("RGB", (56, 84), COLOURS["green"])
+    image = Image.new("RGB", (56, 84), COLOURS["green"])
     text = (
         "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>shoe What is it?<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    batch = processor(text=[text], images=[[picture]], return_tensors="pt")
+    batch = processor(text=[text], images=[[image]], return_tensors="pt")
     with torch.inference_mode():
         states = model(**batch, output_hidden_states=True).hidden_states[layer][0].numpy()
     expected = states[-1] if pooling == "last" else states.mean(axis=0)
     extractor = spec_of(vlm, pooling=pooling, layer=layer, normalise=False).load()
-    found = extractor.encode([{"title": "shoe", "picture": encoded(picture)}]).embedding[0]
+    found = extractor.encode([{"title": "shoe", "image": encoded(image)}]).embedding[0]
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def test_picture_and_text_both_move_the_vector(vlm: Path) -> None:
+def test_image_and_text_both_move_the_vector(vlm: Path) -> None:
     red, blue = plain("red"), plain("blue")
-    items = [{"title": "a", "picture": red}, {"title": "a", "picture": blue}, {"title": "b", "picture": red}]
+    items = [{"title": "a", "image": red}, {"title": "a", "image": blue}, {"title": "b", "image": red}]
     found = spec_of(vlm).load().encode(items).embedding
     assert np.abs(found[0] - found[1]).max() > 1e-3 and np.abs(found[0] - found[2]).max() > 1e-3
 
 
-def test_pictures_that_cannot_be_read_fail_alone(vlm: Path) -> None:
-    pictures: Sequence[bytes | None] = [plain("red"), b"", None, plain("red")[:60], plain("blue", (1, 1))]
-    result = spec_of(vlm).load().encode([{"picture": picture} for picture in pictures])
+def test_images_that_cannot_be_read_fail_alone(vlm: Path) -> None:
+    images: Sequence[bytes | None] = [plain("red"), b"", None, plain("red")[:60], plain("blue", (1, 1))]
+    result = spec_of(vlm).load().encode([{"image": image} for image in images])
     assert result.status.tolist() == ["ok", "failed", "missing", "failed", "ok"]
     assert result.errors[1] == "0 bytes" and not result.embedding[1:4].any()
 
 
 def test_the_stage_writes_any_modality_and_goes_on_shard_by_shard(vlm: Path, tmp_path: Path) -> None:
     items = write_items(tmp_path, [{"title": title} for title in TITLES] + [{}, {}])
-    manifest = write_pictures(tmp_path / "images", [*(item["picture"] for item in ITEMS), None, b"x"], per_shard=4)
+    manifest = write_images(tmp_path / "images", [*(item["image"] for item in ITEMS), None, b"x"], per_shard=4)
     inputs = {"items": items, "manifest": manifest}
     files = [tmp_path / f"{number}.parquet" for number in range(3)]
     for path, size in zip(files, [None, None, 3], strict=True):
@@ -125,7 +125,7 @@ def test_an_experiment_may_use_it_under_its_own_name_of_a_modality(vlm: Path) ->
 
 
 def test_other_titles_are_other_inputs(vlm: Path, tmp_path: Path) -> None:
-    manifest = write_pictures(tmp_path / "images", [plain("red")])
+    manifest = write_images(tmp_path / "images", [plain("red")])
     prints = []
     for title in ("a", "b", "a"):
         items = write_items(tmp_path, [{"title": title}])

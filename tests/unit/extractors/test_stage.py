@@ -12,18 +12,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fixtures_extractors import plain, shape, write_items, write_pictures
+from fixtures_extractors import plain, shape, write_images, write_items
 
 import extractors
 from cm3.common.errors import UserError
 from cm3.common.tables import read_features, read_metadata
 from extractors.extract import extract
 from extractors.extractor import Model
-from extractors.image.item_images import read_pictures
+from extractors.image.item_images import read_images
 from extractors.runtime.device import Batch
 
 DESCRIPTOR = {"modality": "image", "backend": "descriptor"}
-PICTURES = [
+IMAGES = [
     shape(kind, colour, 64, seed) for seed in range(5) for kind, colour in (("square", "red"), ("circle", "blue"))
 ]
 
@@ -32,45 +32,45 @@ def descriptor(**more: Any) -> Any:
     return extractors.parse_extractor("look", DESCRIPTOR | {"workers": 1} | more, "extractors.look")
 
 
-def tables(folder: Path, pictures: list[bytes | str | None], per_shard: int = 5) -> dict[str, Path]:
+def tables(folder: Path, images: list[bytes | str | None], per_shard: int = 5) -> dict[str, Path]:
     return {
-        "items": write_items(folder, [{}] * len(pictures)),
-        "manifest": write_pictures(folder / "images", pictures, per_shard),
+        "items": write_items(folder, [{}] * len(images)),
+        "manifest": write_images(folder / "images", images, per_shard),
     }
 
 
 def test_every_item_has_a_row_a_status_and_a_reason(tmp_path: Path) -> None:
-    inputs = tables(tmp_path, [PICTURES[0], None, b"", PICTURES[1], "HTTP 404", b"text", PICTURES[2]], per_shard=2)
+    inputs = tables(tmp_path, [IMAGES[0], None, b"", IMAGES[1], "HTTP 404", b"text", IMAGES[2]], per_shard=2)
     record = extract(descriptor(), inputs, tmp_path / "f.parquet", name="look", code="abc")
     features = read_features(tmp_path / "f.parquet", [f"i{row}" for row in range(7)])
     assert features.status.tolist() == ["ok", "missing", "failed", "ok", "failed", "failed", "ok"]
     assert record["counts"] == {"ok": 3, "missing": 1, "failed": 3}
     assert [one["item_id"] for one in record["failures"]] == ["i2", "i4", "i5"]
     assert [one["reason"] for one in record["failures"]][:2] == ["0 bytes", "HTTP 404"]
-    alone = descriptor().load().run([PICTURES[0], PICTURES[1], PICTURES[2]]).embedding
+    alone = descriptor().load().run([IMAGES[0], IMAGES[1], IMAGES[2]]).embedding
     assert np.array_equal(features.embedding[[0, 3, 6]], alone) and not features.embedding[[1, 2, 4, 5]].any()
     stored = read_metadata(tmp_path / "f.parquet")
     assert stored["identity"]["scikit_image_version"] and stored["preprocessing"] and stored["code"] == "abc"
     assert [path.name for path in tmp_path.glob(".f*")] == []
 
 
-def test_pictures_follow_their_items_when_shards_hold_them_in_another_order(tmp_path: Path) -> None:
+def test_images_follow_their_items_when_shards_hold_them_in_another_order(tmp_path: Path) -> None:
     import pyarrow as pa
 
     from cm3.common.tables import MANIFEST, read_table, write_table
 
-    inputs = tables(tmp_path, PICTURES[:6], per_shard=4)
+    inputs = tables(tmp_path, IMAGES[:6], per_shard=4)
     manifest = read_table(inputs["manifest"], MANIFEST).to_pydict()
     order = [4, 2, 5, 0, 3, 1]
     moved = {k: v if k == "item_id" else [v[place] for place in order] for k, v in manifest.items()}
     write_table(inputs["manifest"], pa.table(moved, schema=MANIFEST), MANIFEST)
     extract(descriptor(), inputs, tmp_path / "f.parquet")
-    expected = descriptor().load().run([PICTURES[place] for place in order]).embedding
+    expected = descriptor().load().run([IMAGES[place] for place in order]).embedding
     assert np.array_equal(read_features(tmp_path / "f.parquet").embedding, expected)
 
 
 def test_the_same_file_comes_out_for_any_shard_size_and_workers(tmp_path: Path) -> None:
-    inputs = tables(tmp_path, [*PICTURES, b"", None])
+    inputs = tables(tmp_path, [*IMAGES, b"", None])
     extract(descriptor(), inputs, tmp_path / "one.parquet")
     extract(descriptor(workers=2, shard_size=3), inputs, tmp_path / "two.parquet")
     assert (tmp_path / "one.parquet").read_bytes() == (tmp_path / "two.parquet").read_bytes()
@@ -81,18 +81,18 @@ def test_a_failure_in_the_middle_keeps_the_finished_shards(
 ) -> None:
     from extractors.image.descriptor import DescriptorExtractor, DescriptorSpec
 
-    inputs, output = tables(tmp_path, list(PICTURES)), tmp_path / "f.parquet"
+    inputs, output = tables(tmp_path, list(IMAGES)), tmp_path / "f.parquet"
     monkeypatch.setattr(DescriptorSpec, "shard_items", 4)
     run = DescriptorExtractor.run
     seen: list[int] = []
     asked: list[int] = []
     monkeypatch.setattr(DescriptorSpec, "warn_of_effort", lambda self, items: asked.append(items))
 
-    def counted(self: Any, pictures: Any, advance: Any) -> Any:
+    def counted(self: Any, images: Any, advance: Any) -> Any:
         seen.append(1)
         if len(seen) == 3:
             raise OSError("the disk went away")
-        return run(self, pictures, advance)
+        return run(self, images, advance)
 
     monkeypatch.setattr(DescriptorExtractor, "run", counted)
     with pytest.raises(OSError, match="went away"):
@@ -105,19 +105,19 @@ def test_a_failure_in_the_middle_keeps_the_finished_shards(
     assert record["counts"]["ok"] == 10 and not list(tmp_path.glob(".f.parquet.shards-*"))
 
 
-@pytest.mark.parametrize("change", ["code", "settings", "pictures"])
+@pytest.mark.parametrize("change", ["code", "settings", "images"])
 def test_finished_shards_of_other_code_settings_or_inputs_are_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     from extractors.image.descriptor import DescriptorExtractor, DescriptorSpec
 
     monkeypatch.setattr(DescriptorSpec, "shard_items", 4)
-    inputs, output = tables(tmp_path, list(PICTURES)), tmp_path / "f.parquet"
+    inputs, output = tables(tmp_path, list(IMAGES)), tmp_path / "f.parquet"
     with monkeypatch.context() as broken:
         broken.setattr("extractors.extract.write_features", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             extract(descriptor(), inputs, output, code="a")
-    if change == "pictures":
+    if change == "images":
         inputs = tables(tmp_path, [shape("square", "green", 64, seed) for seed in range(10)])
     seen: list[int] = []
     run = DescriptorExtractor.run
@@ -158,9 +158,9 @@ def stage(folder: Path, inputs: dict[str, Path], output: Path, shard: int) -> su
 
 
 def test_a_killed_job_goes_on_where_it_was_and_gives_identical_bytes(tmp_path: Path) -> None:
-    pictures: list[bytes | str | None] = [shape("circle", "green", 32 + row, row) for row in range(400)]
-    pictures += [b"not a picture %d" % row for row in range(40)] + [None] * 40
-    inputs = tables(tmp_path, pictures, per_shard=100)
+    images: list[bytes | str | None] = [shape("circle", "green", 32 + row, row) for row in range(400)]
+    images += [b"not an image %d" % row for row in range(40)] + [None] * 40
+    inputs = tables(tmp_path, images, per_shard=100)
     whole = tmp_path / "whole" / "f.parquet"
     assert stage(tmp_path, inputs, whole, 10).wait() == 0
 
@@ -185,7 +185,7 @@ def test_a_killed_job_goes_on_where_it_was_and_gives_identical_bytes(tmp_path: P
 
 
 def test_a_model_that_is_not_the_planned_one_is_refused(tmp_path: Path) -> None:
-    inputs = tables(tmp_path, [PICTURES[0]])
+    inputs = tables(tmp_path, [IMAGES[0]])
     spec = {"name": "look", "settings": DESCRIPTOR, "identity": {"scikit_image_version": "0.0.1"}}
     command = [
         sys.executable,
@@ -219,7 +219,7 @@ def test_nan_from_a_model_is_refused_and_the_items_are_named(tmp_path: Path) -> 
     assert not (tmp_path / "f.parquet").exists()
 
 
-def test_not_one_picture_and_not_one_readable_picture_are_errors(tmp_path: Path) -> None:
+def test_not_one_image_and_not_one_readable_image_are_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not one of 2 items has an input for image vectors"):
         extract(descriptor(), tables(tmp_path, [None, None]), tmp_path / "f.parquet")
     with pytest.raises(UserError, match="not one of 2 inputs came through, first reason: 0 bytes"):
@@ -231,7 +231,7 @@ def test_a_job_of_which_nothing_came_through_leaves_nothing_that_the_next_would_
 ) -> None:
     from extractors.image.descriptor import DescriptorExtractor
 
-    inputs, run = tables(tmp_path, PICTURES[:3]), DescriptorExtractor.run
+    inputs, run = tables(tmp_path, IMAGES[:3]), DescriptorExtractor.run
     monkeypatch.setattr(DescriptorExtractor, "run", lambda self, inputs, advance: run(self, [b"" for _ in inputs]))
     with pytest.raises(UserError, match="not one of 3 inputs came through"):
         extract(descriptor(), inputs, tmp_path / "f.parquet", code="abc")
@@ -240,16 +240,16 @@ def test_a_job_of_which_nothing_came_through_leaves_nothing_that_the_next_would_
 
 
 def test_the_manifest_is_read_once_however_many_shards_there_are(tmp_path: Path) -> None:
-    inputs = tables(tmp_path, [None, *PICTURES[:6]], per_shard=4)
-    source = read_pictures(inputs["items"], inputs["manifest"])
+    inputs = tables(tmp_path, [None, *IMAGES[:6]], per_shard=4)
+    source = read_images(inputs["items"], inputs["manifest"])
     inputs["manifest"].unlink()
     found = [list(source.stream(part)) for part in np.array_split(source.rows, 3)]
-    assert [one for part in found for one in part] == PICTURES[:6]
+    assert [one for part in found for one in part] == IMAGES[:6]
 
 
 def test_a_manifest_of_other_items_is_refused(tmp_path: Path) -> None:
-    inputs = tables(tmp_path, PICTURES[:2])
-    write_pictures(tmp_path / "images", PICTURES[:2], ids=["i1", "i0"])
+    inputs = tables(tmp_path, IMAGES[:2])
+    write_images(tmp_path / "images", IMAGES[:2], ids=["i1", "i0"])
     with pytest.raises(UserError, match="its item ids are not those of"):
         extract(descriptor(), inputs, tmp_path / "f.parquet")
 

@@ -10,7 +10,7 @@ import pytest
 import tiny_transformers
 import torch
 import transformers
-from fixtures_extractors import COLOURS, encoded, plain, shape, write_items, write_pictures
+from fixtures_extractors import COLOURS, encoded, plain, shape, write_images, write_items
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -20,7 +20,7 @@ from cm3.common.tables import read_features, read_metadata
 from extractors.extract import extract
 from extractors.image.transformers import TransformersVisionExtractor
 
-PICTURES = [
+IMAGES = [
     shape(kind, colour, 64, seed) for seed in range(3) for kind, colour in (("square", "red"), ("circle", "blue"))
 ]
 KINDS = list(tiny_transformers.vision_models())
@@ -41,7 +41,7 @@ def load(folder: Path, **more: Any) -> TransformersVisionExtractor:
     return loaded
 
 
-def pixels(picture: Image.Image) -> torch.Tensor:
+def pixels(image: Image.Image) -> torch.Tensor:
     """Return CLIP's preprocessing written out: short side to 32, centre cut out, 0..1, normalised."""
     side = tiny_transformers.SIDE
     steps = v2.Compose(
@@ -53,19 +53,19 @@ def pixels(picture: Image.Image) -> torch.Tensor:
             v2.Normalize([0.5, 0.4, 0.3], [0.2, 0.2, 0.2]),
         ]
     )
-    return steps(picture)
+    return steps(image)
 
 
-def bare(folder: Path, kind: str, pooling: str, picture: Image.Image) -> np.ndarray:
-    """Return a picture's vector by the library alone, each kind by hand."""
+def bare(folder: Path, kind: str, pooling: str, image: Image.Image) -> np.ndarray:
+    """Return an image's vector by the library alone, each kind by hand."""
     model = transformers.AutoModel.from_pretrained(folder).eval()
     before = {"dinov2-registers": 4}.get(kind, 0 if kind in WITHOUT_CLASS else 1)
     with torch.inference_mode():
         if kind in ("clip", "siglip"):
-            output = model.vision_model(pixel_values=pixels(picture)[None])
+            output = model.vision_model(pixel_values=pixels(image)[None])
             own = model.visual_projection(output.pooler_output) if kind == "clip" else output.pooler_output
         else:
-            output = model(pixel_values=pixels(picture)[None])
+            output = model(pixel_values=pixels(image)[None])
             own = output.pooler_output
         states = output.last_hidden_state
         states = states.flatten(2).transpose(1, 2) if kind == "resnet" else states
@@ -81,22 +81,22 @@ def test_vectors_are_those_of_the_library_itself(folders: dict[str, Path], kind:
             load(folders[kind], pooling=pooling)
         return
     random = np.random.default_rng(0).integers(0, 256, (48, 40, 3), np.uint8)
-    picture = Image.fromarray(random)
+    image = Image.fromarray(random)
     extractor = load(folders[kind], pooling=pooling)
-    found = extractor.encode([{"picture": encoded(picture)}, {"picture": PICTURES[0]}]).embedding
-    np.testing.assert_allclose(found[0], bare(folders[kind], kind, pooling, picture), atol=1e-4)
+    found = extractor.encode([{"image": encoded(image)}, {"image": IMAGES[0]}]).embedding
+    np.testing.assert_allclose(found[0], bare(folders[kind], kind, pooling, image), atol=1e-4)
     assert extractor.dim == found.shape[1] and not np.allclose(found[0], found[1], atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2"])
 def test_batch_equals_single_whatever_the_batch_size_and_workers(folders: dict[str, Path], kind: str) -> None:
     extractor = load(folders[kind])
-    alone = np.concatenate([extractor.run([picture]).embedding for picture in PICTURES])
+    alone = np.concatenate([extractor.run([image]).embedding for image in IMAGES])
     for batch in (2, 6):
-        found = load(folders[kind], batch_size=batch, workers=batch).run(PICTURES).embedding
+        found = load(folders[kind], batch_size=batch, workers=batch).run(IMAGES).embedding
         np.testing.assert_allclose(found, alone, atol=1e-5)
-        assert np.array_equal(found, load(folders[kind], batch_size=batch, workers=1).run(PICTURES).embedding)
-    unit = load(folders[kind], normalise=True).run(PICTURES).embedding
+        assert np.array_equal(found, load(folders[kind], batch_size=batch, workers=1).run(IMAGES).embedding)
+    unit = load(folders[kind], normalise=True).run(IMAGES).embedding
     np.testing.assert_allclose(unit, alone / np.linalg.norm(alone, axis=1, keepdims=True), atol=1e-5)
 
 
@@ -108,19 +108,19 @@ def test_an_image_tower_saved_with_its_projection_keeps_it(folders: dict[str, Pa
     tower.visual_projection.load_state_dict(whole.visual_projection.state_dict())
     tower.save_pretrained(tmp_path)
     shutil.copy(folders["clip"] / "preprocessor_config.json", tmp_path)
-    expected = load(folders["clip"]).run(PICTURES).embedding
-    np.testing.assert_allclose(load(tmp_path).run(PICTURES).embedding, expected, atol=1e-5)
-    cls = load(tmp_path, pooling="cls").run(PICTURES).embedding
-    np.testing.assert_allclose(cls, load(folders["clip"], pooling="cls").run(PICTURES).embedding, atol=1e-5)
+    expected = load(folders["clip"]).run(IMAGES).embedding
+    np.testing.assert_allclose(load(tmp_path).run(IMAGES).embedding, expected, atol=1e-5)
+    cls = load(tmp_path, pooling="cls").run(IMAGES).embedding
+    np.testing.assert_allclose(cls, load(folders["clip"], pooling="cls").run(IMAGES).embedding, atol=1e-5)
 
 
-def turned(picture: Image.Image) -> bytes:
+def turned(image: Image.Image) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6
-    return encoded(picture, "JPEG", exif=exif, quality=95)
+    return encoded(image, "JPEG", exif=exif, quality=95)
 
 
-def test_pictures_of_every_kind_have_a_vector_or_a_reason(folders: dict[str, Path]) -> None:
+def test_images_of_every_kind_have_a_vector_or_a_reason(folders: dict[str, Path]) -> None:
     red, extractor = COLOURS["red"], load(folders["clip"])
     frames = [Image.new("P", (20, 20), number) for number in range(3)]
     kinds = {
@@ -136,29 +136,29 @@ def test_pictures_of_every_kind_have_a_vector_or_a_reason(folders: dict[str, Pat
         "animated": encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]),
         "exif": turned(Image.new("RGB", (60, 30), red)),
     }
-    bad = [b"", b"text", PICTURES[0][:900], PICTURES[0][:300] + bytes(300)]
-    found = extractor.encode([{"picture": picture} for picture in [*kinds.values(), *bad]] + [{}])
+    bad = [b"", b"text", IMAGES[0][:900], IMAGES[0][:300] + bytes(300)]
+    found = extractor.encode([{"image": image} for image in [*kinds.values(), *bad]] + [{}])
     assert found.status.tolist()[: len(kinds)] == ["ok"] * len(kinds) and found.status[-1] == "missing"
     assert found.status[len(kinds)] == found.status[len(kinds) + 1] == "failed" and "0 bytes" in found.errors.values()
     assert np.isfinite(found.embedding).all()
     vectors = dict(zip(kinds, found.embedding, strict=False))
-    # A red picture is one whatever its shape; libraries take a height of 1 or 3 for channels.
+    # A red image is one whatever its shape; libraries take a height of 1 or 3 for channels.
     for same in ("high", "wide", "three", "three high", "palette"):
         np.testing.assert_allclose(vectors[same], vectors["dot"], atol=1e-4)
     white = extractor.run([plain("white", (9, 9)), encoded(Image.new("RGB", (9, 9), "white"))]).embedding[1]
     np.testing.assert_allclose(vectors["clear"], white, atol=1e-4)
 
 
-def test_exif_turns_the_picture(folders: dict[str, Path]) -> None:
-    picture = Image.new("RGB", (64, 64), "white")
-    picture.paste((200, 0, 0), (0, 0, 64, 20))
-    found = load(folders["clip"]).run([turned(picture), encoded(picture.rotate(-90)), encoded(picture)]).embedding
+def test_exif_turns_the_image(folders: dict[str, Path]) -> None:
+    image = Image.new("RGB", (64, 64), "white")
+    image.paste((200, 0, 0), (0, 0, 64, 20))
+    found = load(folders["clip"]).run([turned(image), encoded(image.rotate(-90)), encoded(image)]).embedding
     assert np.abs(found[0] - found[1]).max() < 0.2 * np.abs(found[0] - found[2]).max()
 
 
 def test_preprocessing_is_the_models_own_and_recorded(folders: dict[str, Path], tmp_path: Path) -> None:
     items = write_items(tmp_path, [{}] * 3)
-    manifest = write_pictures(tmp_path / "images", [PICTURES[0], None, b"x"])
+    manifest = write_images(tmp_path / "images", [IMAGES[0], None, b"x"])
     data = {"modality": "image", "backend": "transformers-vision", "weights": str(folders["vit"]), "pooling": "cls"}
     spec = extractors.parse_extractor("tiny", data | {"device": "cpu"}, "extractors.tiny")
     extract(spec, {"items": items, "manifest": manifest}, tmp_path / "f.parquet")
@@ -186,8 +186,8 @@ def test_a_random_pooler_is_never_used(folders: dict[str, Path], tmp_path: Path)
     headless = without(tmp_path / "vit", folders["vit"], "pooler.")
     with pytest.raises(UserError, match=r"2 tensors of ViTModel, .*: pooler\.dense\.bias is not in the checkpoint"):
         load(headless)
-    expected = load(folders["vit"], pooling="cls").run(PICTURES).embedding
-    assert np.array_equal(load(headless, pooling="cls").run(PICTURES).embedding, expected)
+    expected = load(folders["vit"], pooling="cls").run(IMAGES).embedding
+    assert np.array_equal(load(headless, pooling="cls").run(IMAGES).embedding, expected)
 
 
 def test_what_is_no_vision_model_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -204,5 +204,5 @@ def test_what_is_no_vision_model_is_refused(folders: dict[str, Path], tmp_path: 
     shutil.copytree(folders["vit"], tmp_path / "loose")
     settings = json.loads((tmp_path / "loose" / "preprocessor_config.json").read_text()) | {"do_center_crop": False}
     (tmp_path / "loose" / "preprocessor_config.json").write_text(json.dumps(settings))
-    with pytest.raises(UserError, match="its preprocessing leaves pictures in different sizes"):
+    with pytest.raises(UserError, match="its preprocessing leaves images in different sizes"):
         load(tmp_path / "loose")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import extractors
 from cm3.common.errors import UserError
 
-PICTURE = shape("circle", "blue", 64)
+IMAGE = shape("circle", "blue", 64)
 TEXTS = ["red shoe", "blue bag for women"]
 
 
@@ -88,8 +88,8 @@ def test_image_weights_may_be_pickles_of_tensors_too(tmp_path: Path) -> None:
     torch.save(weights | {"more": Code(tmp_path / "mark")}, tmp_path / "bad.pth")
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(weights))
     knobs = {"model": "test_efficientnet", "input_size": 64}
-    expected = load("timm", tmp_path / "w.safetensors", **knobs).run([PICTURE]).embedding
-    assert np.array_equal(load("timm", tmp_path / "w.pth", **knobs).run([PICTURE]).embedding, expected)
+    expected = load("timm", tmp_path / "w.safetensors", **knobs).run([IMAGE]).embedding
+    assert np.array_equal(load("timm", tmp_path / "w.pth", **knobs).run([IMAGE]).embedding, expected)
     for bad in ("bad.pth", "plain.pt"):
         with pytest.raises(UserError, match="a pickle that holds more than tensors"):
             load("timm", tmp_path / bad, **knobs)
@@ -103,8 +103,8 @@ def test_pickled_vision_weights_of_transformers_and_open_clip(tmp_path: Path) ->
     import open_clip
 
     vit = tiny_transformers.save_vision("vit", tmp_path / "vit")
-    expected = load("transformers-vision", vit).run([PICTURE]).embedding
-    found = load("transformers-vision", pickled(vit, tmp_path / "vit-bin", "pytorch_model.bin")).run([PICTURE])
+    expected = load("transformers-vision", vit).run([IMAGE]).embedding
+    found = load("transformers-vision", pickled(vit, tmp_path / "vit-bin", "pytorch_model.bin")).run([IMAGE])
     assert np.array_equal(found.embedding, expected)
 
     clip = tmp_path / "clip"
@@ -116,9 +116,9 @@ def test_pickled_vision_weights_of_transformers_and_open_clip(tmp_path: Path) ->
     }
     (clip / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
     save_file(open_clip.CLIP(**config).state_dict(), clip / "open_clip_model.safetensors")
-    expected = load("open_clip", clip).run([PICTURE]).embedding
+    expected = load("open_clip", clip).run([IMAGE]).embedding
     tensors = pickled(clip, tmp_path / "clip-bin", "open_clip_pytorch_model.bin")
-    assert np.array_equal(load("open_clip", tensors).run([PICTURE]).embedding, expected)
+    assert np.array_equal(load("open_clip", tensors).run([IMAGE]).embedding, expected)
     bad = pickled(clip, tmp_path / "clip-bad", "open_clip_pytorch_model.bin", Code(tmp_path / "mark"))
     with pytest.raises(UserError, match="a pickle that holds more than tensors"):
         load("open_clip", bad)

@@ -1,4 +1,4 @@
-"""Both pages in a real browser: nothing is asked for, pictures load, tables sort, texts stay texts, every width fits."""
+"""Both pages in a real browser: nothing is asked for, images load, tables sort, texts stay texts, every width fits."""
 
 import re
 from pathlib import Path
@@ -85,9 +85,9 @@ def test_what_the_policy_forbids_is_noticed_by_these_tests(browser, report, tmp_
     assert any("Content Security Policy" in text for text in tab.complaints())
 
 
-def test_pictures_load_as_they_come_into_view(browser, report):
+def test_images_load_as_they_come_into_view(browser, report):
     tab = browser.open(report)
-    images = "[...document.querySelectorAll('img[data-picture]')]"
+    images = "[...document.querySelectorAll('img[data-image]')]"
     assert tab.run(f"{images}.some((image) => !image.src)"), "those far away wait"
     tab.run("document.querySelector('#users').scrollIntoView()")
     tab.until("document.querySelector('#users .panel:not([hidden]) img').naturalWidth > 0")
@@ -99,7 +99,7 @@ def test_pictures_load_as_they_come_into_view(browser, report):
     assert max(size) == 160
 
 
-def test_printing_shows_every_picture(browser, report):
+def test_printing_shows_every_image(browser, report):
     tab = browser.open(report)
     tab.run("window.dispatchEvent(new Event('beforeprint'))")
     images = "[...document.querySelectorAll('.panel:not([hidden]) img, .gallery img')]"

@@ -1,4 +1,4 @@
-"""The page of an experiment: its numbers, neighbours, users, pictures and troubles, against the files that it is made of."""
+"""The page of an experiment: its numbers, neighbours, users, images and troubles, against the files that it is made of."""
 
 import json
 import re
@@ -112,7 +112,7 @@ def panels(page, which):
 
 
 def strips(html):
-    """Each strip of pictures in a part of the page: its label, and (title, line under it) of each card."""
+    """Each strip of images in a part of the page: its label, and (title, line under it) of each card."""
     found = {}
     for label, body in re.findall(r'<ul class="strip" tabindex="0" aria-label="([^"]*)">(.*?)</ul>', html, re.DOTALL):
         cards = re.findall(r'<li class="card( hit)?">.*?<bdi>(.*?)</bdi>(.*?)</li>', body, re.DOTALL)
@@ -192,18 +192,18 @@ def test_nothing_in_the_page_points_outside_it(made):
     assert policy.startswith("default-src 'none'; img-src data:; style-src 'sha256-")
 
 
-def test_every_chosen_picture_is_in_the_page_once(made):
+def test_every_chosen_image_is_in_the_page_once(made):
     _, _, facts, page = made
     island = json.loads(page.scripts[0])
-    wanted = {attributes["data-picture"] for tag, attributes in page.elements if tag == "img"}
-    assert wanted == set(island) and facts["pictures"] == len(island) and facts["pictures_left_out"] == 0
-    assert not {"5", "6", "7"} & wanted, "missing and damaged pictures have none"
+    wanted = {attributes["data-image"] for tag, attributes in page.elements if tag == "img"}
+    assert wanted == set(island) and facts["images"] == len(island) and facts["images_left_out"] == 0
+    assert not {"5", "6", "7"} & wanted, "missing and damaged images have none"
 
 
 def test_what_failed_is_counted_with_its_reasons(made):
     page = made[3]
     text = " ".join(page.text.split())
-    assert "Pictures: 3 of 30" in text and "Captions (caption): 1 of 30" in text and "Vectors (image): 1 of 30" in text
+    assert "Images: 3 of 30" in text and "Captions (caption): 1 of 30" in text and "Vectors (image): 1 of 30" in text
     assert "Texts: 30 of 30" not in text, "items with a title have a text"
     assert ["missing", "1", "nothing there", "item5"] in [[" ".join(cell.split()) for cell in row] for row in page.rows]
     assert any("the server says no" in " ".join(row) for row in page.rows)
@@ -223,7 +223,7 @@ def test_a_model_with_numbers_alone_still_has_a_page(tmp_path):
     inputs = page_shop.bare_experiment(tmp_path)
     facts = experiment_page(inputs=inputs, page_output=tmp_path / "report.html", figures_output=tmp_path / "figures")
     page = Page(tmp_path / "report.html")
-    assert facts["pictures"] == 0 and "interactions only" in page.text
+    assert facts["images"] == 0 and "interactions only" in page.text
     headings = re.findall(r"<h2[^>]*>([^<]*)</h2>", page.source)
     assert headings == [
         "What was run",
@@ -236,12 +236,12 @@ def test_a_model_with_numbers_alone_still_has_a_page(tmp_path):
     assert linked <= {f"#{a['id']}" for _, a in page.elements if "id" in a}
 
 
-def test_pictures_beyond_the_budget_are_left_out_and_said_so(made, tmp_path):
+def test_images_beyond_the_budget_are_left_out_and_said_so(made, tmp_path):
     inputs = made[0]
     facts = experiment_page(
         inputs=inputs, page_output=tmp_path / "report.html", figures_output=tmp_path / "figures", budget=9000
     )
     page = Page(tmp_path / "report.html")
-    assert facts["pictures_left_out"] > 0 and facts["pictures"] > 0
+    assert facts["images_left_out"] > 0 and facts["images"] > 0
     assert sum(map(len, json.loads(page.scripts[0]).values())) <= 9000
-    assert f"{facts['pictures_left_out']} pictures are left out" in page.text
+    assert f"{facts['images_left_out']} images are left out" in page.text

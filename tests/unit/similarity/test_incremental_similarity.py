@@ -37,7 +37,7 @@ def draw(case: str, n: int, seed: int = 0) -> np.ndarray:
     if case == "coarse":  # ties everywhere
         x = rng.integers(-1, 2, (n, 3)).astype(np.float32)
         x[~x.any(1)] = 1
-    elif case == "placeholder":  # a third of all items have the same picture
+    elif case == "placeholder":  # a third of all items have the same image
         x[rng.permutation(n)[: n // 3]] = x[0]
     return x
 

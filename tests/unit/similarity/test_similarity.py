@@ -152,7 +152,7 @@ def test_approximate_neighbours_have_exact_scores_and_a_measured_recall(tmp_path
 
 def test_rows_for_which_faiss_finds_too_little_are_searched_exactly(monkeypatch):
     pytest.importorskip("faiss", reason="faiss-cpu is not installed")
-    from cm3 import approximate
+    from cm3.similarity import approximate
 
     def poor(*given):
         found, breadth = honest(*given)

@@ -1,11 +1,11 @@
 "use strict";
 
-// Pictures stand once in the page, as a table by item, and go into their <img> when they come near the screen.
-const table = document.getElementById("pictures");
-const pictures = table ? JSON.parse(table.textContent) : {};
-const waiting = [...document.querySelectorAll("img[data-picture]")];
+// Images stand once in the page, as a table by item, and go into their <img> when they come near the screen.
+const table = document.getElementById("images");
+const images = table ? JSON.parse(table.textContent) : {};
+const waiting = [...document.querySelectorAll("img[data-image]")];
 const show = (image) => {
-  if (!image.src) image.src = pictures[image.dataset.picture];
+  if (!image.src) image.src = images[image.dataset.image];
 };
 if ("IntersectionObserver" in window) {
   const watcher = new IntersectionObserver(

@@ -5,7 +5,7 @@ import ipaddress
 
 import pytest
 
-from cm3.datasets.images import hosts as pictures_hosts
+from cm3.datasets.images import hosts as images_hosts
 from cm3.datasets.images.hosts import Host, PublicResolver, RefusedError, is_public
 
 
@@ -51,8 +51,8 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
-        monkeypatch.setattr(pictures_hosts, "_now", lambda: self.now)
-        monkeypatch.setattr(pictures_hosts.asyncio, "sleep", self.sleep)
+        monkeypatch.setattr(images_hosts, "_now", lambda: self.now)
+        monkeypatch.setattr(images_hosts.asyncio, "sleep", self.sleep)
 
     async def sleep(self, seconds: float) -> None:
         self.now += seconds

@@ -1,4 +1,4 @@
-"""Pictures: good ones are stored byte for byte, every bad kind is reported, none is dropped."""
+"""Images: good ones are stored byte for byte, every bad kind is reported, none is dropped."""
 
 import gzip
 import hashlib
@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from oracles_sources import items_file, picture
+from oracles_sources import image, items_file
 from PIL import Image
 
 from cm3.common.errors import UserError
-from cm3.common.images import iter_pictures
+from cm3.common.images import iter_images
 from cm3.common.tables import MANIFEST, read_table
 from cm3.datasets.images.config import Images
-from cm3.datasets.images.stage import collect_pictures
+from cm3.datasets.images.stage import collect_images
 from cm3.datasets.images.validate import PlaceholderError, UnreadableError, examine, strict_decoding
 
 
@@ -27,7 +27,7 @@ def collect(tmp_path: Path, references: dict[str, Any], spec: dict[str, Any], **
     manifest = tmp_path / "out" / "manifest.parquet"
     runtime = options.pop("runtime", {})
     options.setdefault("inputs", {})
-    collect_pictures(spec, runtime, items, manifest=manifest, **options)
+    collect_images(spec, runtime, items, manifest=manifest, **options)
     return read_table(manifest, MANIFEST).to_pylist()
 
 
@@ -53,17 +53,17 @@ def png_of(width: int, height: int, text: bytes = b"") -> bytes:
 
 BAD = {
     "empty": (b"", "0 bytes"),
-    "text": (b"this is a text file\n", "not a picture; it starts with b'this is a text"),
-    "page": (b"<html><body>404</body></html>", "not a picture"),
-    "truncated": (picture(colour="noise", size=(200, 200))[:2000], "corrupt: .*truncated"),
-    "corrupt": (picture()[:30] + bytes(range(256)) * 4, "(corrupt|not a picture)"),
+    "text": (b"this is a text file\n", "not an image; it starts with b'this is a text"),
+    "page": (b"<html><body>404</body></html>", "not an image"),
+    "truncated": (image(colour="noise", size=(200, 200))[:2000], "corrupt: .*truncated"),
+    "corrupt": (image()[:30] + bytes(range(256)) * 4, "(corrupt|not an image)"),
     "bomb": (png_of(20_000, 20_000), "(20000 x 20000 pixels are more than|too many pixels)"),
     "wide": (png_of(70_000, 1_000), "70000 x 1000 pixels are more than the 64000000 allowed"),
     "hollow": (png_of(500, 500), "corrupt"),
-    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
+    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
     "chatty": (png_of(10, 10, bytes(50_000_000)), "corrupt: Decompressed data too large"),
-    "svg": (b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"></svg>', "not a picture"),
-    "gzip": (gzip.compress(picture()), "not a picture"),
+    "svg": (b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"></svg>', "not an image"),
+    "gzip": (gzip.compress(image()), "not an image"),
 }
 
 
@@ -75,8 +75,8 @@ def test_bad_bytes_are_refused_with_the_reason(kind: str):
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
-def test_examine_tells_what_a_picture_is(format: str):
-    data = picture((37, 21), format=format)
+def test_examine_tells_what_a_image_is(format: str):
+    data = image((37, 21), format=format)
     found = examine(data, 64_000_000)
     assert (found.width, found.height, found.format) == (37, 21, format)
     assert found.sha256 == hashlib.sha256(data).hexdigest()
@@ -101,7 +101,7 @@ UNUSUAL = {
 
 
 @pytest.mark.parametrize("kind", UNUSUAL)
-def test_unusual_pictures_are_pictures(kind: str):
+def test_unusual_images_are_images(kind: str):
     found = examine(UNUSUAL[kind], 64_000_000)
     assert (found.width, found.height) == (90, 70)
 
@@ -140,12 +140,12 @@ def test_a_jpeg_is_judged_as_by_decoding_it_at_full_size(mode: str, options: dic
 @pytest.mark.parametrize("size", [(1, 1), (2, 2), (1, 500), (500, 2)])
 def test_dots_are_placeholders(size: tuple[int, int]):
     with pytest.raises(PlaceholderError, match=f"a placeholder of {size[0]} x {size[1]} pixels"):
-        examine(picture(size, format="PNG"), 64_000_000)
+        examine(image(size, format="PNG"), 64_000_000)
 
 
 def test_placeholders_are_missing(tmp_path: Path):
-    blank, good = picture(colour="white"), picture()
-    for name, data in {"a": blank, "b": good, "c": picture((1, 1), format="GIF")}.items():
+    blank, good = image(colour="white"), image()
+    for name, data in {"a": blank, "b": good, "c": image((1, 1), format="GIF")}.items():
         (tmp_path / f"{name}.jpg").write_bytes(data)
     digest = hashlib.sha256(blank).hexdigest()
     spec = local(tmp_path, pattern="{item_id}.jpg", placeholders=[digest])
@@ -167,13 +167,13 @@ def test_a_placeholder_is_named_by_its_sha256(digest: Any):
 def test_bombs_warn_as_errors_in_all_threads(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with strict_decoding(), pytest.raises(UnreadableError, match="too many pixels"):
-        examine(picture(), 64_000_000)
+        examine(image(), 64_000_000)
 
 
 def test_every_item_has_its_row_in_item_order(tmp_path: Path):
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
-    good = {"a": picture(), "c": picture(colour="blue", format="PNG"), "e": picture()}
+    good = {"a": image(), "c": image(colour="blue", format="PNG"), "e": image()}
     for name, data in {**good, **{kind: data for kind, (data, _) in BAD.items()}}.items():
         (folder / f"{name}.jpg").write_bytes(data)
     ids = ["a", "b", *BAD, "c", "d", "e"]
@@ -185,19 +185,19 @@ def test_every_item_has_its_row_in_item_order(tmp_path: Path):
     by_id = {row["item_id"]: row for row in rows}
     assert by_id["b"]["url"] == str(folder / "b.jpg") and by_id["b"]["error"] == "no such file"
     assert (by_id["c"]["width"], by_id["c"]["height"], by_id["c"]["format"]) == (40, 30, "PNG")
-    # Equal pictures are stored once, and come back byte for byte.
+    # Equal images are stored once, and come back byte for byte.
     assert (by_id["a"]["shard"], by_id["a"]["row"]) == (by_id["e"]["shard"], by_id["e"]["row"])
-    assert {ids[item]: data for item, data in iter_pictures(tmp_path / "out" / "manifest.parquet")} == good
+    assert {ids[item]: data for item, data in iter_images(tmp_path / "out" / "manifest.parquet")} == good
 
 
 def test_shards_depend_on_bytes_alone_and_stale_ones_go(tmp_path: Path):
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
-    pictures = {f"p{n:03d}": picture((20 + n, 20), colour="noise") for n in range(150)}
-    for name, data in pictures.items():
+    images = {f"p{n:03d}": image((20 + n, 20), colour="noise") for n in range(150)}
+    for name, data in images.items():
         (folder / f"{name}.jpg").write_bytes(data)
     spec = local(folder, pattern="{item_id}.jpg")
-    references: dict[str, Any] = {name: [] for name in pictures}
+    references: dict[str, Any] = {name: [] for name in images}
     collect(tmp_path, references, spec, shard_bytes=15_000, runtime={"threads": 1})
     shards = sorted((tmp_path / "out").glob("shard-*.parquet"))
     first = [shard.read_bytes() for shard in shards]
@@ -205,30 +205,30 @@ def test_shards_depend_on_bytes_alone_and_stale_ones_go(tmp_path: Path):
     rows = collect(tmp_path, references, spec, shard_bytes=15_000, runtime={"threads": 4})
     assert [shard.read_bytes() for shard in shards] == first
     for number in range(len(shards)):
-        assert sum(len(pictures[row["item_id"]]) for row in rows if row["shard"] == number) <= 15_000
-    assert dict(iter_pictures(tmp_path / "out" / "manifest.parquet")) == dict(enumerate(pictures.values()))
+        assert sum(len(images[row["item_id"]]) for row in rows if row["shard"] == number) <= 15_000
+    assert dict(iter_images(tmp_path / "out" / "manifest.parquet")) == dict(enumerate(images.values()))
     collect(tmp_path, references, spec)
     assert [path.name for path in sorted((tmp_path / "out").glob("shard-*"))] == ["shard-00000.parquet"]
-    assert dict(iter_pictures(tmp_path / "out" / "manifest.parquet")) == dict(enumerate(pictures.values()))
+    assert dict(iter_images(tmp_path / "out" / "manifest.parquet")) == dict(enumerate(images.values()))
 
 
 def test_a_shard_that_is_gone_says_what_to_delete_and_is_made_again(tmp_path: Path):
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
-    (folder / "a.jpg").write_bytes(picture((20, 20)))
+    (folder / "a.jpg").write_bytes(image((20, 20)))
     spec, manifest = local(folder, pattern="{item_id}.jpg"), tmp_path / "out" / "manifest.parquet"
     collect(tmp_path, {"a": []}, spec)
     (tmp_path / "out" / "shard-00000.parquet").unlink()
     with pytest.raises(UserError, match=r"shard-00000\.parquet: is gone.*delete manifest\.parquet beside it"):
-        dict(iter_pictures(manifest))
+        dict(iter_images(manifest))
     manifest.unlink()
     collect(tmp_path, {"a": []}, spec)
-    assert dict(iter_pictures(manifest)) == {0: (folder / "a.jpg").read_bytes()}
+    assert dict(iter_images(manifest)) == {0: (folder / "a.jpg").read_bytes()}
 
 
 def test_the_items_own_column_names_the_file(tmp_path: Path):
     (tmp_path / "shop" / "sub").mkdir(parents=True)
-    (tmp_path / "shop" / "sub" / "x.jpg").write_bytes(picture())
+    (tmp_path / "shop" / "sub" / "x.jpg").write_bytes(image())
     references = {"a": ["sub/x.jpg"], "b": [], "c": ["http://example.com/x.jpg"], "d": ["none.jpg", "sub/x.jpg"]}
     rows = collect(tmp_path, references, local(tmp_path / "shop"))
     assert [row["status"] for row in rows] == ["ok", "missing", "failed", "ok"]
@@ -239,10 +239,10 @@ def test_nothing_outside_the_folder_is_read(tmp_path: Path):
     shop = tmp_path / "shop"
     shop.mkdir()
     secret = tmp_path / "secret.jpg"
-    secret.write_bytes(picture())
+    secret.write_bytes(image())
     (shop / "link.jpg").symlink_to(secret)
     (shop / "inner.jpg").symlink_to(shop / "real.jpg")
-    (shop / "real.jpg").write_bytes(picture())
+    (shop / "real.jpg").write_bytes(image())
     os.mkfifo(shop / "pipe.jpg")
     (shop / "folder.jpg").mkdir()
     references = {
@@ -265,18 +265,18 @@ def test_nothing_outside_the_folder_is_read(tmp_path: Path):
 
 def test_patterns_are_tried_in_order(tmp_path: Path):
     (tmp_path / "012").mkdir()
-    (tmp_path / "012" / "01234.jpg").write_bytes(picture())
-    (tmp_path / "56789.png").write_bytes(picture(format="PNG"))
+    (tmp_path / "012" / "01234.jpg").write_bytes(image())
+    (tmp_path / "56789.png").write_bytes(image(format="PNG"))
     spec = local(tmp_path, pattern=["{item_id:.3}/{item_id}.jpg", "{item_id}.png"])
     rows = collect(tmp_path, {"01234": [], "56789": [], "99999": []}, spec)
     assert [row["status"] for row in rows] == ["ok", "ok", "missing"]
     assert rows[2]["url"].endswith("999/99999.jpg")
 
 
-def test_a_bad_picture_leads_to_the_next(tmp_path: Path):
-    (tmp_path / "good.jpg").write_bytes(picture())
+def test_a_bad_image_leads_to_the_next(tmp_path: Path):
+    (tmp_path / "good.jpg").write_bytes(image())
     (tmp_path / "text.jpg").write_bytes(b"this is a text file")
-    (tmp_path / "dot.jpg").write_bytes(picture((1, 1), format="PNG"))
+    (tmp_path / "dot.jpg").write_bytes(image((1, 1), format="PNG"))
     bad = ["http://h/a.jpg", "../a.jpg", "text.jpg", "dot.jpg", "good.jpg/x.jpg", "a\0b"]
     references = {f"{n}": [name, "good.jpg"] for n, name in enumerate(bad)}
     assert {row["status"] for row in collect(tmp_path, references, local(tmp_path))} == {"ok"}
@@ -305,7 +305,7 @@ def test_without_an_images_section_all_are_missing(tmp_path: Path):
 
 
 def test_a_file_above_the_byte_cap_fails(tmp_path: Path):
-    (tmp_path / "a.jpg").write_bytes(picture(colour="noise", size=(300, 300)))
+    (tmp_path / "a.jpg").write_bytes(image(colour="noise", size=(300, 300)))
     rows = collect(tmp_path, {"a": []}, local(tmp_path, pattern="{item_id}.jpg", max_bytes=1000))
     assert rows[0]["status"] == "failed" and "1000 bytes" in rows[0]["error"]
 
@@ -314,5 +314,5 @@ def test_the_fashion_shops_photos(tmp_path: Path, hm: Path):
     names = [path.stem for path in sorted((hm / "images").iterdir())[:300]]
     rows = collect(tmp_path, {name: [f"images/{name}.jpg"] for name in names}, local(hm))
     assert {row["status"] for row in rows} == {"ok"}
-    for item, data in iter_pictures(tmp_path / "out" / "manifest.parquet", [7, 299]):
+    for item, data in iter_images(tmp_path / "out" / "manifest.parquet", [7, 299]):
         assert data == (hm / "images" / f"{names[item]}.jpg").read_bytes()

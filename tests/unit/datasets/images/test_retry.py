@@ -16,13 +16,13 @@ from typing import Any
 import image_server
 import pyarrow.parquet as pq
 import pytest
-from oracles_sources import in_turn, items_file, picture, respond, serving
+from oracles_sources import image, in_turn, items_file, respond, serving
 from repository import ROOT
 
-from cm3.common.images import iter_pictures
+from cm3.common.images import iter_images
 from cm3.common.tables import MANIFEST, read_table
 from cm3.datasets.images.config import Images
-from cm3.datasets.images.stage import collect_pictures
+from cm3.datasets.images.stage import collect_images
 
 RUNTIME = {"rate": 1e6, "concurrency": 4, "attempts": 3, "pause": 0.01, "timeout": 20.0, "threads": 2}
 
@@ -34,7 +34,7 @@ def spec(**more: Any) -> dict[str, Any]:
 def collect(folder: Path, references: dict[str, Any], shard_bytes: int = 10**6, **settings: Any) -> dict[str, Any]:
     """Run the stage; return its facts."""
     items = items_file(folder / "items.parquet", references)
-    return collect_pictures(spec(**settings), RUNTIME, items, {}, folder / "out" / "manifest.parquet", shard_bytes)
+    return collect_images(spec(**settings), RUNTIME, items, {}, folder / "out" / "manifest.parquet", shard_bytes)
 
 
 def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
@@ -53,7 +53,7 @@ def shop() -> Iterator[image_server.Address]:
 
 
 def items_of(shop: image_server.Address, numbers: range) -> dict[str, list[str]]:
-    """One picture an item; each third has a second address, which it needs where the first gives nothing."""
+    """One image an item; each third has a second address, which it needs where the first gives nothing."""
     return {f"i{n}": [shop.url(n), *([shop.url(n + 50)] if n % 3 == 0 else [])] for n in numbers}
 
 
@@ -151,7 +151,7 @@ while status:
         left = kill
         pathlib.Path.replace, pathlib.Path.unlink = deadly(pathlib.Path.replace), deadly(pathlib.Path.unlink)
         os.unlink, os.rmdir = deadly(os.unlink), deadly(os.rmdir)
-        cm3.datasets.images.stage.collect_pictures.__defaults__ = (30_000,)
+        cm3.datasets.images.stage.collect_images.__defaults__ = (30_000,)
         sys.argv = [word.replace(base, f"{base}{kill}") for word in sys.argv]
         cm3.datasets.images.stage.main()
         os._exit(0)
@@ -179,7 +179,7 @@ def test_killed_before_any_change_of_a_file_it_ends_with_the_same_bytes(shop: im
         assert {name for name in ours if not name.startswith((".manifest", ".images", "images"))} == set(whole), folder
     asked = Counter(shop.asked()) - before
     # 2017 is truncated, so every rerun asks for it, twice where the first died after it was done. So is 2016, but its
-    # item has another picture. All else below 2100 is known.
+    # item has another image. All else below 2100 is known.
     assert {n for n in asked if n < 2100} == {2017}
     new = [count for number, count in asked.items() if number >= 2100]
     assert set(new) == {len(folders)} and max(asked.values()) <= len(folders) + 10
@@ -189,7 +189,7 @@ def test_killed_before_any_change_of_a_file_it_ends_with_the_same_bytes(shop: im
 def test_run_again_it_asks_only_for_what_failed(shop: image_server.Address, tmp_path: Path):
     references = items_of(shop, range(3000, 3100))
     first = collect(tmp_path, references, 40_000)
-    assert first["pictures_known_before"] == 0 and first["pictures_failed"] > 0
+    assert first["images_known_before"] == 0 and first["images_failed"] > 0
     files, before = files_of(tmp_path), Counter(shop.asked())
     (tmp_path / "out" / "manifest.parquet").unlink()
     second = collect(tmp_path, references, 40_000)
@@ -197,11 +197,11 @@ def test_run_again_it_asks_only_for_what_failed(shop: image_server.Address, tmp_
     failed = [name for name, row in rows_of(tmp_path).items() if row["status"] == "failed"]
     assert failed and asked == {int(name[1:]): 1 for name in failed}
     assert files_of(tmp_path) == files
-    assert second["pictures_known_before"] == second["pictures_ok"] == first["pictures_ok"]
+    assert second["images_known_before"] == second["images_ok"] == first["images_ok"]
 
 
 def test_what_failed_and_is_mended_joins_the_rest(tmp_path: Path):
-    good, other = picture(), picture(colour="blue")
+    good, other = image(), image(colour="blue")
     with serving() as server:
         server.answers = {"/a": respond(good), "/b": in_turn(respond(other[:300]), respond(other))}
         references = {name: [server.url(f"/{name}")] for name in "abc"}
@@ -211,25 +211,25 @@ def test_what_failed_and_is_mended_joins_the_rest(tmp_path: Path):
         assert server.asked == ["/a", "/b", "/c", "/b"] or sorted(server.asked) == ["/a", "/b", "/b", "/c"]
         collect(tmp_path / "once", references)
     assert files_of(tmp_path / "again") == files_of(tmp_path / "once")
-    assert dict(iter_pictures(tmp_path / "again" / "out" / "manifest.parquet")) == {0: good, 1: other}
+    assert dict(iter_images(tmp_path / "again" / "out" / "manifest.parquet")) == {0: good, 1: other}
 
 
-def test_an_item_that_has_a_picture_keeps_it(tmp_path: Path):
-    first, second = picture(), picture(colour="blue")
+def test_an_item_that_has_a_image_keeps_it(tmp_path: Path):
+    first, second = image(), image(colour="blue")
     with serving() as server:
         server.answers = {"/a": in_turn(respond(first[:300]), respond(first)), "/b": respond(second)}
         references = {"x": [server.url("/a"), server.url("/b")]}
         for _ in range(2):
             collect(tmp_path, references)
             assert rows_of(tmp_path)["x"]["url"] == server.url("/b") and sorted(server.asked) == ["/a", "/b"]
-        # An item that has nothing else does ask again, and then the picture is there for both.
+        # An item that has nothing else does ask again, and then the image is there for both.
         collect(tmp_path, {**references, "y": references["x"][:1]})
         assert {row["url"] for row in rows_of(tmp_path).values()} == {server.url("/a")}
         assert sorted(server.asked) == ["/a", "/a", "/b"]
 
 
 def test_new_settings_hold_for_what_is_known(tmp_path: Path):
-    good, large = picture(), picture((400, 300), colour="noise")
+    good, large = image(), image((400, 300), colour="noise")
     with serving() as server:
         server.answers = {
             "/a": respond(good),
@@ -262,30 +262,30 @@ def spoil(path: Path, where: int) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("damage", ["picture", "footer", "known", "gone"])
+@pytest.mark.parametrize("damage", ["image", "footer", "known", "gone"])
 def test_damaged_leftovers_are_fetched_again(tmp_path: Path, damage: str):
-    pictures = {name: picture(colour=name) for name in ("red", "blue", "green")}
+    images = {name: image(colour=name) for name in ("red", "blue", "green")}
     with serving() as server:
-        server.answers = {f"/{name}": respond(data) for name, data in pictures.items()}
-        references = {name: [server.url(f"/{name}")] for name in pictures}
+        server.answers = {f"/{name}": respond(data) for name, data in images.items()}
+        references = {name: [server.url(f"/{name}")] for name in images}
         collect(tmp_path, references)
         files, shard = files_of(tmp_path), tmp_path / "out" / "shard-00000.parquet"
         server.asked.clear()
         if damage == "gone":
             shard.unlink()
-        elif damage == "picture":
-            spoil(shard, shard.read_bytes().index(pictures["blue"]) + 200)
+        elif damage == "image":
+            spoil(shard, shard.read_bytes().index(images["blue"]) + 200)
         else:
             spoil(shard if damage == "footer" else tmp_path / "out" / ".known.parquet", -10)
         collect(tmp_path, references)
-        assert sorted(server.asked) == (["/blue"] if damage == "picture" else ["/blue", "/green", "/red"])
+        assert sorted(server.asked) == (["/blue"] if damage == "image" else ["/blue", "/green", "/red"])
     assert files_of(tmp_path) == files
 
 
 def test_a_torn_journal_is_believed_as_far_as_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     names = ("red", "blue", "green", "teal")
     with serving() as server:
-        server.answers = {f"/{name}": respond(picture(colour=name)) for name in names}
+        server.answers = {f"/{name}": respond(image(colour=name)) for name in names}
         references = {name: [server.url(f"/{name}")] for name in (*names, "none")}
         collect(tmp_path / "whole", references)
         with monkeypatch.context() as patch:
@@ -317,7 +317,7 @@ def test_settings_that_differ_from_those_of_a_stopped_run_are_asked_about(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     with serving() as server:
-        server.answers = {"/a": respond(picture()), "/b": respond(picture((200, 200))), "/down": respond(b"", 503)}
+        server.answers = {"/a": respond(image()), "/b": respond(image((200, 200))), "/down": respond(b"", 503)}
         references = {name: [server.url(f"/{name}")] for name in ("a", "b", "down")}
         for settings, asked in (({"max_pixels": 2000}, 5), ({"max_pixels": 2000}, 8), ({}, 12)):
             with monkeypatch.context() as patch:
@@ -330,7 +330,7 @@ def test_settings_that_differ_from_those_of_a_stopped_run_are_asked_about(
     assert [row["status"] for row in rows_of(tmp_path).values()] == ["ok", "ok", "failed"]
 
 
-def test_earlier_pictures_in_another_order(tmp_path: Path, shop: image_server.Address):
+def test_earlier_images_in_another_order(tmp_path: Path, shop: image_server.Address):
     references = items_of(shop, range(4100, 4190))
     collect(tmp_path, references, 30_000)
     shuffled = dict(random.Random(1).sample(sorted(references.items()), len(references)))

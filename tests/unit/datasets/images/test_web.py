@@ -1,4 +1,4 @@
-"""Pictures from the web: each fault of a server has its row and its reason, and none stops or hangs the stage."""
+"""Images from the web: each fault of a server has its row and its reason, and none stops or hangs the stage."""
 
 import errno
 import gzip
@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from oracles_sources import cut_short, in_turn, items_file, picture, respond, serving
+from oracles_sources import cut_short, image, in_turn, items_file, respond, serving
 
 from cm3.common.errors import UserError
 from cm3.common.tables import MANIFEST, read_table
 from cm3.datasets.images.config import Images
 from cm3.datasets.images.fetch import without_asking
-from cm3.datasets.images.stage import collect_pictures
+from cm3.datasets.images.stage import collect_images
 from cm3.datasets.images.store import Store
 
 FAST = {"attempts": 3, "pause": 0.01, "rate": 10_000.0, "timeout": 5.0, "threads": 2}
@@ -29,7 +29,7 @@ def collect(folder: Path, references: dict[str, Any], spec: dict[str, Any], **ru
     """Run the stage; return its rows by item id, and its facts under "facts"."""
     items = items_file(folder / "items.parquet", references)
     manifest = folder / "out" / "manifest.parquet"
-    facts = collect_pictures(spec, {**FAST, **runtime}, items, {}, manifest)
+    facts = collect_images(spec, {**FAST, **runtime}, items, {}, manifest)
     return {"facts": facts, **{row["item_id"]: row for row in read_table(manifest, MANIFEST).to_pylist()}}
 
 
@@ -59,9 +59,9 @@ def bare(answer: bytes) -> Any:
     return write
 
 
-GOOD = picture()
+GOOD = image()
 FAULTS: dict[str, tuple[Any, str, str, str]] = {
-    "gone": (respond(b"", 410), "missing", "HTTP 410", "HTTP 410: there is no such picture"),
+    "gone": (respond(b"", 410), "missing", "HTTP 410", "HTTP 410: there is no such image"),
     "forbidden": (respond(b"", 403), "failed", "HTTP 403", "HTTP 403"),
     "down": (respond(b"", 503), "failed", "HTTP 503", "HTTP 503"),
     "broken once": (in_turn(respond(b"", 500), respond(GOOD)), "ok", "", ""),
@@ -71,9 +71,9 @@ FAULTS: dict[str, tuple[Any, str, str, str]] = {
     "silent": (bare(b""), "failed", "connection cut", "cut"),
     "truncated": (respond(GOOD[:-40]), "failed", "truncated", "corrupt: "),
     "empty": (respond(b""), "failed", "empty", "0 bytes"),
-    "page": (respond(b"<html>no picture", kind="text/html"), "failed", "not a picture", "starts with b'<html>"),
-    "packed": (respond(gzip.compress(GOOD), Content_Encoding="gzip"), "failed", "not a picture", "not a picture"),
-    "dot": (respond(picture((1, 1), format="GIF")), "missing", "placeholder", "1 x 1"),
+    "page": (respond(b"<html>no image", kind="text/html"), "failed", "not an image", "starts with b'<html>"),
+    "packed": (respond(gzip.compress(GOOD), Content_Encoding="gzip"), "failed", "not an image", "not an image"),
+    "dot": (respond(image((1, 1), format="GIF")), "missing", "placeholder", "1 x 1"),
     "large": (respond(bytes(300_000)), "failed", "too many bytes", "more than the 200000 bytes allowed"),
     "endless": (endless, "failed", "too many bytes", "more than the 200000 bytes allowed"),
     "moved": (respond(b"", 302, Location="/good.jpg"), "ok", "", ""),
@@ -95,7 +95,7 @@ def test_each_fault_has_its_status_and_reason(tmp_path: Path):
         server.answers |= {"/loop": respond(b"", 302, Location="loop"), "/good.jpg": respond(GOOD)}
         references = {name: [server.url(f"/{name}.jpg")] for name in FAULTS} | {"good": [server.url("/good.jpg")]}
         rows = collect(tmp_path, references, web(max_bytes=200_000))
-        # A candidate that fails leads on to the next; the picture is then as good as any.
+        # A candidate that fails leads on to the next; the image is then as good as any.
         second = {name: [urls[0], server.url("/good.jpg")] for name, urls in references.items()}
         server.asked.clear()
         both = collect(tmp_path / "second", second, web(max_bytes=200_000), attempts=1)
@@ -104,9 +104,9 @@ def test_each_fault_has_its_status_and_reason(tmp_path: Path):
         assert reason in (rows[name]["error"] or ""), (name, rows[name]["error"])
         assert (rows[name]["error"] or "x").isprintable() and len(rows[name]["error"] or "") < 200
         assert not kind or rows["facts"]["reasons"][kind] >= 1, name
-    assert rows["facts"]["reasons"]["too many bytes"] == 2 and rows["facts"]["pictures_missing"] == 3
+    assert rows["facts"]["reasons"]["too many bytes"] == 2 and rows["facts"]["images_missing"] == 3
     assert {both[name]["status"] for name in FAULTS} == {"ok"}
-    assert len({both[name]["sha256"] for name in FAULTS}) == 1 and both["facts"]["distinct_pictures"] == 1
+    assert len({both[name]["sha256"] for name in FAULTS}) == 1 and both["facts"]["distinct_images"] == 1
     assert not (tmp_path / "out" / ".downloads").exists() and not (tmp_path / "out" / ".fresh").exists()
 
 
@@ -131,7 +131,7 @@ def test_a_row_is_missing_only_if_all_its_urls_are(tmp_path: Path):
 def test_servers_that_have_nothing_do_not_stop_the_run(tmp_path: Path):
     with serving() as server:
         rows = collect(tmp_path, {"a": [server.url("/a")], "b": [server.url("/b")]}, web())
-    assert rows["facts"]["pictures_missing"] == 2 and rows["facts"]["reasons"] == {"HTTP 404": 2}
+    assert rows["facts"]["images_missing"] == 2 and rows["facts"]["reasons"] == {"HTTP 404": 2}
 
 
 def test_slow_drips_end(tmp_path: Path):
@@ -154,16 +154,14 @@ def test_hosts_that_are_down_end_the_run_soon_and_clearly(tmp_path: Path):
     port = closed_port()
     dead = {f"i{n}": [f"http://127.0.0.1:{port}/{n}.jpg"] for n in range(3000)}
     started = time.monotonic()
-    with pytest.raises(
-        UserError, match=r"none of 3000 pictures .* no host answered .*Check the network, and images\.h"
-    ):
+    with pytest.raises(UserError, match=r"none of 3000 images .* no host answered .*Check the network, and images\.h"):
         collect(tmp_path, dead, web(), pause=0.2)
     assert time.monotonic() - started < 10
     with serving() as server:
         server.answers = {"/good": respond(GOOD)}
         other = server.url("/good").replace("127.0.0.1", "localhost")
         rows = collect(tmp_path, {**dead, "good": [other]}, web(hosts=["127.0.0.1", "localhost"]), attempts=1)
-    assert rows["facts"]["pictures_failed"] == 3000 and rows["good"]["status"] == "ok"
+    assert rows["facts"]["images_failed"] == 3000 and rows["good"]["status"] == "ok"
     assert rows["facts"]["reasons"] == {"no connection": 3000} and rows["facts"]["urls_asked"] < 1000
 
 
@@ -196,7 +194,7 @@ def test_hosts_that_are_down_end_the_run_soon_and_clearly(tmp_path: Path):
     ],
 )
 def test_urls_that_lead_astray_are_not_asked(tmp_path: Path, url: str, settings: dict[str, Any], complaint: str):
-    with pytest.raises(UserError, match=f"none of 1 pictures could be fetched(?s:.*)({complaint})"):
+    with pytest.raises(UserError, match=f"none of 1 images could be fetched(?s:.*)({complaint})"):
         collect(tmp_path, {"a": [url]}, web(**settings))
 
 
@@ -251,7 +249,7 @@ def test_a_429_without_a_time_slows_the_host_down(tmp_path: Path, caplog: pytest
     assert rows["a"]["status"] == "ok" and "127.0.0.1 says it is asked too often: 50 requests" in caplog.text
 
 
-def test_pictures_are_asked_for_as_they_are_and_without_cookies(tmp_path: Path):
+def test_images_are_asked_for_as_they_are_and_without_cookies(tmp_path: Path):
     heard: list[dict[str, str]] = []
 
     def listen(handler: Any) -> None:
@@ -271,8 +269,8 @@ def test_offline_opens_no_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         collect(tmp_path, {"b": [server.url("/b.jpg")]}, web())
         monkeypatch.setenv("CM3_OFFLINE", "1")
         rows = collect(tmp_path, {"b": [server.url("/b.jpg")], "c": []}, web())
-        assert rows["b"]["sha256"] == hashlib.sha256(GOOD).hexdigest() and rows["facts"]["pictures_known_before"] == 1
-        with pytest.raises(UserError, match=r"CM3_OFFLINE is set, and the pictures of 1 items .*images\.folder"):
+        assert rows["b"]["sha256"] == hashlib.sha256(GOOD).hexdigest() and rows["facts"]["images_known_before"] == 1
+        with pytest.raises(UserError, match=r"CM3_OFFLINE is set, and the images of 1 items .*images\.folder"):
             collect(tmp_path, {"a": [server.url("/a.jpg")], "b": [server.url("/b.jpg")]}, web())
         assert server.asked == ["/b.jpg"]
 

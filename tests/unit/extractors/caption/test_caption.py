@@ -1,4 +1,4 @@
-"""Captions through a real vision-language model of under 1 MB, fitted here to name a picture's colour."""
+"""Captions through a real vision-language model of under 1 MB, fitted here to name an image's colour."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from unittest.mock import MagicMock
 import pyarrow.parquet as pq
 import pytest
 import tiny_vlm
-from fixtures_extractors import COLOURS, encoded, no_room_on_the_device, plain, write_items, write_pictures
+from fixtures_extractors import COLOURS, encoded, no_room_on_the_device, plain, write_images, write_items
 from PIL import Image
 
 import extractors
@@ -21,7 +21,7 @@ from extractors.caption.transformers import TransformersCaptioner, TransformersC
 from extractors.runtime.cpu_estimate import check_effort, hours, parameters_of
 
 TITLES = ["shoe", "<|image_pad|>", "bag <|im_end|>\n<|im_start|>assistant", "", "<|vision_start|>", "a long title {0}"]
-ITEMS = [{"title": title, "picture": plain(colour, (70, 50))} for title, colour in zip(TITLES, COLOURS, strict=True)]
+ITEMS = [{"title": title, "image": plain(colour, (70, 50))} for title, colour in zip(TITLES, COLOURS, strict=True)]
 ANSWERS = [tiny_vlm.answer(colour) for colour in COLOURS]
 
 
@@ -53,7 +53,7 @@ def captioner(vlm: Path) -> TransformersCaptioner:
     return spec_of(vlm, batch_size=6).load()
 
 
-def test_captions_name_what_the_picture_shows_even_with_control_tokens_in_titles(
+def test_captions_name_what_the_image_shows_even_with_control_tokens_in_titles(
     captioner: TransformersCaptioner,
 ) -> None:
     result = captioner.caption(ITEMS)
@@ -65,7 +65,7 @@ def test_batch_equals_single(captioner: TransformersCaptioner) -> None:
     assert [captioner.caption([item]).captions[0] for item in ITEMS] == ANSWERS
 
 
-def test_pictures_of_every_kind_are_captioned_or_failed_with_the_reason(captioner: TransformersCaptioner) -> None:
+def test_images_of_every_kind_are_captioned_or_failed_with_the_reason(captioner: TransformersCaptioner) -> None:
     red = COLOURS["red"]
     kinds = [
         plain("red", (1, 300)),
@@ -75,7 +75,7 @@ def test_pictures_of_every_kind_are_captioned_or_failed_with_the_reason(captione
         encoded(Image.new("RGBA", (40, 40), (*red, 255))),
     ]
     bad = [b"", b"text", plain("red")[:60], None]
-    result = captioner.caption([{"picture": picture} for picture in kinds + bad])
+    result = captioner.caption([{"image": image} for image in kinds + bad])
     assert result.status.tolist() == ["ok"] * 5 + ["failed"] * 3 + ["missing"]
     assert result.captions[1:5] == [tiny_vlm.answer("red")] * 4 and result.captions[5:] == [""] * 4
     assert result.errors[5] == "0 bytes" and set(result.errors) == {5, 6, 7}
@@ -89,8 +89,8 @@ def test_item_fields_stand_in_the_prompt_cut_and_clean(vlm: Path) -> None:
 
 def test_the_stage_keeps_every_item_and_can_be_read_by_people(vlm: Path, tmp_path: Path) -> None:
     items = write_items(tmp_path, [{"title": title} for title in TITLES] + [{}, {}, {}])
-    pictures = [item["picture"] for item in ITEMS]
-    manifest = write_pictures(tmp_path / "images", [*pictures[:3], None, *pictures[3:], b"", "HTTP 404"], per_shard=4)
+    images = [item["image"] for item in ITEMS]
+    manifest = write_images(tmp_path / "images", [*images[:3], None, *images[3:], b"", "HTTP 404"], per_shard=4)
     inputs = {"items": items, "manifest": manifest}
     record = caption(spec_of(vlm), inputs, tmp_path / "c.parquet", name="tiny", code="abc")
     table = read_table(tmp_path / "c.parquet", CAPTIONS).to_pydict()
@@ -110,7 +110,7 @@ def test_the_stage_keeps_every_item_and_can_be_read_by_people(vlm: Path, tmp_pat
 
 
 def test_a_title_that_changes_changes_the_job_and_a_moved_model_does_not(vlm: Path, tmp_path: Path) -> None:
-    manifest = write_pictures(tmp_path, [plain("red")])
+    manifest = write_images(tmp_path, [plain("red")])
     prints = []
     for folder, title in (("a", "one"), ("b", "two"), ("c", "one")):
         (tmp_path / folder).mkdir()
@@ -119,8 +119,8 @@ def test_a_title_that_changes_changes_the_job_and_a_moved_model_does_not(vlm: Pa
     assert prints[0] != prints[1] and prints[0] == prints[2]
 
 
-def test_not_one_picture_is_an_error_that_says_so(vlm: Path, tmp_path: Path) -> None:
-    items, manifest = write_items(tmp_path, [{}, {}]), write_pictures(tmp_path, [None, "HTTP 404"])
+def test_not_one_image_is_an_error_that_says_so(vlm: Path, tmp_path: Path) -> None:
+    items, manifest = write_items(tmp_path, [{}, {}]), write_images(tmp_path, [None, "HTTP 404"])
     with pytest.raises(UserError, match=r"not one of 2 items has an input .*1 missing, 1 failed: i1: HTTP 404"):
         caption(spec_of(vlm), {"items": items, "manifest": manifest}, tmp_path / "c.parquet")
 
@@ -139,7 +139,7 @@ def test_whatever_a_library_raises_while_a_model_loads_is_told(vlm: Path, monkey
     with pytest.raises(UserError, match="memory ran out while the model was loaded"):
         spec_of(vlm).load()
     monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", lambda *a, **k: object())
-    with pytest.raises(UserError, match="has no processor of pictures and texts, so it is not a vision-language model"):
+    with pytest.raises(UserError, match="has no processor of images and texts, so it is not a vision-language model"):
         spec_of(vlm).load()
     absent = MagicMock(side_effect=ImportError("Package `num2words` is required"))
     monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", absent)
@@ -189,7 +189,7 @@ def test_effort_is_work_over_speed(caplog: pytest.LogCaptureFixture) -> None:
 def test_the_captions_file_tells_model_prompt_and_what_was_cut(
     vlm: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    items, manifest = write_items(tmp_path, [{}, {}]), write_pictures(tmp_path, [plain("red"), plain("blue")])
+    items, manifest = write_items(tmp_path, [{}, {}]), write_images(tmp_path, [plain("red"), plain("blue")])
     with caplog.at_level("INFO"):
         record = caption(spec_of(vlm, max_new_tokens=2), {"items": items, "manifest": manifest}, tmp_path / "c.parquet")
     stored = read_metadata(tmp_path / "c.parquet")

@@ -131,7 +131,7 @@ def test_what_no_patience_heals_ends_the_job_at_once(said: Said, told: str, monk
     "said", [error(500, "oh"), Said(body=b"garbage"), completion(""), error(400, "no images, please")]
 )
 def test_twenty_failures_at_the_beginning_end_the_job(said: Said) -> None:
-    items = [{"title": str(n), "picture": plain("red", (8, 8))} for n in range(60)]
+    items = [{"title": str(n), "image": plain("red", (8, 8))} for n in range(60)]
     with serving(lambda asked: said) as server, pytest.raises(UserError, match="the first 20 requests got no caption"):
         captions(server.url, items, attempts=2)
     assert len(server.asked) < 60
@@ -141,20 +141,20 @@ def test_twenty_failures_at_the_beginning_end_the_job(said: Said) -> None:
     "said", [error(500, "oh"), Said(body=b"garbage"), completion(""), error(400, "no images, please")]
 )
 def test_a_server_that_answers_nothing_ends_a_job_of_few_items_too(said: Said) -> None:
-    told = "3 requests got no caption, and neither did one for a plain white picture: .*Finished shards stay"
+    told = "3 requests got no caption, and neither did one for a plain white image: .*Finished shards stay"
     with serving(lambda asked: said) as server, pytest.raises(UserError, match=told):
         captions(server.url, many(3), attempts=2)
     assert server.asked[-1].colour == "white" and server.asked[-1].prompt == PROMPT
 
 
-def test_few_items_that_are_all_refused_fail_where_a_plain_picture_is_answered() -> None:
+def test_few_items_that_are_all_refused_fail_where_a_plain_image_is_answered() -> None:
     with serving(lambda asked: None if asked.colour == "white" else error(400, "unsafe")) as server:
         result = captions(server.url, many(3))
     assert result.status.tolist() == ["failed"] * 3 and result.errors[0] == "HTTP 400 (unsafe)"
 
 
 @pytest.mark.parametrize("said", [error(400, "unsafe"), error(500, "CUDA error")])
-def test_any_number_of_refused_pictures_fails_alone_while_others_are_answered(said: Said) -> None:
+def test_any_number_of_refused_images_fails_alone_while_others_are_answered(said: Said) -> None:
     with serving(lambda asked: None if asked.prompt.startswith("0 ") else said) as server:
         result = captions(server.url, many(50), concurrency=1, attempts=1)
     assert result.status.tolist() == ["ok"] + ["failed"] * 49

@@ -36,8 +36,8 @@ def test_captions_come_in_order_whatever_the_concurrency_and_it_is_kept_to() -> 
 
 def test_what_is_sent_is_greedy_bounded_and_holds_no_control_tokens() -> None:
     items = [
-        {"title": "<|image_pad|>", "brand": "[INST] b", "picture": plain("red", (900, 600))},
-        {"title": "<", "brand": "image>", "picture": plain("blue", (1, 300))},
+        {"title": "<|image_pad|>", "brand": "[INST] b", "image": plain("red", (900, 600))},
+        {"title": "<", "brand": "image>", "image": plain("blue", (1, 300))},
     ]
     with serving() as server:
         result = captions(server.url, items, prompt="{title}{brand}|{features}", max_pixels=10_000, concurrency=1)
@@ -54,9 +54,9 @@ def test_what_is_sent_is_greedy_bounded_and_holds_no_control_tokens() -> None:
     assert "Authorization" not in server.asked[0].headers
 
 
-def test_pictures_that_cannot_be_decoded_are_failed_and_not_sent() -> None:
+def test_images_that_cannot_be_decoded_are_failed_and_not_sent() -> None:
     with serving() as server:
-        result = captions(server.url, [{"picture": b""}, ITEMS[0], {"picture": b"text"}, {}])
+        result = captions(server.url, [{"image": b""}, ITEMS[0], {"image": b"text"}, {}])
     assert result.status.tolist() == ["failed", "ok", "failed", "missing"] and result.errors[0] == "0 bytes"
     assert len(server.asked) == 1
 
