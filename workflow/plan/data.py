@@ -247,8 +247,7 @@ class DataPlan:
         return self._gpus(extractor)
 
     def _gpus(self, extractor: str) -> int:
-        spec = self.config.extractors[extractor]
-        return getattr(spec, "tensor_parallel_size", 1) if spec.uses_gpu() else 0
+        return self.config.extractors[extractor].gpus()
 
     def control(self, modality: str, control: str) -> Task:
         """Return the task of replacing a modality's features; `control` is what follows the key in the file's name."""
