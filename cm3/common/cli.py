@@ -34,7 +34,7 @@ class Call:
         spec: the settings that change the output, exactly those that the stage uses.
         runtime: settings that change speed or place only: device, batch size, threads.
         inputs, outputs: paths by name.
-        code: digest of the code that runs, for provenance.
+        code: version of the stage and its parts, for provenance.
         record: facts for the stage's record file; the stage adds its own.
     """
 
@@ -77,7 +77,7 @@ def stage(name: str) -> Iterator[Call]:
     )
     parser.add_argument("--input", action="append", default=[], type=_pair, metavar="NAME=PATH")
     parser.add_argument("--output", action="append", default=[], type=_pair, metavar="NAME=PATH")
-    parser.add_argument("--code", default="", help="digest of the code, kept as provenance")
+    parser.add_argument("--code", default="", help="version of the stage and its parts, kept as provenance")
     parser.add_argument("--log", type=Path, help="file that the log goes to, beside the terminal")
     parser.add_argument(
         "--call", type=Path, metavar="FILE", help="JSON of all these, for more than a command line holds"

@@ -9,34 +9,33 @@ from cm3.common.errors import UserError
 from cm3.common.keys import key_of
 from cm3.common.paths import expand
 from cm3.datasets.base_config import Dataset
-from cm3.datasets.config import stage_modules
 from cm3.datasets.sample.config import Sample
 from workflow.plan.config import Config
-from workflow.plan.digest import code_digest
 from workflow.plan.folder import digest_of_folder
 from workflow.plan.models import ModelSettings
+from workflow.plan.versions import version_of
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a stage is told, and what of it decides its output.
+    """The arguments of one job of a stage, and the identity that decides whether its outputs are up to date.
 
     Attributes:
         spec: the stage's settings.
-        code: digest of the code that it runs.
-        runtime: settings that change speed or place only, and rerun nothing.
-        decides: what in place of `spec` decides the output, where the spec holds more than that.
+        version: of the stage and its parts, such as "train-baseline 1, lightgcn 1".
+        runtime: settings that change speed or location only; a change of them reruns nothing.
+        decides: what determines the output in place of `spec`, where the spec holds more than that.
     """
 
     spec: dict[str, Any]
-    code: str
+    version: str
     runtime: dict[str, Any] = field(default_factory=dict)
     decides: Any = None
 
     @property
     def identity(self) -> str:
-        """What Snakemake records and compares: short, so that its reason for a rerun can be read."""
-        return f"settings {key_of(self.spec if self.decides is None else self.decides)}, code {self.code}"
+        """The one parameter that Snakemake records and compares: short, because it prints it as the reason of a rerun."""
+        return f"settings {key_of(self.spec if self.decides is None else self.decides)}, version {self.version}"
 
 
 class DataPlan:
@@ -44,14 +43,13 @@ class DataPlan:
 
     Args:
         config: the checked configuration.
-        root: the repository's root, whose code the digests cover.
+        root: the repository's root, which holds the pages' templates.
     """
 
     def __init__(self, config: Config, root: Path) -> None:
         self.config = config
         self.root = root
         # Asked for once per job by Snakemake, and each answer reads files or hashes settings.
-        self.code = functools.cache(self._code)
         self.identity = functools.cache(self._identity)
 
     # Datasets
@@ -66,7 +64,7 @@ class DataPlan:
 
     def generate(self, name: str) -> Task:
         """Return the task of drawing one of the datasets of `generated`."""
-        return Task(self._generator(name), self.code("cm3.datasets.sample.generate"))
+        return Task(self._generator(name), version_of("generate"))
 
     def _generator(self, name: str) -> dict[str, Any]:
         dataset = self.dataset(name)
@@ -93,16 +91,17 @@ class DataPlan:
         if path not in files:
             raise UserError(f"{path}: dataset {dataset!r} has no such file; it has {', '.join(files)}")
         expected = {name: value for name, value in files[path].items() if name != "urls"}
-        # The code that fetches does not decide the bytes of a published file.
+        # The bytes of a published file do not depend on the code that fetches them.
         return Task(files[path], "any", decides=expected)
 
     def prepare(self, dataset: str) -> Task:
         """Return the task of turning raw files into k-cored tables."""
-        return Task(self.dataset(dataset).prepare_spec(), self._source_code(dataset, "prepare"))
+        source = self.dataset(dataset)
+        return Task(source.prepare_spec(), version_of("prepare", **{source.source: source}))
 
     def split(self, dataset: str) -> Task:
         """Return the task of labelling interactions."""
-        return Task(self.dataset(dataset).split_spec(), self.code("cm3.datasets.label"))
+        return Task(self.dataset(dataset).split_spec(), version_of("split"))
 
     def split_inputs(self, dataset: str) -> dict[str, str]:
         """Return the ratings, and where labels are kept the tables by whose ids they are found again.
@@ -135,15 +134,9 @@ class DataPlan:
         digest = digest_of_folder(Path(folder)) if folder else None
         return Task(
             chosen.images_spec(),
-            self._source_code(dataset, "images"),
+            version_of("images"),
             chosen.images_runtime(),
             decides=[chosen.images_spec(), digest],
-        )
-
-    def _source_code(self, dataset: str, stage: str) -> str:
-        return self.code(
-            f"cm3.datasets.{'images.stage' if stage == 'images' else stage}",
-            *stage_modules(self.dataset(dataset))[stage],
         )
 
     # Extractors
@@ -225,18 +218,18 @@ class DataPlan:
 
     def extract(self, extractor: str) -> Task:
         """Return the task of an extraction: of captions, by their text encoder."""
-        return self._extraction("extractors.extract", extractor, self.encoder(extractor) or extractor)
+        return self._extraction("extract", extractor, self.encoder(extractor) or extractor)
 
     def caption(self, extractor: str) -> Task:
         """Return the task of captioning."""
-        return self._extraction("extractors.caption.stage", extractor, extractor)
+        return self._extraction("caption", extractor, extractor)
 
-    def _extraction(self, entry: str, name: str, extractor: str) -> Task:
+    def _extraction(self, stage: str, name: str, extractor: str) -> Task:
         spec = self.config.extractors[extractor]
         identity = self.identity(extractor)
         # Settings and runtime hold paths of weights; the identity holds the weights' digest instead.
         told = {"name": name, "settings": spec.settings(), "identity": identity}
-        return Task(told, self.code(entry, *spec.modules()), spec.runtime(), decides=[name, identity])
+        return Task(told, version_of(stage, **{spec.backend: spec}), spec.runtime(), decides=[name, identity])
 
     def extract_gpus(self, extractor: str) -> int:
         """Return how many GPUs an extraction asks for: of captions, those of their text encoder."""
@@ -254,18 +247,14 @@ class DataPlan:
         """Return the task of replacing a modality's features; `control` is what follows the key in the file's name."""
         kind, _, seed = control.partition("-")
         spec = {"kind": kind, "seed": int(seed or 0), "modality": modality}
-        return Task(spec, self.code("extractors.control"))
+        return Task(spec, version_of("control"))
 
     def similarity(self, knn_k: int, variant: str = "") -> Task:
         """Return the task of finding each item's nearest items; `variant` is what follows k in the graph's name."""
         words = variant.split("-")
         method = next((word for word in ("hnsw", "ivf") if word in words), "exact")
         spec = {"knn_k": knn_k, "method": method, "missing": "mean" if "mean" in words else "drop"}
-        # Loaded by name where it is wanted, so that exact graphs do not depend on it.
-        modules = (
-            ["cm3.similarity.stage"] if method == "exact" else ["cm3.similarity.stage", "cm3.similarity.approximate"]
-        )
-        return Task(spec, self.code(*modules))
+        return Task(spec, version_of("similarity"))
 
     def similarity_gpus(self, dataset: str, extractor: str, variant: str) -> int:
         """Return how many GPUs finding each item's nearest items asks for.
@@ -282,9 +271,6 @@ class DataPlan:
         on_cpu = readers and all(experiment.training.device == "cpu" for experiment in readers)
         approximate = {"hnsw", "ivf"} & set(variant.split("-"))
         return 0 if on_cpu or approximate else 1
-
-    def _code(self, *modules: str) -> str:
-        return code_digest(self.root, modules)
 
 
 def _check_key(extractor: str, key: str | None, expected: str) -> None:

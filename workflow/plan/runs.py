@@ -14,6 +14,8 @@ from workflow.plan.config import Config
 from workflow.plan.data import DataPlan, Task
 from workflow.plan.experiments import Experiment
 from workflow.plan.folder import digest_of_folder
+from workflow.plan.models import CM3
+from workflow.plan.versions import version_of
 
 __all__ = ["Plan", "Task"]
 
@@ -26,7 +28,7 @@ class Plan(DataPlan):
 
     Args:
         config: the checked configuration.
-        root: the repository's root, whose code the digests cover.
+        root: the repository's root, which holds the pages' templates.
         configfiles: those that the command line names, for the commands that results show.
     """
 
@@ -160,8 +162,9 @@ class Plan(DataPlan):
             "model": chosen.model.identity(),
             "training": chosen.training_identity(),
         }
-        code = self.code(chosen.traits.stage, *chosen.traits.modules)
-        return Task(spec, code, chosen.training.runtime())
+        stage = "train" if chosen.model_name == CM3 else "train-baseline"
+        version = version_of(stage, **{chosen.model_name: chosen.model})
+        return Task(spec, version, chosen.training.runtime())
 
     def tables(self, name: str) -> dict[str, str]:
         """Return the paths of interactions, items and users of an experiment's dataset."""
@@ -170,7 +173,7 @@ class Plan(DataPlan):
 
     def evaluate(self, name: str, run: str) -> Task:
         """Return the task of evaluation: cut-offs, score and mask."""
-        return Task(self.cell(name, run).evaluation.identity(), self.code("cm3.evaluation.evaluate"))
+        return Task(self.cell(name, run).evaluation.identity(), version_of("evaluate"))
 
     # Publishing
 
@@ -212,7 +215,7 @@ class Plan(DataPlan):
         """Return the task of publishing: what metrics.json says of where its numbers come from."""
         provenance = self._provenance(name)
         told = provenance | {"command": self.command(f"results/{name}/metrics.json")}
-        return Task(told, self.code("workflow.publish"), decides=provenance)
+        return Task(told, version_of("publish"), decides=provenance)
 
     def command(self, target: str) -> str:
         """Return the command that makes a file again, from the folder that holds the results."""
@@ -274,12 +277,12 @@ class Plan(DataPlan):
             "cells": [cell for name in chosen.points for cell in self._study_cells(study, name)],
         }
         decides = _without_command(spec) | {"cells": [_without_command(cell) for cell in spec["cells"]]}
-        return Task(spec, self.code("cm3.reports.analysis.compare"), decides=decides)
+        return Task(spec, version_of("compare"), decides=decides)
 
     def study_call(self, study: str) -> dict[str, Any]:
         """Return what `cm3.reports.analysis.compare` is told: the task, and its inputs below a root that the job knows."""
         task = self.study(study)
-        return {"spec": task.spec, "runtime": {}, "inputs": self.study_inputs(study), "code": task.code}
+        return {"spec": task.spec, "runtime": {}, "inputs": self.study_inputs(study), "code": task.version}
 
     def _study_cells(self, study: str, name: str) -> list[dict[str, Any]]:
         cells = []
@@ -340,10 +343,10 @@ class Plan(DataPlan):
                 paths[f"captions.{modality}"] = self.captions_path(chosen.dataset, extractor)
         return paths | {f"similarity.{modality}": path for modality, path in self.graphs_of(chosen).items()}
 
-    def page(self, module: str) -> Task:
-        """Return the task of a page; its templates count as code."""
+    def page(self, stage: str) -> Task:
+        """Return the task of rendering a page: stage `experiment-page` or `study-page`. Its templates decide, too."""
         templates = digest_of_folder(self.root / "cm3/reports/pages/templates")
-        return Task({}, self.code(module), decides=templates)
+        return Task({}, version_of(stage), decides=templates)
 
     # Export to MMRec
 
@@ -356,7 +359,7 @@ class Plan(DataPlan):
     def mmrec(self, experiment: str) -> Task:
         """Return the task of writing interactions, ids and settings for MMRec."""
         spec = {"experiment": experiment, "modalities": list(self.experiment(experiment).modalities)}
-        return Task(spec, self.code("cm3.datasets.mmrec.export"))
+        return Task(spec, version_of("mmrec"))
 
     def mmrec_vectors_inputs(self, experiment: str, modality: str) -> dict[str, str]:
         """Return the features of a modality, and the interactions that number the items.
@@ -376,7 +379,7 @@ class Plan(DataPlan):
 
     def mmrec_vectors(self) -> Task:
         """Return the task of writing one modality's vectors for MMRec."""
-        return Task({}, self.code("cm3.datasets.mmrec.export_vectors"))
+        return Task({}, version_of("mmrec-vectors"))
 
 
 _COMPARED = {

@@ -12,10 +12,12 @@ from cm3.common.files import write_json
 from cm3.common.gpus import gpu_here
 from cm3.common.keys import canonical_json
 from workflow.plan.config import load_config
+from workflow.plan.migrate import migrate_records
 from workflow.plan.runs import Plan
 from workflow.plan.resources import Needs
 from workflow.plan.storage import root_of
 from workflow.working_directory import (
+    METADATA,
     RunLock,
     keep_metadata_with_data,
     lend_environment_to_jobs,
@@ -38,6 +40,7 @@ needs = Needs(plan)
 
 lend_environment_to_jobs(ROOT)
 keep_metadata_with_data()
+migrate_records(METADATA)
 run_lock = RunLock()
 
 
@@ -98,7 +101,7 @@ def arguments(describe):
         given = [
             ("--spec", canonical_json(task.spec)),
             ("--runtime", canonical_json(task.runtime | held)),
-            ("--code", task.code),
+            ("--code", task.version),
         ]
         for option, files in (("--input", input), ("--output", output)):
             given += [

@@ -30,10 +30,10 @@ rule experiment_page:
         runtime=needs.runtime("light"),
     params:
         identity=identity(
-            lambda wildcards: plan.page("cm3.reports.pages.experiment_page")
+            lambda wildcards: plan.page("experiment-page")
         ),
         arguments=arguments(
-            lambda wildcards: plan.page("cm3.reports.pages.experiment_page")
+            lambda wildcards: plan.page("experiment-page")
         ),
     shell:
         "exec python -m cm3.reports.pages.experiment_page {params.arguments} --log {log:q}"
@@ -67,7 +67,7 @@ rule study_page:
         mem_mb=needs.mem_mb("light"),
         runtime=needs.runtime("light"),
     params:
-        identity=identity(lambda wildcards: plan.page("cm3.reports.pages.study_page")),
-        arguments=arguments(lambda wildcards: plan.page("cm3.reports.pages.study_page")),
+        identity=identity(lambda wildcards: plan.page("study-page")),
+        arguments=arguments(lambda wildcards: plan.page("study-page")),
     shell:
         "exec python -m cm3.reports.pages.study_page {params.arguments} --log {log:q}"

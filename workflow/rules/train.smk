@@ -24,7 +24,7 @@ rule train:
         mem_mb=needs.mem_mb("train"),
         runtime=needs.runtime("train"),
     params:
-        stage=lambda wildcards: plan.trainer(wildcards.experiment),
+        stage=lambda wildcards, output: plan.trainer(wildcards.experiment),
         identity=identity(
             lambda wildcards: plan.train(wildcards.experiment, wildcards.run)
         ),

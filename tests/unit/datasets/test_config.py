@@ -5,13 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from repository import ROOT
 
 from cm3.common.errors import UserError
 from cm3.common.keys import canonical_json
 from cm3.common.paths import expand
 from cm3.datasets.config import FINDERS, READERS, SOURCES, parse_dataset, stage_modules
-from workflow.plan.digest import closure
 
 FILES: dict[str, Any] = {"source": "files", "interactions": {"path": "log.csv"}}
 BABY: dict[str, Any] = {"source": "amazon-2014", "category": "Baby"}
@@ -183,33 +181,3 @@ def test_every_key_is_described():
     for model in SOURCES.values():
         undescribed = [n for n, f in model.model_fields.items() if not f.description and n not in ("source", "split")]
         assert [n for n in undescribed if n not in ("images", "expected")] == []
-
-
-def test_a_source_runs_its_own_parsers_code_only():
-    root = ROOT
-    code = {}
-    for data in (FILES, BABY):
-        modules = stage_modules(parse_dataset("x", data, "d.x"))
-        code[data["source"]] = {
-            stage: closure(
-                root, [dict(images="cm3.datasets.images.stage", prepare="cm3.datasets.prepare")[stage], *modules[stage]]
-            )
-            for stage in modules
-        }
-    assert (
-        "cm3.datasets.files.reader" in code["files"]["prepare"]
-        and "cm3.datasets.amazon.v2014" not in code["files"]["prepare"]
-    )
-    assert (
-        "cm3.datasets.amazon.v2014" in code["amazon-2014"]["prepare"]
-        and "cm3.datasets.files.reader" not in code["amazon-2014"]["prepare"]
-    )
-    assert (
-        "cm3.datasets.images.none" in code["files"]["images"]
-        and "cm3.datasets.images.web" not in code["files"]["images"]
-    )
-    # Config reaches a stage through its spec; code of the split or the images is none of prepare's.
-    assert (
-        not {"cm3.datasets.config", "cm3.datasets.images.config", "cm3.datasets.splits", "cm3.datasets.images.stage"}
-        & code["files"]["prepare"]
-    )

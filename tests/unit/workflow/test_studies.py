@@ -358,7 +358,7 @@ def test_each_model_gets_what_it_reads_and_its_own_stage_and_code():
         for name in NAMES
     }
     found = plan(**sections)
-    digests = {}
+    versions = {}
     for name in NAMES:
         experiment = f"of-{name}"
         run = found.run(experiment)
@@ -368,10 +368,10 @@ def test_each_model_gets_what_it_reads_and_its_own_stage_and_code():
         assert found.trainer(experiment) == ("cm3.training.train" if name == "cm3" else "cm3.baselines.train")
         task = found.train(experiment, run)
         assert task.spec["model"].get("name", "cm3") == name
-        digests[name] = task.code
+        versions[name] = task.version
         published = found.publish_inputs(experiment)
         assert ("user_embeddings" in published) == ("history" in published) == traits(name).embeddings
-    assert len(set(digests.values())) == len(NAMES)
+    assert len(set(versions.values())) == len(NAMES)
     assert {name for name in NAMES if not traits(name).embeddings} == {"itemknn", "itemknn-content", "ease"}
 
 

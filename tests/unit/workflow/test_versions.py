@@ -1,0 +1,58 @@
+"""Versions decide, next to the settings, whether an output is up to date."""
+
+import dataclasses
+import re
+from typing import Any
+
+import pytest
+import yaml
+from checkout import SMALL
+from repository import ROOT
+
+from cm3.common import stages
+from workflow.plan.config import load_config
+from workflow.plan.runs import Plan
+from workflow.plan.versions import version_of
+
+
+def versions() -> dict[str, str]:
+    """The version of each stage of the small shop."""
+    found = Plan(load_config(SMALL), ROOT)
+    run = found.run("shop")
+    tasks: dict[str, Any] = {
+        "generate": found.generate("shop"),
+        "prepare": found.prepare("shop"),
+        "split": found.split("shop"),
+        "extract": found.extract("words"),
+        "control": found.control("text", "constant"),
+        "similarity": found.similarity(10),
+        "train": found.train("shop", run),
+        "evaluate": found.evaluate("shop", run),
+        "publish": found.publish("shop"),
+    }
+    return {stage: task.identity for stage, task in tasks.items()}
+
+
+def test_a_version_names_the_stage_and_the_part_that_it_runs():
+    assert version_of("split") == "split 1"
+    assert version_of("extract", timm=object()) == "extract 1, timm 1"
+    assert version_of("train-baseline", **{"bpr-mf": object()}) == "train-baseline 1, bpr-mf 1"
+    found = versions()
+    assert found["extract"].endswith(", version extract 1, sentence-transformers 1")
+    assert found["prepare"].endswith(", version prepare 1, sample 1")
+    assert found["train"].endswith(", version train 1, cm3 1")
+    assert re.fullmatch(r"settings [0-9a-f]{12}, version split 1", found["split"])
+
+
+@pytest.mark.parametrize("stage", ["generate", "prepare", "split", "extract", "similarity", "train", "evaluate"])
+def test_a_raised_version_changes_the_identity_of_its_stage_alone(monkeypatch: pytest.MonkeyPatch, stage: str):
+    before = versions()
+    monkeypatch.setitem(stages.STAGES, stage, dataclasses.replace(stages.STAGES[stage], version=2))
+    after = versions()
+    assert {name for name in before if before[name] != after[name]} == {stage}
+
+
+def test_every_profile_compares_versions_and_inputs_but_no_commands():
+    for path in sorted((ROOT / "profiles").glob("*/profile.yaml")):
+        triggers = yaml.safe_load(path.read_text())["rerun-triggers"]
+        assert sorted(triggers) == ["input", "mtime", "params"], path
