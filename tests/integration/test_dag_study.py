@@ -15,7 +15,7 @@ from checkout import SMALL, Checkout
 from cm3.common.tables import read_features
 
 PAGE = "results/compared/comparison.html"
-AFTER = {"cells": 1, "study": 1, "study_page": 1}
+AFTER = {"study_runs": 1, "study": 1, "study_page": 1}
 
 
 def config(gammas: tuple[float, ...] = (0.9,), seeds: tuple[int, ...] = (1, 2), *more: str) -> dict[str, Any]:

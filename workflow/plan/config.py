@@ -1,8 +1,9 @@
 """The whole configuration as one strict model: datasets, extractors and experiments, checked against each other."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import Field
@@ -29,24 +30,32 @@ class Sections(Strict):
     studies: dict[str, dict[str, Any]] = Field(default_factory=dict, description="experiments to compare")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Config:
-    """The checked configuration. Every name in an experiment or study exists and fits."""
+    """The checked configuration. Every name that an experiment or study refers to exists and is of the right kind.
+
+    Two configurations are never equal, so that functions can be cached by configuration.
+
+    Attributes:
+        files: the files that `--configfile` names, for the commands that results state.
+    """
 
     datasets: Mapping[str, Dataset]
     extractors: Mapping[str, ExtractorSpec]
     experiments: Mapping[str, Experiment]
     studies: Mapping[str, Study]
+    files: Sequence[Path] = ()
 
 
-def load_config(raw: Any) -> Config:
+def load_config(raw: Any, files: Sequence[Path] = ()) -> Config:
     """Check the configuration as a whole.
 
     Args:
-        raw: what config.yaml holds.
+        raw: the content of config.yaml.
+        files: the files that `--configfile` names.
 
     Raises:
-        UserError: every fault found, a line each: the key's path, the value, and the nearest valid name.
+        UserError: all faults, one per line: path of the key, value, and the nearest valid name.
     """
     sections = validate(Sections, raw, "")
     faults: list[str] = []
@@ -64,7 +73,7 @@ def load_config(raw: Any) -> Config:
                 )
             if spec.dtype != "float32":
                 faults.append(
-                    f"extractors.{name}.dtype = {spec.dtype!r}: captions are text, and the encoder makes vectors of them; "
+                    f"extractors.{name}.dtype = {spec.dtype!r}: captions are text; their vectors come from the encoder; "
                     f"set it on {encoder!r}"
                 )
 
@@ -94,13 +103,14 @@ def load_config(raw: Any) -> Config:
         named = data.get("experiments")
         refused = sections.experiments.keys() - experiments.keys()
         if isinstance(named, list) and any(isinstance(n, str) and n in refused for n in named):
-            return None  # what is wrong with that experiment is told already
+            return None  # the fault of that experiment is already reported
         return parse_study(data, experiments, where)
 
     studies = _parse_each("studies", sections.studies, parse_comparison, faults)
     if faults:
         raise UserError("\n".join(faults))
-    return Config(datasets, extractors, experiments, {name: study for name, study in studies.items() if study})
+    checked = {name: study for name, study in studies.items() if study}
+    return Config(datasets, extractors, experiments, checked, files)
 
 
 def _parse_each(

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workflow.plan.runs import Plan
+from workflow.plan.config import Config
+from workflow.plan.features import encoder_of
 
 Files = Mapping[str, str]
 """A job's input files by name, as its rule has them."""
@@ -70,14 +71,14 @@ class Shape:
 
 
 class Needs:
-    """What each stage needs, by name, for a plan's configuration.
+    """Estimates of what the jobs of each stage need, for one configuration.
 
     Attributes:
         estimates: stage -> function of the rule's wildcards and its input files.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, config: Config) -> None:
+        self.config = config
         self.estimates: dict[str, Callable[[Any, Files], Need]] = {
             "generate": lambda wildcards, files: Need(2000, 30),
             "download": lambda wildcards, files: Need(1000, 720),
@@ -109,7 +110,7 @@ class Needs:
 
     def prepare(self, wildcards: Any, files: Files) -> Need:
         """Reviews and metadata are streamed; a table of ratings, or of one's own, is held whole, compressed or not."""
-        own = self.plan.dataset(wildcards.dataset).source == "files"
+        own = self.config.datasets[wildcards.dataset].source == "files"
         tables = [path for path in files.values() if own or re.search(r"\.(csv|tsv|inter|txt)(\.gz)?$", path)]
         held, streamed = _megabytes(tables), _megabytes(set(files.values()) - set(tables))
         return Need(1500 + 6 * held + streamed, 15 + (held + streamed) / 300)
@@ -121,16 +122,16 @@ class Needs:
 
     def images(self, wildcards: Any, files: Files) -> Need:
         """Memory does not grow with the number of images; time is what a polite client takes, twice over."""
-        dataset = self.plan.dataset(wildcards.dataset)
+        dataset = self.config.datasets[wildcards.dataset]
         rate = dataset.images_runtime().get("rate", 300.0)
         return Need(1500, 30 + 2 * self._items(wildcards, files).rows / min(rate, 300.0) / 60)
 
     def extract(self, wildcards: Any, files: Files) -> Need:
         """The model's weights and what the library takes; captions are encoded by their text model."""
         name = wildcards.extractor
-        spec = self.plan.config.extractors[name]
+        spec = self.config.extractors[name]
         if "captions" in files:
-            spec = self.plan.config.extractors[self.plan.encoder(name) or name]
+            spec = self.config.extractors[encoder_of(self.config, name) or name]
         base, weights, rate = _BACKENDS.get(spec.backend, _UNKNOWN_BACKEND)
         weights = _weights_mb(spec) or weights
         items = self._items(wildcards, files).rows
@@ -152,7 +153,7 @@ class Needs:
 
         A closed form takes half an hour at most, but for EASE, whose time is cubic in the items.
         """
-        experiment = self.plan.config.experiments[wildcards.experiment]
+        experiment = self.config.experiments[wildcards.experiment]
         interactions = self._interactions(wildcards, files)
         users, items = self._users(wildcards, files), self._items(wildcards, files).rows
         features = [name for name in files if name.startswith("features")]
@@ -174,7 +175,7 @@ class Needs:
         width = max(dims, default=256)
         tables = 4 * (users + items) * width * 4 / MEBIBYTE
         if "weights" in files:
-            dense = self.plan.config.experiments[wildcards.experiment].model_name == "ease"
+            dense = self.config.experiments[wildcards.experiment].model_name == "ease"
             tables = 1.5 * (_megabytes([files["weights"]]) or dense * items**2 * 4 / MEBIBYTE)
         rows = self._interactions(wildcards, files) * 100 + users * 6000
         return Need(2000 + tables + rows / MEBIBYTE, 15 + users * items / 1e9)
@@ -218,14 +219,14 @@ class Needs:
 
     def _expected(self, wildcards: Any, count: str, default: int) -> int:
         name = self._dataset_name(wildcards)
-        dataset = self.plan.config.datasets.get(name) if name else None
+        dataset = self.config.datasets.get(name) if name else None
         # A generated shop says how many it draws; of Amazon data, `interactions` is the name of a file.
         told = [getattr(place, count, None) for place in (getattr(dataset, "expected", None), dataset)]
         return next((number for number in told if isinstance(number, int)), default)
 
     def _dataset_name(self, wildcards: Any) -> str | None:
         named = getattr(wildcards, "dataset", None)
-        experiment = self.plan.config.experiments.get(getattr(wildcards, "experiment", ""))
+        experiment = self.config.experiments.get(getattr(wildcards, "experiment", ""))
         return named or (experiment.dataset if experiment else None)
 
 

@@ -10,25 +10,25 @@ from checkout import SMALL
 from repository import ROOT
 
 from cm3.common import stages
+from workflow.plan import data, features, publish, runs
 from workflow.plan.config import load_config
-from workflow.plan.runs import Plan
 from workflow.plan.versions import version_of
 
 
 def versions() -> dict[str, str]:
     """The version of each stage of the small shop."""
-    found = Plan(load_config(SMALL), ROOT)
-    run = found.run("shop")
+    config = load_config(SMALL)
+    run = runs.selected_run(config, "shop")
     tasks: dict[str, Any] = {
-        "generate": found.generate("shop"),
-        "prepare": found.prepare("shop"),
-        "split": found.split("shop"),
-        "extract": found.extract("words"),
-        "control": found.control("text", "constant"),
-        "similarity": found.similarity(10),
-        "train": found.train("shop", run),
-        "evaluate": found.evaluate("shop", run),
-        "publish": found.publish("shop"),
+        "generate": data.generate(config, "shop"),
+        "prepare": data.prepare(config, "shop"),
+        "split": data.split(config, "shop"),
+        "extract": features.extract(config, "words"),
+        "control": features.control(config, "text", "constant"),
+        "similarity": features.similarity(config, "10"),
+        "train": runs.train(config, "shop", run),
+        "evaluate": runs.evaluate(config, "shop", run),
+        "publish": publish.publish(config, "shop"),
     }
     return {stage: task.identity for stage, task in tasks.items()}
 
