@@ -16,11 +16,11 @@ from cm3.common.cli import stage
 from cm3.common.errors import UserError
 from cm3.common.tables import write_features
 from extractors.runtime.job import Job, spec_of
-from extractors.spec import ExtractorSpec
+from extractors.spec import BackendSpec
 
 
 def extract(
-    spec: ExtractorSpec,
+    spec: BackendSpec,
     inputs: Mapping[str, Path],
     features: Path,
     *,

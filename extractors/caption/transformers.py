@@ -9,6 +9,7 @@ from extractors.caption.base import Answer, CaptionSpec
 from extractors.caption.local import IMAGES_PER_BATCH, KIND, Asked, BatchCaptioner, chat_of, name_of, processor_of
 from extractors.runtime.cpu_estimate import LARGE, check_effort, hours, parameters_of, seconds_per_parameter, tokens_of
 from extractors.runtime.device import Batch, resolve_device
+from extractors.spec import Cost
 from extractors.text.item_text import clean
 from extractors.weights.hub import model_path
 from extractors.weights.pretrained import load_model, on_device
@@ -20,6 +21,9 @@ _SERVER = "let a server that has one do it (backend: openai-caption, see docs/ca
 class TransformersCaptionSpec(CaptionSpec, ModelSpec):
     """A captioner: a vision-language model whose captions a text extractor then encodes."""
 
+    version: ClassVar[int | None] = 1
+    libraries: ClassVar[tuple[str, ...]] = ("torch", "torchvision", "transformers", "tokenizers", "pillow")
+    cost: ClassVar[Cost] = Cost(6000, 32000, 0.2)
     runtime_fields: ClassVar[frozenset[str]] = CaptionSpec.runtime_fields | ModelSpec.runtime_fields | {"allow_slow"}
     neutralised: ClassVar[bool] = False  # sanitize_control_tokens does it without a change of the text
 

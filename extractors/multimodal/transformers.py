@@ -16,6 +16,7 @@ from extractors.image.item_images import image_of
 from extractors.runtime.cpu_estimate import LARGE, check_effort, hours, parameters_of, seconds_per_parameter, tokens_of
 from extractors.runtime.device import Batch, arithmetic, resolve_device
 from extractors.runtime.prefetch import chunks
+from extractors.spec import Cost
 from extractors.text.pooling import pool
 from extractors.weights.hub import checked_path, model_path
 from extractors.weights.pretrained import load_model, loaded, on_device
@@ -27,6 +28,9 @@ PROMPT = "{title}\nSummarise this product in one word:"
 class TransformersMllmSpec(PromptedSpec, CodeSpec):
     """A vision-language model as an encoder: it reads an image and a prompt, and its hidden states are the vector."""
 
+    version: ClassVar[int | None] = 1
+    libraries: ClassVar[tuple[str, ...]] = ("torch", "torchvision", "transformers", "tokenizers", "pillow")
+    cost: ClassVar[Cost] = Cost(6000, 32000, 1)
     runtime_fields: ClassVar[frozenset[str]] = CodeSpec.runtime_fields | {"allow_slow"}
     shard_items: ClassVar[int | None] = 256
 

@@ -19,10 +19,11 @@ from cm3.common.keys import key_of
 from cm3.common.progress import Progress
 from cm3.common.tables import FAILED, MISSING, OK
 from extractors.extractor import Model
+from extractors.registry import parse_extractor
 from extractors.runtime.cache import Distinct, Kept
 from extractors.runtime.shards import Shards, notes_of, with_notes
 from extractors.runtime.source import Source, require_some
-from extractors.spec import ExtractorSpec, parse_extractor
+from extractors.spec import BackendSpec
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ FAILURES_TOLD = 20
 _NOT_OF_MODELS = {"pyarrow", "snakemake"}
 
 
-def spec_of(call: Call) -> tuple[str, ExtractorSpec]:
+def spec_of(call: Call) -> tuple[str, BackendSpec]:
     """Return the extractor's name and spec from a stage's --spec and --runtime.
 
     Raises:
@@ -68,7 +69,7 @@ class Job:
     """
 
     def __init__(
-        self, spec: ExtractorSpec, inputs: Mapping[str, Path], output: Path, name: str, code: str, threads: int | None
+        self, spec: BackendSpec, inputs: Mapping[str, Path], output: Path, name: str, code: str, threads: int | None
     ) -> None:
         self.spec, self.name, self.code, self.threads = spec, name, code, threads
         self.source: Source[Any] = spec.read(inputs)
@@ -90,7 +91,7 @@ class Job:
 
     def _find_work(self, output: Path, address: str) -> None:
         """Settle which rows' outputs are kept, and which inputs are to be encoded in which shards."""
-        self.kept = Kept(output, address if self.code and self.spec.keeps else None)
+        self.kept = Kept(output, address if self.code and self.spec.cached else None)
         rows = self.source.rows
         places = self.kept.find(self.source.digests)[rows]
         self._there, self._places = rows[places >= 0], places[places >= 0]

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
 from cm3.common.errors import UserError
 from extractors.runtime.device import arithmetic, torch_dtype
+from extractors.spec import Cost
 from extractors.text.base import NO_LIMIT, USUAL_LIMIT, TextModel, TextModelSpec, positions_of
 from extractors.weights.hub import checked_path
 from extractors.weights.pretrained import check_code, loaded, whole_models
@@ -16,6 +17,10 @@ from extractors.weights.pretrained import check_code, loaded, whole_models
 
 class SentenceTransformersSpec(TextModelSpec):
     """A text extractor of the sentence-transformers family."""
+
+    version: ClassVar[int | None] = 1
+    libraries: ClassVar[tuple[str, ...]] = ("sentence-transformers", "torch", "transformers", "tokenizers")
+    cost: ClassVar[Cost] = Cost(2500, 1500, 30)
 
     backend: Literal["sentence-transformers"] = Field(description="Encode texts with a sentence-transformers model.")
 

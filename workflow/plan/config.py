@@ -12,7 +12,8 @@ from cm3.common.errors import UserError
 from cm3.common.strict import Strict, nearest, validate
 from cm3.datasets.base_config import Dataset
 from cm3.datasets.config import parse_dataset
-from extractors.spec import ExtractorSpec, parse_extractor
+from extractors.registry import parse_extractor
+from extractors.spec import BackendSpec
 from workflow.plan.experiments import Experiment, ExperimentSection, inherit, parse_settings
 from workflow.plan.studies import Study, parse_study
 
@@ -41,7 +42,7 @@ class Config:
     """
 
     datasets: Mapping[str, Dataset]
-    extractors: Mapping[str, ExtractorSpec]
+    extractors: Mapping[str, BackendSpec]
     experiments: Mapping[str, Experiment]
     studies: Mapping[str, Study]
     files: Sequence[Path] = ()

@@ -139,17 +139,12 @@ def _extraction(config: Config, stage: str, name: str, extractor: str) -> Task:
 
 def extract_gpus(config: Config, extractor: str) -> int:
     """Return how many GPUs an extraction needs: for captions, those of their text encoder."""
-    return _gpus(config, encoder_of(config, extractor) or extractor)
+    return config.extractors[encoder_of(config, extractor) or extractor].gpus()
 
 
 def caption_gpus(config: Config, extractor: str) -> int:
     """Return how many GPUs captioning needs."""
-    return _gpus(config, extractor)
-
-
-def _gpus(config: Config, extractor: str) -> int:
-    spec = config.extractors[extractor]
-    return getattr(spec, "tensor_parallel_size", 1) if spec.uses_gpu() else 0
+    return config.extractors[extractor].gpus()
 
 
 def control_inputs(config: Config, dataset: str, extractor: str, key: str) -> dict[str, str]:

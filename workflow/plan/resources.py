@@ -24,24 +24,6 @@ LONGEST_MINUTES = 24 * 60
 """What is asked for at first at most. Stages that take longer keep what they have, and go on at the next attempt."""
 
 MEBIBYTE = 1e6
-_PARAMETERS = re.compile(r"(?<![A-Za-z0-9.])(\d+(?:\.\d+)?)[bB](?![A-Za-z])")
-
-# Of a backend: memory in MB without its weights, memory in MB of its weights where they are not at hand, and items a
-# second of 8 threads or, where a processor is too slow to be used, of a small GPU.
-_BACKENDS: dict[str, tuple[float, float, float]] = {
-    "descriptor": (1000, 0, 50),
-    "precomputed": (1500, 0, 500),
-    "sentence-transformers": (2500, 1500, 30),
-    "transformers-text": (2500, 4000, 10),
-    "timm": (2500, 1500, 20),
-    "open_clip": (2500, 3000, 20),
-    "transformers-vision": (2500, 3000, 20),
-    "transformers-mllm": (6000, 32000, 1),
-    "transformers-caption": (6000, 32000, 0.2),
-    "vllm-caption": (8000, 32000, 2),
-    "openai-caption": (1500, 0, 1),
-}
-_UNKNOWN_BACKEND = (6000, 8000, 1)
 
 
 @dataclass(frozen=True)
@@ -132,12 +114,8 @@ class Needs:
         spec = self.config.extractors[name]
         if "captions" in files:
             spec = self.config.extractors[encoder_of(self.config, name) or name]
-        base, weights, rate = _BACKENDS.get(spec.backend, _UNKNOWN_BACKEND)
-        weights = _weights_mb(spec) or weights
         items = self._items(wildcards, files).rows
-        # Published vectors of a whole category are read through, and the items' own kept.
-        kept = items * 4096 * 4 / MEBIBYTE if spec.backend == "precomputed" else 0
-        return Need(base + weights + 2 * kept + items / 100, 20 + items / rate / 60)
+        return Need(spec.memory_mb(items), 20 + items / spec.cost.items_per_second / 60)
 
     def control(self, wildcards: Any, files: Files) -> Need:
         """One matrix of features and the one that stands for it."""
@@ -246,13 +224,3 @@ def _footer(path: str, modified: int) -> Shape:
     file = pq.ParquetFile(path)
     widths = [getattr(field.type, "list_size", 0) for field in file.schema_arrow]
     return Shape(file.metadata.num_rows, max(widths, default=0))
-
-
-def _weights_mb(spec: Any) -> float:
-    """Return what a model's weights take as float32 while they are loaded; 0 where nothing tells."""
-    path = getattr(spec, "weights_path", None)
-    if path is not None and path.exists():
-        files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-        return 2 * _megabytes(map(str, files))
-    billions = _PARAMETERS.search(str(getattr(spec, "model", "") or ""))
-    return 4000 * float(billions[1]) if billions else 0.0

@@ -18,7 +18,7 @@ from cm3.datasets.config import parse_dataset
 from cm3.datasets.mmrec.export import export, item_order
 from cm3.datasets.mmrec.export_vectors import export_vectors
 from cm3.datasets.splits import split_ratings
-from extractors.spec import parse_extractor
+from extractors.registry import parse_extractor
 
 USER_IDS = ["Ünsal", "u\0nul", "u" * 300, 'q"uote', "tab\tid", "plain"]
 ITEM_IDS = ["007", "café 手", "i" * 300, 'i"5', "7", "line\nend", "A\tB", "💥"]
