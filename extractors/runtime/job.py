@@ -75,7 +75,9 @@ class Job:
         self.source: Source[Any] = spec.read(inputs)
         require_some(self.source, name, spec.modality)
         self.identity = spec.identity()
-        libraries = {library: version for library, version in versions().items() if library not in _NOT_OF_MODELS}
+        libraries = {
+            library: version for library, version in versions(spec.libraries).items() if library not in _NOT_OF_MODELS
+        }
         address = key_of([self.identity, code, libraries])
         self._find_work(output, address)
         leftovers = list(self.shards.leftovers())
@@ -190,7 +192,7 @@ class Job:
             "identity": self.identity,
             "dtype": self.spec.dtype,
             **self._facts,
-            "versions": versions(),
+            "versions": versions(self.spec.libraries),
             "code": self.code,
         }
 

@@ -8,7 +8,6 @@ from workflow.plan.config import Config
 from workflow.plan.publish import command
 from workflow.plan.runs import features_of, run_key, tables
 from workflow.plan.task import Task
-from workflow.plan.versions import version_of
 
 COMPARED = {
     "evaluation": "evaluation.json",
@@ -48,7 +47,7 @@ def compare(config: Config, study: str) -> Task:
         "cells": [entry for name in chosen.points for entry in _runs(config, study, name)],
     }
     decides = _without_command(spec) | {"cells": [_without_command(entry) for entry in spec["cells"]]}
-    return Task(spec, version_of("compare"), decides=decides)
+    return Task("compare", spec, decides=decides)
 
 
 def compare_call(config: Config, study: str) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from cm3.datasets.sample.config import Sample
 from workflow.plan.config import Config
 from workflow.plan.folder import digest_of_folder
 from workflow.plan.task import Task
-from workflow.plan.versions import version_of
 
 
 def generated(config: Config) -> list[str]:
@@ -29,7 +28,7 @@ def generate(config: Config, dataset: str) -> Task:
     chosen = config.datasets[dataset]
     if not isinstance(chosen, Sample):
         raise UserError(f"datasets.{dataset}: source {chosen.source!r} is not generated")
-    return Task(chosen.sample_spec(), version_of("generate"))
+    return Task("generate", chosen.sample_spec())
 
 
 def generator_spec(config: Config, dataset: str) -> dict[str, Any] | None:
@@ -55,7 +54,7 @@ def download(config: Config, dataset: str, file: str) -> Task:
         raise UserError(f"{path}: dataset {dataset!r} has no such file; it has {', '.join(files)}")
     expected = {name: value for name, value in files[path].items() if name != "urls"}
     # The bytes of a published file do not depend on the code that downloads them.
-    return Task(files[path], "any", decides=expected)
+    return Task("download", files[path], decides=expected, versioned=False)
 
 
 def prepare_inputs(config: Config, dataset: str) -> dict[str, str]:
@@ -66,7 +65,7 @@ def prepare_inputs(config: Config, dataset: str) -> dict[str, str]:
 def prepare(config: Config, dataset: str) -> Task:
     """Return the task of turning raw files into k-cored tables."""
     chosen = config.datasets[dataset]
-    return Task(chosen.prepare_spec(), version_of("prepare", **{chosen.source: chosen}))
+    return Task("prepare", chosen.prepare_spec(), {chosen.source: chosen})
 
 
 def split_inputs(config: Config, dataset: str) -> dict[str, str]:
@@ -96,7 +95,7 @@ def split_inputs(config: Config, dataset: str) -> dict[str, str]:
 
 def split(config: Config, dataset: str) -> Task:
     """Return the task of labelling interactions train, valid or test."""
-    return Task(config.datasets[dataset].split_spec(), version_of("split"))
+    return Task("split", config.datasets[dataset].split_spec())
 
 
 def image_inputs(config: Config, dataset: str) -> dict[str, str]:
@@ -110,4 +109,4 @@ def images(config: Config, dataset: str) -> Task:
     folder = chosen.image_folder()
     digest = digest_of_folder(Path(folder)) if folder else None
     spec = chosen.images_spec()
-    return Task(spec, version_of("images"), chosen.images_runtime(), decides=[spec, digest])
+    return Task("images", spec, runtime=chosen.images_runtime(), decides=[spec, digest])

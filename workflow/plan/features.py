@@ -12,7 +12,6 @@ from cm3.common.keys import key_of
 from workflow.plan.config import Config
 from workflow.plan.models import ModelSettings
 from workflow.plan.task import Task
-from workflow.plan.versions import version_of
 
 
 @functools.lru_cache(maxsize=1024)
@@ -133,8 +132,7 @@ def _extraction(config: Config, stage: str, name: str, extractor: str) -> Task:
     identity = extractor_identity(config, extractor)
     # Settings and runtime hold paths of weights; the identity holds the weights' digest instead.
     arguments = {"name": name, "settings": spec.settings(), "identity": identity}
-    version = version_of(stage, **{spec.backend: spec})
-    return Task(arguments, version, spec.runtime(), decides=[name, identity])
+    return Task(stage, arguments, {spec.backend: spec}, spec.runtime(), decides=[name, identity])
 
 
 def extract_gpus(config: Config, extractor: str) -> int:
@@ -159,7 +157,7 @@ def control_inputs(config: Config, dataset: str, extractor: str, key: str) -> di
 def control(config: Config, modality: str, control: str) -> Task:
     """Return the task of replacing the features of a modality by a control: "gaussian-SEED", "shuffled-SEED" or "constant"."""
     kind, _, seed = control.partition("-")
-    return Task({"kind": kind, "seed": int(seed or 0), "modality": modality}, version_of("control"))
+    return Task("control", {"kind": kind, "seed": int(seed or 0), "modality": modality})
 
 
 def similarity_inputs(config: Config, dataset: str, extractor: str, key: str, control: str) -> dict[str, str]:
@@ -176,7 +174,7 @@ def similarity(config: Config, knn_k: str, variant: str = "") -> Task:
     words = variant.split("-")
     method = next((word for word in ("hnsw", "ivf") if word in words), "exact")
     spec = {"knn_k": int(knn_k), "method": method, "missing": "mean" if "mean" in words else "drop"}
-    return Task(spec, version_of("similarity"))
+    return Task("similarity", spec)
 
 
 def similarity_gpus(config: Config, dataset: str, extractor: str, variant: str) -> int:

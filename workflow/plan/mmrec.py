@@ -4,7 +4,6 @@ from cm3.common.errors import UserError
 from workflow.plan.config import Config
 from workflow.plan.runs import features_of, tables
 from workflow.plan.task import Task
-from workflow.plan.versions import version_of
 
 
 def export_inputs(config: Config, experiment: str) -> dict[str, str]:
@@ -17,7 +16,7 @@ def export_inputs(config: Config, experiment: str) -> dict[str, str]:
 def export(config: Config, experiment: str) -> Task:
     """Return the task of writing interactions, ids and settings."""
     spec = {"experiment": experiment, "modalities": list(config.experiments[experiment].modalities)}
-    return Task(spec, version_of("mmrec"))
+    return Task("mmrec", spec)
 
 
 def vectors_inputs(config: Config, experiment: str, modality: str) -> dict[str, str]:
@@ -37,4 +36,4 @@ def vectors_inputs(config: Config, experiment: str, modality: str) -> dict[str, 
 
 def vectors(config: Config) -> Task:
     """Return the task of writing the vectors of one modality."""
-    return Task({}, version_of("mmrec-vectors"))
+    return Task("mmrec-vectors", {})

@@ -6,7 +6,6 @@ from workflow.plan import features, runs
 from workflow.plan.config import Config
 from workflow.plan.folder import digest_of_folder
 from workflow.plan.task import Task
-from workflow.plan.versions import version_of
 
 TEMPLATES = Path(__file__).resolve().parents[2] / "cm3/reports/pages/templates"
 
@@ -45,4 +44,4 @@ def study_page(config: Config) -> Task:
 
 def _page(stage: str) -> Task:
     # An edit of the templates renders the pages again, without a new version.
-    return Task({}, version_of(stage), decides=digest_of_folder(TEMPLATES))
+    return Task(stage, {}, decides=digest_of_folder(TEMPLATES))

@@ -8,7 +8,6 @@ from cm3.common.keys import key_of
 from workflow.plan import data, features, runs
 from workflow.plan.config import Config
 from workflow.plan.task import Task
-from workflow.plan.versions import version_of
 
 
 def publish_inputs(config: Config, experiment: str) -> dict[str, str]:
@@ -51,8 +50,11 @@ def publish_inputs(config: Config, experiment: str) -> dict[str, str]:
 def publish(config: Config, experiment: str) -> Task:
     """Return the task of publishing: what metrics.json says about the origin of its numbers."""
     provenance = _provenance(config, experiment)
-    spec = provenance | {"command": command(config, f"results/{experiment}/metrics.json")}
-    return Task(spec, version_of("publish"), decides=provenance)
+    spec = provenance | {
+        "command": command(config, f"results/{experiment}/metrics.json"),
+        "libraries": _model_libraries(config, experiment),
+    }
+    return Task("publish", spec, decides=provenance)
 
 
 def command(config: Config, target: str) -> str:
@@ -61,6 +63,17 @@ def command(config: Config, target: str) -> str:
     names = [str(path.relative_to(here) if path.is_relative_to(here) else path) for path in config.files]
     options = ["--configfile", *names, "--"] if names else []
     return shlex.join(["snakemake", "--cores", "8", *options, target])
+
+
+def _model_libraries(config: Config, experiment: str) -> dict[str, list[str]]:
+    """Return the libraries behind the outputs of each extraction and captioning, by the name of its record."""
+    chosen = config.experiments[experiment]
+    libraries = {}
+    for modality, extractor in chosen.modalities.items():
+        libraries[f"extract.{modality}"] = features.extract(config, extractor).libraries
+        if features.encoder_of(config, extractor) is not None:
+            libraries[f"caption.{modality}"] = features.caption(config, extractor).libraries
+    return libraries
 
 
 def _provenance(config: Config, experiment: str) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from workflow.plan.experiments import Experiment
 from workflow.plan.features import features_identity, features_path, similarity_path
 from workflow.plan.models import CM3
 from workflow.plan.task import Task
-from workflow.plan.versions import version_of
 
 
 def features_of(config: Config, settings: Experiment) -> dict[str, str]:
@@ -169,10 +168,10 @@ def train(config: Config, experiment: str, run: str) -> Task:
         "model": chosen.model.identity(),
         "training": chosen.training_identity(),
     }
-    version = version_of(train_stage(config, experiment), **{chosen.model_name: chosen.model})
-    return Task(spec, version, chosen.training.runtime())
+    parts = {chosen.model_name: chosen.model}
+    return Task(train_stage(config, experiment), spec, parts, chosen.training.runtime())
 
 
 def evaluate(config: Config, experiment: str, run: str) -> Task:
     """Return the task of evaluation: cut-offs, score and mask."""
-    return Task(settings_of(config, experiment, run).evaluation.identity(), version_of("evaluate"))
+    return Task("evaluate", settings_of(config, experiment, run).evaluation.identity())

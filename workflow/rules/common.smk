@@ -92,6 +92,7 @@ def arguments(function):
             ("--spec", canonical_json(task.spec)),
             ("--runtime", canonical_json(task.runtime | allotted)),
             ("--code", task.version),
+            *(("--library", name) for name in task.libraries),
         ]
         for option, paths in (("--input", input), ("--output", output)):
             options += [

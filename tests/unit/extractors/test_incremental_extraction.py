@@ -169,7 +169,7 @@ def test_outputs_of_other_code_settings_or_libraries_are_not_taken(
     output = tmp_path / "f.parquet"
     run(looks(), shop(tmp_path, OLD), output)
     if change == "library":
-        monkeypatch.setattr("extractors.runtime.job.versions", lambda: {"pillow": "0"})
+        monkeypatch.setattr("extractors.runtime.job.versions", lambda libraries: {"pillow": "0"})
     spec = looks(dtype="float16") if change == "settings" else looks()
     record, _ = run(spec, shop(tmp_path, ALL), output, code="b" if change == "code" else "a")
     assert record["kept"] == 0 and record["encoded"] == 44

@@ -10,9 +10,16 @@ from checkout import SMALL
 from repository import ROOT
 
 from cm3.common import stages
+from cm3.common.parts import Part
 from workflow.plan import data, features, publish, runs
 from workflow.plan.config import load_config
-from workflow.plan.versions import version_of
+from workflow.plan.task import Task
+
+
+class Other(Part):
+    """A part that has no version yet."""
+
+    libraries = ("numpy", "torch")
 
 
 def versions() -> dict[str, str]:
@@ -34,9 +41,12 @@ def versions() -> dict[str, str]:
 
 
 def test_a_version_names_the_stage_and_the_part_that_it_runs():
-    assert version_of("split") == "split 1"
-    assert version_of("extract", timm=object()) == "extract 1, timm 1"
-    assert version_of("train-baseline", **{"bpr-mf": object()}) == "train-baseline 1, bpr-mf 1"
+    assert Task("split", {}).version == "split 1"
+    parts = {"text": type("Text", (Part,), {"version": 3, "libraries": ("torch", "timm")})(), "other": Other()}
+    task = Task("extract", {}, parts)
+    assert task.version == "extract 1, text 3, other " + Other.code_version()
+    assert re.search(r"dev-[0-9a-f]{12}$", task.version)
+    assert task.libraries == ["numpy", "timm", "torch"]
     found = versions()
     assert found["extract"].endswith(", version extract 1, sentence-transformers 1")
     assert found["prepare"].endswith(", version prepare 1, sample 1")
