@@ -11,10 +11,10 @@ from cm3.common.paths import expand
 from cm3.datasets.base_config import Dataset
 from cm3.datasets.config import stage_modules
 from cm3.datasets.sample.config import Sample
+from cm3.model_spec import ModelSpec
 from workflow.plan.config import Config
 from workflow.plan.digest import code_digest
 from workflow.plan.folder import digest_of_folder
-from workflow.plan.models import ModelSettings
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ class DataPlan:
         _check_key(extractor, key, expected)
         return f"processed/{dataset}/captions/{extractor}-{expected}.parquet"
 
-    def similarity_path(self, dataset: str, extractor: str, model: ModelSettings, control: str = "") -> str:
+    def similarity_path(self, dataset: str, extractor: str, model: ModelSpec, control: str = "") -> str:
         """Return the path of the top-k item graph of an extractor's features; what is not the default ends its name."""
         stem = Path(self.features_path(dataset, extractor, control=control)).stem
         settings: Any = model
@@ -276,7 +276,7 @@ class DataPlan:
             experiment
             for experiment in self.config.experiments.values()
             if experiment.dataset == dataset
-            and experiment.traits.graphs
+            and experiment.model.reads_item_graphs
             and extractor in experiment.modalities.values()
         ]
         on_cpu = readers and all(experiment.training.device == "cpu" for experiment in readers)

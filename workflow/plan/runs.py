@@ -9,6 +9,7 @@ from typing import Any
 from cm3.common.errors import UserError
 from cm3.common.keys import key_of
 from cm3.common.paths import expand
+from cm3.common.stages import STAGES
 from cm3.config import WARM
 from workflow.plan.config import Config
 from workflow.plan.data import DataPlan, Task
@@ -52,7 +53,7 @@ class Plan(DataPlan):
 
     def graphs_of(self, experiment: Experiment) -> dict[str, str]:
         """Return the path of each modality's item graph, none where the model reads none."""
-        if not experiment.traits.graphs:
+        if not experiment.model.reads_item_graphs:
             return {}
         return {
             m: self.similarity_path(experiment.dataset, extractor, experiment.model, experiment.control(m))
@@ -105,13 +106,10 @@ class Plan(DataPlan):
             )
         return cells[run]
 
-    def named(self, **traits: bool) -> list[str]:
-        """Return the names of the experiments whose models have all these traits, such as embeddings=True."""
-        return [
-            name
-            for name, experiment in self.config.experiments.items()
-            if all(getattr(experiment.traits, trait) == value for trait, value in traits.items())
-        ]
+    def named(self, embeddings: bool) -> list[str]:
+        """Return the names of the experiments whose models export embeddings, or of those that export item weights."""
+        exports = "embeddings" if embeddings else "item_weights"
+        return [name for name, experiment in self.config.experiments.items() if experiment.model.exports == exports]
 
     def train_inputs(self, name: str, run: str) -> dict[str, str]:
         """Return the named input files of training.
@@ -144,12 +142,12 @@ class Plan(DataPlan):
 
     def trainer(self, name: str) -> str:
         """Return the module of the stage that trains an experiment's model."""
-        return self.experiment(name).traits.stage
+        return STAGES[self.experiment(name).model.stage].module
 
     def train_gpus(self, name: str) -> int:
         """Return how many GPUs training asks for, one a process; what computes on the processor alone needs none."""
         experiment = self.experiment(name)
-        needs = experiment.traits.on_device and experiment.training.device != "cpu"
+        needs = experiment.model.on_device and experiment.training.device != "cpu"
         return experiment.training.processes if needs else 0
 
     def _train(self, name: str, run: str) -> Task:
@@ -160,7 +158,7 @@ class Plan(DataPlan):
             "model": chosen.model.identity(),
             "training": chosen.training_identity(),
         }
-        code = self.code(chosen.traits.stage, *chosen.traits.modules)
+        code = self.code(STAGES[chosen.model.stage].module, type(chosen.model).__module__)
         return Task(spec, code, chosen.training.runtime())
 
     def tables(self, name: str) -> dict[str, str]:
@@ -184,7 +182,7 @@ class Plan(DataPlan):
             "recommendations": f"{run}/recommendations.parquet",
             "model": f"{run}/model.safetensors",
         }
-        if chosen.traits.embeddings:
+        if chosen.model.exports == "embeddings":
             paths |= {
                 "history": f"{run}/history.csv",
                 "user_embeddings": f"{run}/user_embeddings.parquet",
@@ -258,7 +256,7 @@ class Plan(DataPlan):
                 paths |= {
                     f"{what}.{name}.{run}": f"results/{name}/runs/{run}/{file}"
                     for what, file in _COMPARED.items()
-                    if self.experiment(name).traits.embeddings or not what.endswith("_embeddings")
+                    if self.experiment(name).model.exports == "embeddings" or not what.endswith("_embeddings")
                 }
         return paths
 
@@ -328,7 +326,7 @@ class Plan(DataPlan):
         chosen = self.experiment(name)
         base, folder = f"processed/{chosen.dataset}", f"results/{name}"
         published = ["metrics.json", "per_user.parquet", "recommendations.parquet", "model.safetensors"]
-        if chosen.traits.embeddings:
+        if chosen.model.exports == "embeddings":
             published += ["history.csv", "user_embeddings.parquet", "item_embeddings.parquet"]
         paths = self.tables(name) | {Path(file).stem: f"{folder}/{file}" for file in published}
         reads = any("manifest" in self.config.extractors[e].needs() for e in chosen.modalities.values())

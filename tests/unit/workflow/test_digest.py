@@ -86,9 +86,9 @@ def test_stages_share_no_code_that_would_rerun_each_other():
 def test_which_items_a_baseline_contrasts_is_code(tmp_path: Path, name: str):
     for package in PACKAGES:
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
-    modules = ["cm3.baselines.train", f"cm3.baselines.{name}"]
+    modules = ["cm3.baselines.train", f"cm3.baselines.networks.{name}"]
     before = code_digest(tmp_path, modules)
-    path = tmp_path / f"cm3/baselines/{name}.py"
+    path = tmp_path / f"cm3/baselines/networks/{name}.py"
     path.write_text(path.read_text().replace('contrast = "positive"', 'contrast = "negative"'))
     assert code_digest(tmp_path, modules) != before == code_digest(ROOT, modules)
 
