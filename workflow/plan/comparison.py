@@ -30,7 +30,7 @@ def compare_inputs(config: Config, study: str) -> dict[str, str]:
             paths |= {
                 f"{kind}.{name}.{run}": f"results/{name}/runs/{run}/{file}"
                 for kind, file in COMPARED.items()
-                if config.experiments[name].traits.embeddings or not kind.endswith("_embeddings")
+                if config.experiments[name].model.exports == "embeddings" or not kind.endswith("_embeddings")
             }
     return paths
 

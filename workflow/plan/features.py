@@ -9,8 +9,8 @@ from typing import Any
 
 from cm3.common.errors import UserError
 from cm3.common.keys import key_of
+from cm3.model_spec import ModelSpec
 from workflow.plan.config import Config
-from workflow.plan.models import ModelSettings
 from workflow.plan.task import Task
 
 
@@ -58,7 +58,7 @@ def captions_path(config: Config, dataset: str, extractor: str, key: str | None 
     return f"processed/{dataset}/captions/{extractor}-{expected}.parquet"
 
 
-def similarity_path(config: Config, dataset: str, extractor: str, model: ModelSettings, control: str = "") -> str:
+def similarity_path(config: Config, dataset: str, extractor: str, model: ModelSpec, control: str = "") -> str:
     """Return the path of the top-k item graph of an extractor; settings other than the defaults end its name."""
     stem = Path(features_path(config, dataset, extractor, control=control)).stem
     settings: Any = model
@@ -185,7 +185,9 @@ def similarity_gpus(config: Config, dataset: str, extractor: str, variant: str) 
     readers = [
         experiment
         for experiment in config.experiments.values()
-        if experiment.dataset == dataset and experiment.traits.graphs and extractor in experiment.modalities.values()
+        if experiment.dataset == dataset
+        and experiment.model.reads_item_graphs
+        and extractor in experiment.modalities.values()
     ]
     on_cpu = readers and all(experiment.training.device == "cpu" for experiment in readers)
     approximate = {"hnsw", "ivf"} & set(variant.split("-"))

@@ -18,7 +18,7 @@ def experiment_page_inputs(config: Config, experiment: str) -> dict[str, str]:
     chosen = config.experiments[experiment]
     dataset = chosen.dataset
     published = ["metrics.json", "per_user.parquet", "recommendations.parquet", "model.safetensors"]
-    if chosen.traits.embeddings:
+    if chosen.model.exports == "embeddings":
         published += ["history.csv", "user_embeddings.parquet", "item_embeddings.parquet"]
     paths = runs.tables(config, experiment) | {Path(file).stem: f"results/{experiment}/{file}" for file in published}
     reads_images = any("manifest" in config.extractors[name].needs() for name in chosen.modalities.values())

@@ -20,7 +20,7 @@ def publish_inputs(config: Config, experiment: str) -> dict[str, str]:
         "recommendations": f"{run}/recommendations.parquet",
         "model": f"{run}/model.safetensors",
     }
-    if chosen.traits.embeddings:
+    if chosen.model.exports == "embeddings":
         paths |= {
             "history": f"{run}/history.csv",
             "user_embeddings": f"{run}/user_embeddings.parquet",

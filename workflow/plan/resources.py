@@ -9,11 +9,12 @@ more. Nothing here changes what a job computes, and nothing is limited by it whe
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cm3.model_spec import Sizes
 from workflow.plan.config import Config
 from workflow.plan.features import encoder_of
 
@@ -127,36 +128,24 @@ class Needs:
         return Need(1500 + 2.5 * shape.megabytes, 10 + shape.rows**2 * shape.dim / 1e10 / 60)
 
     def train(self, wildcards: Any, files: Files) -> Need:
-        """Features, tables of users and items with gradients and Adam's moments, the graph; time by epochs and steps.
-
-        A closed form takes half an hour at most, but for EASE, whose time is cubic in the items.
-        """
+        """The estimate of the experiment's model."""
         experiment = self.config.experiments[wildcards.experiment]
-        interactions = self._interactions(wildcards, files)
-        users, items = self._users(wildcards, files), self._items(wildcards, files).rows
-        features = [name for name in files if name.startswith("features")]
-        shapes = [self._vectors(files, name, wildcards) for name in features]
-        width = getattr(experiment.model, "embedding_dim", 64) * (len(features) + 1)
-        tables = (users + items) * width * 4 / MEBIBYTE
-        memory = 2500 + 2 * sum(shape.megabytes for shape in shapes) + 16 * tables + interactions * 100 / MEBIBYTE
-        if not experiment.traits.trains:
-            ease = experiment.model_name == "ease"
-            return Need(memory + ease * 3 * items**2 * 8 / MEBIBYTE, 30 + ease * items**3 / 1e11 / 60)
-        steps = interactions / experiment.training.batch_size + 1
-        step_seconds = 2.2e-6 * interactions + 5e-9 * sum(shape.rows * shape.dim for shape in shapes) + 0.05
-        return Need(memory, 30 + experiment.training.epochs * steps * step_seconds / 60)
+        shapes = [self._vectors(files, name, wildcards) for name in files if name.startswith("features")]
+        sizes = self._sizes(wildcards, files, features=[(shape.rows, shape.dim) for shape in shapes])
+        training = experiment.training
+        found = experiment.model.training_estimate(sizes, epochs=training.epochs, batch_size=training.batch_size)
+        return Need(found.memory_mb, found.minutes)
 
     def evaluate(self, wildcards: Any, files: Files) -> Need:
-        """Embeddings or item weights, a block of scores, some 100 ranked items a user; time by users times items."""
-        users, items = self._users(wildcards, files), self._items(wildcards, files).rows
+        """The estimate of the experiment's model."""
+        sizes = self._sizes(wildcards, files)
         dims = [_shape(path).dim for name, path in files.items() if name.endswith("embeddings") and Path(path).exists()]
-        width = max(dims, default=256)
-        tables = 4 * (users + items) * width * 4 / MEBIBYTE
+        exported = (sizes.users + sizes.items) * max(dims, default=0) * 4 / MEBIBYTE
         if "weights" in files:
-            dense = self.config.experiments[wildcards.experiment].model_name == "ease"
-            tables = 1.5 * (_megabytes([files["weights"]]) or dense * items**2 * 4 / MEBIBYTE)
-        rows = self._interactions(wildcards, files) * 100 + users * 6000
-        return Need(2000 + tables + rows / MEBIBYTE, 15 + users * items / 1e9)
+            exported = _megabytes([files["weights"]])
+        model = self.config.experiments[wildcards.experiment].model
+        found = model.evaluation_estimate(replace(sizes, exported_mb=exported))
+        return Need(found.memory_mb, found.minutes)
 
     def publish(self, wildcards: Any, files: Files) -> Need:
         """Copies, a block at a time."""
@@ -172,6 +161,10 @@ class Needs:
         return Need(1500 + 4 * _megabytes(files.values()), 20)
 
     # Counts, from the files that are there, else from what the configuration expects
+
+    def _sizes(self, wildcards: Any, files: Files, features: Sequence[tuple[int, int]] = ()) -> Sizes:
+        users, items = self._users(wildcards, files), self._items(wildcards, files).rows
+        return Sizes(users, items, self._interactions(wildcards, files), features)
 
     def _interactions(self, wildcards: Any, files: Files) -> int:
         for name in ("interactions", "ratings"):

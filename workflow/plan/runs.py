@@ -8,7 +8,7 @@ takes the checked configuration first; parameters named like the wildcards of th
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cm3.common.errors import UserError
 from cm3.common.keys import key_of
@@ -19,7 +19,6 @@ from workflow.plan.config import Config
 from workflow.plan.data import generator_spec
 from workflow.plan.experiments import Experiment
 from workflow.plan.features import features_identity, features_path, similarity_path
-from workflow.plan.models import CM3
 from workflow.plan.task import Task
 
 
@@ -33,7 +32,7 @@ def features_of(config: Config, settings: Experiment) -> dict[str, str]:
 
 def graphs_of(config: Config, settings: Experiment) -> dict[str, str]:
     """Return the path of the item graph of each modality; empty if the model reads none."""
-    if not settings.traits.graphs:
+    if not settings.model.reads_item_graphs:
         return {}
     return {
         modality: similarity_path(config, settings.dataset, extractor, settings.model, settings.control(modality))
@@ -97,13 +96,9 @@ def settings_of(config: Config, experiment: str, run: str) -> Experiment:
     return runs[run]
 
 
-def experiments_with(config: Config, **traits: bool) -> list[str]:
-    """Return the names of the experiments whose models have all these traits, such as embeddings=True."""
-    return [
-        name
-        for name, experiment in config.experiments.items()
-        if all(getattr(experiment.traits, trait) == value for trait, value in traits.items())
-    ]
+def experiments_that_export(config: Config, exports: Literal["embeddings", "item_weights"]) -> list[str]:
+    """Return the names of the experiments whose models export embeddings, or of those that export item weights."""
+    return [name for name, experiment in config.experiments.items() if experiment.model.exports == exports]
 
 
 def tables(config: Config, experiment: str) -> dict[str, str]:
@@ -142,20 +137,15 @@ def _warm_start(name: str, settings: Experiment) -> dict[str, str]:
     return earlier
 
 
-def train_stage(config: Config, experiment: str) -> str:
-    """Return the stage that trains the experiment's model, a key of `cm3.common.stages.STAGES`."""
-    return "train" if config.experiments[experiment].model_name == CM3 else "train-baseline"
-
-
 def train_module(config: Config, experiment: str) -> str:
     """Return the module of the stage that trains the experiment's model."""
-    return STAGES[train_stage(config, experiment)].module
+    return STAGES[config.experiments[experiment].model.stage].module
 
 
 def train_gpus(config: Config, experiment: str) -> int:
     """Return how many GPUs training needs, one per process; none for a model that computes on the CPU."""
     chosen = config.experiments[experiment]
-    needs = chosen.traits.on_device and chosen.training.device != "cpu"
+    needs = chosen.model.on_device and chosen.training.device != "cpu"
     return chosen.training.processes if needs else 0
 
 
@@ -169,7 +159,7 @@ def train(config: Config, experiment: str, run: str) -> Task:
         "training": chosen.training_identity(),
     }
     parts = {chosen.model_name: chosen.model}
-    return Task(train_stage(config, experiment), spec, parts, chosen.training.runtime())
+    return Task(chosen.model.stage, spec, parts, chosen.training.runtime())
 
 
 def evaluate(config: Config, experiment: str, run: str) -> Task:

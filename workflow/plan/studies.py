@@ -160,7 +160,7 @@ def _check_path(experiment: Experiment, path: str, where: str) -> None:
         raise UserError(f"{where}.{path}: points are chosen by what is monitored; set it in the experiment")
     if path == "model.name":
         raise UserError(f"{where}.{path}: another model is another experiment; add one to the study")
-    if section == "training" and not experiment.traits.trains:
+    if section == "training" and not experiment.model.trains:
         raise UserError(f"{where}.{path}: {experiment.model_name} is computed in closed form and does not train")
     valid = settings.model_fields.keys() - settings.runtime_fields
     if key in settings.runtime_fields:

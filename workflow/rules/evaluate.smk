@@ -13,7 +13,7 @@ rule evaluate:
     log:
         "logs/{experiment}/evaluate-{run}.log",
     wildcard_constraints:
-        experiment=one_of(runs.experiments_with(settings, embeddings=True)),
+        experiment=one_of(runs.experiments_that_export(settings, "embeddings")),
     conda:
         "../../environment.yml"
     threads: 8
@@ -33,4 +33,4 @@ use rule evaluate as evaluate_item_weights with:
         unpack(files(runs.tables)),
         weights="results/{experiment}/runs/{run}/model.safetensors",
     wildcard_constraints:
-        experiment=one_of(runs.experiments_with(settings, embeddings=False)),
+        experiment=one_of(runs.experiments_that_export(settings, "item_weights")),

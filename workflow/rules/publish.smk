@@ -14,7 +14,7 @@ rule publish:
     log:
         "logs/{experiment}/publish.log",
     wildcard_constraints:
-        experiment=one_of(runs.experiments_with(settings, embeddings=True)),
+        experiment=one_of(runs.experiments_that_export(settings, "embeddings")),
     conda:
         "../../environment.yml"
     resources:
@@ -35,4 +35,4 @@ use rule publish as publish_item_weights with:
         recommendations="results/{experiment}/recommendations.parquet",
         model="results/{experiment}/model.safetensors",
     wildcard_constraints:
-        experiment=one_of(runs.experiments_with(settings, embeddings=False)),
+        experiment=one_of(runs.experiments_that_export(settings, "item_weights")),

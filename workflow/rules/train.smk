@@ -12,7 +12,7 @@ rule train:
     log:
         "logs/{experiment}/train-{run}.log",
     wildcard_constraints:
-        experiment=one_of(runs.experiments_with(settings, embeddings=True)),
+        experiment=one_of(runs.experiments_that_export(settings, "embeddings")),
     conda:
         "../../environment.yml"
     threads: share_of_cores(runs.train_gpus)
@@ -35,4 +35,4 @@ use rule train as train_item_weights with:
         model="results/{experiment}/runs/{run}/model.safetensors",
         record="results/{experiment}/runs/{run}/train.stage.json",
     wildcard_constraints:
-        experiment=one_of(runs.experiments_with(settings, embeddings=False)),
+        experiment=one_of(runs.experiments_that_export(settings, "item_weights")),

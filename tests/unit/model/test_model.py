@@ -10,7 +10,7 @@ import scipy.sparse as sp
 import torch
 
 from cm3.common.errors import UserError
-from cm3.config import PRESETS, Evaluation, Model, Training, modality_weights, settings
+from cm3.config import Evaluation, Model, Training, modality_weights, settings
 from cm3.model.model import CM3
 from cm3.model.network import Loss
 from cm3.model.sampling import Batch, Sampler, mixing_parameters, spreads
@@ -311,7 +311,7 @@ def test_user_values_stand_above_the_preset():
     assert found.evaluation.ks == [5, 20]
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", Model.presets)
 def test_settings_survive_their_identity(preset):
     found = settings(preset, {}, {}, {}, "x")
     assert Model.model_validate(found.model.identity()) == found.model
@@ -332,7 +332,7 @@ def test_settings_survive_their_identity(preset):
         ({}, {"lr": "fast"}, {}, r"x\.training\.lr = 'fast'"),
         ({}, {"monitor": "accuracy"}, {}, r"x\.training\.monitor = 'accuracy'"),
         ({}, {"epochs": 1.5}, {}, r"x\.training\.epochs = 1\.5"),
-        ({}, {}, {"ks": [5, 5]}, r"x\.evaluation\.ks = \[5, 5\]: a cut-off stands here twice"),
+        ({}, {}, {"ks": [5, 5]}, r"x\.evaluation\.ks = \[5, 5\]: duplicate cut-off in ks: 5"),
         ({}, {}, {"ks": []}, r"x\.evaluation\.ks"),
         ({}, {}, {"score": "euclid"}, r"x\.evaluation\.score = 'euclid'"),
     ],

@@ -8,15 +8,15 @@ from typing import Any, get_args
 import pytest
 from checkout import SMALL
 
-from cm3.baselines.config import MODELS, PATIENCE
+from cm3.baselines.bpr_mf import BPRMF
 from cm3.common.errors import UserError
 from cm3.common.strict import validate
+from cm3.model_registry import spec_classes
 from cm3.reports.analysis.spec import StudySpec, check_study
 from extractors.control import CONTROLS
 from workflow.plan import comparison, publish
 from workflow.plan.config import Config, load_config
 from workflow.plan.experiments import Kind
-from workflow.plan.models import NAMES, traits
 from workflow.plan.runs import runs_of, selected_run, train, train_inputs, train_module
 from workflow.plan.storage import root_of
 
@@ -156,7 +156,7 @@ def test_faults_of_an_experiment_are_told_once_and_not_again_for_its_study():
             r"odd\.modalities = \{\}: vbpr reads features and needs at least",
         ),
         ({"like": "lightgcn", "control": "gaussian"}, r"odd\.control = 'gaussian': there are no features to replace"),
-        ({"like": "shop", "control": "gausian"}, r"odd\.control = 'gausian': there is no control.*mean 'gaussian'"),
+        ({"like": "shop", "control": "gausian"}, r"odd\.control = 'gausian': no control.*mean 'gaussian'"),
         ({"like": "shop", "control": {"text": "shufled"}}, r"odd\.control = .*no control 'shufled'.*mean 'shuffled'"),
         ({"like": "shop", "control": {"imge": "constant"}}, r"odd\.control\.imge: .*did you mean 'image'"),
         (
@@ -165,13 +165,16 @@ def test_faults_of_an_experiment_are_told_once_and_not_again_for_its_study():
         ),
         (
             {"like": "lightgcn", "training": {"processes": 2}},
-            r"odd\.training\.processes: cm3 alone heeds it.* lightgcn",
+            r"odd\.training\.processes: not supported by lightgcn, only by cm3",
         ),
         (
             {"like": "ease", "evaluation": {"score": "cosine"}},
-            r"odd\.evaluation\.score = 'cosine': ease leaves item weights",
+            r"odd\.evaluation\.score = 'cosine': ease exports item weights",
         ),
-        ({"like": "lightgcn", "preset": "official"}, r"preset = 'official': this preset is of cm3"),
+        (
+            {"like": "lightgcn", "preset": "official"},
+            r"preset = 'official': a preset of cm3, but the model is lightgcn",
+        ),
     ],
 )
 def test_a_wrong_variant_is_refused(section: dict[str, Any], message: str):
@@ -198,7 +201,7 @@ def test_like_takes_over_what_is_not_said_again():
     assert (found["wider"].training.lr, found["wider"].training.epochs) == (0.1, 4)
     assert found["wider"].evaluation.ks == [5, 10]
     assert found["mf"].modalities == {}
-    assert found["mf"].model == MODELS["bpr-mf"](name="bpr-mf")
+    assert found["mf"].model == BPRMF()
     assert found["mf"].training.lr == 0.1
     assert found["popular"].training_identity() == {"monitor": "ndcg@5"}
 
@@ -226,7 +229,7 @@ def test_a_model_has_a_patience_of_its_own():
         told_too={"like": "told", "model": {"embedding_dim": 8}},
     )
     found = {name: one.training.patience for name, one in load_config(whole).experiments.items()}
-    expected = {"hasty": 3, "hastier": 3, "mf": PATIENCE, "told": 4, "told_too": 4}
+    expected = {"hasty": 3, "hastier": 3, "mf": 20, "told": 4, "told_too": 4}
     assert {name: found[name] for name in expected} == expected
 
 
@@ -351,32 +354,39 @@ def test_the_comparison_knows_whose_control_an_experiment_is():
     assert spec["metrics"] == ["recall@5", "ndcg@5"]
 
 
+SPECS = spec_classes()
+
+
 def test_each_model_gets_its_inputs_its_stage_and_its_version():
     modalities = {"text": "words"}
     sections = {
         f"of-{name}": {
             "dataset": "shop",
             "model": {"name": name},
-            "modalities": modalities if traits(name).content else {},
+            "modalities": modalities if SPECS[name].reads_features else {},
         }
-        for name in NAMES
+        for name in SPECS
     }
     found = checked(**sections)
     versions = {}
-    for name in NAMES:
+    for name in SPECS:
         experiment = f"of-{name}"
         run = selected_run(found, experiment)
         inputs = train_inputs(found, experiment, run)
-        assert ("features.text" in inputs) == traits(name).content
-        assert ("similarity.text" in inputs) == traits(name).graphs
+        assert ("features.text" in inputs) == SPECS[name].reads_features
+        assert ("similarity.text" in inputs) == SPECS[name].reads_item_graphs
         assert train_module(found, experiment) == ("cm3.training.train" if name == "cm3" else "cm3.baselines.train")
         task = train(found, experiment, run)
         assert task.spec["model"].get("name", "cm3") == name
         versions[name] = task.version
         published = publish.publish_inputs(found, experiment)
-        assert ("user_embeddings" in published) == ("history" in published) == traits(name).embeddings
-    assert len(set(versions.values())) == len(NAMES)
-    assert {name for name in NAMES if not traits(name).embeddings} == {"itemknn", "itemknn-content", "ease"}
+        assert ("user_embeddings" in published) == ("history" in published) == (SPECS[name].exports == "embeddings")
+    assert len(set(versions.values())) == len(SPECS)
+    assert {name for name, spec in SPECS.items() if spec.exports == "item_weights"} == {
+        "itemknn",
+        "itemknn-content",
+        "ease",
+    }
 
 
 def test_the_config_knows_the_controls_that_there_are():
