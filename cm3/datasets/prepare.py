@@ -1,6 +1,5 @@
 """Stage: raw files -> k-cored ratings with dense ids, the item and the user table, and statistics."""
 
-import importlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +12,11 @@ from cm3.common.cli import stage
 from cm3.common.errors import UserError
 from cm3.common.files import write_json
 from cm3.common.tables import ITEMS, USERS, write_table
-from cm3.datasets.config import READERS
 from cm3.datasets.interactions_db import Gathering, Interactions
 from cm3.datasets.k_core import kcore
 from cm3.datasets.raw_files import account
-from cm3.datasets.reader import RATINGS, Item, Reader
+from cm3.datasets.reader import RATINGS, Item
+from cm3.datasets.registry import source_spec
 from cm3.datasets.statistics import describe
 
 log = logging.getLogger("cm3.datasets.prepare")
@@ -45,7 +44,7 @@ def prepare(
         UserError: malformed input, unknown items under policy `error`, an empty k-core, or other counts than
             `expected`.
     """
-    reader: Reader = importlib.import_module(READERS[spec["source"]]).Reader(spec, inputs)
+    reader = source_spec(spec["source"]).open_reader(spec, inputs)
     log.info("reading %s", ", ".join(str(path) for path in inputs.values()))
     k = spec["kcore"]
     with Gathering(ratings.parent) as gathering:

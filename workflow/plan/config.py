@@ -9,8 +9,8 @@ from pydantic import Field
 
 from cm3.common.errors import UserError
 from cm3.common.strict import Strict, nearest, validate
-from cm3.datasets.base_config import Dataset
-from cm3.datasets.config import parse_dataset
+from cm3.datasets.registry import parse_dataset
+from cm3.datasets.spec import SourceSpec
 from extractors.spec import ExtractorSpec, parse_extractor
 from workflow.plan.experiments import Experiment, ExperimentSection, inherit, parse_settings
 from workflow.plan.studies import Study, parse_study
@@ -33,7 +33,7 @@ class Sections(Strict):
 class Config:
     """The checked configuration. Every name in an experiment or study exists and fits."""
 
-    datasets: Mapping[str, Dataset]
+    datasets: Mapping[str, SourceSpec]
     extractors: Mapping[str, ExtractorSpec]
     experiments: Mapping[str, Experiment]
     studies: Mapping[str, Study]

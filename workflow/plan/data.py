@@ -8,9 +8,8 @@ from typing import Any
 from cm3.common.errors import UserError
 from cm3.common.keys import key_of
 from cm3.common.paths import expand
-from cm3.datasets.base_config import Dataset
-from cm3.datasets.config import stage_modules
-from cm3.datasets.sample.config import Sample
+from cm3.datasets.registry import IMAGE_SOURCES
+from cm3.datasets.spec import SourceSpec
 from workflow.plan.config import Config
 from workflow.plan.digest import code_digest
 from workflow.plan.folder import digest_of_folder
@@ -56,13 +55,13 @@ class DataPlan:
 
     # Datasets
 
-    def dataset(self, name: str) -> Dataset:
+    def dataset(self, name: str) -> SourceSpec:
         """Return one dataset's settings."""
         return self.config.datasets[name]
 
     def generated(self) -> list[str]:
         """Return the names of datasets that are drawn by our generator."""
-        return [name for name, dataset in self.config.datasets.items() if isinstance(dataset, Sample)]
+        return [name for name, dataset in self.config.datasets.items() if dataset.generate_spec() is not None]
 
     def generate(self, name: str) -> Task:
         """Return the task of drawing one of the datasets of `generated`."""
@@ -70,9 +69,10 @@ class DataPlan:
 
     def _generator(self, name: str) -> dict[str, Any]:
         dataset = self.dataset(name)
-        if not isinstance(dataset, Sample):
+        spec = dataset.generate_spec()
+        if spec is None:
             raise UserError(f"datasets.{name}: is of source {dataset.source!r} and is not generated")
-        return dataset.sample_spec()
+        return spec
 
     def _source(self, name: str) -> dict[str, Any] | None:
         # Of data that come from elsewhere, Snakemake watches the files themselves.
@@ -141,10 +141,9 @@ class DataPlan:
         )
 
     def _source_code(self, dataset: str, stage: str) -> str:
-        return self.code(
-            f"cm3.datasets.{'images.stage' if stage == 'images' else stage}",
-            *stage_modules(self.dataset(dataset))[stage],
-        )
+        chosen = self.dataset(dataset)
+        part = IMAGE_SOURCES[chosen.images_spec()["find"]] if stage == "images" else chosen.reader
+        return self.code(f"cm3.datasets.{'images.stage' if stage == 'images' else stage}", part.partition(":")[0])
 
     # Extractors
 

@@ -14,7 +14,8 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
 from cm3.common.errors import UserError
-from cm3.datasets.files.lines import GZIP_ERRORS, line_blocks, open_bytes
+from cm3.datasets.download.gzip import GZIP_ERRORS
+from cm3.datasets.files.lines import line_blocks, open_bytes
 from cm3.datasets.files.times import plausible, seconds_of
 from cm3.datasets.reader import Faults, rows
 from cm3.datasets.text import is_unicode
