@@ -17,7 +17,7 @@ _SCRIPT = re.compile(r"\bvar aPageStart\b.*|\(new Date\(\)\)\.getTime\(\).*", re
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
-def clean(text: str) -> str:
+def plain_text(text: str) -> str:
     """Return `text` with HTML entities resolved, tags and control characters removed and white space folded."""
     if "&" in text:
         text = html.unescape(text)

@@ -11,7 +11,7 @@ from cm3.common.strict import nearest
 from cm3.datasets.files.columns import Times, parse_ids, parse_ratings
 from cm3.datasets.files.tabular import NOT_UNICODE, read_columns, read_rows
 from cm3.datasets.reader import Item, rows
-from cm3.datasets.text import addresses, clean, is_unicode, leaves
+from cm3.datasets.text import addresses, is_unicode, leaves, plain_text
 
 
 class Reader:
@@ -87,7 +87,7 @@ class Reader:
 
 
 def _texts(row: dict[str, Any], names: Sequence[str]) -> list[str]:
-    found = (clean(text) for name in names for text in _flat(row.get(name)))
+    found = (plain_text(text) for name in names for text in _flat(row.get(name)))
     return [text for text in found if text]
 
 

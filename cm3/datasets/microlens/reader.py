@@ -21,7 +21,7 @@ import pyarrow.csv as pa_csv
 
 from cm3.datasets.files.lines import line_blocks, lines
 from cm3.datasets.reader import Faults, Item, rows
-from cm3.datasets.text import clean
+from cm3.datasets.text import plain_text
 
 _HEADER = ("user", "item", "timestamp")
 _TIMES = (0, 4_102_444_800_000)
@@ -82,14 +82,14 @@ class Reader:
             first, comma, rest = decoded.partition(",")
             if comma and _is_id(first.strip().strip('"')):
                 if item_id:
-                    yield item_id, clean(_unquoted(text))
+                    yield item_id, plain_text(_unquoted(text))
                 item_id, text = first.strip().strip('"'), rest
             elif item_id and text.lstrip().startswith('"') and text.count('"') % 2:
                 text += " " + decoded  # a quoted text may go on in the next line
             elif number > 1 or first.strip('"') != "item":
                 faults.add(number, "is not an id, a comma and a text", line)
         if item_id:
-            yield item_id, clean(_unquoted(text))
+            yield item_id, plain_text(_unquoted(text))
         self.notes |= {f"{kind}: {reason}": n for reason, n in faults.check(count).items()}
 
 

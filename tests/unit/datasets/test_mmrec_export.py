@@ -143,7 +143,7 @@ def test_missing_vectors_get_the_mean_and_are_told(tmp_path: Path) -> None:
     with missing.open(newline="") as file:
         assert list(csv.reader(file, delimiter="\t")) == [["asin", "itemID"], [ITEM_IDS[2], "2"], [ITEM_IDS[4], "4"]]
     write_features(tmp_path / "f.parquet", ITEM_IDS, vectors, ["missing"] * 8, {})
-    with pytest.raises(UserError, match="not one item has a vector"):
+    with pytest.raises(UserError, match="no item has a vector"):
         export_vectors(tmp_path / "f.parquet", tables["interactions"], out, missing)
 
 
