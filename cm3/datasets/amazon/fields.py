@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from cm3.datasets.text import addresses, leaves, plain_text
+from cm3.datasets.text import image_urls, leaves, plain_text
 
 # "$1,250.00", "from 14.99", "$9.99 - $19.99" (the lower one counts); never the style sheets that stand there, too.
 _PRICE = re.compile(r"(?:from\s+)?(?:US)?\s*\$?\s*(\d[\d,]*(?:\.\d+)?)(?:\s*-\s*\$?\s*[\d.,]+)?", re.IGNORECASE)
@@ -68,7 +68,7 @@ def rank(value: Any) -> int | None:
 
 
 def candidates(urls: Sequence[str]) -> list[str]:
-    """Return the addresses of an item's first images: all in full size, then as they stand, which may be thumbnails."""
-    urls = addresses(urls)
+    """Return the image_urls of an item's first images: all in full size, then as they stand, which may be thumbnails."""
+    urls = image_urls(urls)
     full = list(dict.fromkeys(_RESIZED.sub(r"\1", url) for url in urls))[:_IMAGES]
     return list(dict.fromkeys([*full, *(url for url in urls if _RESIZED.sub(r"\1", url) in full)]))

@@ -18,7 +18,7 @@ from cm3.datasets.files.lines import line_blocks
 from cm3.datasets.files.times import seconds_of
 from cm3.datasets.mmrec.format import ITEM, LABEL, RATING, TIME, USER
 from cm3.datasets.mmrec.tables import item_of, number_in, read_mapping, read_table
-from cm3.datasets.reader import Item, rows
+from cm3.datasets.reader import Item, interaction_table
 
 _REQUIRED = (USER, ITEM)
 _KNOWN = {USER: pa.int64(), ITEM: pa.int64(), RATING: pa.float64(), TIME: pa.float64(), LABEL: pa.float64()}
@@ -59,7 +59,7 @@ class Reader:
                 pairs.append(user << _ITEM_BITS | item)
                 labels.append(label)
             count += len(lines)
-            yield rows(
+            yield interaction_table(
                 users.of(user, found),
                 items.of(item, found),
                 found.floats(RATING),

@@ -145,7 +145,7 @@ def test_published_labels_are_taken_as_they_are(tmp_path: Path):
     after = read_table(tmp_path / "interactions.parquet", INTERACTIONS).column("split").to_pylist()
     assert after == [("train", "valid", "test")[label] for label in labels]
     bare = _ratings(tmp_path / "bare.parquet", [0] * 7, None)
-    with pytest.raises(UserError, match="come without labels"):
+    with pytest.raises(UserError, match="have no published split"):
         split_ratings(bare, tmp_path / "out.parquet", "published", 9)
 
 
