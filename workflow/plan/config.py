@@ -10,8 +10,8 @@ from pydantic import Field
 
 from cm3.common.errors import UserError
 from cm3.common.strict import Strict, nearest, validate
-from cm3.datasets.base_config import Dataset
-from cm3.datasets.config import parse_dataset
+from cm3.datasets.registry import parse_dataset
+from cm3.datasets.spec import SourceSpec
 from extractors.registry import parse_extractor
 from extractors.spec import BackendSpec
 from workflow.plan.experiments import Experiment, ExperimentSection, inherit, parse_settings
@@ -41,7 +41,7 @@ class Config:
         files: the files that `--configfile` names, for the commands that results state.
     """
 
-    datasets: Mapping[str, Dataset]
+    datasets: Mapping[str, SourceSpec]
     extractors: Mapping[str, BackendSpec]
     experiments: Mapping[str, Experiment]
     studies: Mapping[str, Study]

@@ -8,7 +8,6 @@ from typing import Any
 
 from cm3.common.errors import UserError
 from cm3.common.paths import expand
-from cm3.datasets.sample.config import Sample
 from workflow.plan.config import Config
 from workflow.plan.folder import digest_of_folder
 from workflow.plan.task import Task
@@ -16,7 +15,7 @@ from workflow.plan.task import Task
 
 def generated(config: Config) -> list[str]:
     """Return the names of the datasets that the generator of the sample shop draws."""
-    return [name for name, dataset in config.datasets.items() if isinstance(dataset, Sample)]
+    return [name for name, dataset in config.datasets.items() if dataset.generate_spec() is not None]
 
 
 def generate(config: Config, dataset: str) -> Task:
@@ -25,16 +24,15 @@ def generate(config: Config, dataset: str) -> Task:
     Raises:
         UserError: the dataset is of another source.
     """
-    chosen = config.datasets[dataset]
-    if not isinstance(chosen, Sample):
-        raise UserError(f"datasets.{dataset}: source {chosen.source!r} is not generated")
-    return Task("generate", chosen.sample_spec())
+    spec = generator_spec(config, dataset)
+    if spec is None:
+        raise UserError(f"datasets.{dataset}: source {config.datasets[dataset].source!r} is not generated")
+    return Task("generate", spec)
 
 
 def generator_spec(config: Config, dataset: str) -> dict[str, Any] | None:
     """Return the settings of the generator, None for a dataset that is read from files."""
-    chosen = config.datasets[dataset]
-    return chosen.sample_spec() if isinstance(chosen, Sample) else None
+    return config.datasets[dataset].generate_spec()
 
 
 def downloaded(config: Config) -> list[str]:

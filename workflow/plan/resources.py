@@ -8,7 +8,6 @@ more. Nothing here changes what a job computes, and nothing is limited by it whe
 
 import functools
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -92,11 +91,8 @@ class Needs:
         return self.estimates[stage](wildcards, files).for_attempt(attempt)
 
     def prepare(self, wildcards: Any, files: Files) -> Need:
-        """Reviews and metadata are streamed; a table of ratings, or of one's own, is held whole, compressed or not."""
-        own = self.config.datasets[wildcards.dataset].source == "files"
-        tables = [path for path in files.values() if own or re.search(r"\.(csv|tsv|inter|txt)(\.gz)?$", path)]
-        held, streamed = _megabytes(tables), _megabytes(set(files.values()) - set(tables))
-        return Need(1500 + 6 * held + streamed, 15 + (held + streamed) / 300)
+        """The source's own estimate, from the sizes of its files."""
+        return Need(*self.config.datasets[wildcards.dataset].prepare_estimate(files))
 
     def split(self, wildcards: Any, files: Files) -> Need:
         """Five columns and their sorted copies: 200 bytes an interaction."""
@@ -191,9 +187,7 @@ class Needs:
     def _expected(self, wildcards: Any, count: str, default: int) -> int:
         name = self._dataset_name(wildcards)
         dataset = self.config.datasets.get(name) if name else None
-        # A generated shop says how many it draws; of Amazon data, `interactions` is the name of a file.
-        told = [getattr(place, count, None) for place in (getattr(dataset, "expected", None), dataset)]
-        return next((number for number in told if isinstance(number, int)), default)
+        return dataset.expected_counts().get(count, default) if dataset else default
 
     def _dataset_name(self, wildcards: Any) -> str | None:
         named = getattr(wildcards, "dataset", None)

@@ -24,7 +24,7 @@ class Task:
 
     stage: str
     spec: dict[str, Any]
-    parts: Mapping[str, Any] = field(default_factory=dict)
+    parts: Mapping[str, Part] = field(default_factory=dict)
     runtime: dict[str, Any] = field(default_factory=dict)
     decides: Any = None
     versioned: bool = True
@@ -33,26 +33,16 @@ class Task:
     def version(self) -> str:
         """The version of the stage and of each part, such as "train-baseline 1, lightgcn 1"."""
         versions = {self.stage: str(STAGES[self.stage].version)}
-        versions |= {name: part_version(part) for name, part in self.parts.items()}
+        versions |= {name: part.code_version() for name, part in self.parts.items()}
         return ", ".join(f"{name} {version}" for name, version in versions.items())
 
     @property
     def libraries(self) -> list[str]:
         """Names of the libraries that the outputs of the parts depend on."""
-        return sorted({library for part in self.parts.values() for library in part_libraries(part)})
+        return sorted({library for part in self.parts.values() for library in part.libraries})
 
     @property
     def identity(self) -> str:
         """The one parameter that Snakemake records and compares: short, because it prints it as the reason of a rerun."""
         settings = key_of(self.spec if self.decides is None else self.decides)
         return f"settings {settings}, version {self.version if self.versioned else 'any'}"
-
-
-def part_version(part: Any) -> str:
-    """Return the version of a model, backend or source."""
-    return part.code_version() if isinstance(part, Part) else "1"
-
-
-def part_libraries(part: Any) -> tuple[str, ...]:
-    """Return the libraries of a model, backend or source."""
-    return part.libraries if isinstance(part, Part) else ()

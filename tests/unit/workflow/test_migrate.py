@@ -6,7 +6,7 @@ from typing import Any
 
 from cm3.common.files import read_json
 from cm3.common.stages import STAGES
-from cm3.datasets.config import SOURCES
+from cm3.datasets.registry import SOURCES
 from cm3.model_registry import MODELS
 from extractors.registry import BACKENDS
 from workflow.plan.migrate import DIGESTS, migrate_records
