@@ -4,6 +4,8 @@ import copy
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -186,3 +188,22 @@ def test_what_release_0_1_made_runs_nothing_unless_its_code_was_edited(checkout:
             path.write_text(json.dumps(record | {"code": "exec python -m elsewhere"}))
     assert checkout.planned("processed/shop/items.parquet", "processed/shop/images/manifest.parquet") == {}
     assert checkout.planned(METRICS) == {"split": 1, "train": 1, "evaluate": 1, "publish": 1}
+
+
+def test_pruning_deletes_what_nothing_uses_and_reruns_nothing(checkout: Checkout):
+    def prune(*options: str) -> str:
+        command = [sys.executable, "-m", "workflow.prune", *options]
+        return subprocess.run(command, cwd=checkout.folder, capture_output=True, text=True, check=True).stdout
+
+    assert "Nothing is unused under config/config.yaml" in prune("--delete")
+    checkout.configure(changed(experiments__shop__modalities={"text": "words"}))
+    listed = prune()
+    assert "Nothing was deleted" in listed and "features/image/looks-" in listed and "results/shop/runs/" in listed
+    checkout.configure(SMALL)
+    assert checkout.planned(METRICS) == {}
+    checkout.configure(changed(experiments__shop__modalities={"text": "words"}))
+    assert prune("--delete").partition("\n")[2] == listed.partition("\n")[2].rpartition("\nNothing")[0] + "\n"
+    assert not list((checkout.folder / "processed/shop/features/image").glob("looks-*"))
+    assert checkout.planned(METRICS) == {"train": 1, "evaluate": 1, "publish": 1}
+    checkout.configure(SMALL)
+    assert checkout.planned(METRICS) == AFTER_IMAGE
