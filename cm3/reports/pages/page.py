@@ -11,7 +11,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from cm3.common.files import atomic
-from cm3.reports.pages.chart_svg import interval, share_bar, svg
+from cm3.reports.pages.figures import svg
+from cm3.reports.pages.table_graphics import interval, share_bar
 
 TEMPLATES = Path(__file__).parent / "templates"
 

@@ -28,8 +28,8 @@ def study_page(*, comparison: Path, page_output: Path, figures_output: Path) -> 
         study = read_json(comparison)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"{comparison}: not a comparison ({error}); delete it and run again") from None
-    planes, cost = _planes(study), _cost_chart(study)
-    charts = [*planes, *([cost] if cost else [])]
+    both, cost = planes(study), _cost_chart(study)
+    charts = [*both, *([cost] if cost else [])]
     context = {
         "study": study,
         "names": {metric: pretty(metric) for metric in study["metrics"]},
@@ -37,7 +37,7 @@ def study_page(*, comparison: Path, page_output: Path, figures_output: Path) -> 
         "differences": [table for metric in study["metrics"] if (table := _differences(study, metric))["rows"]],
         "slices": _slices(study),
         "beyond": _beyond(study),
-        "planes": planes,
+        "planes": both,
         "cost": cost,
         "grids": {name: one["grid"] for name, one in study["experiments"].items() if len(one["grid"]) > 1},
     }
@@ -84,7 +84,7 @@ def _beyond(study: Mapping[str, Any]) -> dict[str, Any]:
     return {"columns": columns, "rows": rows}
 
 
-def _planes(study: Mapping[str, Any]) -> list[Chart]:
+def planes(study: Mapping[str, Any]) -> list[Chart]:
     """Return the alignment-uniformity planes of users and of items, controls hollow.
 
     A model whose vectors all point the same way, such as that of the most popular items, has no place there: at (0, 0)
