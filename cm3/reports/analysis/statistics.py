@@ -104,25 +104,23 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def seed_noise(a: Sequence[float], b: Sequence[float], confidence: float) -> dict[str, Any]:
-    """Return how far the difference of two models' means over seeds can be told from the noise of training.
+    """Compare the difference of two models' means over seeds with the noise of training.
 
-    `low` and `high` are Welch's interval for mean(a) - mean(b), runs being the sample; `sd` is the standard deviation
-    of the difference of one run of each; `exceeds` says whether the interval leaves out 0. All null where either
-    model has one run only: its noise is not known.
+    `low` and `high` are Welch's interval for mean(a) - mean(b), with runs as the sample; `sd` is the standard deviation
+    of the difference of one run of each; `exceeds` is whether the interval excludes 0. All are None if either model has
+    one run only, because its noise is unknown.
 
-    Source: Welch (1947); Satterthwaite (1946) for the degrees of freedom.
+    Source: Welch (1947); Satterthwaite (1946) for the degrees of freedom; `scipy.stats.ttest_ind`.
     """
     x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if min(len(x), len(y)) < 2:
         return {"low": None, "high": None, "sd": None, "exceeds": None}
-    of_mean = np.array([_variance(x) / len(x), _variance(y) / len(y)])
-    difference = x.mean() - y.mean()
-    reach = 0.0
-    if of_mean.sum() > 0:
-        freedom = of_mean.sum() ** 2 / (of_mean**2 / [len(x) - 1, len(y) - 1]).sum()
-        reach = stats.t.ppf((1 + confidence) / 2, freedom) * np.sqrt(of_mean.sum())
-    low, high = float(difference - reach), float(difference + reach)
     sd = float(np.sqrt(_variance(x) + _variance(y)))
+    difference = float(x.mean() - y.mean())
+    interval = (difference, difference)
+    if sd > 0:
+        interval = stats.ttest_ind(x, y, equal_var=False).confidence_interval(confidence)
+    low, high = (float(end) for end in interval)
     return {"low": low, "high": high, "sd": sd, "exceeds": low > 0 or high < 0}
 
 
