@@ -1,5 +1,6 @@
 """The statistics of a comparison: paired bootstrap, signed ranks, Holm's correction, spread over seeds."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -119,7 +120,9 @@ def seed_noise(a: Sequence[float], b: Sequence[float], confidence: float) -> dic
     difference = float(x.mean() - y.mean())
     interval = (difference, difference)
     if sd > 0:
-        interval = stats.ttest_ind(x, y, equal_var=False).confidence_interval(confidence)
+        with warnings.catch_warnings():  # SciPy warns of runs that are all equal
+            warnings.simplefilter("ignore", RuntimeWarning)
+            interval = stats.ttest_ind(x, y, equal_var=False).confidence_interval(confidence)
     low, high = (float(end) for end in interval)
     return {"low": low, "high": high, "sd": sd, "exceeds": low > 0 or high < 0}
 
