@@ -55,9 +55,9 @@ def check_study(study: StudySpec) -> None:
             raise UserError(f"{where}: {name!r} is not one of its experiments{nearest(name, study.experiments)}")
     datasets = {name: e.dataset for name, e in study.experiments.items()}
     if len(set(datasets.values())) > 1:
-        found = ", ".join(f"{name} on {dataset}" for name, dataset in datasets.items())
+        on = ", ".join(f"{name} on {dataset}" for name, dataset in datasets.items())
         raise UserError(
-            f"{where}: all experiments of a study need the same dataset, but found {found}; define one study per dataset"
+            f"{where}: all experiments of a study need the same dataset, but found {on}; define one study per dataset"
         )
     if len(set(study.metrics)) < len(study.metrics):
         raise UserError(f"{where}.metrics = {study.metrics}: duplicate metric; remove one")
