@@ -1,6 +1,6 @@
-"""The reference of config keys, written from the models themselves: tables for people, a JSON Schema for editors.
+"""Reference of all config keys, generated from the pydantic models: Markdown tables and a JSON Schema for editors.
 
-`python -m workflow.reference` brings config/README.md and workflow/schemas/config.schema.json up to date.
+`python -m workflow.reference` updates config/README.md and workflow/schemas/config.schema.json.
 """
 
 import json
@@ -134,7 +134,7 @@ def schema() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Bring both files up to date."""
+    """Update both files."""
     text = README.read_text(encoding="utf-8")
     body = re.sub(
         re.escape(BEGIN) + ".*?" + re.escape(END), lambda _: f"{BEGIN}\n\n{tables()}\n\n{END}", text, flags=re.S

@@ -25,9 +25,11 @@ Parsed = TypeVar("Parsed")
 class Sections(Strict):
     """The top level of config.yaml."""
 
-    datasets: dict[str, dict[str, Any]] = Field(description="where interactions, items and images come from")
+    datasets: dict[str, dict[str, Any]] = Field(description="sources of interactions, items and images")
     extractors: dict[str, dict[str, Any]] = Field(description="models that turn items into vectors")
-    experiments: dict[str, dict[str, Any]] = Field(description="a dataset, its modalities, a model and its training")
+    experiments: dict[str, dict[str, Any]] = Field(
+        description="combinations of a dataset, extractors, a model and its training"
+    )
     studies: dict[str, dict[str, Any]] = Field(default_factory=dict, description="experiments to compare")
 
 
@@ -99,7 +101,7 @@ def load_config(raw: Any, files: Sequence[Path] = ()) -> Config:
     def parse_comparison(name: str, data: dict[str, Any], where: str) -> Study | None:
         if name in sections.experiments:
             raise UserError(
-                f"{where}: there is an experiment {name!r}, too, and both would write to results/{name}; rename one"
+                f"{where}: an experiment has the same name, and both would write to results/{name}; rename one"
             )
         named = data.get("experiments")
         refused = sections.experiments.keys() - experiments.keys()
@@ -124,7 +126,7 @@ def _parse_each(
     for name, data in entries.items():
         where = f"{section}.{name}"
         if not _NAME.fullmatch(name):
-            faults.append(f"{where}: a name is made of letters, digits, - and _, as it becomes part of a path")
+            faults.append(f"{where}: use letters, digits, - and _ only, because the name becomes part of a path")
             continue
         try:
             parsed[name] = parse(name, data, where)

@@ -1,9 +1,9 @@
-"""Memory and time that a job asks a cluster for, from the size of its inputs and from the model that it runs.
+"""Memory and time that a job requests from a cluster, estimated from the size of its inputs and from its model.
 
-Estimates are made when a job is submitted. A file that is not there yet, because a job before it in the same group
-makes it, is judged by the counts that the configuration expects. The figures behind the constants stand in
-benchmarks/RESULTS.md; the estimates are two to three times those, and a job that still runs out is submitted again with
-more. Nothing here changes what a job computes, and nothing is limited by it where jobs run on this machine.
+Estimates are made when a job is submitted. Where a file does not exist yet, because an earlier job of the same group
+makes it, the counts that the configuration expects are used. The measurements behind the constants are in
+benchmarks/RESULTS.md; the estimates are two to three times as large, and a job that still runs out is submitted again
+with more. Nothing here changes what a job computes, and jobs on this machine are not limited by it.
 """
 
 import functools
@@ -18,23 +18,23 @@ from workflow.plan.config import Config
 from workflow.plan.features import encoder_of
 
 Files = Mapping[str, str]
-"""A job's input files by name, as its rule has them."""
+"""Input files of a job by their names in its rule."""
 
 LONGEST_MINUTES = 24 * 60
-"""What is asked for at first at most. Stages that take longer keep what they have, and go on at the next attempt."""
+"""Largest first request. Stages that take longer store their progress and resume at the next attempt."""
 
 MEBIBYTE = 1e6
 
 
 @dataclass(frozen=True)
 class Need:
-    """What one job needs: `mem_mb` in MB (10^6 bytes), `minutes` of wall time."""
+    """Memory in MB (10^6 bytes) and wall time in minutes of one job."""
 
     mem_mb: float
     minutes: float
 
     def for_attempt(self, attempt: int) -> "Need":
-        """Return what to ask for at the n-th attempt: n times the estimate, which is rounded up to 100 MB and minutes."""
+        """Return the request of the n-th attempt: n times the estimate, rounded up to 100 MB and whole minutes."""
         minutes = math.ceil(min(self.minutes, LONGEST_MINUTES))
         return Need(attempt * 100 * math.ceil(self.mem_mb / 100), attempt * minutes)
 
@@ -79,11 +79,11 @@ class Needs:
         }
 
     def mem_mb(self, stage: str) -> Callable[..., int]:
-        """Return the function that a rule gives as its `mem_mb`."""
+        """Return the function for `mem_mb` of a rule."""
         return lambda wildcards, input, attempt: int(self._of(stage, wildcards, input, attempt).mem_mb)
 
     def runtime(self, stage: str) -> Callable[..., int]:
-        """Return the function that a rule gives as its `runtime`, in minutes."""
+        """Return the function for `runtime` of a rule, in minutes."""
         return lambda wildcards, input, attempt: int(self._of(stage, wildcards, input, attempt).minutes)
 
     def _of(self, stage: str, wildcards: Any, input: Any, attempt: int) -> Need:
@@ -148,15 +148,15 @@ class Needs:
         return Need(1000, 15 + _megabytes(files.values()) / 50 / 60)
 
     def compare(self, wildcards: Any, files: Files) -> Need:
-        """The lists of two cells at a time, and a column of users for each experiment and metric."""
-        users, cells = self._users(wildcards, files), sum(name.startswith("per_user") for name in files)
-        return Need(1500 + users * 0.015, 15 + users * cells / 1e6)
+        """Recommendations of two runs at a time, and a column of users for each experiment and metric."""
+        users, n_runs = self._users(wildcards, files), sum(name.startswith("per_user") for name in files)
+        return Need(1500 + users * 0.015, 15 + users * n_runs / 1e6)
 
     def light(self, wildcards: Any, files: Files) -> Need:
-        """Tables and pages: what is read, a few times over."""
+        """Tables and pages: a few times the size of the inputs."""
         return Need(1500 + 4 * _megabytes(files.values()), 20)
 
-    # Counts, from the files that are there, else from what the configuration expects
+    # Counts from existing files, otherwise from the expectations in the configuration
 
     def _sizes(self, wildcards: Any, files: Files, features: Sequence[tuple[int, int]] = ()) -> Sizes:
         users, items = self._users(wildcards, files), self._items(wildcards, files).rows

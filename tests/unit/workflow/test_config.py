@@ -74,7 +74,11 @@ def test_the_shipped_config_has_the_promised_experiments():
         ("experiments.shop.preset", "offical", r"experiments\.shop\.preset = 'offical'.*'official'"),
         ("experiments.shop.model.modality_weights", {"image": 1.0}, r"modality_weights.*'text' has no weight"),
         ("experiments.shop.model.modality_weights", {"text": 1.0, "imge": 1.0}, r"modality_weights\.imge.*'image'"),
-        ("experiments.a/b", {"dataset": "shop", "modalities": {"text": "words"}}, r"experiments\.a/b: a name is made"),
+        (
+            "experiments.a/b",
+            {"dataset": "shop", "modalities": {"text": "words"}},
+            r"experiments\.a/b: use letters, digits",
+        ),
     ],
 )
 def test_what_is_wrong_is_refused_with_its_path_value_and_the_nearest_name(path: str, value: Any, message: str):

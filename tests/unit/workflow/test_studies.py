@@ -59,15 +59,15 @@ def refused(whole: dict[str, Any]) -> str:
         ({}, r"studies\.compared\.experiments: required"),
         ({"experiments": ["shop"], "sedes": [1]}, r"studies\.compared\.sedes: unknown key \(did you mean 'seeds'\?\)"),
         ({"experiments": ["shop", "nois"]}, r"compared\.experiments = 'nois': no such name \(did you mean 'noise'\?\)"),
-        ({"experiments": ["shop", "shop"]}, r"compared\.experiments.*'shop' stands here twice"),
+        ({"experiments": ["shop", "shop"]}, r"compared\.experiments.*duplicate value: 'shop'"),
         ({"experiments": ["shop"], "seeds": []}, r"compared\.seeds = \[\].*at least 1"),
-        ({"experiments": ["shop"], "seeds": [1, 1]}, r"compared\.seeds.*1 stands here twice"),
+        ({"experiments": ["shop"], "seeds": [1, 1]}, r"compared\.seeds.*duplicate value: 1"),
         ({"experiments": ["shop"], "seeds": [-1]}, r"compared\.seeds\.0 = -1"),
         ({"experiments": ["shop"], "reference": "ease"}, r"compared\.reference: the study has no experiment 'ease'"),
         ({"experiments": ["shop"], "metrics": ["recal@5"]}, r"compared\.metrics = 'recal@5'.*did you mean 'recall@5'"),
         (
             {"experiments": ["shop"], "metrics": ["recall@20"]},
-            r"compared\.metrics = 'recall@20': not a metric that all",
+            r"compared\.metrics = 'recall@20': not a metric of all",
         ),
         ({"experiments": ["shop"], "grids": {"ease": {}}}, r"compared\.grids\.ease: the study has no experiment"),
         ({"experiments": ["shop"], "grids": {"shop": {"model.gamma": []}}}, r"grids\.shop\.model\.gamma = \[\]"),
@@ -98,11 +98,15 @@ def test_a_wrong_study_is_refused_with_its_path_value_and_the_nearest_name(study
         ),
         ("shop", {"model.gamma": [0.5, -1]}, r"grids\.shop\.model\.gamma = -1: Input should be greater than or equal"),
         ("shop", {"model.gamma": [0.5, "much"]}, r"grids\.shop\.model\.gamma = 'much'"),
-        ("shop", {"model.gamma": [1, 1.0]}, r"grids\.shop: a value stands twice"),
+        ("shop", {"model.gamma": [1, 1.0]}, r"grids\.shop: duplicate grid point"),
         ("shop", {"model.min_sim": [0.1, 0.9], "model.max_sim": [0.5]}, r"min_sim 0\.9 is above max_sim 0\.5"),
         ("shop", {"model.modality_weights": [{"text": 1}]}, r"modality_weights: modality 'image' has no weight"),
         ("shop", {"training.seed": [1]}, r"training\.seed: seeds are not chosen by validation"),
-        ("shop", {"training.monitor": ["ndcg@5"]}, r"training\.monitor: points are chosen by what is monitored"),
+        (
+            "shop",
+            {"training.monitor": ["ndcg@5"]},
+            r"training\.monitor: grid points are chosen by the monitored metric",
+        ),
         ("shop", {"training.device": ["cpu"]}, r"training\.device: changes speed only"),
         ("lightgcn", {"model.name": ["ease"]}, r"model\.name: another model is another experiment"),
         ("lightgcn", {"model.gamma": [1]}, r"model\.gamma: unknown key of lightgcn"),
@@ -126,16 +130,16 @@ def test_experiments_that_cannot_be_compared_are_refused():
         told = refused(config({"experiments": ["shop", "odd"]}, odd={"like": "shop", "evaluation": evaluation}))
         assert f"evaluation.{key}" in told
     told = refused(config({"experiments": ["shop", "odd"]}, odd={"like": "shop", "evaluation": {"ks": [3]}}))
-    assert "no cut-off of evaluation.ks in common" in told
+    assert "no common cut-off in evaluation.ks" in told
     whole = config({"experiments": ["shop"], "metrics": ["recall@10"]})
     whole["experiments"]["shop"]["evaluation"]["top_n"] = 7
-    assert "compared.metrics = 'recall@10': not a metric that all its experiments have" in refused(whole)
+    assert "compared.metrics = 'recall@10': not a metric of all its experiments" in refused(whole)
 
 
 def test_a_study_and_an_experiment_do_not_share_a_name():
     whole = config()
     whole["studies"] = {"shop": {"experiments": ["shop"]}}
-    assert "studies.shop: there is an experiment 'shop', too" in refused(whole)
+    assert "studies.shop: an experiment has the same name" in refused(whole)
 
 
 def test_faults_of_an_experiment_are_told_once_and_not_again_for_its_study():
