@@ -4,7 +4,9 @@ import copy
 from typing import Any
 
 from checkout import SMALL
+from golden import check_golden
 
+from cm3.common.stages import STAGES
 from workflow.plan.config import load_config
 from workflow.plan.publish import publish
 from workflow.publish import gather, library_warning
@@ -113,3 +115,9 @@ def test_publishing_gets_the_libraries_of_each_extraction_and_captioning():
     captions["experiments"]["shop"]["modalities"] = {"caption": "sayer"}
     spec = publish(load_config(captions), "shop").spec
     assert set(spec["libraries"]) == {"extract.caption", "caption.caption"}
+
+
+def test_publishing_gives_the_golden_output():
+    found = metrics(extract_image={"versions": {"torch": "2.16", "timm": "1.0"}})
+    del found["versions"]["snakemake"]  # the installed one
+    check_golden("publish", STAGES["publish"].version, found)
