@@ -124,7 +124,7 @@ def test_training_went_on_from_its_checkpoint_with_more_memory_and_time(campaign
 
 def test_requests_are_those_of_the_rules(campaign: Campaign):
     asked = {"mem_mb": [], "runtime": []}
-    dry = campaign.checkout.run("-n", "--forceall", METRICS)
+    dry = campaign.checkout.dry_run("--forceall", METRICS)
     for block in dry.split("rule ")[1:]:
         if block.startswith("train:"):
             for name, values in asked.items():

@@ -4,29 +4,20 @@ import copy
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from checkout import SMALL, Checkout
+from checkout import METRICS, SMALL, Checkout
 
-METRICS = "results/shop/metrics.json"
+pytestmark = pytest.mark.spread
 AFTER_IMAGE = {"extract": 1, "similarity": 1, "train": 1, "evaluate": 1, "publish": 1}
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
-    """A checkout whose experiment has run to the end; tests work on copies of it."""
-    checkout = Checkout(tmp_path_factory.mktemp("dag") / "finished")
-    checkout.run(METRICS)
-    return checkout
-
-
 @pytest.fixture
-def checkout(finished: Checkout, tmp_path: Path) -> Iterator[Checkout]:
+def checkout(finished_checkout: Checkout, tmp_path: Path) -> Checkout:
     """A copy of the finished checkout that a test may change."""
-    yield finished.clone(tmp_path / "copy")
+    return finished_checkout.clone(tmp_path / "copy")
 
 
 def changed(**paths: Any) -> dict[str, Any]:
