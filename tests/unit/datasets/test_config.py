@@ -192,7 +192,8 @@ def test_a_source_runs_its_own_parsers_code_only():
         modules = stage_modules(parse_dataset("x", data, "d.x"))
         code[data["source"]] = {
             stage: closure(
-                root, [dict(images="cm3.datasets.images.stage", prepare="cm3.datasets.prepare")[stage], *modules[stage]]
+                root,
+                [{"images": "cm3.datasets.images.stage", "prepare": "cm3.datasets.prepare"}[stage], *modules[stage]],
             )
             for stage in modules
         }
