@@ -3,6 +3,7 @@
 Only Snakemake and its plugins are imported beforehand. The code of a checkout is imported by each fork, from that checkout.
 """
 
+import atexit
 import json
 import os
 import subprocess
@@ -14,9 +15,11 @@ from tempfile import gettempdir
 
 @cache
 def _server() -> subprocess.Popen[str]:
-    return subprocess.Popen(
+    server = subprocess.Popen(
         [sys.executable, __file__], cwd=gettempdir(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
+    atexit.register(server.communicate)  # closes its input, upon which it ends
+    return server
 
 
 def forked_snakemake(folder: Path, arguments: list[str], environment: dict[str, str], output: Path) -> int:
