@@ -9,7 +9,7 @@ from checkout import METRICS, Checkout
 STAGES = ("generate", "prepare", "split", "images", "extract", "similarity", "train", "evaluate", "publish")
 
 
-def test_killed_in_every_stage_it_completes_with_identical_results(finished_checkout: Checkout, tmp_path: Path):
+def test_killed_in_every_stage_the_results_are_identical(finished_checkout: Checkout, tmp_path: Path):
     whole, killed = finished_checkout, Checkout(tmp_path / "killed")
     left = set(STAGES)
     while (stage := killed.kill_in(left, METRICS)) is not None:

@@ -88,7 +88,7 @@ def test_a_new_experiment_or_extractor_nearby_runs_nothing(checkout: Checkout):
     assert checkout.planned(METRICS) == {}
 
 
-def test_a_swapped_image_extractor_runs_only_the_image_side_and_back_only_publishes(checkout: Checkout):
+def test_a_swapped_image_extractor_runs_the_image_side_only(checkout: Checkout):
     checkout.configure(changed(experiments__shop__modalities={"text": "words", "image": "coarse"}))
     assert checkout.planned(METRICS) == AFTER_IMAGE
     before = (checkout.folder / METRICS).read_bytes()
@@ -135,7 +135,7 @@ def test_knn_k_runs_the_graphs_onwards(checkout: Checkout):
     assert checkout.planned(METRICS) == {"similarity": 2, "train": 1, "evaluate": 1, "publish": 1}
 
 
-def test_the_split_seed_runs_the_split_onwards_without_extraction(checkout: Checkout):
+def test_the_split_seed_runs_the_split_onwards(checkout: Checkout):
     checkout.configure(changed(datasets__shop__split={"seed": 9}))
     assert checkout.planned(METRICS) == {"split": 1, "train": 1, "evaluate": 1, "publish": 1}
 

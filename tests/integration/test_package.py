@@ -55,7 +55,7 @@ def wheel(source: Path) -> zipfile.ZipFile:
     return zipfile.ZipFile(file)
 
 
-def test_the_wheel_holds_the_two_packages_and_nothing_else(wheel: zipfile.ZipFile):
+def test_the_wheel_holds_two_packages_and_nothing_else(wheel: zipfile.ZipFile):
     names = wheel.namelist()
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"cm3", "extractors"}
@@ -87,7 +87,7 @@ def with_what_they_need(wanted: list[Requirement]) -> list[Distribution]:
     return list(found.values())
 
 
-def test_cm3_fits_with_the_libraries_that_the_wheel_names_alone(wheel: zipfile.ZipFile, tmp_path: Path):
+def test_cm3_fits_with_the_dependencies_of_the_wheel_alone(wheel: zipfile.ZipFile, tmp_path: Path):
     """An environment with links to those libraries: the same files, without the gigabytes."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True)
     (site,) = (tmp_path / "env/lib").glob("python*/site-packages")
@@ -101,7 +101,7 @@ def test_cm3_fits_with_the_libraries_that_the_wheel_names_alone(wheel: zipfile.Z
 
 
 @pytest.mark.skipif("CM3_TEST_NETWORK" not in os.environ, reason="installs 3 GB; set CM3_TEST_NETWORK=1")
-def test_pip_installs_it_into_an_empty_environment_with_another_torch(source: Path, tmp_path: Path):
+def test_pip_installs_it_with_another_torch(source: Path, tmp_path: Path):
     uv = Path(sys.executable).parent / "uv"
     pinned = re.search(r"^torch==(\S+)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE)[1]
     subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, tmp_path / "env"], check=True)
