@@ -10,7 +10,6 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from checkout import heed_ctrl_c
 from repository import ROOT
 
 from cm3.common.cli import versions
@@ -38,7 +37,6 @@ def start(tmp_path: Path, spec: dict, **environment: str) -> subprocess.Popen[st
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=os.environ | environment,
-        preexec_fn=heed_ctrl_c,
     )
 
 

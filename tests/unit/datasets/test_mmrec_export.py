@@ -175,6 +175,7 @@ def test_mmrecs_two_places_are_filled(tmp_path: Path, modalities: tuple[str, ...
     assert f"{modalities[-1]}_feat.npy" in (tmp_path / "out/README.txt").read_text()
 
 
+@pytest.mark.integration
 def test_a_user_exports_an_experiment_and_imports_it(tmp_path: Path) -> None:
     """The commands of docs/mmrec.md, with drawn vectors in place of a text model."""
     ids = [f"i{number}" for number in range(12)]

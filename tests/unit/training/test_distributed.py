@@ -50,6 +50,7 @@ def assert_alike(folder: Path, other: Path, rel: float) -> None:
             assert float(value) == pytest.approx(float(b[name]), rel=rel), (a["epoch"], name)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("training", "model"),
     [
@@ -67,6 +68,7 @@ def test_two_processes_have_the_losses_gradients_and_scores_of_one(shop, tmp_pat
     assert (tmp_path / "two/train.log").read_text().count("epoch 2: loss") == 1, "one process writes the log"
 
 
+@pytest.mark.integration
 def test_a_killed_run_of_two_goes_on_with_one(shop, tmp_path):
     training = {"checkpoint_seconds": 0, "epochs": 30, "patience": 40}
     words, environment = command(shop, tmp_path, 2, training)
@@ -83,6 +85,7 @@ def test_a_killed_run_of_two_goes_on_with_one(shop, tmp_path):
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
+@pytest.mark.integration
 def test_sigterm_stops_all_with_a_checkpoint(shop, tmp_path):
     training = {"checkpoint_seconds": 0, "epochs": 1000, "patience": 1000}
     words, environment = command(shop, tmp_path, 2, training)
@@ -96,6 +99,7 @@ def test_sigterm_stops_all_with_a_checkpoint(shop, tmp_path):
     assert "the checkpoint is written" in stderr and not (tmp_path / "model.safetensors").exists()
 
 
+@pytest.mark.integration
 def test_a_loss_that_is_not_finite_ends_all_with_its_message(shop, tmp_path):
     done = train(shop, tmp_path, 2, {"lr": 1e30}, check=False)
     assert done.returncode == 1 and "the loss is not finite" in done.stderr

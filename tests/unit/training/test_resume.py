@@ -55,6 +55,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_as_if_it_never_was(
     assert written(tmp_path / "stopped") == written(tmp_path / "whole")
 
 
+@pytest.mark.integration
 def test_a_killed_process_goes_on_to_the_same_bytes(shop, tmp_path):
     training = TRAINING | {"epochs": 12}
     identity = Training(**training).identity()

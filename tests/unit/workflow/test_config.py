@@ -227,6 +227,7 @@ def test_the_configuration_imports_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.integration
 def test_snakemake_refuses_before_any_job_starts(tmp_path: Path):
     checkout = Checkout(tmp_path / "checkout", with_value("experiments.shop.model.gama", 1))
     output = checkout.run("results/shop/metrics.json", check=False)

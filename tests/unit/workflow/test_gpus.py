@@ -63,13 +63,14 @@ def asked_by_rule(shop: Checkout, *options: str) -> dict[str, set[tuple[int, int
     """Which (GPUs, threads) the jobs of each rule ask for in a dry run."""
     targets = [f"results/{name}/metrics.json" for name in ("shop", "mostpop", "ease")]
     asked: dict[str, set[tuple[int, int]]] = {}
-    for block in re.split(r"^rule ", shop.run("-n", *options, "--", *targets), flags=re.MULTILINE)[1:]:
+    for block in re.split(r"^rule ", shop.dry_run(*options, "--", *targets), flags=re.MULTILINE)[1:]:
         found = (re.search(rf"\b{pattern}(\d+)", block) for pattern in ("gpu=", "threads: "))
         gpus, threads = (int(match[1]) if match else None for match in found)
         asked.setdefault(block.partition(":")[0], set()).add((gpus or 0, threads or 1))
     return asked
 
 
+@pytest.mark.integration
 def test_the_rules_ask_for_what_the_plan_says(shop: Checkout):
     asked = asked_by_rule(shop, "--cores", "8")
     assert asked["similarity"] == asked["train_item_weights"] == {(1, 8)}
@@ -77,6 +78,7 @@ def test_the_rules_ask_for_what_the_plan_says(shop: Checkout):
     assert all(asked[rule] == {(0, 1)} for rule in ("prepare", "split", "publish"))
 
 
+@pytest.mark.integration
 def test_jobs_that_share_gpus_share_the_cores(shop: Checkout):
     asked = asked_by_rule(shop, "--cores", "8", "--resources", "gpu=2")
     assert asked["similarity"] == asked["train_item_weights"] == {(1, 4)}
