@@ -196,5 +196,8 @@ def test_pruning_deletes_what_nothing_uses_and_reruns_nothing(checkout: Checkout
     assert prune("--delete").partition("\n")[2] == listed.partition("\n")[2].rpartition("\nNothing")[0] + "\n"
     assert not list((checkout.folder / "processed/shop/features/image").glob("looks-*"))
     assert checkout.planned(METRICS) == {"train": 1, "evaluate": 1, "publish": 1}
+    # Published results stay; without them, what was deleted is made again.
     checkout.configure(SMALL)
+    assert checkout.planned(METRICS) == {}
+    (checkout.folder / METRICS).unlink()
     assert checkout.planned(METRICS) == AFTER_IMAGE
