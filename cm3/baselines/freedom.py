@@ -33,7 +33,7 @@ class FrozenAndPruned(Network):
     as in the paper and in MMRec, where the features are trained, too (`train_features`).
     """
 
-    parts = ("ranking", "modalities")
+    components = ("ranking", "modalities")
 
     def __init__(
         self,
@@ -75,11 +75,11 @@ class FrozenAndPruned(Network):
         """Return the weighted sum of the two parts."""
         users = rows(embeddings.users, batch.users)
         ranking, *contents = (
-            ranking_loss(users, rows(table, batch.items), rows(table, batch.contrast))
+            ranking_loss(users, rows(table, batch.items), rows(table, batch.negatives))
             for table in (embeddings.items, *embeddings.contents)
         )
         modalities = torch.stack(contents).sum()
-        return Loss(ranking + self.settings.reg_weight * modalities, named(self.parts, (ranking, modalities)))
+        return Loss(ranking + self.settings.reg_weight * modalities, named(self.components, (ranking, modalities)))
 
     @torch.no_grad()
     def embed(self) -> Embeddings:

@@ -139,7 +139,7 @@ def _sampler(
             items,
             len(data.item_ids),
             batch_size=training.batch_size,
-            contrast=network.contrast,
+            negative_sampling=network.negative_sampling,
             dedup_pairs=getattr(settings, "dedup_pairs", False),
             seed=derived_seed(training.seed, 1),
         )

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 
 def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:

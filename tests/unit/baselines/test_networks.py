@@ -14,7 +14,7 @@ from cm3.baselines import bm3, bpr_mf, directau, freedom, lightgcn, mgcn, vbpr
 from cm3.baselines.config import BM3, BPRMF, FREEDOM, MGCN, VBPR, DirectAU, LightGCN
 from cm3.baselines.inputs import Inputs
 from cm3.model.graph import SparseMatrix
-from cm3.model.sampling import Batch, Spread
+from cm3.model.sampling import Batch, CountedIds
 
 USERS, ITEMS, D = 7, 6, 4
 PAIRS = ([0, 1, 2, 2, 6, 0], [0, 1, 0, 5, 4, 0])
@@ -45,7 +45,7 @@ def neighbours(x: np.ndarray, k: int = 3) -> tuple[np.ndarray, np.ndarray, np.nd
 def batch() -> Batch:
     users, items = (torch.tensor(ids) for ids in PAIRS)
     places = torch.arange(len(users))
-    return Batch(users, items, torch.tensor(OTHERS), Spread(users, None, places), Spread(items, None, places))
+    return Batch(users, items, torch.tensor(OTHERS), CountedIds(users, None, places), CountedIds(items, None, places))
 
 
 def made(module, settings):
@@ -95,7 +95,7 @@ def test_bpr_mf():
     expected = bpr(p["users"], p["items"]) + 0.3 * half_squares(p["users"], p["items"])
     loss = network.loss(network.training_embeddings(0), batch())
     same(loss.total, expected, 1e-12)
-    same(loss.parts["ranking"], bpr(p["users"], p["items"]), 1e-12)
+    same(loss.components["ranking"], bpr(p["users"], p["items"]), 1e-12)
 
 
 @pytest.mark.parametrize("layers", [0, 1, 3])

@@ -99,7 +99,9 @@ def test_float32_gradients_are_those_of_float64(angle):
     gradients = {}
     for dtype in (torch.float32, torch.float64):
         raw = [x.to(dtype).requires_grad_() for x in (a, b)]
-        result = slerp(*(torch.nn.functional.normalize(x.to(torch.float64), dim=-1).to(dtype) for x in raw), t.to(dtype))
+        result = slerp(
+            *(torch.nn.functional.normalize(x.to(torch.float64), dim=-1).to(dtype) for x in raw), t.to(dtype)
+        )
         (result * upstream.to(dtype)).sum().backward()
         gradients[dtype] = [x.grad.double() for x in raw]
     # Between nearly opposite vectors the direction itself is known to eps / (pi - w) only.
