@@ -137,7 +137,7 @@ def _sampler(
             items,
             len(data.item_ids),
             batch_size=training.batch_size,
-            contrast=network.contrast,
+            negative_sampling=network.negative_sampling,
             dedup_pairs=getattr(model, "dedup_pairs", False),
             seed=derived_seed(training.seed, 1),
         )

@@ -23,6 +23,7 @@ from cm3.common.errors import UserError
 from cm3.common.files import exclusive, read_json, remove_stale_parts, write_json
 from cm3.common.gpus import own_gpus
 from cm3.common.stages import STAGES
+from cm3.common.torchrun import started_by_torchrun, torchrun_rank
 
 log = logging.getLogger("stage")
 
@@ -61,8 +62,8 @@ class ProcessRole:
     """
 
     def __init__(self, processes: int) -> None:
-        self.started = "TORCHELASTIC_RUN_ID" in os.environ
-        self.rank = int(os.environ["RANK"]) if self.started else 0
+        self.started = started_by_torchrun()
+        self.rank = torchrun_rank()
         self.writes = self.rank == 0 and (self.started or processes == 1)
 
 

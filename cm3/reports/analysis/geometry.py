@@ -7,7 +7,8 @@ import scipy.sparse as sp
 import torch
 from torch.nn import functional
 
-from cm3.model.losses import alignment, uniformity
+from cm3.model.losses import alignment
+from cm3.model.pair_potential import tiled_uniformity
 
 PAIRS, ROWS = 20_000, 4_000
 
@@ -61,6 +62,6 @@ def measure(users: np.ndarray, items: np.ndarray, sample: EmbeddingSample) -> di
     with torch.no_grad():
         return {
             "alignment": float(alignment(unit(users, sample.pair_users), unit(items, sample.pair_items))),
-            "uniformity_users": float(uniformity(unit(users, sample.users))),
-            "uniformity_items": float(uniformity(unit(items, sample.items))),
+            "uniformity_users": float(tiled_uniformity(unit(users, sample.users))),
+            "uniformity_items": float(tiled_uniformity(unit(items, sample.items))),
         }
