@@ -16,6 +16,7 @@ from torch.nn import functional
 from cm3.common.arrays import blocks, mean_of_rows, zeros
 from cm3.common.errors import UserError
 from cm3.config import Model
+from cm3.model.fused_slerp import fused_slerp
 from cm3.model.fusion import lerp, reference_slerp, slerp, spherical_bezier
 from cm3.model.graph import SparseMatrix, add_neighbours, propagate, propagate_to, user_item_matrix
 from cm3.model.losses import alignment
@@ -96,7 +97,7 @@ class CM3(Network):
         self.adjacency = SparseMatrix(user_item_matrix(interactions))
         self.item_graph = SparseMatrix(item_graph)
         self.item_graph_transposed = SparseMatrix(item_graph.T.tocsr())
-        arc = {"safe": slerp, "reference": reference_slerp}[settings.slerp]
+        arc = {"safe": slerp, "fused": fused_slerp, "reference": reference_slerp}[settings.slerp]
         self.interpolate = lerp if settings.fusion == "linear" else arc
         if settings.fusion == "concat":
             self.mix = nn.Linear(len(features) * d, d)

@@ -67,7 +67,9 @@ def test_users_are_known_by_their_ids_and_new_ones_start_afresh(shop, tmp_path):
         tmp_path / "data", place[data.users[mine]], data.items[mine], data.split[mine], 20, 30
     )
     write_table(learnt["users"], pa.table({"user": range(20), "user_id": [ids[n] for n in order]}), USERS)
-    with pytest.raises(UserError, match=r"have other users than users\.parquet; copy the tables that the run was trained on"):
+    with pytest.raises(
+        UserError, match=r"have other users than users\.parquet; copy the tables that the run was trained on"
+    ):
         go_on(shop, tmp_path / "later", half)
     facts = go_on(shop, tmp_path / "later", half, training={"epochs": 1, "lr": 1e-12}, learnt=learnt)
     assert facts["warm_start"] == {"known_users": 20, "new_users": 20}
