@@ -10,7 +10,7 @@ __all__ = ["kcore", "split"]
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy, because Snakemake imports cm3.datasets.config at every parse and needs no NumPy for that.
+    # Lazy, because Snakemake imports cm3.datasets.registry at every parse and needs no NumPy for that.
     if name == "kcore":
         from cm3.datasets.k_core import kcore
 

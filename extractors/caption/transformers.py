@@ -5,10 +5,11 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from cm3.common.device import select_device
 from extractors.caption.base import Answer, CaptionSpec
 from extractors.caption.local import IMAGES_PER_BATCH, KIND, Asked, BatchCaptioner, chat_of, name_of, processor_of
 from extractors.runtime.cpu_estimate import LARGE, check_effort, hours, parameters_of, seconds_per_parameter, tokens_of
-from extractors.runtime.device import Batch, resolve_device
+from extractors.runtime.device import Batch
 from extractors.spec import Cost
 from extractors.text.item_text import clean
 from extractors.weights.hub import model_path
@@ -40,7 +41,7 @@ class TransformersCaptionSpec(CaptionSpec, ModelSpec):
             UserError: they are many, and allow_slow is not set.
         """
         parameters = parameters_of(model_path(self))
-        if resolve_device(self.device) == "cpu" and parameters >= LARGE:
+        if select_device(self.device, "device").type == "cpu" and parameters >= LARGE:
             tokens, speed = tokens_of(self.max_pixels, self.prompt), seconds_per_parameter(self.precision)
             estimate = hours(parameters, items, tokens, self.max_new_tokens, speed)
             check_effort(parameters, items, estimate, self.allow_slow, _SERVER)
@@ -57,7 +58,7 @@ class TransformersCaptioner(BatchCaptioner):
         from transformers import AutoModelForImageTextToText
 
         self.spec: TransformersCaptionSpec = spec
-        self.device = resolve_device(spec.device)
+        self.device = select_device(spec.device, "device").type
         folder = model_path(spec)
         self.processor = processor_of(spec, folder)
         model = load_model(AutoModelForImageTextToText, spec, folder, KIND, use_safetensors=True)

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
+from cm3.common.device import select_device
 from cm3.common.errors import UserError
 from extractors.caption.base import MAX_ASPECT, readable
 from extractors.caption.local import IMAGES_PER_BATCH, KIND, chat_of, processor_of
@@ -14,7 +15,7 @@ from extractors.caption.prompt import HOLDS, Prompted, PromptedSpec
 from extractors.extractor import Advance, Encoded, Extractor, collect, silent
 from extractors.image.item_images import image_of
 from extractors.runtime.cpu_estimate import LARGE, check_effort, hours, parameters_of, seconds_per_parameter, tokens_of
-from extractors.runtime.device import Batch, arithmetic, resolve_device
+from extractors.runtime.device import Batch, arithmetic
 from extractors.runtime.prefetch import chunks
 from extractors.spec import Cost
 from extractors.text.pooling import pool
@@ -55,7 +56,7 @@ class TransformersMllmSpec(PromptedSpec, CodeSpec):
             UserError: they are many, and allow_slow is not set.
         """
         parameters = parameters_of(model_path(self))
-        if resolve_device(self.device) == "cpu" and parameters >= LARGE:
+        if select_device(self.device, "device").type == "cpu" and parameters >= LARGE:
             speed = seconds_per_parameter("float32" if self.precision == "float32" else "bfloat16")
             estimate = hours(parameters, items, tokens_of(self.max_pixels, self.prompt), 0, speed)
             check_effort(parameters, items, estimate, self.allow_slow)
@@ -72,7 +73,7 @@ class TransformersMllmExtractor(Extractor[Prompted]):
         from transformers import AutoModelForImageTextToText
 
         self.spec = spec
-        self.device = resolve_device(spec.device)
+        self.device = select_device(spec.device, "device").type
         folder = checked_path(spec)
         self.processor = processor_of(spec, folder)
         model = load_model(AutoModelForImageTextToText, spec, folder, KIND, unused=("lm_head.",))

@@ -206,7 +206,7 @@ class Job:
             "dtype": self.spec.dtype,
             **self._facts,
             "library_versions": self._versions.rows(),
-            "versions": versions(),
+            "versions": versions(self.spec.libraries),
             "code": self.code,
         }
 

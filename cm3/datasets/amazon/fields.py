@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from cm3.datasets.text import addresses, clean, leaves
+from cm3.datasets.text import image_urls, leaves, plain_text
 
 # "$1,250.00", "from 14.99", "$9.99 - $19.99" (the lower one counts); never the style sheets that stand there, too.
 _PRICE = re.compile(r"(?:from\s+)?(?:US)?\s*\$?\s*(\d[\d,]*(?:\.\d+)?)(?:\s*-\s*\$?\s*[\d.,]+)?", re.IGNORECASE)
@@ -25,14 +25,14 @@ def strings(value: Any) -> Iterator[str]:
 
 def texts(value: Any) -> list[str]:
     """Return all texts in `value` without markup; those of which nothing is left go."""
-    return [text for text in map(clean, strings(value)) if text]
+    return [text for text in map(plain_text, strings(value)) if text]
 
 
 def pairs(value: Any) -> list[str]:
     """Return "name: value" of each entry of a dictionary of texts."""
     if not isinstance(value, dict):
         return []
-    found = ((clean(str(name)).rstrip(" :"), " ".join(texts(_shown(entry)))) for name, entry in value.items())
+    found = ((plain_text(str(name)).rstrip(" :"), " ".join(texts(_shown(entry)))) for name, entry in value.items())
     return [f"{name}: {text}" for name, text in found if name and text]
 
 
@@ -68,7 +68,7 @@ def rank(value: Any) -> int | None:
 
 
 def candidates(urls: Sequence[str]) -> list[str]:
-    """Return the addresses of an item's first images: all in full size, then as they stand, which may be thumbnails."""
-    urls = addresses(urls)
+    """Return the image_urls of an item's first images: all in full size, then as they stand, which may be thumbnails."""
+    urls = image_urls(urls)
     full = list(dict.fromkeys(_RESIZED.sub(r"\1", url) for url in urls))[:_IMAGES]
     return list(dict.fromkeys([*full, *(url for url in urls if _RESIZED.sub(r"\1", url) in full)]))

@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 
 from cm3.datasets.files.lines import line_blocks
-from cm3.datasets.reader import Faults, Item
+from cm3.datasets.reader import Item, MalformedLines
 from cm3.datasets.text import is_unicode
 
 # Lists of ids that nobody reads, and two thirds of a line of 2014: parsing takes a fifth of the time without them.
@@ -44,7 +44,7 @@ class Metadata:
         Raises:
             UserError: too many malformed lines, or a damaged file.
         """
-        faults, count = Faults(self.path, self.malformed), 0
+        faults, count = MalformedLines(self.path, self.malformed), 0
         for first, block in line_blocks(self.path):
             found = []
             for number, line in enumerate(block, first):

@@ -14,9 +14,10 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
 from cm3.common.errors import UserError
-from cm3.datasets.files.lines import GZIP_ERRORS, line_blocks, open_bytes
+from cm3.datasets.download.gzip import GZIP_ERRORS
+from cm3.datasets.files.lines import line_blocks, open_bytes
 from cm3.datasets.files.times import plausible, seconds_of
-from cm3.datasets.reader import Faults, rows
+from cm3.datasets.reader import MalformedLines, interaction_table
 from cm3.datasets.text import is_unicode
 
 _CSV_BLOCK = 8 << 20
@@ -41,7 +42,7 @@ def read_reviews(path: Path, names: Names, malformed: float, notes: dict[str, in
     Raises:
         UserError: more malformed lines than the share `malformed`, or a damaged file.
     """
-    faults, count = Faults(path, malformed), 0
+    faults, count = MalformedLines(path, malformed), 0
     for first, block in line_blocks(path):
         count += len(block)
         table = _quick(block, names)
@@ -66,10 +67,10 @@ def _quick(block: Sequence[bytes], names: Names) -> pa.Table | None:
     empty = pc.any(pc.or_(pc.equal(user, ""), pc.equal(item, ""))).as_py()
     if empty or not np.isfinite(ratings.to_numpy()).all() or not plausible(times).all():
         return None
-    return rows(user, item, ratings, pa.array(times))
+    return interaction_table(user, item, ratings, pa.array(times))
 
 
-def _line_by_line(first: int, block: Sequence[bytes], names: Names, faults: Faults) -> pa.Table:
+def _line_by_line(first: int, block: Sequence[bytes], names: Names, faults: MalformedLines) -> pa.Table:
     kept: list[tuple[str, str, float, int]] = []
     for number, line in enumerate(block, first):
         if not line.strip():
@@ -79,7 +80,7 @@ def _line_by_line(first: int, block: Sequence[bytes], names: Names, faults: Faul
         except ValueError as error:
             faults.add(number, str(error), line)
     user, item, rating, time = zip(*kept, strict=True) if kept else ((), (), (), ())
-    return rows(pa.array(user, pa.string()), pa.array(item, pa.string()), pa.array(rating), pa.array(time))
+    return interaction_table(pa.array(user, pa.string()), pa.array(item, pa.string()), pa.array(rating), pa.array(time))
 
 
 def _interaction(line: bytes, names: Names) -> tuple[str, str, float, int]:
@@ -129,7 +130,7 @@ def read_ratings(
     Raises:
         UserError: too many malformed lines, a missing column, or a damaged file.
     """
-    faults, count = Faults(path, malformed), 0
+    faults, count = MalformedLines(path, malformed), 0
     skipped: list[int] = []
 
     def refuse(row: Any) -> str:
@@ -172,7 +173,7 @@ def _line(skipped: Sequence[int], first: int, row: int) -> int:
     return row + bisect_right(range(len(skipped)), row, key=lambda place: skipped[place] - place)
 
 
-def _rated(batch: pa.RecordBatch, faults: Faults, split: int | None, line: Callable[[int], int]) -> pa.Table:
+def _rated(batch: pa.RecordBatch, faults: MalformedLines, split: int | None, line: Callable[[int], int]) -> pa.Table:
     user, item = (_texts(batch.column(place)) for place in (0, 1))
     rating, time = (_numbers(batch.column(place)) for place in (2, 3))
     with np.errstate(over="ignore"):
@@ -189,7 +190,7 @@ def _rated(batch: pa.RecordBatch, faults: Faults, split: int | None, line: Calla
         for row in np.flatnonzero(mask & ~bad):
             faults.add(line(int(row)), reason, b",".join(column[row].as_py() or b"" for column in batch.columns))
         bad |= mask
-    table = rows(user, item, pa.array(ratings), pa.array(seconds), split)
+    table = interaction_table(user, item, pa.array(ratings), pa.array(seconds), split)
     return table.filter(pa.array(~bad)) if bad.any() else table
 
 

@@ -10,7 +10,7 @@ from cm3.datasets.amazon.fields import number, rank, strings, texts
 from cm3.datasets.amazon.metadata import AmazonReader
 from cm3.datasets.amazon.reviews import Names, read_ratings, read_reviews
 from cm3.datasets.reader import Item
-from cm3.datasets.text import addresses
+from cm3.datasets.text import image_urls
 
 _REVIEW = Names("reviewerID", "asin", "overall", "unixReviewTime")
 _RATING = Names("user", "item", "rating", "timestamp")
@@ -39,5 +39,5 @@ def item_of(record: dict[str, Any]) -> Item:
         description=" ".join(texts(record.get("description"))),
         price=number(record.get("price")),
         sales_rank=rank(record.get("salesRank")),
-        image_urls=addresses(strings(record.get("imUrl"))),
+        image_urls=image_urls(strings(record.get("imUrl"))),
     )

@@ -11,7 +11,7 @@ from cm3.datasets.amazon.fields import number, pairs, strings, texts
 from cm3.datasets.amazon.metadata import AmazonReader
 from cm3.datasets.amazon.reviews import Names, read_ratings, read_reviews
 from cm3.datasets.reader import Item
-from cm3.datasets.text import addresses
+from cm3.datasets.text import image_urls
 
 _NAMES = Names("user_id", "parent_asin", "rating", "timestamp")
 _LABELS = {"train": 0, "valid": 1, "test": 2}
@@ -77,6 +77,6 @@ def _images(images: Any) -> list[str]:
         images = [{name: v[n] for name, v in columns.items() if n < len(v)} for n in range(length)]
     variants = [image for image in images if isinstance(image, dict)] if isinstance(images, list) else []
     variants.sort(key=lambda image: image.get("variant") != "MAIN")
-    found = addresses(url for image in variants for size in _SIZES for url in strings(image.get(size)))
-    thumbnails = addresses(url for image in variants for url in strings(image.get("thumb")))
+    found = image_urls(url for image in variants for size in _SIZES for url in strings(image.get(size)))
+    thumbnails = image_urls(url for image in variants for url in strings(image.get("thumb")))
     return list(dict.fromkeys(found or thumbnails))[:_CANDIDATES]

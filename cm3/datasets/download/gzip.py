@@ -1,10 +1,18 @@
-"""Whether a gzip file is whole, read to its end in constant memory."""
+"""Gzip files: detection by content, errors, limits on the unpacked size, and a check of a whole file."""
 
+import zlib
 from pathlib import Path
+from typing import Any
 
-from isal import igzip
+from isal import igzip, isal_zlib
 
-from cm3.datasets.files.lines import GZIP_ERRORS, UNPACKED_FREE, UNPACKED_RATIO
+GZIP_MAGIC = b"\x1f\x8b"
+GZIP_ERRORS: tuple[Any, ...] = (EOFError, zlib.error, isal_zlib.error, igzip.BadGzipFile)
+"""Exceptions of a damaged gzip stream."""
+UNPACKED_RATIO = 200
+"""Text unpacks to 3 to 30 times its gzip size; a file that unpacks to more than this is rejected as a gzip bomb ..."""
+UNPACKED_FREE = 1 << 30
+"""... unless its unpacked size in bytes is below this, as for a file of one repeated line."""
 
 _BLOCK = 1 << 20
 
@@ -15,6 +23,16 @@ class DamagedGzipError(Exception):
 
 class GzipBombError(Exception):
     """The file unpacks to so much more than it holds that it is no data set."""
+
+
+def is_gzip(path: Path) -> bool:
+    """Return whether a file starts with the gzip signature, whatever its name.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+    with path.open("rb") as file:
+        return file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
 
 
 def check_gzip(path: Path) -> int:

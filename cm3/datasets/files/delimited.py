@@ -9,7 +9,8 @@ from typing import BinaryIO
 import numpy as np
 
 from cm3.common.errors import UserError
-from cm3.datasets.files.lines import GZIP_ERRORS, lines, open_bytes
+from cm3.datasets.download.gzip import GZIP_ERRORS
+from cm3.datasets.files.lines import lines, open_bytes
 
 _LONGEST_CELL = 1 << 24
 _BLOCK = 1 << 24

@@ -10,8 +10,8 @@ from cm3.common.errors import UserError
 from cm3.common.strict import nearest
 from cm3.datasets.files.columns import Times, parse_ids, parse_ratings
 from cm3.datasets.files.tabular import NOT_UNICODE, read_columns, read_rows
-from cm3.datasets.reader import Item, rows
-from cm3.datasets.text import addresses, clean, is_unicode, leaves
+from cm3.datasets.reader import Item, interaction_table
+from cm3.datasets.text import image_urls, is_unicode, leaves, plain_text
 
 
 class Reader:
@@ -32,7 +32,7 @@ class Reader:
         names = list(dict.fromkeys(name for name in columns.values() if name is not None))
         rating, timestamp, times = columns.get("rating"), columns.get("timestamp"), Times()
         for part in read_columns(self.inputs["interactions"], self.spec["interactions"]["format"], names):
-            yield rows(
+            yield interaction_table(
                 parse_ids(part, columns["user"] or ""),
                 parse_ids(part, columns["item"] or ""),
                 pa.array(parse_ratings(part, rating)) if rating else None,
@@ -81,13 +81,13 @@ class Reader:
                 categories=list(dict.fromkeys(_texts(row, fields["categories"]))),
                 description=" ".join(_texts(row, fields["description"])),
                 features=list(dict.fromkeys(_texts(row, fields["features"]))),
-                image_urls=addresses(text for name in fields["image"] for text in _flat(row.get(name))),
+                image_urls=image_urls(text for name in fields["image"] for text in _flat(row.get(name))),
             )
         return table
 
 
 def _texts(row: dict[str, Any], names: Sequence[str]) -> list[str]:
-    found = (clean(text) for name in names for text in _flat(row.get(name)))
+    found = (plain_text(text) for name in names for text in _flat(row.get(name)))
     return [text for text in found if text]
 
 

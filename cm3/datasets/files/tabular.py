@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 
 from cm3.common.errors import UserError
 from cm3.common.strict import nearest
+from cm3.datasets.download.gzip import GZIP_ERRORS
 from cm3.datasets.files.delimited import QuoteCounter, delimited_lines, refuse_open_quotes
-from cm3.datasets.files.lines import GZIP_ERRORS, lines, open_bytes
+from cm3.datasets.files.lines import lines, open_bytes
 from cm3.datasets.text import is_unicode
 
 _DELIMITER = {"csv": ",", "tsv": "\t"}

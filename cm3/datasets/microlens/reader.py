@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 
 from cm3.datasets.files.lines import line_blocks, lines
-from cm3.datasets.reader import Faults, Item, rows
-from cm3.datasets.text import clean
+from cm3.datasets.reader import Item, MalformedLines, interaction_table
+from cm3.datasets.text import plain_text
 
 _HEADER = ("user", "item", "timestamp")
 _TIMES = (0, 4_102_444_800_000)
@@ -74,7 +74,7 @@ class Reader:
     def _read(self, kind: str) -> Iterator[tuple[str, str]]:
         """Yield (id, clean text) of a table of ids and texts; lines without an id are left out and counted."""
         path = self.inputs[kind]
-        faults, count = Faults(path, self.spec["malformed"]), 0
+        faults, count = MalformedLines(path, self.spec["malformed"]), 0
         item_id, text = "", ""
         for number, line in lines(path):
             count += 1
@@ -82,19 +82,19 @@ class Reader:
             first, comma, rest = decoded.partition(",")
             if comma and _is_id(first.strip().strip('"')):
                 if item_id:
-                    yield item_id, clean(_unquoted(text))
+                    yield item_id, plain_text(_unquoted(text))
                 item_id, text = first.strip().strip('"'), rest
             elif item_id and text.lstrip().startswith('"') and text.count('"') % 2:
                 text += " " + decoded  # a quoted text may go on in the next line
             elif number > 1 or first.strip('"') != "item":
                 faults.add(number, "is not an id, a comma and a text", line)
         if item_id:
-            yield item_id, clean(_unquoted(text))
+            yield item_id, plain_text(_unquoted(text))
         self.notes |= {f"{kind}: {reason}": n for reason, n in faults.check(count).items()}
 
 
 def _pairs_with_time(path: Path, malformed: float, notes: dict[str, int]) -> Iterator[pa.Table]:
-    faults, count = Faults(path, malformed), 0
+    faults, count = MalformedLines(path, malformed), 0
     for first, block in line_blocks(path):
         if first == 1 and block[0].removeprefix(b"\xef\xbb\xbf").strip() == ",".join(_HEADER).encode():
             first, block = 2, block[1:]
@@ -119,7 +119,7 @@ def _quick(found: Sequence[tuple[int, bytes]]) -> tuple[np.ndarray, ...] | None:
     return (user, item, time) if good and len(time) == len(found) else None
 
 
-def _line_by_line(found: Sequence[tuple[int, bytes]], faults: Faults) -> tuple[np.ndarray, ...]:
+def _line_by_line(found: Sequence[tuple[int, bytes]], faults: MalformedLines) -> tuple[np.ndarray, ...]:
     kept = []
     for number, line in found:
         values = line.strip().split(b",")
@@ -136,11 +136,13 @@ def _line_by_line(found: Sequence[tuple[int, bytes]], faults: Faults) -> tuple[n
 
 def _table(user: np.ndarray, item: np.ndarray, milliseconds: np.ndarray) -> pa.Table:
     text = pa.string()
-    return rows(pa.array(user).cast(text), pa.array(item).cast(text), timestamp=pa.array(milliseconds // 1000))
+    return interaction_table(
+        pa.array(user).cast(text), pa.array(item).cast(text), timestamp=pa.array(milliseconds // 1000)
+    )
 
 
 def _pairs_by_user(path: Path, malformed: float, notes: dict[str, int]) -> Iterator[pa.Table]:
-    faults, count = Faults(path, malformed), 0
+    faults, count = MalformedLines(path, malformed), 0
     for first, block in line_blocks(path):
         users: list[str] = []
         items: list[str] = []
@@ -155,7 +157,7 @@ def _pairs_by_user(path: Path, malformed: float, notes: dict[str, int]) -> Itera
                 continue
             users += [user] * len(videos)
             items += videos
-        yield rows(pa.array(users, pa.string()), pa.array(items, pa.string()))
+        yield interaction_table(pa.array(users, pa.string()), pa.array(items, pa.string()))
     notes |= faults.check(count)
 
 

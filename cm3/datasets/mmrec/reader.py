@@ -1,4 +1,4 @@
-"""Reader of MMRec folders: {name}.inter with numbers and split labels, and tables that map numbers to original ids."""
+"""Reader of MMRec folders: {name}.inter with numbers and split labels, and mappings of numbers to original ids."""
 
 import io
 import math
@@ -16,11 +16,9 @@ from cm3.common.strict import nearest
 from cm3.common.tables import SPLITS
 from cm3.datasets.files.lines import line_blocks
 from cm3.datasets.files.times import seconds_of
+from cm3.datasets.mmrec.format import ITEM, LABEL, RATING, TIME, USER
 from cm3.datasets.mmrec.tables import item_of, number_in, read_mapping, read_table
-from cm3.datasets.reader import Item, rows
-
-USER, ITEM, RATING, TIME, LABEL = "userID", "itemID", "rating", "timestamp", "x_label"
-"""Columns of {name}.inter, as MMRec's own preprocessing writes them; the last three may be absent."""
+from cm3.datasets.reader import Item, interaction_table
 
 _REQUIRED = (USER, ITEM)
 _KNOWN = {USER: pa.int64(), ITEM: pa.int64(), RATING: pa.float64(), TIME: pa.float64(), LABEL: pa.float64()}
@@ -61,7 +59,7 @@ class Reader:
                 pairs.append(user << _ITEM_BITS | item)
                 labels.append(label)
             count += len(lines)
-            yield rows(
+            yield interaction_table(
                 users.of(user, found),
                 items.of(item, found),
                 found.floats(RATING),

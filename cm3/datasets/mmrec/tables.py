@@ -8,7 +8,7 @@ from cm3.common.errors import UserError
 from cm3.common.strict import nearest
 from cm3.datasets.files.delimited import delimited_lines
 from cm3.datasets.reader import Item
-from cm3.datasets.text import clean, leaves
+from cm3.datasets.text import leaves, plain_text
 
 
 def read_mapping(path: Path, column: str) -> dict[int, str]:
@@ -56,10 +56,10 @@ def number_in(place: str, column: str, value: str) -> int:
 def item_of(row: Mapping[str, str]) -> Item:
     """Return the item that a row of strings describes; texts are cleaned, absent ones empty."""
     return Item(
-        title=clean(row.get("title", "")),
-        brand=clean(row.get("brand", "")),
-        categories=list(dict.fromkeys(filter(None, map(clean, _flat(row.get("categories", "")))))),
-        description=clean(row.get("description", "")),
+        title=plain_text(row.get("title", "")),
+        brand=plain_text(row.get("brand", "")),
+        categories=list(dict.fromkeys(filter(None, map(plain_text, _flat(row.get("categories", "")))))),
+        description=plain_text(row.get("description", "")),
         image_urls=[url for url in [row.get("imUrl", "").strip()] if url],
     )
 

@@ -40,7 +40,7 @@ def make_sample(spec: dict[str, Any], reviews: Path, meta: Path, images: Path, t
     """Write reviews, metadata, the folder `images` beside `images`, the checksums of its files, and the truth.
 
     Args:
-        spec: a sample data set's sample_spec().
+        spec: a sample data set's generate_spec().
         reviews: gzip JSON lines to write; meta: gzip Python literals; images: sha256sum's format; truth: TRUTH.
 
     Returns:
@@ -170,7 +170,7 @@ def _write_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def main() -> None:
-    """Spec: sample_spec(). Outputs: reviews, meta, images (with the folder images beside it), truth, record."""
+    """Spec: generate_spec(). Outputs: reviews, meta, images (with the folder images beside it), truth, record."""
     with stage("cm3.datasets.sample.generate") as call:
         out = call.outputs
         call.record.update(make_sample(call.spec, out["reviews"], out["meta"], out["images"], out["truth"]))

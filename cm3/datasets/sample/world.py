@@ -86,7 +86,7 @@ def make_world(spec: dict[str, Any]) -> World:
     Likes are sharpened normal draws; w_a is set so that image and text attributes have the shares that spec says.
 
     Args:
-        spec: a sample data set's sample_spec().
+        spec: a sample data set's generate_spec().
     """
     streams = np.random.SeedSequence(spec["seed"]).spawn(4)
     for_items, for_tastes, for_purchases, for_reviews = map(np.random.default_rng, streams)

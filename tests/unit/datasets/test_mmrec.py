@@ -13,9 +13,9 @@ from oracles_sources import run_prepare
 
 from cm3.common.errors import UserError
 from cm3.common.tables import INTERACTIONS, ITEMS, USERS, read_table
-from cm3.datasets.config import parse_dataset
 from cm3.datasets.mmrec.reader import Reader
 from cm3.datasets.reader import ROWS
+from cm3.datasets.registry import parse_dataset
 from cm3.datasets.splits import split_ratings
 
 ROW = tuple[int, int, int]
@@ -252,7 +252,7 @@ def test_without_labels_the_split_is_random_and_published_is_refused(tmp_path: P
     dataset = config(folder)
     assert not dataset.has_labels()
     assert dataset.split_spec()["strategy"] == "random" and dataset.prepare_spec()["kcore"] == 5
-    with pytest.raises(UserError, match="come without labels"):
+    with pytest.raises(UserError, match="have no published split"):
         config(folder, split={"strategy": "published"})
     dataset = config(write(tmp_path / "labelled", packed=True))
     assert dataset.split_spec()["strategy"] == "published" and dataset.prepare_spec()["kcore"] == 0
@@ -263,11 +263,11 @@ def test_a_folder_that_is_not_there_is_named_when_it_is_needed(tmp_path: Path) -
     dataset = config(tmp_path / "later")
     assert dataset.has_labels()
     for ask in (dataset.prepare_inputs, lambda name: dataset.published_vectors(name, "text")):
-        with pytest.raises(UserError, match=r"later: no such folder; set the data set's folder"):
+        with pytest.raises(UserError, match=r"later: no such folder; set the dataset's folder"):
             ask("shop")
     folder = write(tmp_path / "shop")
     with pytest.raises(
-        UserError, match=r"holds no other\.inter and no other\.inter\.gz; set name, as there is shop\.inter"
+        UserError, match=r"has no other\.inter and no other\.inter\.gz; set name, the folder has shop\.inter"
     ):
         config(folder, name="other").prepare_inputs("shop")
     renamed = folder.rename(tmp_path / "moved")

@@ -365,7 +365,7 @@ def test_unknown_items_follow_the_policy(tmp_path: Path):
 
 
 def test_an_item_table_with_other_ids_is_an_error(tmp_path: Path):
-    with pytest.raises(UserError, match="none of the 40 interactions names an item"):
+    with pytest.raises(UserError, match="none of the 40 interactions has an item"):
         dataset(tmp_path, grid(8, 5), jsonl([{"item_id": "B0001", "title": "T"}]))()
 
 

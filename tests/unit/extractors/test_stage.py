@@ -157,6 +157,7 @@ def stage(folder: Path, inputs: dict[str, Path], output: Path, shard: int) -> su
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.integration
 def test_a_killed_job_goes_on_where_it_was_and_gives_identical_bytes(tmp_path: Path) -> None:
     images: list[bytes | str | None] = [shape("circle", "green", 32 + row, row) for row in range(400)]
     images += [b"not an image %d" % row for row in range(40)] + [None] * 40
