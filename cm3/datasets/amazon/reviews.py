@@ -1,4 +1,4 @@
-"""Interactions of the Amazon files: reviews in JSON lines, and tables of ratings."""
+"""Readers of Amazon interactions: reviews in JSON lines and CSV tables of ratings."""
 
 import json
 from bisect import bisect_right
@@ -25,7 +25,7 @@ _LARGEST_RATING = float(np.finfo(np.float32).max)
 
 
 class Names(NamedTuple):
-    """What a file calls the four values of an interaction."""
+    """Field names of the four values of an interaction."""
 
     user: str
     item: str
@@ -34,13 +34,13 @@ class Names(NamedTuple):
 
 
 def read_reviews(path: Path, names: Names, malformed: float, notes: dict[str, int]) -> Iterator[pa.Table]:
-    """Yield the interactions of a file of reviews, one JSON object a line, plain or gzip.
+    """Yield the interactions of a file of reviews, one JSON object per line, plain or gzip.
 
-    Ids must be text that is not empty, ratings finite numbers, times Unix seconds or milliseconds; lines that are
-    not so are left out and counted in `notes`.
+    Ids must be non-empty texts, ratings finite numbers, times Unix seconds or milliseconds; other lines are skipped and
+    counted in `notes`.
 
     Raises:
-        UserError: more malformed lines than the share `malformed`, or a damaged file.
+        UserError: a larger fraction of malformed lines than `malformed`, or a damaged file.
     """
     faults, count = MalformedLines(path, malformed), 0
     for first, block in line_blocks(path):
@@ -51,7 +51,7 @@ def read_reviews(path: Path, names: Names, malformed: float, notes: dict[str, in
 
 
 def _quick(block: Sequence[bytes], names: Names) -> pa.Table | None:
-    """Return the rows of a block in which every line is as it should be, else None."""
+    """Return the rows of a block in which every line is valid, else None."""
     try:
         reviews = [orjson.loads(line) for line in block]
         user, item, rating, time = (pa.array([review[name] for review in reviews]) for name in names)
@@ -84,7 +84,7 @@ def _line_by_line(first: int, block: Sequence[bytes], names: Names, faults: Malf
 
 
 def _interaction(line: bytes, names: Names) -> tuple[str, str, float, int]:
-    """Return (user, item, rating, Unix seconds). Raises ValueError with what is wrong."""
+    """Return (user, item, rating, Unix seconds). Raises ValueError with the reason."""
     try:
         review = json.loads(line.decode(errors="replace"))
     except (ValueError, RecursionError):
@@ -121,11 +121,11 @@ def read_ratings(
     header: Sequence[str] | None = None,
     split: int | None = None,
 ) -> Iterator[pa.Table]:
-    """Yield the interactions of a csv file of ratings, plain or gzip; bad lines as in `read_reviews`.
+    """Yield the interactions of a csv file of ratings, plain or gzip; malformed lines as in `read_reviews`.
 
     Args:
-        header: the names of all columns, for a file whose first line is data already.
-        split: the published label of all of the file's interactions: 0, 1 or 2.
+        header: names of all columns, for a file without header line.
+        split: the published label of all interactions in the file: 0, 1 or 2.
 
     Raises:
         UserError: too many malformed lines, a missing column, or a damaged file.
@@ -142,11 +142,11 @@ def read_ratings(
         try:
             found = pa_csv.open_csv(
                 file,
-                # One thread, or line numbers would not be known.
+                # One thread, because the handler needs line numbers.
                 read_options=pa_csv.ReadOptions(
                     column_names=list(header) if header else None, block_size=_CSV_BLOCK, use_threads=False
                 ),
-                # No quotes: an odd one would swallow the lines after it.
+                # No quotes: an unclosed quote would include the following lines.
                 parse_options=pa_csv.ParseOptions(quote_char=False, invalid_row_handler=refuse),
                 convert_options=pa_csv.ConvertOptions(
                     include_columns=list(names), column_types=dict.fromkeys(names, pa.binary())
@@ -161,14 +161,14 @@ def read_ratings(
             if "Empty CSV" not in str(error):
                 raise UserError(f"{path}: not a table of ratings ({error})") from None
         except GZIP_ERRORS as error:
-            raise UserError(f"{path}: damaged gzip after line {count} ({error}); fetch the file again") from None
+            raise UserError(f"{path}: damaged gzip after line {count} ({error}); download the file again") from None
         except OSError as error:
-            raise UserError(f"{path}: cannot be read to its end ({error}); fetch the file again") from None
+            raise UserError(f"{path}: cannot be read to its end ({error}); download the file again") from None
     notes |= faults.check(count + len(skipped))
 
 
 def _line(skipped: Sequence[int], first: int, row: int) -> int:
-    """Return the line number of row `first` + `row`, a number that does not count the lines skipped before it."""
+    """Return the line number of row `first` + `row`; row numbers do not count the skipped lines."""
     row += first
     return row + bisect_right(range(len(skipped)), row, key=lambda place: skipped[place] - place)
 
@@ -203,7 +203,7 @@ def _texts(values: pa.Array) -> pa.Array:
 
 
 def _numbers(values: pa.Array) -> np.ndarray:
-    """Return (N,) float64, NaN where a value is no number."""
+    """Return (N,) float64, NaN where a value is not a number."""
     try:
         return values.cast(pa.string()).cast(pa.float64()).to_numpy(zero_copy_only=False)
     except pa.ArrowInvalid:

@@ -1,4 +1,4 @@
-"""Reader of a user's own data: one table of interactions, one of items, columns mapped in the config."""
+"""Reader of the user's own tables of interactions and items, with configured column names."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -9,13 +9,13 @@ import pyarrow as pa
 from cm3.common.errors import UserError
 from cm3.common.strict import nearest
 from cm3.datasets.files.columns import Times, parse_ids, parse_ratings
-from cm3.datasets.files.tabular import NOT_UNICODE, read_columns, read_rows
+from cm3.datasets.files.tabular import LONE_SURROGATE, read_columns, read_rows
 from cm3.datasets.reader import Item, interaction_table
 from cm3.datasets.text import image_urls, is_unicode, leaves, plain_text
 
 
 class Reader:
-    """Reads `files` data sets. Spec: interactions {format, columns}, items {format, columns} or None."""
+    """Reads `files` datasets. Spec: interactions {format, columns}, items {format, columns} or None."""
 
     def __init__(self, spec: dict[str, Any], inputs: dict[str, Path]) -> None:
         self.spec, self.inputs = spec, inputs
@@ -26,7 +26,7 @@ class Reader:
         """Read the interactions table.
 
         Raises:
-            UserError: malformed file, empty id, a rating that is no finite number, an unreadable time; with the line.
+            UserError: with the line: malformed file, empty id, a rating that is not a finite number, an invalid time.
         """
         columns: dict[str, str | None] = self.spec["interactions"]["columns"]
         names = list(dict.fromkeys(name for name in columns.values() if name is not None))
@@ -40,7 +40,7 @@ class Reader:
             )
 
     def known_items(self) -> Iterable[list[str]] | None:
-        """Return the ids of the item table, or None without one."""
+        """Return the ids of the item table, None without one."""
         return [list(self._read_items())] if "items" in self.inputs else None
 
     def items(self, wanted: set[str]) -> dict[str, Item]:
@@ -69,10 +69,10 @@ class Reader:
             if not item_id:
                 raise UserError(f"{place}: {key} is empty; every item needs an id")
             if not is_unicode(item_id):
-                raise UserError(f"{place}: {key} = {item_id!r} {NOT_UNICODE}")
+                raise UserError(f"{place}: {key} = {item_id!r} {LONE_SURROGATE}")
             if item_id in table:
                 raise UserError(
-                    f"{place}: item id {item_id!r} stands there again, first at {places[item_id]}; keep one row an item"
+                    f"{place}: duplicate item id {item_id!r}, first at {places[item_id]}; keep one row per item"
                 )
             places[item_id] = place
             table[item_id] = Item(
