@@ -12,13 +12,14 @@ import aiohttp
 from yarl import URL
 
 from cm3.common.errors import UserError
+from cm3.common.image_decode import UnreadableError
 from cm3.common.progress import Progress
 from cm3.common.tables import FAILED, MISSING, OK
 from cm3.datasets.download.client import USER_AGENT, BusyError, FetchError, check_status, reason, trying
 from cm3.datasets.images.hosts import Host, PublicResolver, RefusedError, check_host, parse_url
 from cm3.datasets.images.source import Wanted, one_line
 from cm3.datasets.images.store import Outcome, Store
-from cm3.datasets.images.validate import PlaceholderError, UnreadableError, examine
+from cm3.datasets.images.validate import PlaceholderError, examine
 
 log = logging.getLogger("cm3.datasets.images")
 

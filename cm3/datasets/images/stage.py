@@ -15,7 +15,6 @@ from cm3.common.tables import FAILED, ITEMS, MANIFEST, MISSING, OK, read_table, 
 from cm3.datasets.config import FINDERS
 from cm3.datasets.images.shards import SHARD_BYTES, ShardWriter, fresh_folder, put_in_place
 from cm3.datasets.images.source import Find, Found, Search, Wanted
-from cm3.datasets.images.validate import strict_decoding
 
 log = logging.getLogger("cm3.datasets.images.stage")
 
@@ -71,7 +70,6 @@ def collect_images(
     kinds: Counter[str] = Counter()
     failures: list[str] = []
     with (
-        strict_decoding(),
         ShardWriter(fresh / manifest.name, shard_bytes) as shards,
         Progress(len(wanted), "images") as progress,
     ):
