@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 import cm3.evaluation.ranking
 from cm3.common.topk import top_k
-from cm3.evaluation.metrics import NAMES, per_user
+from cm3.evaluation.metrics import per_user
 from cm3.evaluation.ranking import Ranking, Validation
+from cm3.evaluation.registry import METRICS
 
 KS = [1, 3, 5, 10]
 
@@ -28,7 +29,7 @@ def random_case(seed: int, n_users: int = 30, n_items: int = 25) -> tuple[np.nda
 def test_per_user_is_the_definition(seed):
     recommended, truth = random_case(seed)
     found = per_user(recommended, oracle.csr([sorted(t) for t in truth], 25), KS)
-    assert set(found) == {f"{name}@{k}" for name in NAMES for k in KS}
+    assert set(found) == {f"{name}@{k}" for name in METRICS for k in KS}
     for k in KS:
         for user, relevant in enumerate(truth):
             for name, value in oracle.metrics_of(recommended[user].tolist(), relevant, k).items():
