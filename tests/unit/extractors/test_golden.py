@@ -67,7 +67,7 @@ def test_transformers_text(bert: Path) -> None:
         pooling: vectors("transformers-text", "text", pooling=pooling, **data)
         for pooling in ("mean", "cls", "last", "max")
     }
-    settings = {"prompt": "query: ", "normalise": False, "max_length": 6, "truncate_dim": 8}
+    settings = {"prompt": "query: ", "normalise": False, "max_length": 9, "truncate_dim": 8}
     outputs["settings"] = vectors("transformers-text", "text", **data, **settings)
     check_backend("transformers-text", outputs)
 
@@ -78,7 +78,7 @@ def test_sentence_transformers(bert: Path, tmp_path: Path) -> None:
 
     SentenceTransformer(modules=[Transformer(str(bert)), Pooling(32)], device="cpu").save(str(tmp_path))
     data: dict[str, Any] = {"weights": str(tmp_path), "device": "cpu", "fields": ["title"]}
-    settings = {"prompt": "query: ", "normalise": False, "max_length": 6, "truncate_dim": 8}
+    settings = {"prompt": "query: ", "normalise": False, "max_length": 9, "truncate_dim": 8}
     outputs = {
         "default": vectors("sentence-transformers", "text", **data),
         "settings": vectors("sentence-transformers", "text", **data, **settings),
