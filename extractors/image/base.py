@@ -11,8 +11,8 @@ from PIL import Image
 from pydantic import Field
 
 from cm3.common.device import select_device
+from cm3.common.image_decode import UnreadableError, decode
 from extractors.extractor import Advance, Encoded, Extractor, collect, silent
-from extractors.image.decode import UnreadableError, decode
 from extractors.image.item_images import image_of, read_images
 from extractors.runtime.device import Batch, arithmetic
 from extractors.runtime.prefetch import chunks, default_workers, map_ahead

@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
+from cm3.common.image_decode import UnreadableError, decode
 from extractors.extractor import Advance, Encoded, Extractor, collect, silent
 from extractors.image import descriptor_features
-from extractors.image.decode import UnreadableError, decode
 from extractors.image.item_images import image_of, read_images
 from extractors.runtime.prefetch import chunks, map_ahead, process_pool
 from extractors.runtime.source import Source

@@ -7,7 +7,8 @@ from typing import BinaryIO, cast
 from isal import igzip_threaded
 
 from cm3.common.errors import UserError
-from cm3.datasets.download.gzip import GZIP_ERRORS, UNPACKED_FREE, UNPACKED_RATIO, is_gzip
+from cm3.common.gzip import is_gzip
+from cm3.datasets.download.gzip import GZIP_ERRORS, UNPACKED_FREE, UNPACKED_RATIO
 
 LONGEST_LINE = 32_000_000
 """Bytes; a longer line is an error."""

@@ -13,7 +13,6 @@ from cm3.common.progress import Progress
 from cm3.common.tables import FAILED, ITEMS, MANIFEST, MISSING, OK, read_table, write_table
 from cm3.datasets.images.shards import SHARD_BYTES, ShardWriter, fresh_folder, put_in_place
 from cm3.datasets.images.source import Find, Found, Search, Wanted
-from cm3.datasets.images.validate import strict_decoding
 from cm3.datasets.registry import image_source
 
 log = logging.getLogger("cm3.datasets.images.stage")
@@ -70,7 +69,6 @@ def collect_images(
     kinds: Counter[str] = Counter()
     failures: list[str] = []
     with (
-        strict_decoding(),
         ShardWriter(fresh / manifest.name, shard_bytes) as shards,
         Progress(len(wanted), "images") as progress,
     ):

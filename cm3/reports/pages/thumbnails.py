@@ -9,8 +9,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from cm3.common.image_decode import UnreadableError, decode
 from cm3.common.images import iter_images
-from extractors.image.decode import UnreadableError, decode
 
 log = logging.getLogger(__name__)
 
