@@ -93,7 +93,7 @@ class TextModel(Extractor[str]):
 
     def input_of(self, item: Mapping[str, Any]) -> str | None:
         """Return the item's text, made of the spec's fields."""
-        return item_text.text_of(item, self.spec.fields)
+        return item_text.item_text(item, self.spec.fields)
 
     def run(self, inputs: Iterable[str], advance: Advance = silent) -> Encoded:
         """Encode texts, longest first, in batches of about equal numbers of tokens; the order is restored.

@@ -20,7 +20,7 @@ from extractors.extract import extract
 from extractors.extractor import Advance, Encoded, Extractor, collect, silent
 from extractors.runtime.source import Source
 from extractors.spec import BackendSpec
-from extractors.text.item_text import read_texts, text_of
+from extractors.text.item_text import item_text, read_texts
 
 DOCS = ROOT / "docs" / "extractors.md"
 
@@ -60,7 +60,7 @@ class Letters(Extractor[str]):
         self.spec, self.dim, self.calls = spec, 2, 0
 
     def input_of(self, item: Mapping[str, Any]) -> str | None:
-        return text_of(item, ["title"])
+        return item_text(item, ["title"])
 
     def facts(self) -> dict[str, Any]:
         return {}
