@@ -23,12 +23,15 @@ from cm3.datasets.registry import SOURCES, parse_dataset, source_spec
 from cm3.datasets.sample.generate import TRUTH, make_sample
 from cm3.datasets.splits import split_ratings
 
-# (user, item, rating, Unix seconds): three blocks of users and items, duplicates in pairs and in whole rows.
+# (user, item, rating, Unix seconds): with duplicate pairs and rows, and users and items on both sides of the 3-core.
 ROWS = [
     (user, (user // 3 * 3 + 2 * step) % 9, 1.0 + (user * step) % 5, 1_400_000_000 + 86_400 * ((user * step) % 7))
     for user in range(9)
     for step in range(6)
+    if (user * 7 + step * 5) % 9 > 2
 ]
+ROWS += [(7, 8, 2.0, 1_400_000_000)]
+ROWS += [(user, item, 6.0 - rating, time) for user, item, rating, time in ROWS[:9]]
 MARKUP = "<p>Soft &amp; warm</p><script>x()</script> < 10 cm"
 
 
