@@ -97,7 +97,7 @@ def config(url: str) -> dict:
     }
 
 
-def test_files_and_images_are_fetched_once_and_the_published_vectors_serve(server, tmp_path: Path):
+def test_files_images_and_published_vectors_are_fetched_once(server, tmp_path: Path):
     url, asked = server
     checkout = Checkout(tmp_path / "checkout", config(url))
     planned = checkout.planned(METRICS)
@@ -129,7 +129,7 @@ def test_files_and_images_are_fetched_once_and_the_published_vectors_serve(serve
     assert checkout.planned(METRICS, "results/paper/metrics.json") == {}
 
 
-def test_without_a_network_it_says_which_file_to_put_where(server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_offline_it_names_the_file_to_provide_and_its_place(server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     url, asked = server
     before = len(asked)
     monkeypatch.setenv("CM3_OFFLINE", "1")

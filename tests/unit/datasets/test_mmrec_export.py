@@ -18,7 +18,7 @@ from cm3.datasets.mmrec.export import export, item_order
 from cm3.datasets.mmrec.export_vectors import export_vectors
 from cm3.datasets.registry import parse_dataset
 from cm3.datasets.splits import split_ratings
-from extractors.spec import parse_extractor
+from extractors.registry import parse_extractor
 
 USER_IDS = ["Ünsal", "u\0nul", "u" * 300, 'q"uote', "tab\tid", "plain"]
 ITEM_IDS = ["007", "café 手", "i" * 300, 'i"5', "7", "line\nend", "A\tB", "💥"]
@@ -175,6 +175,7 @@ def test_mmrecs_two_places_are_filled(tmp_path: Path, modalities: tuple[str, ...
     assert f"{modalities[-1]}_feat.npy" in (tmp_path / "out/README.txt").read_text()
 
 
+@pytest.mark.integration
 def test_a_user_exports_an_experiment_and_imports_it(tmp_path: Path) -> None:
     """The commands of docs/mmrec.md, with drawn vectors in place of a text model."""
     ids = [f"i{number}" for number in range(12)]

@@ -13,18 +13,18 @@ from torch.nn import functional
 from cm3.model.graph import SparseMatrix, propagate
 
 
-def free(n: int, d: int) -> nn.Parameter:
+def xavier_embedding(n: int, d: int) -> nn.Parameter:
     """Return an (n, d) parameter drawn uniformly by Glorot and Bengio's rule, from torch's global generator."""
     return nn.Parameter(nn.init.xavier_uniform_(torch.empty(n, d)))
 
 
-def rows(table: Tensor, ids: Tensor) -> Tensor:
+def lookup(table: Tensor, ids: Tensor) -> Tensor:
     """Return the rows `ids` (B,) of a table (N, d)."""
     # `embedding` sums repeated rows in one order in its backward, which indexing does not promise.
     return functional.embedding(ids, table)
 
 
-def ranking_loss(users: Tensor, items: Tensor, others: Tensor) -> Tensor:
+def bpr_loss(users: Tensor, items: Tensor, others: Tensor) -> Tensor:
     """Return the BPR loss -mean_b log sigmoid(u_b i_b - u_b j_b) of (B, d) users, their items and other items.
 
     Rendle et al., BPR: Bayesian Personalized Ranking from Implicit Feedback, UAI 2009.
@@ -32,7 +32,7 @@ def ranking_loss(users: Tensor, items: Tensor, others: Tensor) -> Tensor:
     return -functional.logsigmoid((users * (items - others)).sum(1)).mean()
 
 
-def penalty(*tables: Tensor) -> Tensor:
+def l2_penalty(*tables: Tensor) -> Tensor:
     """Return the L2 penalty of a batch, sum over its (B, ..) rows of ||row||^2 / 2, over B."""
     return torch.stack([table.square().sum() for table in tables]).sum() / (2 * len(tables[0]))
 
@@ -43,7 +43,7 @@ def layer_mean(adjacency: SparseMatrix, users: Tensor, items: Tensor, layers: in
     return nodes[: len(users)], nodes[len(users) :]
 
 
-class Product(nn.Module):
+class SparseProduct(nn.Module):
     """Multiplies by a constant sparse matrix (N, K), in the gradient by its transpose."""
 
     def __init__(self, matrix: sp.csr_matrix) -> None:
@@ -53,11 +53,11 @@ class Product(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the (N, d) product with x (K, d)."""
-        product: Tensor = _Product.apply(x, self.matrix, self.transposed)
+        product: Tensor = _SparseProduct.apply(x, self.matrix, self.transposed)
         return product
 
 
-class _Product(torch.autograd.Function):
+class _SparseProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, matrix: SparseMatrix, transposed: SparseMatrix) -> Tensor:
         ctx.transposed = transposed
@@ -94,6 +94,6 @@ def projections(features: Mapping[str, np.ndarray], d: int, trained: bool) -> nn
     return nn.ModuleList(Projection(x, d, trained) for x in features.values())
 
 
-def named(names: Sequence[str], values: Sequence[Tensor]) -> dict[str, Tensor]:
+def components(names: Sequence[str], values: Sequence[Tensor]) -> dict[str, Tensor]:
     """Return the parts of a loss by name."""
     return dict(zip(names, values, strict=True))
