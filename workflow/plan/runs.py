@@ -11,6 +11,7 @@ from cm3.common.keys import key_of
 from cm3.common.paths import expand
 from cm3.common.stages import STAGES
 from cm3.config import WARM
+from cm3.evaluation.registry import modules as metric_modules
 from workflow.plan.config import Config
 from workflow.plan.data import DataPlan, Task
 from workflow.plan.experiments import Experiment
@@ -168,7 +169,7 @@ class Plan(DataPlan):
 
     def evaluate(self, name: str, run: str) -> Task:
         """Return the task of evaluation: cut-offs, score and mask."""
-        return Task(self.cell(name, run).evaluation.identity(), self.code("cm3.evaluation.evaluate"))
+        return Task(self.cell(name, run).evaluation.identity(), self.code("cm3.evaluation.evaluate", *metric_modules()))
 
     # Publishing
 
