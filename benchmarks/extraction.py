@@ -141,9 +141,9 @@ def memory() -> None:
     import pyarrow as pa
 
     from cm3.common.tables import ITEMS, read_table, write_table
-    from cm3.datasets.config import parse_dataset
     from cm3.datasets.images.config import Images
     from cm3.datasets.images.stage import collect_images
+    from cm3.datasets.registry import parse_dataset
     from cm3.datasets.sample.generate import make_sample
 
     print("| items | MiniLM, peak MB | descriptor, peak MB |\n|---|---|---|")
@@ -152,7 +152,7 @@ def memory() -> None:
             folder = Path(temporary)
             shop = parse_dataset("shop", {"source": "sample", "users": 50, "items": items}, "")
             make_sample(
-                shop.sample_spec(),
+                shop.generate_spec(),
                 folder / "reviews.json.gz",
                 folder / "meta.json.gz",
                 folder / "pictures.sha256",

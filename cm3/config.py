@@ -76,10 +76,10 @@ class Model(ModelSpec, ItemGraphs, Weighted):
         description="items of the uniformity loss: sampled negatives of the user, the items of the batch, or items sampled "
         "uniformly",
     )
-    slerp: Literal["safe", "reference"] = Field(
+    slerp: Literal["safe", "fused", "reference"] = Field(
         "safe",
-        description="spherical interpolation; safe: defined for equal and opposite vectors; reference: sin/sin, NaN for "
-        "equal vectors",
+        description="spherical interpolation; safe: defined for equal and opposite vectors; fused: equal to it up to "
+        "rounding, in fewer passes and kernel launches; reference: sin/sin, NaN for equal vectors",
     )
     missing: Literal["mean", "zero"] = Field(
         "mean",

@@ -1,6 +1,6 @@
-"""The reference of config keys, written from the models themselves: tables for people, a JSON Schema for editors.
+"""Reference of all config keys, generated from the pydantic models: Markdown tables and a JSON Schema for editors.
 
-`python -m workflow.reference` brings config/README.md and workflow/schemas/config.schema.json up to date.
+`python -m workflow.reference` updates config/README.md and workflow/schemas/config.schema.json.
 """
 
 import json
@@ -15,8 +15,8 @@ from pydantic.fields import FieldInfo
 
 from cm3.common.strict import Strict
 from cm3.config import Evaluation, Training
-from cm3.datasets.base_config import Dataset
-from cm3.datasets.config import SOURCES
+from cm3.datasets.registry import source_specs
+from cm3.datasets.spec import SourceSpec
 from cm3.model_registry import DEFAULT_MODEL
 from cm3.model_registry import spec_classes as model_specs
 from cm3.model_spec import ModelSpec
@@ -33,9 +33,9 @@ BEGIN, END = "<!-- written by python -m workflow.reference; edit the models, not
 
 def tables() -> str:
     """Return the Markdown tables of all keys, section by section."""
-    sections = ["## datasets", "", "Every dataset has these:", "", *_table(Dataset, skip={"source"})]
-    shared = set(Dataset.model_fields)
-    for name, source in SOURCES.items():
+    sections = ["## datasets", "", "Every dataset has these:", "", *_table(SourceSpec, skip={"source"})]
+    shared = set(SourceSpec.model_fields)
+    for name, source in source_specs().items():
         sections += ["", f"### source: {name}", "", _first_line(source), "", *_table(source, skip=shared - {"images"})]
     sections += ["", "## extractors"]
     for name, spec in spec_classes().items():
@@ -118,7 +118,7 @@ def _type_name(annotation: Any) -> str:
 
 def schema() -> dict[str, Any]:
     """Return the JSON Schema of config.yaml, for editors that complete and check YAML."""
-    datasets: Any = Annotated[Union[tuple(SOURCES.values())], Field(discriminator="source")]  # noqa: UP007
+    datasets: Any = Annotated[Union[tuple(source_specs().values())], Field(discriminator="source")]  # noqa: UP007
     extractors: Any = Union[tuple(spec_classes().values())]  # noqa: UP007
     models: Any = Union[tuple(model_specs().values())]  # noqa: UP007
     settings: Any = {name: (model, Field(default_factory=model)) for name, model in SETTINGS.items()}
@@ -134,7 +134,7 @@ def schema() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Bring both files up to date."""
+    """Update both files."""
     text = README.read_text(encoding="utf-8")
     body = re.sub(
         re.escape(BEGIN) + ".*?" + re.escape(END), lambda _: f"{BEGIN}\n\n{tables()}\n\n{END}", text, flags=re.S

@@ -1,13 +1,14 @@
 """Top-k metrics of each user: full ranking, binary relevance. `cm3.evaluation.registry` lists them."""
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-import scipy.sparse as sp
 
-from cm3.evaluation.hits import binary, hit_matrix
 from cm3.evaluation.registry import METRICS, Metric, metric_class
+
+if TYPE_CHECKING:
+    import scipy.sparse as sp
 
 
 class Recall(Metric):
@@ -21,7 +22,8 @@ class Recall(Metric):
     @staticmethod
     def values(hits: np.ndarray, n_truth: np.ndarray, k: int) -> np.ndarray:
         """Return the metric of each user."""
-        return hits[:, :k].sum(1) / np.maximum(n_truth, 1)
+        found: np.ndarray = hits[:, :k].sum(1) / np.maximum(n_truth, 1)
+        return found
 
 
 class NDCG(Metric):
@@ -54,8 +56,8 @@ class Precision(Metric):
     @staticmethod
     def values(hits: np.ndarray, n_truth: np.ndarray, k: int) -> np.ndarray:
         """Return the metric of each user."""
-        found: np.ndarray = hits[:, :k].sum(1)
-        return found / k
+        found: np.ndarray = hits[:, :k].sum(1) / k
+        return found
 
 
 class MAP(Metric):
@@ -71,8 +73,8 @@ class MAP(Metric):
         """Return the metric of each user."""
         first = hits[:, :k]
         precision = first.cumsum(1) / np.arange(1, first.shape[1] + 1)
-        summed: np.ndarray = (first * precision).cumsum(1)[:, -1]
-        return summed / np.maximum(np.minimum(n_truth, k), 1)
+        found: np.ndarray = (first * precision).cumsum(1)[:, -1] / np.maximum(np.minimum(n_truth, k), 1)
+        return found
 
 
 class HitRate(Metric):
@@ -105,7 +107,7 @@ class MRR(Metric):
         return np.where(first.any(1), 1 / rank, 0.0)
 
 
-def per_user(recommended: np.ndarray, truth: sp.csr_matrix, ks: Sequence[int]) -> dict[str, np.ndarray]:
+def per_user(recommended: np.ndarray, truth: "sp.csr_matrix", ks: Sequence[int]) -> dict[str, np.ndarray]:
     """Return each metric at each cut-off as a (U,) float64 array under names such as "recall@20".
 
     A user without truth gets 0 everywhere and should not be averaged over.
@@ -118,6 +120,8 @@ def per_user(recommended: np.ndarray, truth: sp.csr_matrix, ks: Sequence[int]) -
     Raises:
         ValueError: a cut-off is below 1 or above K, or the numbers of users differ.
     """
+    from cm3.evaluation.hits import binary, hit_matrix  # not at import: the plan reads versions from this module
+
     recommended = np.asarray(recommended)
     for k in ks:
         if not 0 < k <= recommended.shape[1]:

@@ -63,8 +63,3 @@ def metric_class(name: str) -> type[Metric]:
 def larger_is_better(name: str) -> bool:
     """Return whether larger values of a metric, such as "recall@20", are better; they are for a name not in the registry."""
     return name.partition("@")[0] not in METRICS or metric_class(name).larger_is_better
-
-
-def modules() -> list[str]:
-    """Return the modules of all metrics, each once."""
-    return list(dict.fromkeys(path.partition(":")[0] for path in METRICS.values()))

@@ -45,8 +45,8 @@ class Bootstrapped(Network):
     (P h_u) (P h_i).
     """
 
-    parts = ("interactions", "modalities", "penalty")
-    contrast = "positive"
+    components = ("interactions", "modalities", "penalty")
+    negative_sampling = "positive"
 
     def __init__(self, interactions: sp.csr_matrix, features: Mapping[str, np.ndarray], settings: BM3) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class Bootstrapped(Network):
         modalities = torch.stack(terms).sum()
         size = (e.source_users.norm() + e.source_items.norm()) / len(e.source_items)
         total = pairs + self.settings.cl_weight * modalities + self.settings.reg_weight * size
-        return Loss(total, components(self.parts, (pairs, modalities, size)))
+        return Loss(total, components(self.components, (pairs, modalities, size)))
 
     @torch.no_grad()
     def embed(self) -> Embeddings:

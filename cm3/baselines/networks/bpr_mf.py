@@ -20,7 +20,7 @@ class BPRMatrixFactorisation(Network):
     three (B, d) tables, unsquared, over B.
     """
 
-    parts = ("ranking", "penalty")
+    components = ("ranking", "penalty")
 
     def __init__(self, n_users: int, n_items: int, settings: BPRMF) -> None:
         super().__init__()
@@ -36,9 +36,9 @@ class BPRMatrixFactorisation(Network):
     def loss(self, embeddings: Embeddings, batch: Batch) -> Loss:
         """Return BPR + reg_weight * penalty."""
         users = lookup(embeddings.users, batch.users)
-        items, others = (lookup(embeddings.items, ids) for ids in (batch.items, batch.contrast))
+        items, others = (lookup(embeddings.items, ids) for ids in (batch.items, batch.negatives))
         ranking, size = bpr_loss(users, items, others), l2_penalty(users, items, others)
-        return Loss(ranking + self.settings.reg_weight * size, components(self.parts, (ranking, size)))
+        return Loss(ranking + self.settings.reg_weight * size, components(self.components, (ranking, size)))
 
     def embed(self) -> Embeddings:
         """Return the parameters."""

@@ -11,9 +11,10 @@ from cm3.baselines.directau import DirectAU
 from cm3.baselines.inputs import Inputs
 from cm3.baselines.networks.layers import components, layer_mean, lookup
 from cm3.model.graph import SparseMatrix, user_item_matrix
-from cm3.model.losses import alignment, uniformity
+from cm3.model.losses import alignment
 from cm3.model.network import Embeddings, Loss, Network
-from cm3.model.sampling import Batch, Spread
+from cm3.model.pair_potential import tiled_uniformity
+from cm3.model.sampling import Batch, CountedIds
 
 
 class DirectlyAligned(Network):
@@ -25,8 +26,8 @@ class DirectlyAligned(Network):
     stay pairs at distance 0 unless `dedup_pairs` leaves them out. They train with `training.weight_decay` 1e-6.
     """
 
-    parts = ("alignment", "user_uniformity", "item_uniformity")
-    contrast = "positive"
+    components = ("alignment", "user_uniformity", "item_uniformity")
+    negative_sampling = "positive"
 
     def __init__(self, interactions: sp.csr_matrix, settings: DirectAU) -> None:
         super().__init__()
@@ -44,9 +45,11 @@ class DirectlyAligned(Network):
     def loss(self, embeddings: Embeddings, batch: Batch) -> Loss:
         """Return the weighted sum of the three parts."""
         align = alignment(_unit(embeddings.users, batch.users), _unit(embeddings.items, batch.items))
-        users = _uniformity(embeddings.users, batch.spread_users)
-        items = _uniformity(embeddings.items, batch.spread_items)
-        return Loss(align + self.settings.gamma * (users + items) / 2, components(self.parts, (align, users, items)))
+        users = _uniformity(embeddings.users, batch.counted_users)
+        items = _uniformity(embeddings.items, batch.counted_negatives)
+        return Loss(
+            align + self.settings.gamma * (users + items) / 2, components(self.components, (align, users, items))
+        )
 
     @torch.no_grad()
     def embed(self) -> Embeddings:
@@ -59,8 +62,8 @@ def _unit(table: Tensor, ids: Tensor) -> Tensor:
     return functional.normalize(lookup(table, ids), dim=1)
 
 
-def _uniformity(table: Tensor, spread: Spread) -> Tensor:
-    return uniformity(_unit(table, spread.ids), counts=spread.counts)
+def _uniformity(table: Tensor, ids: CountedIds) -> Tensor:
+    return tiled_uniformity(_unit(table, ids.ids), counts=ids.counts)
 
 
 def network(inputs: Inputs, settings: DirectAU) -> DirectlyAligned:

@@ -41,7 +41,7 @@ class FrozenAndPruned(Network):
     as in the paper and in MMRec, where the features are trained, too (`train_features`).
     """
 
-    parts = ("ranking", "modalities")
+    components = ("ranking", "modalities")
 
     def __init__(
         self,
@@ -83,11 +83,11 @@ class FrozenAndPruned(Network):
         """Return the weighted sum of the two parts."""
         users = lookup(embeddings.users, batch.users)
         ranking, *contents = (
-            bpr_loss(users, lookup(table, batch.items), lookup(table, batch.contrast))
+            bpr_loss(users, lookup(table, batch.items), lookup(table, batch.negatives))
             for table in (embeddings.items, *embeddings.contents)
         )
         modalities = torch.stack(contents).sum()
-        return Loss(ranking + self.settings.reg_weight * modalities, components(self.parts, (ranking, modalities)))
+        return Loss(ranking + self.settings.reg_weight * modalities, components(self.components, (ranking, modalities)))
 
     @torch.no_grad()
     def embed(self) -> Embeddings:

@@ -30,7 +30,7 @@ class LightGraphNetwork(Network):
     unsquared norms by default.
     """
 
-    parts = ("ranking", "penalty")
+    components = ("ranking", "penalty")
 
     def __init__(self, interactions: sp.csr_matrix, settings: LightGCN) -> None:
         super().__init__()
@@ -46,11 +46,11 @@ class LightGraphNetwork(Network):
     def loss(self, embeddings: LayeredEmbeddings, batch: Batch) -> Loss:
         """Return BPR + reg_weight * penalty."""
         users = lookup(embeddings.users, batch.users)
-        items, others = (lookup(embeddings.items, ids) for ids in (batch.items, batch.contrast))
+        items, others = (lookup(embeddings.items, ids) for ids in (batch.items, batch.negatives))
         ranking = bpr_loss(users, items, others)
-        ego_items = (lookup(embeddings.ego_items, ids) for ids in (batch.items, batch.contrast))
+        ego_items = (lookup(embeddings.ego_items, ids) for ids in (batch.items, batch.negatives))
         size = l2_penalty(lookup(embeddings.ego_users, batch.users), *ego_items)
-        return Loss(ranking + self.settings.reg_weight * size, components(self.parts, (ranking, size)))
+        return Loss(ranking + self.settings.reg_weight * size, components(self.components, (ranking, size)))
 
     @torch.no_grad()
     def embed(self) -> LayeredEmbeddings:

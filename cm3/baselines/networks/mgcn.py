@@ -49,7 +49,7 @@ class MultiViewNetwork(Network):
     shrinks by 0.96 each 50 epochs, which is training.schedule: exponential with lr_decay: 0.99918.
     """
 
-    parts = ("ranking", "penalty", "contrast")
+    components = ("ranking", "penalty", "contrast")
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class MultiViewNetwork(Network):
     def loss(self, embeddings: MultiViewEmbeddings, batch: Batch) -> Loss:
         """Return BPR + reg_weight * penalty + cl_weight * contrast."""
         users = lookup(embeddings.users, batch.users)
-        items, others = (lookup(embeddings.items, ids) for ids in (batch.items, batch.contrast))
+        items, others = (lookup(embeddings.items, ids) for ids in (batch.items, batch.negatives))
         ranking, size = bpr_loss(users, items, others), l2_penalty(users, items, others)
         nodes = (batch.users, batch.items + len(self.users))
         temperature = self.settings.temperature
@@ -107,7 +107,7 @@ class MultiViewNetwork(Network):
             [info_nce(lookup(embeddings.content, ids), lookup(embeddings.behaviour, ids), temperature) for ids in nodes]
         ).sum()
         total = ranking + self.settings.reg_weight * size + self.settings.cl_weight * contrast
-        return Loss(total, components(self.parts, (ranking, size, contrast)))
+        return Loss(total, components(self.components, (ranking, size, contrast)))
 
     @torch.no_grad()
     def embed(self) -> MultiViewEmbeddings:

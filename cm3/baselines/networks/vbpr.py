@@ -21,7 +21,7 @@ class VisualRanking(Network):
     MMRec's: the paper's leaves E and c out (lambda_E = 0), and then grows through them as the rest is held small.
     """
 
-    parts = ("ranking", "penalty")
+    components = ("ranking", "penalty")
     features: Tensor
 
     def __init__(self, n_users: int, features: np.ndarray, settings: VBPR) -> None:
@@ -46,10 +46,10 @@ class VisualRanking(Network):
     def loss(self, embeddings: Embeddings, batch: Batch) -> Loss:
         """Return BPR + reg_weight * penalty."""
         users = lookup(embeddings.users, batch.users)
-        items, others = (lookup(embeddings.items, ids) for ids in (batch.items, batch.contrast))
+        items, others = (lookup(embeddings.items, ids) for ids in (batch.items, batch.negatives))
         ranking = bpr_loss(users, items, others)
         size = l2_penalty(lookup(self.users, batch.users), items, others)
-        return Loss(ranking + self.settings.reg_weight * size, components(self.parts, (ranking, size)))
+        return Loss(ranking + self.settings.reg_weight * size, components(self.components, (ranking, size)))
 
     @torch.no_grad()
     def embed(self) -> Embeddings:

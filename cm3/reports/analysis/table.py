@@ -1,4 +1,4 @@
-"""comparison.csv: the numbers of a comparison, one a row."""
+"""comparison.csv: one row per experiment, slice and metric."""
 
 import csv
 import json
@@ -68,8 +68,8 @@ def _table_rows(name: str, result: Mapping[str, Any]) -> list[dict[str, Any]]:
         rows.append(row | _against(name, metric, result))
     for part in result["slices"]:
         for metric, numbers in part["metrics"].get(name, {}).items():
-            told = {"slice": f"{part['kind']}: {part['name']}", "metric": metric, "users": part["users"]}
-            rows.append({**same, **told, "mean": numbers["mean"], "sd": numbers["sd"]})
+            values = {"slice": f"{part['kind']}: {part['name']}", "metric": metric, "users": part["users"]}
+            rows.append({**same, **values, "mean": numbers["mean"], "sd": numbers["sd"]})
     for metric, numbers in {**entry["beyond"], **(entry["geometry"] or {}), **entry["cost"]}.items():
         if isinstance(numbers, dict):
             rows.append({**same, "slice": "all", "metric": metric, "mean": numbers["mean"], "sd": numbers["sd"]})
@@ -77,7 +77,7 @@ def _table_rows(name: str, result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _against(name: str, metric: str, result: Mapping[str, Any]) -> dict[str, Any]:
-    # The reference; without one the best other experiment.
+    # Against the reference; without one, against the best other experiment.
     others = [other for other in result["experiments"] if other != name]
     best_of = max if larger_is_better(metric) else min
     best = best_of(others, key=lambda other: result["experiments"][other]["metrics"][metric]["mean"], default=None)

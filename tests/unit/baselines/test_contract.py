@@ -192,6 +192,7 @@ def test_a_user_who_has_everything_leaves_no_negative(tmp_path, name):
     small.fit(shop, tmp_path / "run", "directau", {"epochs": 1})
 
 
+@pytest.mark.integration
 def test_a_score_that_needs_embeddings_is_refused_for_item_weights(shop, fitted, tmp_path):
     folder, _, _, _ = fitted("ease")
     command = evaluation(shop, {"weights": folder / "model.safetensors"}, tmp_path, {"score": "cosine"})
@@ -206,6 +207,7 @@ def test_a_network_draws_its_curves_beside_its_model(shop, tmp_path):
     assert [event.step for event in events.Scalars("training/loss")] == list(range(1, FEW["epochs"] + 1))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ["freedom", "itemknn"])
 def test_the_stages_do_on_the_command_line_what_the_functions_do(shop, tmp_path, name):
     names = small.modalities(name)

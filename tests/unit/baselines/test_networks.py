@@ -20,7 +20,7 @@ from cm3.baselines.mgcn import MGCN
 from cm3.baselines.networks.freedom import prune
 from cm3.baselines.vbpr import VBPR
 from cm3.model.graph import SparseMatrix
-from cm3.model.sampling import Batch, Spread
+from cm3.model.sampling import Batch, CountedIds
 
 USERS, ITEMS, D = 7, 6, 4
 PAIRS = ([0, 1, 2, 2, 6, 0], [0, 1, 0, 5, 4, 0])
@@ -51,7 +51,7 @@ def neighbours(x: np.ndarray, k: int = 3) -> tuple[np.ndarray, np.ndarray, np.nd
 def batch() -> Batch:
     users, items = (torch.tensor(ids) for ids in PAIRS)
     places = torch.arange(len(users))
-    return Batch(users, items, torch.tensor(OTHERS), Spread(users, None, places), Spread(items, None, places))
+    return Batch(users, items, torch.tensor(OTHERS), CountedIds(users, None, places), CountedIds(items, None, places))
 
 
 def made(settings):
@@ -101,7 +101,7 @@ def test_bpr_mf():
     expected = bpr(p["users"], p["items"]) + 0.3 * half_squares(p["users"], p["items"])
     loss = network.loss(network.training_embeddings(0), batch())
     same(loss.total, expected, 1e-12)
-    same(loss.parts["ranking"], bpr(p["users"], p["items"]), 1e-12)
+    same(loss.components["ranking"], bpr(p["users"], p["items"]), 1e-12)
 
 
 @pytest.mark.parametrize("layers", [0, 1, 3])

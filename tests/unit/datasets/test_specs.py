@@ -1,17 +1,21 @@
 """Config of data sets: what is refused and how, and which setting reaches which stage."""
 
+import ast
 import importlib
+import subprocess
+import sys
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from repository import ROOT
 
 from cm3.common.errors import UserError
 from cm3.common.keys import canonical_json
+from cm3.common.parts import Part
 from cm3.common.paths import expand
-from cm3.datasets.config import FINDERS, READERS, SOURCES, parse_dataset, stage_modules
-from workflow.plan.digest import closure
+from cm3.datasets.registry import IMAGE_SOURCES, image_source, parse_dataset, source_spec, source_specs
 
 FILES: dict[str, Any] = {"source": "files", "interactions": {"path": "log.csv"}}
 BABY: dict[str, Any] = {"source": "amazon-2014", "category": "Baby"}
@@ -23,7 +27,7 @@ NAMED = {"path": "items.jsonl", "columns": {"image": "photo"}}
     [
         (
             {"source": "amazn-2014"},
-            r"d\.x\.source = 'amazn-2014': there is no such source \(did you mean 'amazon-2014'\?\)",
+            r"d\.x\.source = 'amazn-2014': unknown source \(did you mean 'amazon-2014'\?\)",
         ),
         ({"source": ["sample"]}, r"d\.x\.source = \['sample'\]"),
         ({}, r"d\.x\.source: required.*sample, files, amazon-2014"),
@@ -35,7 +39,7 @@ NAMED = {"path": "items.jsonl", "columns": {"image": "photo"}}
         ({"source": "sample", "split": {"sed": 1}}, r"d\.x\.split\.sed: unknown key \(did you mean 'seed'\?\)"),
         ({"source": "sample", "split": {"strategy": "radnom"}}, r"d\.x\.split\.strategy = 'radnom'"),
         ({"source": "files"}, r"d\.x\.interactions: required, but not given"),
-        ({"source": "files", "interactions": {"path": "log.xls"}}, r"no format is known by the suffix of 'log\.xls'"),
+        ({"source": "files", "interactions": {"path": "log.xls"}}, r"unknown suffix in 'log\.xls'"),
         ({**FILES, "images": {"folder": "p"}}, r"needs images\.pattern, or items\.columns\.image"),
         ({**FILES, "images": {"pattern": "{item_id}.jpg"}}, r"pattern needs images\.folder"),
         (
@@ -52,7 +56,10 @@ NAMED = {"path": "items.jsonl", "columns": {"image": "photo"}}
         ({**FILES, "items": {"path": "i.csv", "columns": {"titel": "t"}}}, r"d\.x\.items\.columns\.titel: .*'title'"),
         ({**BABY, "category": "../etc"}, r"d\.x\.category = '\.\./etc'"),
         ({**BABY, "mirrors": ["ftp://a.org"]}, r"d\.x\.mirrors\.0 = 'ftp://a\.org': must be an http"),
-        ({**BABY, "sha256": {"meta_Bay.json.gz": "0" * 64}}, r"no file of it \(did you mean 'meta_Baby\.json\.gz'\?\)"),
+        (
+            {**BABY, "sha256": {"meta_Bay.json.gz": "0" * 64}},
+            r"is not one of the published files \(did you mean 'meta_Baby\.json\.gz'\?\)",
+        ),
         ({**BABY, "sha256": {"meta_Baby.json.gz": "abc"}}, r"d\.x\.sha256\.meta_Baby\.json\.gz = 'abc'"),
         ({**BABY, "images": {"folder": "p"}}, r"images\.folder needs images\.pattern"),
         ({**BABY, "kcore": -1}, r"d\.x\.kcore = -1"),
@@ -122,7 +129,7 @@ def test_one_name_and_a_list_of_one_are_the_same():
 
 def test_sample_settings_reach_the_generator():
     found = parse_dataset("s", {"source": "sample", "seed": 9, "users": 50, "kcore": 2}, "d.s")
-    spec = found.sample_spec()  # type: ignore[attr-defined]
+    spec = found.generate_spec()  # type: ignore[attr-defined]
     assert spec["seed"] == 9 and spec["users"] == 50
     assert not {"source", "kcore", "split", "images", "unknown_items", "cold_items"} & set(spec)
     assert found.prepare_inputs("s") == {"reviews": "raw/s/reviews.json.gz", "meta": "raw/s/meta.json.gz"}
@@ -168,48 +175,57 @@ def test_formats_go_by_the_suffix(suffix: str):
     assert found.prepare_spec()["interactions"]["format"] == expected
 
 
-def test_the_registries_name_modules_that_exist():
-    assert set(READERS) == set(SOURCES)
-    for name in READERS.values():
-        assert callable(importlib.import_module(name).Reader)
-    for name in FINDERS.values():
-        assert callable(importlib.import_module(name).find)
-    for data in ({"source": "sample"}, FILES, BABY):
-        modules = stage_modules(parse_dataset("x", data, "d.x"))
-        assert set(modules) == {"prepare", "images"} and modules["prepare"] == [READERS[data["source"]]]
+def test_the_registries_name_classes_and_functions_that_exist():
+    for name, spec in source_specs().items():
+        module, _, reader = spec.reader.partition(":")
+        assert get_args(spec.model_fields["source"].annotation) == (name,)
+        assert callable(getattr(importlib.import_module(module), reader)), name
+        assert issubclass(spec, Part) and spec.version == 1, name
+        for library in spec.libraries:
+            assert metadata.version(library), name
+    assert all(callable(image_source(name)) for name in IMAGE_SOURCES)
+    for data in ({"source": "sample"}, FILES, {**FILES, "items": NAMED, "images": {"folder": "p"}}, BABY):
+        assert parse_dataset("x", data, "d.x").images_spec()["find"] in IMAGE_SOURCES
+
+
+def test_a_source_without_version_is_identified_by_its_reader(monkeypatch: pytest.MonkeyPatch):
+    class Draft(source_spec("mmrec")):  # type: ignore[misc]
+        version = None
+
+    before = Draft.code_version()
+    assert source_spec("mmrec").code_version() == "1" and before.startswith("dev-")
+    monkeypatch.setattr(Draft, "reader", source_spec("files").reader)
+    assert Draft.code_version() != before
+
+
+def test_an_estimate_needs_no_file():
+    for data in (FILES, BABY):
+        found = parse_dataset("x", data, "d.x")
+        assert found.prepare_estimate(found.prepare_inputs("x")) == (1500, 15)
+
+
+def test_counts_come_from_expected_or_from_the_generator():
+    counts = {"expected": {"items": 7050}}
+    assert parse_dataset("x", {**BABY, **counts}, "d.x").expected_counts() == {"items": 7050}
+    sample = parse_dataset("x", {"source": "sample", "users": 20, **counts}, "d.x")
+    assert sample.expected_counts() == {"users": 20, "items": 7050}
 
 
 def test_every_key_is_described():
-    for model in SOURCES.values():
+    for model in source_specs().values():
         undescribed = [n for n, f in model.model_fields.items() if not f.description and n not in ("source", "split")]
         assert [n for n in undescribed if n not in ("images", "expected")] == []
 
 
-def test_a_source_runs_its_own_parsers_code_only():
-    root = ROOT
-    code = {}
-    for data in (FILES, BABY):
-        modules = stage_modules(parse_dataset("x", data, "d.x"))
-        code[data["source"]] = {
-            stage: closure(
-                root, [dict(images="cm3.datasets.images.stage", prepare="cm3.datasets.prepare")[stage], *modules[stage]]
-            )
-            for stage in modules
-        }
-    assert (
-        "cm3.datasets.files.reader" in code["files"]["prepare"]
-        and "cm3.datasets.amazon.v2014" not in code["files"]["prepare"]
+def test_a_source_loads_its_own_reader_only():
+    code = (
+        "import sys; from cm3.datasets.registry import parse_dataset, source_spec; "
+        f"spec = parse_dataset('x', {FILES!r}, 'd.x').prepare_spec(); "
+        "light = set(sys.modules); source_spec(spec['source']).open_reader(spec, {}); "
+        "print([n for n in ('pyarrow', 'numpy', 'cm3.datasets.amazon.config') if n in light]); "
+        "print([n for n in sys.modules if n.startswith('cm3.datasets.') and n.endswith(('reader', 'v2014', 'web'))])"
     )
-    assert (
-        "cm3.datasets.amazon.v2014" in code["amazon-2014"]["prepare"]
-        and "cm3.datasets.files.reader" not in code["amazon-2014"]["prepare"]
-    )
-    assert (
-        "cm3.datasets.images.none" in code["files"]["images"]
-        and "cm3.datasets.images.web" not in code["files"]["images"]
-    )
-    # Config reaches a stage through its spec; code of the split or the images is none of prepare's.
-    assert (
-        not {"cm3.datasets.config", "cm3.datasets.images.config", "cm3.datasets.splits", "cm3.datasets.images.stage"}
-        & code["files"]["prepare"]
-    )
+    lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    light, loaded = lines.splitlines()
+    assert light == "[]"
+    assert set(ast.literal_eval(loaded)) == {"cm3.datasets.reader", "cm3.datasets.files.reader"}
