@@ -22,7 +22,8 @@ class Recall(Metric):
     @staticmethod
     def values(hits: np.ndarray, n_truth: np.ndarray, k: int) -> np.ndarray:
         """Return the metric of each user."""
-        return hits[:, :k].sum(1) / np.maximum(n_truth, 1)
+        found: np.ndarray = hits[:, :k].sum(1) / np.maximum(n_truth, 1)
+        return found
 
 
 class NDCG(Metric):
@@ -55,7 +56,8 @@ class Precision(Metric):
     @staticmethod
     def values(hits: np.ndarray, n_truth: np.ndarray, k: int) -> np.ndarray:
         """Return the metric of each user."""
-        return hits[:, :k].sum(1) / k
+        found: np.ndarray = hits[:, :k].sum(1) / k
+        return found
 
 
 class MAP(Metric):
@@ -71,7 +73,8 @@ class MAP(Metric):
         """Return the metric of each user."""
         first = hits[:, :k]
         precision = first.cumsum(1) / np.arange(1, first.shape[1] + 1)
-        return (first * precision).cumsum(1)[:, -1] / np.maximum(np.minimum(n_truth, k), 1)
+        found: np.ndarray = (first * precision).cumsum(1)[:, -1] / np.maximum(np.minimum(n_truth, k), 1)
+        return found
 
 
 class HitRate(Metric):
@@ -85,7 +88,7 @@ class HitRate(Metric):
     @staticmethod
     def values(hits: np.ndarray, n_truth: np.ndarray, k: int) -> np.ndarray:
         """Return the metric of each user."""
-        return hits[:, :k].any(1).astype(np.float64)
+        return np.where(hits[:, :k].any(1), 1.0, 0.0)
 
 
 class MRR(Metric):
@@ -101,7 +104,7 @@ class MRR(Metric):
         """Return the metric of each user."""
         first = hits[:, :k]
         rank = first.argmax(1) + 1
-        return first.any(1) / rank
+        return np.where(first.any(1), 1 / rank, 0.0)
 
 
 def per_user(recommended: np.ndarray, truth: "sp.csr_matrix", ks: Sequence[int]) -> dict[str, np.ndarray]:
@@ -117,12 +120,12 @@ def per_user(recommended: np.ndarray, truth: "sp.csr_matrix", ks: Sequence[int])
     Raises:
         ValueError: a cut-off is below 1 or above K, or the numbers of users differ.
     """
+    from cm3.evaluation.hits import binary, hit_matrix  # not at import: the plan reads versions from this module
+
     recommended = np.asarray(recommended)
     for k in ks:
         if not 0 < k <= recommended.shape[1]:
             raise ValueError(f"k = {k} is not between 1 and the {recommended.shape[1]} recommendations per user")
-    from cm3.evaluation.hits import binary, hit_matrix  # SciPy, which reading a configuration does not need
-
     return of_hits(hit_matrix(recommended, truth), np.diff(binary(truth).indptr), ks)
 
 

@@ -164,6 +164,6 @@ def train(config: Config, experiment: str, run: str) -> Task:
 
 
 def evaluate(config: Config, experiment: str, run: str) -> Task:
-    """Return the task of evaluation: cut-offs, score and mask. Every metric of the registry is computed."""
+    """Return the task of evaluation: cut-offs, score and mask."""
     metrics = {name: metric_class(name) for name in METRICS}
-    return Task("evaluate", settings_of(config, experiment, run).evaluation.identity(), metrics)
+    return Task("evaluate", settings_of(config, experiment, run).evaluation.identity(), parts=metrics)

@@ -141,7 +141,10 @@ def test_a_part_of_the_users_at_a_time_gives_the_same(shop, tmp_path, monkeypatc
     run(shop, parts, mask=mask)
     one, other = (pq.ParquetFile(folder / "recommendations.parquet") for folder in (whole, parts))
     assert one.num_row_groups == 1 and other.num_row_groups == -(-USERS // 7)
-    assert one.read().equals(other.read())
+    one, other = one.read(), other.read()
+    assert one.drop(["score"]).equals(other.drop(["score"]))
+    # Rows of a block are padded so that sums round alike; another CPU may have kernels that still differ.
+    np.testing.assert_allclose(one["score"].to_numpy(), other["score"].to_numpy(), rtol=1e-6, atol=1e-6)
     assert (parts / "per_user.parquet").read_bytes() == (whole / "per_user.parquet").read_bytes()
     (metrics,) = whole.glob("*.json")
     assert (parts / metrics.name).read_text() == metrics.read_text()
