@@ -225,7 +225,8 @@ def _prepared(folder: Path) -> Path | None:
 def _ids(path: Path, name: str) -> list[str]:
     if not path.exists():
         raise ValueError(f"{path}: no such file; is it the folder of an experiment, or of a saved Recommender?")
-    return pq.read_table(path, columns=[name]).column(name).to_pylist()
+    ids: list[str] = pq.read_table(path, columns=[name]).column(name).to_pylist()
+    return ids
 
 
 def _pairs(interactions: Mapping[str, Sequence[Any]], names: list[str]) -> tuple[np.ndarray, np.ndarray, list[str]]:

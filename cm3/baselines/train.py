@@ -23,8 +23,9 @@ from cm3.evaluation.ranking import Validation
 from cm3.model.network import Embeddings, Network
 from cm3.model.sampling import Sampler, derived_seed
 from cm3.training.checkpoint import Checkpoint
-from cm3.training.loop import Best, Fitted, fit
+from cm3.training.loop import Fitted, fit
 from cm3.training.run import run_facts, validations, write_parameters, write_run
+from cm3.training.state import Best
 
 log = logging.getLogger("cm3.baselines.train")
 

@@ -15,6 +15,7 @@ from cm3.common.keys import key_of
 from cm3.common.paths import expand
 from cm3.common.stages import STAGES
 from cm3.config import WARM
+from cm3.evaluation.registry import METRICS, metric_class
 from workflow.plan.config import Config
 from workflow.plan.data import generator_spec
 from workflow.plan.experiments import Experiment
@@ -164,4 +165,5 @@ def train(config: Config, experiment: str, run: str) -> Task:
 
 def evaluate(config: Config, experiment: str, run: str) -> Task:
     """Return the task of evaluation: cut-offs, score and mask."""
-    return Task("evaluate", settings_of(config, experiment, run).evaluation.identity())
+    metrics = {name: metric_class(name) for name in METRICS}
+    return Task("evaluate", settings_of(config, experiment, run).evaluation.identity(), parts=metrics)

@@ -10,9 +10,10 @@ from pydantic import Field, field_validator
 from cm3.common.errors import UserError
 from cm3.common.keys import canonical_json
 from cm3.common.strict import Strict, nearest, validate
+from cm3.evaluation.registry import METRICS
 from workflow.plan.experiments import Experiment, check
 
-METRICS = ("recall", "ndcg", "precision", "hitrate", "mrr", "map")
+DEFAULT_METRICS = ("recall", "ndcg")
 SECTIONS = ("model", "training")
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -199,7 +200,9 @@ def _metrics(
     if given is None:
         # The first metric is the main one: at the cut-off that training monitors, if it is among them.
         monitored = {int(experiment.training.monitor.partition("@")[2]) for experiment in experiments.values()}
-        return [f"{name}@{k}" for k in sorted(shared, key=lambda k: (k not in monitored, -k)) for name in METRICS[:2]]
+        return [
+            f"{name}@{k}" for k in sorted(shared, key=lambda k: (k not in monitored, -k)) for name in DEFAULT_METRICS
+        ]
     valid = [f"{name}@{k}" for k in sorted(shared) for name in METRICS]
     for metric in given:
         if metric not in valid:

@@ -16,7 +16,7 @@ class Task:
     Attributes:
         stage: a key of `cm3.common.stages.STAGES`.
         spec: the stage's settings.
-        parts: the models, backends or sources that the job runs, by name.
+        parts: the models, backends, sources or metrics that the job runs, by name.
         runtime: settings that change speed or location only; a change of them reruns nothing.
         decides: what determines the output in place of `spec`, where the spec holds more than that.
         versioned: False if the outputs do not depend on the version of the stage.
@@ -24,7 +24,7 @@ class Task:
 
     stage: str
     spec: dict[str, Any]
-    parts: Mapping[str, Part] = field(default_factory=dict)
+    parts: Mapping[str, Part | type[Part]] = field(default_factory=dict)
     runtime: dict[str, Any] = field(default_factory=dict)
     decides: Any = None
     versioned: bool = True

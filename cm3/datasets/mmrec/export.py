@@ -142,12 +142,12 @@ From here, with MMRec checked out at MMREC:
     cd MMREC/src && python main.py -d {experiment} -m FREEDOM
 
 {experiment}.inter holds users and items as numbers, and the split as x_label: 0 train, 1 valid, 2 test.
-i_id_mapping.csv and u_id_mapping.csv tell the original ids. Row i of a feature file is of itemID i.
+i_id_mapping.csv and u_id_mapping.csv map numbers to original ids. Row i of a feature file belongs to itemID i.
 Feature files: {there}.
-MMRec has places for two. {experiment}.yaml names {places["vision"]} as vision_feature_file and {places["text"]} as
-text_feature_file; to use another, write its name there. MMRec leaves out a file that is not there.
+MMRec uses two feature files. {experiment}.yaml names {places["vision"]} as vision_feature_file and {places["text"]} as
+text_feature_file; to use another, write its name there. MMRec ignores a file that does not exist.
 
-MMRec has no notion of a missing vector: items without one have the mean of all others, and stand in
+MMRec does not support missing vectors: items without vector have the mean of all others, and are listed in
 MODALITY_missing.csv.
 
 Some of MMRec's models keep item graphs in its data folder (*_adj_*.pt) and read them again even if the features have

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from cm3.evaluation.registry import larger_is_better
 from cm3.reports.analysis.statistics import holm, interval, paired_differences, seed_noise, signed_rank
 
 CONFIDENCE, ALPHA = 0.95, 0.05
@@ -82,7 +83,13 @@ def compare_pairs(
         away = (row["low"] > 0 and rank.z > 0) or (row["high"] < 0 and rank.z < 0)
         row["p_holm"] = float(p)
         row["significant"] = bool(p < ALPHA and away)
-        row["better"] = None if not row["significant"] else "a" if row["difference"] > 0 else "b"
+        row["better"] = (
+            None
+            if not row["significant"]
+            else "a"
+            if (row["difference"] > 0) == larger_is_better(row["metric"])
+            else "b"
+        )
     return rows
 
 
@@ -122,11 +129,11 @@ def _minus(value: float | None) -> float | None:
 def best_of(
     names: Sequence[str], metric: str, means: Mapping[str, float], rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Return the experiment with the highest mean, and whether it is marked as best.
+    """Return the experiment with the best mean, and whether it is marked as best.
 
     It is marked if it is significantly better than every other experiment.
     """
-    ordered = sorted(names, key=lambda name: -means[name])
+    ordered = sorted(names, key=lambda name: means[name], reverse=larger_is_better(metric))
     best, others = ordered[0], ordered[1:]
     found = {"experiment": best, "next": others[0] if others else None}
     for other in others:

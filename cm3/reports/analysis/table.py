@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cm3.common.files import atomic
+from cm3.evaluation.registry import larger_is_better
 from cm3.reports.analysis.pairs import find_pair
 
 _COLUMNS = (
@@ -78,7 +79,8 @@ def _table_rows(name: str, result: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _against(name: str, metric: str, result: Mapping[str, Any]) -> dict[str, Any]:
     # Against the reference; without one, against the best other experiment.
     others = [other for other in result["experiments"] if other != name]
-    best = max(others, key=lambda other: result["experiments"][other]["metrics"][metric]["mean"], default=None)
+    best_of = max if larger_is_better(metric) else min
+    best = best_of(others, key=lambda other: result["experiments"][other]["metrics"][metric]["mean"], default=None)
     against = result["reference"] or best
     pair = find_pair(result["pairs"], name, against, metric) if against not in (None, name) else None
     if pair is None:

@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from cm3.common.files import atomic
+from cm3.evaluation.registry import METRICS, metric_class
 from cm3.reports.pages.figures import svg
 from cm3.reports.pages.table_graphics import interval, share_bar
 
@@ -86,12 +87,12 @@ def short(value: float | None) -> str:
 
 def metric_name(name: str) -> str:
     """Return a metric as papers write it: Recall, NDCG, MRR, MAP."""
-    return {"ndcg": "NDCG", "mrr": "MRR", "map": "MAP", "hitrate": "Hit rate"}.get(name, name.capitalize())
+    return metric_class(name).title if name in METRICS else name.capitalize()
 
 
-def pretty(metric: str) -> str:
+def pretty(column: str) -> str:
     """Return recall@20 as Recall@20, ndcg@20 as NDCG@20."""
-    name, _, k = metric.partition("@")
+    name, _, k = column.partition("@")
     return f"{metric_name(name)}@{k}" if k else metric_name(name)
 
 

@@ -197,7 +197,7 @@ def test_a_score_that_needs_embeddings_is_refused_for_item_weights(shop, fitted,
     folder, _, _, _ = fitted("ease")
     command = evaluation(shop, {"weights": folder / "model.safetensors"}, tmp_path, {"score": "cosine"})
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 1 and "has no embeddings to take it of; set dot" in done.stderr
+    assert done.returncode == 1 and "holds item weights and no embeddings; set score to dot" in done.stderr
 
 
 def test_a_network_draws_its_curves_beside_its_model(shop, tmp_path):

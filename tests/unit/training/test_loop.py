@@ -156,7 +156,7 @@ def test_ranking_halves_its_blocks_when_memory_runs_out(caplog):
     sizes = []
 
     def scarce(rows):
-        sizes.append(len(rows))
+        sizes.append(len(rows.unique()))  # blocks are padded with repeated rows
         if len(rows) > 6:
             raise torch.OutOfMemoryError("out of memory")
         return users[rows] @ items.T

@@ -7,6 +7,7 @@ from typing import Any
 from cm3.common.files import read_json
 from cm3.common.stages import STAGES
 from cm3.datasets.registry import SOURCES
+from cm3.evaluation.registry import METRICS
 from cm3.model_registry import MODELS
 from extractors.registry import BACKENDS
 from workflow.plan.migrate import DIGESTS, migrate_records
@@ -86,4 +87,4 @@ def test_the_table_has_every_stage_and_part_of_the_release():
         stages.add(stage)
         parts |= set(part)
     assert stages == {name for name in STAGES if not name.endswith("-page")} - {"download"}
-    assert parts == {*SOURCES, *BACKENDS, *MODELS}
+    assert parts == {*SOURCES, *BACKENDS, *MODELS, *METRICS}
