@@ -1,4 +1,4 @@
-"""The extract stage: one vector per item, in shards, with provenance.
+"""Stage `extract`: one vector per item, in shards, with provenance.
 
 python -m extractors.extract --spec '{"name": .., "settings": {..}, "identity": {..}}' --runtime '{"threads": 2}'
     --input items=items.parquet [--input manifest=..] [--input captions=..] [--input vectors=..]
@@ -32,7 +32,7 @@ def extract(
 
     Args:
         spec: the extractor.
-        inputs: items, and what else the spec needs: manifest, captions.
+        inputs: items, and the other inputs that the spec needs: manifest, captions, vectors.
         features: the Parquet file to write.
         name: the extractor's name in the config, for messages and provenance.
         code: versions of stage and backend, such as "extract 1, timm 1"; outputs of other versions are not used, and
@@ -40,7 +40,7 @@ def extract(
         threads: CPU threads of the model.
 
     Raises:
-        UserError: no item has an input, the model is not to be had, or it returns NaN or vectors of varying length.
+        UserError: no item has an input, the model cannot be loaded, or it returns NaN or vectors of varying length.
     """
     job = Job(spec, inputs, features, name, code, threads)
     embedding = np.zeros((len(job.status), 0), np.float32)

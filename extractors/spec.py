@@ -124,7 +124,7 @@ class BackendSpec(Strict, Part):
         """Return the model's inputs, read from the job's input files. Loads no model."""
         raise NotImplementedError
 
-    def warn_of_effort(self, items: int) -> None:
+    def check_cpu_time(self, items: int) -> None:
         """Log a warning if `items` items take long on this machine; raise a UserError if they take hours."""
 
     def load(self) -> "Model[Any]":

@@ -8,8 +8,15 @@ from pydantic import Field
 from cm3.common.device import select_device
 from extractors.caption.base import Answer, CaptionSpec
 from extractors.caption.local import IMAGES_PER_BATCH, KIND, Asked, BatchCaptioner, chat_of, name_of, processor_of
-from extractors.runtime.cpu_estimate import LARGE, check_effort, hours, parameters_of, seconds_per_parameter, tokens_of
-from extractors.runtime.device import Batch
+from extractors.runtime.batch import Batch
+from extractors.runtime.cpu_estimate import (
+    LARGE,
+    check_cpu_hours,
+    hours,
+    parameters_of,
+    seconds_per_parameter,
+    tokens_of,
+)
 from extractors.spec import Cost
 from extractors.text.item_text import clean
 from extractors.weights.hub import model_path
@@ -34,7 +41,7 @@ class TransformersCaptionSpec(CaptionSpec, ModelSpec):
     )
     allow_slow: bool = Field(False, description="Caption on a processor even where that takes hours.")
 
-    def warn_of_effort(self, items: int) -> None:
+    def check_cpu_time(self, items: int) -> None:
         """Tell the estimated hours of a large model on a processor.
 
         Raises:
@@ -44,7 +51,7 @@ class TransformersCaptionSpec(CaptionSpec, ModelSpec):
         if select_device(self.device, "device").type == "cpu" and parameters >= LARGE:
             tokens, speed = tokens_of(self.max_pixels, self.prompt), seconds_per_parameter(self.precision)
             estimate = hours(parameters, items, tokens, self.max_new_tokens, speed)
-            check_effort(parameters, items, estimate, self.allow_slow, _SERVER)
+            check_cpu_hours(parameters, items, estimate, self.allow_slow, _SERVER)
 
     def load(self) -> "TransformersCaptioner":
         """Load the model."""

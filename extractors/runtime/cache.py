@@ -69,7 +69,8 @@ class OutputCache:
         # Takes a second to import, and the configuration is parsed with this module but without a lookup.
         import pyarrow.compute as pc
 
-        return pc.fill_null(pc.index_in(digests, value_set=self._digests), -1).to_numpy().astype(np.int64)
+        positions: np.ndarray = pc.fill_null(pc.index_in(digests, value_set=self._digests), -1).to_numpy()
+        return positions.astype(np.int64)
 
     def read(self, rows: np.ndarray, positions: np.ndarray) -> Iterator[tuple[np.ndarray, pa.Table]]:
         """Yield (rows, table) file by file: the outputs of `rows` (R,), which `find` located at `positions` (R,).

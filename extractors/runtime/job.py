@@ -188,7 +188,7 @@ class Job:
         # Libraries log each file that they open.
         logging.disable(logging.INFO)
         try:
-            self.spec.warn_of_effort(items)
+            self.spec.check_cpu_time(items)
             model = self.spec.load()
         finally:
             logging.disable(logging.NOTSET)

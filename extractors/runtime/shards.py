@@ -80,4 +80,5 @@ def with_notes(table: pa.Table, notes: dict[str, Any]) -> pa.Table:
 
 def notes_of(table: pa.Table) -> dict[str, Any]:
     """Return the notes that `with_notes` stored."""
-    return json.loads((table.schema.metadata or {})[b"notes"])
+    notes: dict[str, Any] = json.loads((table.schema.metadata or {})[b"notes"])
+    return notes

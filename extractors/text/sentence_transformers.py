@@ -1,4 +1,4 @@
-"""Texts to vectors with sentence-transformers."""
+"""Text encoders of sentence-transformers."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from cm3.common.errors import UserError
-from extractors.runtime.device import arithmetic, torch_dtype
+from extractors.runtime.precision import arithmetic, torch_dtype
 from extractors.spec import Cost
 from extractors.text.base import NO_LIMIT, USUAL_LIMIT, TextModel, TextModelSpec, positions_of
 from extractors.weights.completeness import check_checkpoint
@@ -17,7 +17,7 @@ from extractors.weights.pretrained import check_code, loaded
 
 
 class SentenceTransformersSpec(TextModelSpec):
-    """A text extractor of the sentence-transformers family."""
+    """A model of sentence-transformers."""
 
     version: ClassVar[int | None] = 1
     libraries: ClassVar[tuple[str, ...]] = ("sentence-transformers", "torch", "transformers", "tokenizers")
@@ -60,14 +60,14 @@ class SentenceTransformersExtractor(TextModel):
             inner = {id(part) for body in bodies for part in body.modules() if part is not body}
             outermost = [body for body in bodies if id(body) not in inner]
             loaded(lambda: check_checkpoint(outermost, kind, folder, unused=("pooler.",)), kind, spec, folder)
-        self.limit = self._settled_limit()
+        self.limit = self._token_limit()
         self.tokenizer = self.model.tokenizer
         own = self.model.prompts.get(self.model.default_prompt_name or "") or ""
         self.prompt = own if spec.prompt is None else spec.prompt
         self.ready(self.model.get_embedding_dimension())
 
     def facts(self) -> dict[str, Any]:
-        """Return the token limit and the prompt in use."""
+        """Return token limit, prompt and modules."""
         limit = None if self.limit == NO_LIMIT else self.limit
         return {"max_length": limit, "prompt": self.prompt, "modules": [type(m).__name__ for m in self.model]}
 
@@ -86,18 +86,18 @@ class SentenceTransformersExtractor(TextModel):
         return vectors.float().cpu().numpy()
 
     def counted(self, texts: Sequence[str]) -> list[int]:
-        """Return the tokens of n texts, none cut."""
+        """Return the numbers of tokens of n texts without truncation."""
         if callable(self.tokenizer):
             return super().counted(texts)
-        # Of static embeddings: no model of transformers, and no special tokens.
+        # Static embeddings have a tokenizer of another library, and no special tokens.
         return [len(one.ids) for one in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
-    def _settled_limit(self) -> int:
-        """Return the longest text in tokens, and set it where the spec says one."""
+    def _token_limit(self) -> int:
+        """Return the token limit, after applying max_length to the model."""
         asked, own = self.spec.max_length, self.model.max_seq_length
         if own == math.inf:
             if asked is not None:
-                raise UserError(f"max_length = {asked}: the model reads texts of any length; leave it out")
+                raise UserError(f"max_length = {asked}: the model has no limit; leave it out")
             return NO_LIMIT
         if self.model.transformers_model is not None:
             positions_of(self.model.transformers_model, asked)

@@ -24,7 +24,7 @@ def check_loading_info(
     Args:
         model: the loaded model.
         info: missing_keys, mismatched_keys (with `ignore_mismatched_sizes=True`) and unexpected_keys.
-        kind: what error messages call the model.
+        kind: kind of model, for error messages.
         folder: folder of the checkpoint.
         unused: modules, such as "pooler.", that the caller does not use: their weights may be missing.
 
@@ -55,7 +55,7 @@ def check_checkpoint(models: Iterable[Any], kind: str, folder: Path, unused: Seq
 
     Args:
         models: loaded models; each one has a checkpoint of its own.
-        kind: what error messages call the model.
+        kind: kind of model, for error messages.
         folder: folder of the checkpoints.
         unused: modules, such as "pooler.", that the caller does not use: their weights may be missing.
 

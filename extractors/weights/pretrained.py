@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from cm3.common.errors import UserError
-from extractors.runtime.device import is_out_of_memory, torch_dtype
+from extractors.runtime.batch import is_out_of_memory
+from extractors.runtime.precision import torch_dtype
 from extractors.weights.completeness import check_checkpoint, check_loading_info
 from extractors.weights.hub import quiet, without_bars
 from extractors.weights.spec import CodeSpec, ModelSpec
@@ -30,12 +31,12 @@ def load_model(auto: Any, spec: ModelSpec, folder: Path, kind: str, unused: Sequ
         auto: a class of transformers with from_pretrained, such as AutoModel.
         spec: precision, and whether code that the model brings may run.
         folder: config.json and weights.
-        kind: what error messages call the model.
+        kind: kind of model, for error messages.
         unused: modules, such as "pooler.", that the caller does not use: their weights may be missing.
         options: further arguments of from_pretrained.
 
     Raises:
-        UserError: the folder holds something else, weights are missing, or code would have to run that is not trusted.
+        UserError: the folder holds another kind of model, weights are missing, or loading would run code that is not trusted.
     """
     check_code(spec, folder)
     without_bars()
@@ -44,7 +45,7 @@ def load_model(auto: Any, spec: ModelSpec, folder: Path, kind: str, unused: Sequ
             lambda: auto.from_pretrained(
                 folder,
                 local_files_only=True,
-                trust_remote_code=spec.brings_code,
+                trust_remote_code=spec.runs_own_code,
                 weights_only=True,
                 dtype=torch_dtype(spec.precision),
                 output_loading_info=True,
@@ -68,11 +69,11 @@ def load_part(auto: Any, spec: ModelSpec, folder: Path, kind: str, **options: An
     """Return a tokenizer or a processor from a folder.
 
     Raises:
-        UserError: the folder has none, or code would have to run that is not trusted.
+        UserError: the folder has none, or loading it would run code that is not trusted.
     """
     check_code(spec, folder)
     return loaded(
-        lambda: auto.from_pretrained(folder, local_files_only=True, trust_remote_code=spec.brings_code, **options),
+        lambda: auto.from_pretrained(folder, local_files_only=True, trust_remote_code=spec.runs_own_code, **options),
         kind,
         spec,
         folder,
@@ -83,22 +84,23 @@ def on_device(model: T, device: str, kind: str, spec: ModelSpec, folder: Path, *
     """Return a model of torch after `model.to(device, **options)`.
 
     Raises:
-        UserError: it does not fit there.
+        UserError: it does not fit into the device's memory.
     """
-    return loaded(lambda: cast(Any, model).to(device, **options), kind, spec, folder)
+    moved: T = loaded(lambda: cast(Any, model).to(device, **options), kind, spec, folder)
+    return moved
 
 
 def loaded(load: Callable[[], T], kind: str, spec: ModelSpec, folder: Path) -> T:
-    """Return load(), a library's own way of making a model out of a folder.
+    """Return load(), which loads a model with a library's own function.
 
     Raises:
-        UserError: it does not load; says whether it wants to run code, and the library's own reason.
+        UserError: loading fails; names code that the model includes, or the library's reason.
     """
     try:
         return load()
     except UserError:
         raise
-    except Exception as error:  # whatever a strange folder makes a library raise
+    except Exception as error:  # libraries raise errors of any type on invalid folders
         if is_out_of_memory(error):
             raise UserError(
                 f"{folder}: memory ran out while the model was loaded. Take a smaller model, precision: bfloat16, "
@@ -108,23 +110,23 @@ def loaded(load: Callable[[], T], kind: str, spec: ModelSpec, folder: Path) -> T
 
 
 def check_code(spec: ModelSpec, folder: Path) -> None:
-    """Look where the code of a trusted model would come from.
+    """Check that the code of a trusted model is in its folder.
 
     Raises:
-        UserError: from another repository, of which no revision is pinned.
+        UserError: the code is in another repository, whose revision is not pinned.
     """
-    for reference in own_code(folder) if spec.brings_code else ():
+    for reference in own_code(folder) if spec.runs_own_code else ():
         repository, _, name = reference.rpartition("--")
         if repository:
             raise UserError(
-                f"{folder}: its code {name} comes from the repository {repository}, whose revision nothing pins; "
+                f"{folder}: its code {name} comes from the repository {repository}, whose revision is not pinned; "
                 f"download that code into a copy of the folder, name it without '{repository}--' in the folder's "
                 "JSON files, and set weights to the copy"
             )
 
 
 def own_code(folder: Path) -> list[str]:
-    """Return the classes that a model's JSON files name outside of the libraries: code that it brings along."""
+    """Return the classes named in a model's JSON files that are not part of the libraries: code that it includes."""
     found: list[str] = []
     for name in _CONFIGS:
         path = folder / name
@@ -143,7 +145,7 @@ def own_code(folder: Path) -> list[str]:
 
 
 def _refusal(kind: str, spec: ModelSpec, folder: Path, error: Exception) -> UserError:
-    code = [] if spec.brings_code else own_code(folder)
+    code = [] if spec.runs_own_code else own_code(folder)
     if code:
         trust = (
             "Read it, then set trust_remote_code: true in this extractor's section, with revision or weights; or take"
@@ -151,7 +153,7 @@ def _refusal(kind: str, spec: ModelSpec, folder: Path, error: Exception) -> User
             else "Take"
         )
         return UserError(
-            f"{folder}: the model brings code of its own ({', '.join(sorted(set(code))[:3])}), which is not run. "
+            f"{folder}: the model includes its own code ({', '.join(sorted(set(code))[:3])}), which is not run. "
             f"{trust} a model that the library knows"
         )
     reason = " ".join(str(error).split())

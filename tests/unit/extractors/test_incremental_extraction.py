@@ -112,9 +112,7 @@ def test_of_a_tenth_more_texts_the_model_is_shown_the_new_ones_once(
     assert after.metadata == fresh.metadata
 
 
-def test_images_are_encoded_one_by_one_so_that_the_file_is_that_of_a_full_rerun(
-    tmp_path: Path, shown: list[Any]
-) -> None:
+def test_the_file_of_grown_images_is_that_of_a_full_rerun(tmp_path: Path, shown: list[Any]) -> None:
     output = tmp_path / "f.parquet"
     run(looks(), shop(tmp_path, OLD), output)
     shown.clear()
@@ -263,8 +261,8 @@ def test_all_cached_outputs_are_listed(tmp_path: Path) -> None:
     assert one.bytes == sum(path.stat().st_size for path in one.folder.iterdir()) > 0
     # The list is for a command that lists and removes: it must not load a model library.
     code = "import sys, extractors.runtime.cache; print('torch' in sys.modules)"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert told.stdout.strip() == "False"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "False"
 
 
 def breaking(monkeypatch: pytest.MonkeyPatch, at: int) -> None:

@@ -117,15 +117,17 @@ def test_a_job_with_another_shard_size_takes_none_of_the_old_shards(
 
 
 @pytest.mark.parametrize(
-    ("fault", "told"),
+    ("fault", "message"),
     [
         ("grows", "l: the model made vectors of 2 dimensions, then of 3"),
         ("grows inside", "the model made vectors of 2 dimensions, then one of 3"),
     ],
 )
-def test_vectors_of_varying_length_are_refused(tmp_path: Path, letters: dict[str, Any], fault: str, told: str) -> None:
+def test_vectors_of_varying_length_are_refused(
+    tmp_path: Path, letters: dict[str, Any], fault: str, message: str
+) -> None:
     items = write_items(tmp_path, [{"title": "ab" * row} for row in range(1, 5)])
     spec = extractors.parse_extractor("l", letters | {"fault": fault, "shard_size": 2}, "l")
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         extract(spec, {"items": items}, tmp_path / "f.parquet", name="l")
     assert not (tmp_path / "f.parquet").exists()

@@ -102,6 +102,6 @@ try:
 except UserError as error:
     print(error)
 """
-    told = run(folder, "-c", code)
-    assert "1 ('numpy', 'pillow') 1001.0 0" in told
-    assert "mine.squared: unknown key (did you mean 'square'?)" in told
+    output = run(folder, "-c", code)
+    assert "1 ('numpy', 'pillow') 1001.0 0" in output
+    assert "mine.squared: unknown key (did you mean 'square'?)" in output

@@ -20,7 +20,7 @@ from cm3.common.tables import read_features, read_metadata
 from extractors.extract import extract
 from extractors.extractor import Model
 from extractors.image.item_images import read_images
-from extractors.runtime.device import Batch
+from extractors.runtime.batch import Batch
 
 DESCRIPTOR = {"modality": "image", "backend": "descriptor"}
 IMAGES = [
@@ -86,7 +86,7 @@ def test_a_failure_in_the_middle_keeps_the_finished_shards(
     run = DescriptorExtractor.run
     seen: list[int] = []
     asked: list[int] = []
-    monkeypatch.setattr(DescriptorSpec, "warn_of_effort", lambda self, items: asked.append(items))
+    monkeypatch.setattr(DescriptorSpec, "check_cpu_time", lambda self, items: asked.append(items))
 
     def counted(self: Any, images: Any, advance: Any) -> Any:
         seen.append(1)
@@ -177,8 +177,8 @@ def test_a_killed_job_goes_on_where_it_was_and_gives_identical_bytes(tmp_path: P
     assert 5 <= finished < 44
 
     process = stage(tmp_path, inputs, output, 10)
-    told = process.communicate()[1]
-    assert process.returncode == 0 and f"{finished} of 44 shards are finished" in told
+    log = process.communicate()[1]
+    assert process.returncode == 0 and f"{finished} of 44 shards are finished" in log
     assert output.read_bytes() == whole.read_bytes()
     record = json.loads(Path(f"{output}.json").read_text())
     assert record["counts"] == {"ok": 400, "missing": 40, "failed": 40} and len(record["failures"]) == 20
@@ -221,15 +221,13 @@ def test_nan_from_a_model_is_refused_and_the_items_are_named(tmp_path: Path) -> 
 
 
 def test_not_one_image_and_not_one_readable_image_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not one of 2 items has an input for image vectors"):
+    with pytest.raises(UserError, match="none of 2 items has an input for image vectors"):
         extract(descriptor(), tables(tmp_path, [None, None]), tmp_path / "f.parquet")
     with pytest.raises(UserError, match="all 2 inputs failed, first reason: 0 bytes"):
         extract(descriptor(), tables(tmp_path, [b"", b"x"]), tmp_path / "f.parquet")
 
 
-def test_a_job_of_which_nothing_came_through_leaves_nothing_that_the_next_would_take(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_job_without_a_single_output_leaves_no_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from extractors.image.descriptor import DescriptorExtractor
 
     inputs, run = tables(tmp_path, IMAGES[:3]), DescriptorExtractor.run

@@ -129,7 +129,7 @@ def test_static_embeddings_have_no_limit(tmp_path: Path) -> None:
     assert facts["max_length"] is None and facts["modules"] == ["StaticEmbedding"]
     prompted = extractors.load(spec | {"prompt": "query : "}).run(texts).embedding
     assert not np.allclose(prompted, found.embedding[:3], atol=1e-3)
-    with pytest.raises(UserError, match="max_length = 12: the model reads texts of any length; leave it out"):
+    with pytest.raises(UserError, match="max_length = 12: the model has no limit; leave it out"):
         extractors.load(spec | {"max_length": 12})
 
 

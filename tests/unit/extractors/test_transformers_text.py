@@ -138,7 +138,7 @@ def test_any_batch_and_shard_size_gives_the_same_file(folders: dict[str, Path], 
 
 
 @pytest.mark.parametrize("precision", ["autocast", "bfloat16"])
-def test_lower_precisions_are_close_and_told_apart_by_the_key(folders: dict[str, Path], precision: str) -> None:
+def test_lower_precisions_are_close_and_have_other_keys(folders: dict[str, Path], precision: str) -> None:
     full = load(folders["bert"])
     low = load(folders["bert"], precision=precision)
     assert full.spec.identity() != low.spec.identity()

@@ -82,7 +82,7 @@ def test_a_pickle_of_tensors_loads_and_one_with_more_is_refused_unread(
     assert_same_model(tensors, load(backend, source), TEXTS)
     mark = tmp_path / "mark"
     bad = pickled(source, tmp_path / "code", "pytorch_model.bin", Code(mark))
-    with pytest.raises(UserError, match=r"pytorch_model\.bin: a pickle that holds more than tensors"):
+    with pytest.raises(UserError, match=r"pytorch_model\.bin: a pickle with more than tensors"):
         load(backend, bad)
     assert not mark.exists()
 
@@ -101,10 +101,10 @@ def test_image_weights_may_be_pickles_of_tensors_too(tmp_path: Path) -> None:
     expected = load("timm", tmp_path / "w.safetensors", **knobs)
     assert_same_model(load("timm", tmp_path / "w.pth", **knobs), expected, [IMAGE])
     for bad in ("bad.pth", "plain.pt"):
-        with pytest.raises(UserError, match="a pickle that holds more than tensors"):
+        with pytest.raises(UserError, match="a pickle with more than tensors"):
             load("timm", tmp_path / bad, **knobs)
     (tmp_path / "w.h5").write_bytes(b"")
-    with pytest.raises(UserError, match=r"weights are a \.safetensors file, or a pickle of tensors alone"):
+    with pytest.raises(UserError, match=r"weights must be a \.safetensors file or a pickle of tensors"):
         load("timm", tmp_path / "w.h5", **knobs)
     assert not (tmp_path / "mark").exists()
 
@@ -128,7 +128,7 @@ def test_pickled_vision_weights_of_transformers_and_open_clip(tmp_path: Path) ->
     tensors = load("open_clip", pickled(clip, tmp_path / "clip-bin", "open_clip_pytorch_model.bin"))
     assert_same_model(tensors, load("open_clip", clip), [IMAGE])
     bad = pickled(clip, tmp_path / "clip-bad", "open_clip_pytorch_model.bin", Code(tmp_path / "mark"))
-    with pytest.raises(UserError, match="a pickle that holds more than tensors"):
+    with pytest.raises(UserError, match="a pickle with more than tensors"):
         load("open_clip", bad)
     (clip / "open_clip_model.safetensors").write_bytes(b"cut")
     with pytest.raises(UserError, match="not weights of an open_clip model"):
@@ -150,10 +150,10 @@ def test_pickles_that_are_loaded_are_part_of_the_identity_and_others_are_not(ber
     (folder / "training_args.bin").write_bytes(b"anything")
     assert identity(folder) == after
     shutil.copytree(bert, tmp_path / "both")
-    (tmp_path / "both" / "pytorch_model.bin").write_bytes(b"never read, for safetensors stand beside it")
+    (tmp_path / "both" / "pytorch_model.bin").write_bytes(b"never read, for safetensors are next to it")
     assert identity(tmp_path / "both") == identity(bert)
     assert load("transformers-text", tmp_path / "both").dim == 32
-    # open_clip reads its own pickle even where the weights of transformers stand beside it.
+    # open_clip reads its own pickle even where the weights of transformers are next to it.
     torch.save({}, tmp_path / "both" / "open_clip_pytorch_model.bin")
     assert identity(tmp_path / "both") != identity(bert)
 
@@ -231,7 +231,7 @@ def test_transformers_is_left_as_it_was(bert: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", ["transformers-text", "transformers-vision"])
-def test_memory_that_runs_out_while_a_model_loads_is_told(
+def test_memory_that_runs_out_while_a_model_loads_is_reported(
     bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
     folder = bert if backend == "transformers-text" else tiny_transformers.save_vision("vit", tmp_path / "vit")
@@ -285,9 +285,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("backend", ["transformers-text", "sentence-transformers"])
 def test_code_that_a_model_brings_runs_only_where_the_config_says_so(toy: Path, backend: str) -> None:
     mark = toy.parent / "mark"
-    with pytest.raises(
-        UserError, match=r"brings code of its own \(toy\.Toy, toy\.ToyConfig\).*trust_remote_code: true"
-    ):
+    with pytest.raises(UserError, match=r"includes its own code \(toy\.Toy, toy\.ToyConfig\).*trust_remote_code: true"):
         load(backend, toy)
     assert not mark.exists()
     trusted = load(backend, toy, trust_remote_code=True)
@@ -315,7 +313,7 @@ def test_modules_of_sentence_transformers_are_code_too(sentence: Path, tmp_path:
     modules[1]["type"] = "own_pooling.Pooling"
     (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "own_pooling.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')")
-    with pytest.raises(UserError, match=r"brings code of its own \(own_pooling\.Pooling\)"):
+    with pytest.raises(UserError, match=r"includes its own code \(own_pooling\.Pooling\)"):
         load("sentence-transformers", folder)
     assert not (tmp_path / "mark").exists()
 
