@@ -38,7 +38,8 @@ class ProcessShard:
 
     def sum(self, value: Tensor) -> Tensor:
         """Return the sum of a value over all processes; the gradient of each process is that of its own summand."""
-        return _Sum.apply(value)
+        found: Tensor = _Sum.apply(value)
+        return found
 
     def merge(self, peak: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
         """Return the largest peak, and the sum of all totals relative to it; each is given relative to its own peak."""

@@ -91,7 +91,8 @@ def _after_train(user: np.ndarray, labels: np.ndarray) -> np.ndarray:
     place = np.arange(len(user))
     last = np.full(user.max(initial=-1) + 1, -1)
     last[user[labels == TRAIN]] = place[labels == TRAIN]
-    return place > last[user]
+    found: np.ndarray = place > last[user]
+    return found
 
 
 def _sizes(count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -25,7 +25,8 @@ def fused_slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
     """
     t = torch.as_tensor(t, dtype=a.dtype, device=a.device)
     shape = torch.broadcast_shapes(a.shape[:-1], b.shape[:-1], t.shape)
-    return _Slerp.apply(a.expand(*shape, -1), b.expand(*shape, -1), t.expand(shape).unsqueeze(-1))
+    found: Tensor = _Slerp.apply(a.expand(*shape, -1), b.expand(*shape, -1), t.expand(shape).unsqueeze(-1))
+    return found
 
 
 class _Slerp(torch.autograd.Function):

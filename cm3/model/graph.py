@@ -106,7 +106,8 @@ def propagate(adjacency: SparseMatrix, x: Tensor, layers: int) -> Tensor:
 
     By Horner's rule. A is symmetric, so the gradient is the same sum over the incoming gradient; no layer is stored.
     """
-    return _Propagation.apply(x, adjacency, layers)
+    found: Tensor = _Propagation.apply(x, adjacency, layers)
+    return found
 
 
 class _Propagation(torch.autograd.Function):
@@ -139,7 +140,8 @@ def propagate_to(adjacency: SparseMatrix, x: Tensor, layers: int, users: Tensor,
         users: indices; repetitions are allowed.
         n_users: U.
     """
-    return _Rows.apply(x, adjacency, layers, users, n_users)
+    found: tuple[Tensor, Tensor] = _Rows.apply(x, adjacency, layers, users, n_users)
+    return found
 
 
 class _Rows(torch.autograd.Function):
@@ -171,7 +173,8 @@ class _Rows(torch.autograd.Function):
 
 def add_neighbours(matrix: SparseMatrix, transposed: SparseMatrix, x: Tensor, layers: int) -> Tensor:
     """Return x + S^layers x of S (N, N) and x (N, D); the gradient uses the transpose of S."""
-    return _Neighbours.apply(x, matrix, transposed, layers)
+    found: Tensor = _Neighbours.apply(x, matrix, transposed, layers)
+    return found
 
 
 class _Neighbours(torch.autograd.Function):

@@ -125,7 +125,8 @@ class CM3(Network):
 
     def _weighted(self, users: Tensor, logits: Tensor) -> Tensor:
         weights = logits.softmax(1)
-        return (users.unflatten(1, (weights.shape[1], -1)) * weights[:, :, None]).flatten(1)
+        found: Tensor = (users.unflatten(1, (weights.shape[1], -1)) * weights[:, :, None]).flatten(1)
+        return found
 
     def _with_neighbours(self, items: Tensor) -> Tensor:
         if not self.settings.item_graph:
@@ -134,7 +135,8 @@ class CM3(Network):
 
     def training_embeddings(self, seed: int) -> FusedEmbeddings:
         """Return a forward pass with t ~ Beta(alpha, alpha), one value per item, sampled by `seed`."""
-        return self(self.sample_t(seed))
+        found: FusedEmbeddings = self(self.sample_t(seed))
+        return found
 
     def sample_t(self, seed: int) -> Tensor:
         """Return a training step's positions on the fusion curves, (I,) from Beta(alpha, alpha)."""
@@ -187,7 +189,8 @@ class CM3(Network):
     @torch.no_grad()
     def embed(self) -> FusedEmbeddings:
         """Return the embeddings for evaluation: t = 0.5 for every item."""
-        return self(torch.full((self.n_items,), 0.5, device=self.users.device))
+        found: FusedEmbeddings = self(torch.full((self.n_items,), 0.5, device=self.users.device))
+        return found
 
     @torch.no_grad()
     def curves(self) -> dict[str, float]:

@@ -29,7 +29,8 @@ def tiled_uniformity(
         shard: of several processes; the value is that of all pairs, the gradient that of this process's pairs.
         block_rows: rows of a block; None: `CPU_BLOCK_ROWS`, or a quarter of the rows on a GPU.
     """
-    return _PairPotential.apply(x, None, counts, t, None, shard, block_rows)
+    found: Tensor = _PairPotential.apply(x, None, counts, t, None, shard, block_rows)
+    return found
 
 
 def tiled_calibrated_uniformity(
@@ -51,7 +52,8 @@ def tiled_calibrated_uniformity(
         clamp: lower and upper limit of the similarity, whose gradient is 0 outside.
         shard, block_rows: as in `tiled_uniformity`.
     """
-    return _PairPotential.apply(x, points, counts, t, clamp, shard, block_rows)
+    found: Tensor = _PairPotential.apply(x, points, counts, t, clamp, shard, block_rows)
+    return found
 
 
 class _PairPotential(torch.autograd.Function):

@@ -123,7 +123,8 @@ class Sampler:
     def _is_seen(self, users: Tensor, items: Tensor) -> Tensor:
         key = users * self.n_items + items
         position = torch.searchsorted(self.seen, key).clamp_max_(len(self.seen) - 1)
-        return self.seen[position] == key
+        found: Tensor = self.seen[position] == key
+        return found
 
 
 def count_by_batch(ids: Tensor, batch_size: int, dedup_pairs: bool) -> list[CountedIds]:

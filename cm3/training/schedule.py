@@ -27,7 +27,8 @@ def lr_factor(settings: Training, epoch: int, batch: int, batches: int) -> float
         length = max(settings.epochs - settings.warmup_epochs, 1)
         return 0.5 * (1 + math.cos(math.pi * min((progress - settings.warmup_epochs) / length, 1)))
     if settings.schedule == "exponential":
-        return settings.lr_decay ** (progress - settings.warmup_epochs)
+        found: float = settings.lr_decay ** (progress - settings.warmup_epochs)
+        return found
     return 1.0
 
 

@@ -100,4 +100,5 @@ def _read(model: Path, users: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
 
 
 def _user_ids(vectors: Path) -> list[str]:
-    return pq.read_table(vectors, columns=["user_id"], partitioning=None).column("user_id").to_pylist()
+    found: list[str] = pq.read_table(vectors, columns=["user_id"], partitioning=None).column("user_id").to_pylist()
+    return found

@@ -14,7 +14,8 @@ from PIL import Image
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from cm3.common.strict import Float
-from extractors.caption.base import PROMPT, Answer, Captioned, Captioner, CaptionSpec, Prompted, readable
+from extractors.caption.base import PROMPT, Answer, Captioned, Captioner, CaptionSpec, readable
+from extractors.caption.prompt import Prompted
 from extractors.extractor import Advance, silent
 from extractors.runtime.prefetch import default_workers
 from extractors.spec import Cost

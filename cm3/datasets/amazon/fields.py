@@ -63,7 +63,8 @@ def rank(value: Any) -> int | None:
     for text in strings(value):
         found = _RANK.search(text[:1000])
         if found and len(found[1]) < 15 and 0 < (value := int(found[1].replace(",", ""))) <= _LARGEST:
-            return value
+            result: int | None = value
+            return result
     return None
 
 

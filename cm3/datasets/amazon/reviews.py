@@ -205,6 +205,7 @@ def _texts(values: pa.Array) -> pa.Array:
 def _numbers(values: pa.Array) -> np.ndarray:
     """Return (N,) float64, NaN where a value is not a number."""
     try:
-        return values.cast(pa.string()).cast(pa.float64()).to_numpy(zero_copy_only=False)
+        found: np.ndarray = values.cast(pa.string()).cast(pa.float64()).to_numpy(zero_copy_only=False)
+        return found
     except pa.ArrowInvalid:
         return np.asarray([_number(v) for v in values.to_pylist()], dtype=np.float64)

@@ -93,7 +93,8 @@ class Times:
             seconds = stamps.cast(pa.int64()).to_numpy() // 1_000_000
             _check(table, column, seconds > LAST, values, "is after 2099; fix the row or remove it")
             self.dates = kind
-            return seconds
+            found: np.ndarray = seconds
+            return found
         _check(
             table,
             column,
@@ -121,7 +122,8 @@ def _looks_numeric(values: pa.ChunkedArray) -> bool:
 
 def _numbers(values: pa.ChunkedArray) -> np.ndarray:
     try:
-        return values.cast(pa.float64()).to_numpy().astype(np.float64)
+        found: np.ndarray = values.cast(pa.float64()).to_numpy().astype(np.float64)
+        return found
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         return np.asarray([_number(v) for v in values.to_pylist()], dtype=np.float64)
 

@@ -11,7 +11,8 @@ _LARGEST = 2.0**62
 
 def in_milliseconds(times: np.ndarray) -> np.ndarray:
     """Return which of (N,) times are milliseconds, by their size."""
-    return np.abs(times) >= _MILLISECONDS_FROM
+    found: np.ndarray = np.abs(times) >= _MILLISECONDS_FROM
+    return found
 
 
 def seconds_of(times: np.ndarray) -> np.ndarray:

@@ -185,7 +185,8 @@ class Fetcher:
                     async with contextlib.AsyncExitStack() as large:
                         data = await self._body(response, large)
                         # The slot is kept meanwhile: when decoding is slower than the network, the network waits.
-                        return await self._in_thread(self._examine, first, data, tuple(dict.fromkeys(seen)))
+                        found: Outcome = await self._in_thread(self._examine, first, data, tuple(dict.fromkeys(seen)))
+                        return found
         raise _NoImageError("redirects", f"more than {_REDIRECTS} redirects")
 
     async def _body(self, response: aiohttp.ClientResponse, large: contextlib.AsyncExitStack) -> bytes:

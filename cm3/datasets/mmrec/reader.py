@@ -162,7 +162,8 @@ class _Block:
         numbers = values.to_numpy()
         self.check(numbers < 0, column, "is negative; users and items are numbered from 0")
         self.check(numbers >= 1 << _ITEM_BITS, column, "is too large; users and items are numbered from 0 without gaps")
-        return numbers
+        found: np.ndarray = numbers
+        return found
 
     def floats(self, column: str) -> pa.ChunkedArray | None:
         """Return finite float64 numbers, null for an empty cell; None without the column."""
@@ -186,7 +187,8 @@ class _Block:
             return None
         values = self.table.column(LABEL).to_numpy()
         self.check(~np.isin(values, _LABELS), LABEL, "is not 0 (train), 1 (valid) or 2 (test)")
-        return values.astype(np.int8)
+        found: np.ndarray | None = values.astype(np.int8)
+        return found
 
     def _malformed(self, error: Exception) -> UserError:
         for number, line in self.lines:

@@ -99,7 +99,8 @@ def _outline(shape: str) -> np.ndarray:
 
 def _turned(points: np.ndarray, angle: float) -> np.ndarray:
     rotation = np.asarray([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    return points @ rotation.T
+    found: np.ndarray = points @ rotation.T
+    return found
 
 
 def spoil(jpeg: bytes, kind: int) -> bytes:

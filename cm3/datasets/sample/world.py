@@ -113,7 +113,8 @@ def _some(rng: np.random.Generator, items: int, share: float) -> np.ndarray:
 def _likes(rng: np.random.Generator, users: int, values: int) -> np.ndarray:
     drawn = np.exp(_SHARPNESS * rng.standard_normal((users, values)))
     drawn -= drawn.mean(axis=1, keepdims=True)
-    return (drawn / drawn.std(axis=1, keepdims=True)).astype(np.float32)
+    found: np.ndarray = (drawn / drawn.std(axis=1, keepdims=True)).astype(np.float32)
+    return found
 
 
 def _weights(taste: float, picture_share: float) -> dict[str, float]:

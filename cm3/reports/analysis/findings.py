@@ -98,7 +98,8 @@ def _control(
         f"{claim}: {metric} is {_number(pair['mean_a'])}, and {_number(pair['mean_b'])} with {replaced} "
         f"({control}); {_evidence(pair, tests)}."
     )
-    return _finding("control", own, control, metric, verdict, text)
+    found: dict[str, Any] = _finding("control", own, control, metric, verdict, text)
+    return found
 
 
 def _replaced(kinds: Mapping[str, str], modalities: Mapping[str, str]) -> str:

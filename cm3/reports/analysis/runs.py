@@ -234,4 +234,5 @@ def _codes(column: pa.ChunkedArray, known: pa.Array, path: Path) -> np.ndarray:
     if place.null_count:
         unknown = ids.filter(pc.is_null(place))[0].as_py()
         raise UserError(f"{path}: {unknown!r} is not an id of the data set; delete it and run again")
-    return place.to_numpy()[np.concatenate([chunk.indices.to_numpy() for chunk in column.chunks])]
+    found: np.ndarray = place.to_numpy()[np.concatenate([chunk.indices.to_numpy() for chunk in column.chunks])]
+    return found

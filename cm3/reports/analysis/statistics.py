@@ -60,7 +60,8 @@ def paired_differences(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     Means of the same values summed in another order differ in the last bit; without rounding, such a user would count
     as one for whom a model is better.
     """
-    return np.round(a - b, _DECIMALS) + 0.0
+    found: np.ndarray = np.round(a - b, _DECIMALS) + 0.0
+    return found
 
 
 def signed_rank(differences: np.ndarray) -> SignedRank:
