@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from extractors.extractor import Extractor
-    from extractors.spec import ExtractorSpec
+    from extractors.spec import BackendSpec
 
 __all__ = ["load", "parse_extractor"]
 
 
-def load(spec: "ExtractorSpec | Mapping[str, Any]", name: str = "extractor") -> "Extractor[Any]":
+def load(spec: "BackendSpec | Mapping[str, Any]", name: str = "extractor") -> "Extractor[Any]":
     """Return the extractor that `spec` describes, its model loaded and ready on its device.
 
     Its `encode(items)` takes N mappings with the keys of items.parquet (title, brand, categories, ...) and `image`
@@ -41,16 +41,17 @@ def load(spec: "ExtractorSpec | Mapping[str, Any]", name: str = "extractor") -> 
     Raises:
         UserError: the spec is wrong, or the model's weights are not to be had.
     """
-    from extractors.spec import ExtractorSpec, parse_extractor
+    from extractors.registry import parse_extractor
+    from extractors.spec import BackendSpec
 
-    parsed = spec if isinstance(spec, ExtractorSpec) else parse_extractor(name, spec, name)
+    parsed = spec if isinstance(spec, BackendSpec) else parse_extractor(name, spec, name)
     model: Any = parsed.load()
     return model
 
 
 def __getattr__(name: str) -> Any:
     if name == "parse_extractor":
-        from extractors.spec import parse_extractor
+        from extractors.registry import parse_extractor
 
         return parse_extractor
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

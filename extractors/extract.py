@@ -16,11 +16,11 @@ from cm3.common.cli import stage
 from cm3.common.errors import UserError
 from cm3.common.tables import write_features
 from extractors.runtime.job import Job, spec_of
-from extractors.spec import ExtractorSpec
+from extractors.spec import BackendSpec
 
 
 def extract(
-    spec: ExtractorSpec,
+    spec: BackendSpec,
     inputs: Mapping[str, Path],
     features: Path,
     *,
@@ -35,8 +35,9 @@ def extract(
         inputs: items, and what else the spec needs: manifest, captions.
         features: the Parquet file to write.
         name: the extractor's name in the config, for messages and provenance.
-        code: digest of the code; finished shards of other code are not used.
-        threads: processor threads of the model.
+        code: versions of stage and backend, such as "extract 1, timm 1"; outputs of other versions are not used, and
+            without it nothing is cached.
+        threads: CPU threads of the model.
 
     Raises:
         UserError: no item has an input, the model is not to be had, or it returns NaN or vectors of varying length.

@@ -17,6 +17,7 @@ from cm3.common.strict import Float
 from extractors.caption.base import PROMPT, Answer, Captioned, Captioner, CaptionSpec, Prompted, readable
 from extractors.extractor import Advance, silent
 from extractors.runtime.prefetch import default_workers
+from extractors.spec import Cost
 from extractors.text.item_text import clean
 
 if TYPE_CHECKING:
@@ -72,6 +73,9 @@ VariableName = Annotated[str, AfterValidator(_name_of_variable), BeforeValidator
 class ServerCaptionSpec(CaptionSpec):
     """A captioner on a server: any that speaks OpenAI's chat completions. It is sent the images and item texts."""
 
+    version: ClassVar[int | None] = 1
+    libraries: ClassVar[tuple[str, ...]] = ("pillow",)
+    cost: ClassVar[Cost] = Cost(1500, 0, 1)
     runtime_fields: ClassVar[frozenset[str]] = CaptionSpec.runtime_fields | {
         "url",
         "api_key_env",

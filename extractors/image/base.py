@@ -10,10 +10,11 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
+from cm3.common.device import select_device
+from cm3.common.image_decode import UnreadableError, decode
 from extractors.extractor import Advance, Encoded, Extractor, collect, silent
-from extractors.image.decode import UnreadableError, decode
 from extractors.image.item_images import image_of, read_images
-from extractors.runtime.device import Batch, arithmetic, resolve_device
+from extractors.runtime.device import Batch, arithmetic
 from extractors.runtime.prefetch import chunks, default_workers, map_ahead
 from extractors.runtime.source import Source
 from extractors.weights.spec import ModelSpec
@@ -56,7 +57,7 @@ class ImageModel(Extractor[bytes]):
 
     def __init__(self, spec: ImageModelSpec) -> None:
         self.spec = spec
-        self.device = resolve_device(spec.device)
+        self.device = select_device(spec.device, "device").type
         self.batch = Batch(spec.batch_size or _IMAGES_PER_BATCH[self.device])
         # On a CPU decoding ahead would take the cores from the forward pass; on a GPU it hides behind it.
         self.lookahead = 0 if self.device == "cpu" else 3

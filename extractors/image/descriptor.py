@@ -10,13 +10,13 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
+from cm3.common.image_decode import UnreadableError, decode
 from extractors.extractor import Advance, Encoded, Extractor, collect, silent
 from extractors.image import descriptor_features
-from extractors.image.decode import UnreadableError, decode
 from extractors.image.item_images import image_of, read_images
 from extractors.runtime.prefetch import chunks, map_ahead, process_pool
 from extractors.runtime.source import Source
-from extractors.spec import ExtractorSpec
+from extractors.spec import BackendSpec, Cost
 
 SIDE = 128
 """Longest side in pixels to which images are reduced first."""
@@ -28,9 +28,12 @@ _CHUNK = 32
 _POOL_PAYS_FROM = 256
 
 
-class DescriptorSpec(ExtractorSpec):
+class DescriptorSpec(BackendSpec):
     """A weight-free image extractor: nothing to download, no GPU."""
 
+    version: ClassVar[int | None] = 1
+    libraries: ClassVar[tuple[str, ...]] = ("numpy", "pillow", "scikit-image")
+    cost: ClassVar[Cost] = Cost(1000, 0, 50)
     modalities: ClassVar[tuple[str, ...]] = ("image",)
 
     modality: Literal["image"] = Field(description="Always image.")

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from PIL import Image
 from pydantic import Field, model_validator
@@ -12,6 +12,7 @@ from cm3.common.errors import UserError
 from cm3.common.strict import Float, nearest
 from extractors.image.base import ArchitectureSpec, ImageModel
 from extractors.runtime.device import torch_dtype
+from extractors.spec import Cost
 from extractors.weights.hub import checked_path
 from extractors.weights.pickles import pickled_in
 from extractors.weights.pretrained import loaded, on_device
@@ -31,6 +32,10 @@ _ASSUMED: dict[str, Any] = {
 
 class OpenClipSpec(ArchitectureSpec):
     """An image extractor out of open_clip: the image tower of a CLIP model."""
+
+    version: ClassVar[int | None] = 1
+    libraries: ClassVar[tuple[str, ...]] = ("open_clip_torch", "torch", "torchvision", "pillow")
+    cost: ClassVar[Cost] = Cost(2500, 3000, 20)
 
     backend: Literal["open_clip"] = Field(description="Encode images with the image tower of an open_clip model.")
     force_quick_gelu: bool = Field(

@@ -4,7 +4,7 @@ import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from PIL import Image
 from pydantic import Field, model_validator
@@ -13,6 +13,7 @@ from cm3.common.errors import UserError
 from cm3.common.strict import Float
 from extractors.image.base import ArchitectureSpec, ImageModel
 from extractors.runtime.device import torch_dtype
+from extractors.spec import Cost
 from extractors.weights.hub import checked_path
 from extractors.weights.pretrained import loaded, on_device
 
@@ -24,6 +25,10 @@ _PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "cro
 
 class TimmSpec(ArchitectureSpec):
     """An image extractor out of timm."""
+
+    version: ClassVar[int | None] = 1
+    libraries: ClassVar[tuple[str, ...]] = ("timm", "torch", "torchvision", "pillow")
+    cost: ClassVar[Cost] = Cost(2500, 1500, 20)
 
     backend: Literal["timm"] = Field(description="Encode images with a timm model, its classifier removed.")
     model_kwargs: dict[str, str | int | float | bool] = Field(

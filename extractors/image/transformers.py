@@ -1,7 +1,7 @@
 """Images to vectors with a vision model of transformers: CLIP, SigLIP, DINOv2, ViT and their kin."""
 
 import json
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from PIL import Image
 from pydantic import Field
@@ -9,6 +9,7 @@ from pydantic import Field
 from cm3.common.errors import UserError
 from extractors.image.base import ImageModel, ImageModelSpec
 from extractors.runtime.device import torch_dtype
+from extractors.spec import Cost
 from extractors.weights.hub import checked_path
 from extractors.weights.pretrained import load_model, load_part, loaded, on_device
 from extractors.weights.spec import CodeSpec
@@ -34,6 +35,10 @@ _PREPROCESSING = (
 
 class TransformersVisionSpec(ImageModelSpec, CodeSpec):
     """An image extractor out of any vision model that transformers knows, or the image tower of a CLIP or SigLIP."""
+
+    version: ClassVar[int | None] = 1
+    libraries: ClassVar[tuple[str, ...]] = ("torch", "torchvision", "transformers", "pillow")
+    cost: ClassVar[Cost] = Cost(2500, 3000, 20)
 
     backend: Literal["transformers-vision"] = Field(description="Encode images with a vision model of transformers.")
     pooling: Literal["model", "cls", "mean"] = Field(

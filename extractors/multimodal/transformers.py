@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
+from cm3.common.device import select_device
 from cm3.common.errors import UserError
 from extractors.caption.base import MAX_ASPECT, readable
 from extractors.caption.local import IMAGES_PER_BATCH, KIND, chat_of, processor_of
@@ -14,8 +15,9 @@ from extractors.caption.prompt import HOLDS, Prompted, PromptedSpec
 from extractors.extractor import Advance, Encoded, Extractor, collect, silent
 from extractors.image.item_images import image_of
 from extractors.runtime.cpu_estimate import LARGE, check_effort, hours, parameters_of, seconds_per_parameter, tokens_of
-from extractors.runtime.device import Batch, arithmetic, resolve_device
+from extractors.runtime.device import Batch, arithmetic
 from extractors.runtime.prefetch import chunks
+from extractors.spec import Cost
 from extractors.text.pooling import pool
 from extractors.weights.hub import checked_path, model_path
 from extractors.weights.pretrained import load_model, loaded, on_device
@@ -27,6 +29,9 @@ PROMPT = "{title}\nSummarise this product in one word:"
 class TransformersMllmSpec(PromptedSpec, CodeSpec):
     """A vision-language model as an encoder: it reads an image and a prompt, and its hidden states are the vector."""
 
+    version: ClassVar[int | None] = 1
+    libraries: ClassVar[tuple[str, ...]] = ("torch", "torchvision", "transformers", "tokenizers", "pillow")
+    cost: ClassVar[Cost] = Cost(6000, 32000, 1)
     runtime_fields: ClassVar[frozenset[str]] = CodeSpec.runtime_fields | {"allow_slow"}
     shard_items: ClassVar[int | None] = 256
 
@@ -51,7 +56,7 @@ class TransformersMllmSpec(PromptedSpec, CodeSpec):
             UserError: they are many, and allow_slow is not set.
         """
         parameters = parameters_of(model_path(self))
-        if resolve_device(self.device) == "cpu" and parameters >= LARGE:
+        if select_device(self.device, "device").type == "cpu" and parameters >= LARGE:
             speed = seconds_per_parameter("float32" if self.precision == "float32" else "bfloat16")
             estimate = hours(parameters, items, tokens_of(self.max_pixels, self.prompt), 0, speed)
             check_effort(parameters, items, estimate, self.allow_slow)
@@ -68,7 +73,7 @@ class TransformersMllmExtractor(Extractor[Prompted]):
         from transformers import AutoModelForImageTextToText
 
         self.spec = spec
-        self.device = resolve_device(spec.device)
+        self.device = select_device(spec.device, "device").type
         folder = checked_path(spec)
         self.processor = processor_of(spec, folder)
         model = load_model(AutoModelForImageTextToText, spec, folder, KIND, unused=("lm_head.",))

@@ -17,7 +17,7 @@ from cm3.common.tables import FAILED, MISSING, OK
 from extractors.extractor import Advance, Encoded, Extractor, no_vectors, silent
 from extractors.precomputed.row_ids import RowIds, read_row_ids
 from extractors.runtime.source import Source, read_ids
-from extractors.spec import ExtractorSpec
+from extractors.spec import BackendSpec, Cost
 from extractors.weights.digests import digest_of
 
 Vectors = Iterator[tuple[pa.Array, np.ndarray]]
@@ -28,12 +28,15 @@ _ID_BYTES = 10
 _ROWS = 1024
 
 
-class PrecomputedSpec(ExtractorSpec):
+class PrecomputedSpec(BackendSpec):
     """Vectors from a file, of any modality."""
 
-    runtime_fields: ClassVar[frozenset[str]] = ExtractorSpec.runtime_fields | {"path", "ids"}
+    version: ClassVar[int | None] = 1
+    libraries: ClassVar[tuple[str, ...]] = ("numpy", "pyarrow")
+    cost: ClassVar[Cost] = Cost(1500, 0, 500, bytes_per_item=2 * 4 * 4096)
+    runtime_fields: ClassVar[frozenset[str]] = BackendSpec.runtime_fields | {"path", "ids"}
     shard_items: ClassVar[int | None] = None
-    keeps: ClassVar[bool] = False
+    cached: ClassVar[bool] = False
 
     backend: Literal["precomputed"] = Field(description="Look vectors up by item id in a file made elsewhere.")
     path: str | None = Field(

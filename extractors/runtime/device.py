@@ -1,4 +1,4 @@
-"""Where a model runs, and batches that shrink when its memory runs out."""
+"""Precision of a model's arithmetic, and batches that shrink when memory runs out."""
 
 import contextlib
 import logging
@@ -13,22 +13,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-def resolve_device(name: str) -> str:
-    """Return cuda, mps or cpu for a device setting; auto takes the first of these that works.
-
-    Raises:
-        UserError: the named device is not there.
-    """
-    import torch
-
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return next(device for device, works in there.items() if works)
-    if not there[name]:
-        raise UserError(f"device = {name!r}: this machine has none that torch can use; set device: auto or cpu")
-    return name
 
 
 def torch_dtype(precision: str) -> "torch.dtype":

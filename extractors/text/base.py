@@ -9,9 +9,10 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
+from cm3.common.device import select_device
 from cm3.common.errors import UserError
 from extractors.extractor import Advance, Encoded, Extractor, collect, silent
-from extractors.runtime.device import Batch, resolve_device
+from extractors.runtime.device import Batch
 from extractors.runtime.source import Source
 from extractors.text import item_text
 from extractors.weights.hub import quiet
@@ -69,7 +70,7 @@ class TextModel(Extractor[str]):
 
     def __init__(self, spec: TextModelSpec) -> None:
         self.spec = spec
-        self.device = resolve_device(spec.device)
+        self.device = select_device(spec.device, "device").type
 
     def ready(self, full: int | None) -> None:
         """Settle batches and the dimension.
@@ -92,7 +93,7 @@ class TextModel(Extractor[str]):
 
     def input_of(self, item: Mapping[str, Any]) -> str | None:
         """Return the item's text, made of the spec's fields."""
-        return item_text.text_of(item, self.spec.fields)
+        return item_text.item_text(item, self.spec.fields)
 
     def run(self, inputs: Iterable[str], advance: Advance = silent) -> Encoded:
         """Encode texts, longest first, in batches of about equal numbers of tokens; the order is restored.

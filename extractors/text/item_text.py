@@ -31,7 +31,7 @@ def clean(value: Any) -> str:
     return clean(str(value))
 
 
-def text_of(item: Mapping[str, Any], fields: Iterable[str] = FIELDS) -> str | None:
+def item_text(item: Mapping[str, Any], fields: Iterable[str] = FIELDS) -> str | None:
     """Return an item's text: its fields in the order given, one line each; None if all of them are empty."""
     return "\n".join(text for text in (clean(item.get(field)) for field in fields) if text) or None
 
@@ -39,7 +39,7 @@ def text_of(item: Mapping[str, Any], fields: Iterable[str] = FIELDS) -> str | No
 def read_texts(items: Path, fields: list[Field]) -> Source[str]:
     """Return the texts of items.parquet as inputs."""
     table = read_table(items, ITEMS, ["item_id", *fields])
-    return _source(table.column("item_id").to_pylist(), [text_of(row, fields) for row in table.to_pylist()])
+    return _source(table.column("item_id").to_pylist(), [item_text(row, fields) for row in table.to_pylist()])
 
 
 def read_captions(items: Path, captions: Path) -> Source[str]:

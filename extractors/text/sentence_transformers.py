@@ -2,20 +2,26 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
 from cm3.common.errors import UserError
 from extractors.runtime.device import arithmetic, torch_dtype
+from extractors.spec import Cost
 from extractors.text.base import NO_LIMIT, USUAL_LIMIT, TextModel, TextModelSpec, positions_of
-from extractors.weights.hub import checked_path
-from extractors.weights.pretrained import check_code, loaded, whole_models
+from extractors.weights.completeness import check_checkpoint
+from extractors.weights.hub import checked_path, quiet, without_bars
+from extractors.weights.pretrained import check_code, loaded
 
 
 class SentenceTransformersSpec(TextModelSpec):
     """A text extractor of the sentence-transformers family."""
+
+    version: ClassVar[int | None] = 1
+    libraries: ClassVar[tuple[str, ...]] = ("sentence-transformers", "torch", "transformers", "tokenizers")
+    cost: ClassVar[Cost] = Cost(2500, 1500, 30)
 
     backend: Literal["sentence-transformers"] = Field(description="Encode texts with a sentence-transformers model.")
 
@@ -29,24 +35,31 @@ class SentenceTransformersExtractor(TextModel):
 
     def __init__(self, spec: SentenceTransformersSpec) -> None:
         from sentence_transformers import SentenceTransformer
+        from transformers import PreTrainedModel
 
         super().__init__(spec)
         folder = checked_path(spec)
         check_code(spec, folder)
         kind = "a sentence-transformers model"
-        with whole_models(kind, folder, unused=("pooler.",)):
+        without_bars()
+        with quiet("transformers"):
             self.model = loaded(
                 lambda: SentenceTransformer(
                     str(folder),
                     device=self.device,
                     local_files_only=True,
                     trust_remote_code=spec.trust_remote_code,
-                    model_kwargs={"dtype": torch_dtype(spec.precision)},
+                    model_kwargs={"dtype": torch_dtype(spec.precision), "ignore_mismatched_sizes": True},
                 ),
                 kind,
                 spec,
                 folder,
             )
+            # The library does not report missing weights.
+            bodies = [part for part in self.model.modules() if isinstance(part, PreTrainedModel)]
+            inner = {id(part) for body in bodies for part in body.modules() if part is not body}
+            outermost = [body for body in bodies if id(body) not in inner]
+            loaded(lambda: check_checkpoint(outermost, kind, folder, unused=("pooler.",)), kind, spec, folder)
         self.limit = self._settled_limit()
         self.tokenizer = self.model.tokenizer
         own = self.model.prompts.get(self.model.default_prompt_name or "") or ""

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
 from cm3.common.errors import UserError
 from extractors.runtime.device import arithmetic
+from extractors.spec import Cost
 from extractors.text.base import USUAL_LIMIT, TextModel, TextModelSpec, positions_of
 from extractors.text.pooling import TokenPooling, pool
 from extractors.weights.hub import checked_path
@@ -23,6 +24,10 @@ _UNSET = 1_000_000
 
 class TransformersTextSpec(TextModelSpec):
     """A text extractor out of any encoder or decoder that transformers knows."""
+
+    version: ClassVar[int | None] = 1
+    libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "tokenizers")
+    cost: ClassVar[Cost] = Cost(2500, 4000, 10)
 
     backend: Literal["transformers-text"] = Field(description="Pool the last hidden states of a transformers model.")
     pooling: TokenPooling = Field(

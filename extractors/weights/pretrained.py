@@ -1,14 +1,14 @@
-"""Models, tokenizers and processors out of a folder, through transformers: whole, of the right kind, running no code
-but what the config trusts."""
+"""Load models, tokenizers and processors from a folder with transformers: complete, of the right kind, without running
+code that the config does not trust."""
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from cm3.common.errors import UserError
 from extractors.runtime.device import is_out_of_memory, torch_dtype
+from extractors.weights.completeness import check_checkpoint, check_loading_info
 from extractors.weights.hub import quiet, without_bars
 from extractors.weights.spec import CodeSpec, ModelSpec
 
@@ -24,85 +24,44 @@ _CONFIGS = (
 
 
 def load_model(auto: Any, spec: ModelSpec, folder: Path, kind: str, unused: Sequence[str] = (), **options: Any) -> Any:
-    """Return the model in a folder, ready on the processor, every weight that is used found in the checkpoint.
+    """Return the model in a folder, on the CPU, in evaluation mode, with every used weight from its checkpoint.
 
     Args:
         auto: a class of transformers with from_pretrained, such as AutoModel.
-        spec: its precision, and whether code that the model brings may run.
+        spec: precision, and whether code that the model brings may run.
         folder: config.json and weights.
-        kind: what error messages call it.
-        unused: modules, such as "pooler.", that the caller makes no use of, so that their weights may be missing.
+        kind: what error messages call the model.
+        unused: modules, such as "pooler.", that the caller does not use: their weights may be missing.
         options: further arguments of from_pretrained.
 
     Raises:
         UserError: the folder holds something else, weights are missing, or code would have to run that is not trusted.
     """
     check_code(spec, folder)
-    with whole_models(kind, folder, unused):
-        model = loaded(
+    without_bars()
+    with quiet("transformers"):
+        found = loaded(
             lambda: auto.from_pretrained(
                 folder,
                 local_files_only=True,
                 trust_remote_code=spec.brings_code,
                 weights_only=True,
                 dtype=torch_dtype(spec.precision),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
                 **options,
             ),
             kind,
             spec,
             folder,
         )
+        if isinstance(found, tuple):
+            model, info = found
+            check_loading_info(model, info, kind, folder, unused)
+        else:  # a model with a from_pretrained of its own, which returns the model alone
+            model = found
+            loaded(lambda: check_checkpoint([model], kind, folder, unused), kind, spec, folder)
     return model.eval()
-
-
-@contextlib.contextmanager
-def whole_models(kind: str, folder: Path, unused: Sequence[str] = ()) -> Iterator[None]:
-    """Refuse models that are loaded through transformers within the block, be it by another library, with weights missing.
-
-    Args:
-        kind: what error messages call the model.
-        folder: where it comes from.
-        unused: modules that the caller makes no use of, so that their weights may be missing.
-
-    Raises:
-        UserError: weights are missing.
-    """
-    from transformers import PreTrainedModel
-
-    base: Any = PreTrainedModel
-    original = base.__dict__["from_pretrained"]
-
-    def from_pretrained(cls: Any, *arguments: Any, **options: Any) -> Any:
-        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        model, told = original.__func__(cls, *arguments, **options)
-        _check_whole(model, told, kind, folder, unused)
-        return model
-
-    # A library in between, or a model's own from_pretrained, passes on the model alone; nothing else tells which of
-    # its weights are random.
-    base.from_pretrained = classmethod(from_pretrained)
-    without_bars()
-    try:
-        with quiet("transformers"):
-            yield
-    finally:
-        base.from_pretrained = original
-
-
-def _check_whole(model: Any, told: Mapping[str, Any], kind: str, folder: Path, unused: Sequence[str]) -> None:
-    """Refuse a model with weights that are not in its checkpoint: transformers fills in random numbers, and warns."""
-    wrong = [(name, "is not in the checkpoint") for name in sorted(told["missing_keys"])]
-    wrong += [
-        (name, f"has the shape {list(theirs)} in the checkpoint in place of {list(ours)}")
-        for name, theirs, ours in sorted(told["mismatched_keys"])
-    ]
-    wrong = [(name, fault) for name, fault in wrong if not any(f".{part}" in f".{name}" for part in unused)]
-    if wrong:
-        name, fault = wrong[0]
-        raise UserError(
-            f"{folder}: not weights of {kind}: {len(wrong)} tensors of {type(model).__name__}, which its config.json "
-            f"names, don't fit: {name} {fault}"
-        )
 
 
 def load_part(auto: Any, spec: ModelSpec, folder: Path, kind: str, **options: Any) -> Any:

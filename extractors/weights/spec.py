@@ -9,19 +9,20 @@ from pydantic import Field, field_validator, model_validator
 
 from cm3.common.errors import UserError
 from cm3.common.paths import expand
-from extractors.spec import ExtractorSpec
+from extractors.spec import BackendSpec
 from extractors.weights.digests import digest_of
 from extractors.weights.revisions import COMMIT, commit_of
 
 PACKAGE = "package:"
 LOCAL_DIR = "local-dir:"
+_PARAMETERS = re.compile(r"(?<![A-Za-z0-9.])(\d+(?:\.\d+)?)[bB](?![A-Za-z])")
 _PATH = re.compile(r"(/|\.{1,2}/|~).*")
 
 
-class ModelSpec(ExtractorSpec):
+class ModelSpec(BackendSpec):
     """A spec whose model has weights. Exactly one place is named that they come from."""
 
-    runtime_fields: ClassVar[frozenset[str]] = ExtractorSpec.runtime_fields | {"weights", "local_files_only"}
+    runtime_fields: ClassVar[frozenset[str]] = BackendSpec.runtime_fields | {"weights", "local_files_only"}
     hub_field: ClassVar[str] = "model"
     """The field that names the hub repository."""
 
@@ -95,6 +96,16 @@ class ModelSpec(ExtractorSpec):
     def weights_path(self) -> Path | None:
         """The local file or folder of weights, if named, with ~ and environment variables put in."""
         return Path(expand(self.weights)) if self.weights else None
+
+    def weights_mb(self) -> float:
+        """Return the memory of the weights in MB: from local files, else from a size such as 7B in the model's name."""
+        path = self.weights_path
+        if path is not None and path.exists():
+            files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+            # Twice: the checkpoint and the model are in memory together while it loads.
+            return 2 * sum(file.stat().st_size for file in files) / 1e6 or self.cost.weights_mb
+        billions = _PARAMETERS.search(self.model or "")
+        return 4000 * float(billions[1]) if billions else self.cost.weights_mb
 
     def commit(self) -> str | None:
         """Return the commit of the hub repository: the pinned one, else the one that was found first; None without a hub.

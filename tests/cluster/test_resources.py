@@ -15,7 +15,6 @@ from snakemake.iocontainers import InputFiles
 
 from workflow.plan.config import load_config
 from workflow.plan.resources import LONGEST_MINUTES, Need, Needs
-from workflow.plan.runs import Plan
 
 CONFIG: dict[str, Any] = {
     "datasets": {
@@ -70,7 +69,7 @@ CONFIG: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def needs() -> Needs:
-    return Needs(Plan(load_config(CONFIG), ROOT))
+    return Needs(load_config(CONFIG))
 
 
 def ask(
@@ -122,7 +121,7 @@ def test_local_weights_count_by_file_size(tmp_path: Path):
     with (weights / "model.safetensors").open("wb") as file:
         file.truncate(10**9)
     spec = {"modality": "text", "backend": "transformers-text", "weights": str(weights)}
-    local = Needs(Plan(load_config(CONFIG | {"extractors": CONFIG["extractors"] | {"local": spec}}), ROOT))
+    local = Needs(load_config(CONFIG | {"extractors": CONFIG["extractors"] | {"local": spec}}))
     need = ask(local, "extract", {"dataset": "baby", "extractor": "local"})
     assert need.mem_mb == pytest.approx(2500 + 2 * 1000 + 70, abs=100)
 

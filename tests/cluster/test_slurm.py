@@ -119,7 +119,7 @@ def test_training_resumes_with_more_memory_and_time(campaign: Campaign):
     assert megabytes(second) == 2 * megabytes(first)
     assert minutes(second["TimeLimit"]) == 2 * minutes(first["TimeLimit"])
     (log,) = campaign.checkout.folder.glob("logs/shop/train-*.log")
-    assert re.search(r"going on from the checkpoint: epoch \d+", log.read_text())
+    assert re.search(r"resuming from the checkpoint: epoch \d+", log.read_text())
 
 
 def test_slurm_gets_the_requests_of_the_rules(campaign: Campaign):

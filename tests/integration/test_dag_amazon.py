@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from checkout import Checkout
 
-from cm3.datasets.config import parse_dataset
+from cm3.datasets.registry import parse_dataset
 from cm3.datasets.sample.generate import make_sample
 
 METRICS = "results/shop/metrics.json"
@@ -51,7 +51,7 @@ def write_shop(root: Path, url: str) -> None:
     files.mkdir()
     sample = parse_dataset("shop", {"source": "sample", "users": 120, "items": 60, "corrupt_pictures": 1}, "")
     reviews, meta = files / "reviews_Shop_5.json.gz", files / "meta_Shop.json.gz"
-    make_sample(sample.sample_spec(), reviews, meta, root / "pictures.sha256", root / "truth.parquet")
+    make_sample(sample.generate_spec(), reviews, meta, root / "pictures.sha256", root / "truth.parquet")
     lines = gzip.decompress(meta.read_bytes()).decode().replace("http://images.example.com/", f"{url}/images/")
     meta.write_bytes(gzip.compress(lines.encode()))
     asins = sorted({json.loads(line)["asin"] for line in gzip.decompress(reviews.read_bytes()).splitlines()})

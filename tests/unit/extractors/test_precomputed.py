@@ -162,7 +162,7 @@ def test_nan_in_a_file_is_refused_with_the_items_names(tmp_path: Path) -> None:
 
 def test_a_file_with_none_of_the_items_is_refused(tmp_path: Path) -> None:
     items = write_items(tmp_path, [{"item_id": "other"}])
-    with pytest.raises(UserError, match=r"not one of 1 inputs came through, first reason: not in v\.b"):
+    with pytest.raises(UserError, match=r"all 1 inputs failed, first reason: not in v\.b"):
         extract(spec_of(tmp_path, files(tmp_path)["b"]), {"items": items}, tmp_path / "f.out.parquet")
 
 

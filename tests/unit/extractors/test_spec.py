@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +105,14 @@ def test_every_backend_parses_without_loading_a_model_library() -> None:
     assert found.stdout.strip() == "[]"
 
 
-def test_each_backend_names_its_own_module_as_the_code_that_counts() -> None:
-    for backend, entry in BACKENDS.items():
-        assert spec_classes()[backend].__module__ == entry.partition(":")[0]
-    assert parse(MINILM).modules() == ["extractors.text.sentence_transformers"]
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_backend_states_version_libraries_and_cost(backend: str) -> None:
+    spec = spec_classes()[backend]
+    assert spec.__module__ == BACKENDS[backend].partition(":")[0]
+    assert spec.version is not None and spec.code_version() == str(spec.version)
+    assert spec.libraries and "cost" in vars(spec) and spec.cost.items_per_second > 0
+    for library in set(spec.libraries) - {"vllm"}:  # an optional engine, not installed with the others
+        assert metadata.version(library)
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ def test_what_is_no_text_encoder_is_refused(folders: dict[str, Path], tmp_path: 
     config = (folders["bert"] / "config.json").read_text().replace('"hidden_size": 32', '"hidden_size": 16')
     shutil.copytree(folders["bert"], tmp_path / "narrow")
     (tmp_path / "narrow" / "config.json").write_text(config)
-    with pytest.raises(UserError, match=r"in the checkpoint in place of"):
+    with pytest.raises(UserError, match=r"in the checkpoint instead of"):
         load(tmp_path / "narrow")
 
 
