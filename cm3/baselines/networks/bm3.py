@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from cm3.baselines.bm3 import BM3
 from cm3.baselines.inputs import Inputs
-from cm3.baselines.networks.layers import components, layer_mean, lookup, projections, xavier_embedding
+from cm3.baselines.networks.layers import by_name, layer_mean, lookup, projections, xavier_embedding
 from cm3.model.graph import SparseMatrix, user_item_matrix
 from cm3.model.network import Embeddings, Loss, Network
 from cm3.model.sampling import Batch
@@ -99,7 +99,7 @@ class Bootstrapped(Network):
         modalities = torch.stack(terms).sum()
         size = (e.source_users.norm() + e.source_items.norm()) / len(e.source_items)
         total = pairs + self.settings.cl_weight * modalities + self.settings.reg_weight * size
-        return Loss(total, components(self.components, (pairs, modalities, size)))
+        return Loss(total, by_name(self.components, (pairs, modalities, size)))
 
     @torch.no_grad()
     def embed(self) -> Embeddings:

@@ -7,7 +7,7 @@ from torch import nn
 
 from cm3.baselines.bpr_mf import BPRMF
 from cm3.baselines.inputs import Inputs
-from cm3.baselines.networks.layers import bpr_loss, components, l2_penalty, lookup
+from cm3.baselines.networks.layers import bpr_loss, by_name, l2_penalty, lookup
 from cm3.model.network import Embeddings, Loss, Network
 from cm3.model.sampling import Batch
 
@@ -38,7 +38,7 @@ class BPRMatrixFactorisation(Network):
         users = lookup(embeddings.users, batch.users)
         items, others = (lookup(embeddings.items, ids) for ids in (batch.items, batch.negatives))
         ranking, size = bpr_loss(users, items, others), l2_penalty(users, items, others)
-        return Loss(ranking + self.settings.reg_weight * size, components(self.components, (ranking, size)))
+        return Loss(ranking + self.settings.reg_weight * size, by_name(self.components, (ranking, size)))
 
     def embed(self) -> Embeddings:
         """Return the parameters."""

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from cm3.baselines.directau import DirectAU
 from cm3.baselines.inputs import Inputs
-from cm3.baselines.networks.layers import components, layer_mean, lookup
+from cm3.baselines.networks.layers import by_name, layer_mean, lookup
 from cm3.model.graph import SparseMatrix, user_item_matrix
 from cm3.model.losses import alignment
 from cm3.model.network import Embeddings, Loss, Network
@@ -47,9 +47,7 @@ class DirectlyAligned(Network):
         align = alignment(_unit(embeddings.users, batch.users), _unit(embeddings.items, batch.items))
         users = _uniformity(embeddings.users, batch.counted_users)
         items = _uniformity(embeddings.items, batch.counted_negatives)
-        return Loss(
-            align + self.settings.gamma * (users + items) / 2, components(self.components, (align, users, items))
-        )
+        return Loss(align + self.settings.gamma * (users + items) / 2, by_name(self.components, (align, users, items)))
 
     @torch.no_grad()
     def embed(self) -> Embeddings:

@@ -13,7 +13,7 @@ from cm3.baselines.inputs import Inputs
 from cm3.baselines.networks.layers import (
     SparseProduct,
     bpr_loss,
-    components,
+    by_name,
     layer_mean,
     lookup,
     projections,
@@ -87,7 +87,7 @@ class FrozenAndPruned(Network):
             for table in (embeddings.items, *embeddings.contents)
         )
         modalities = torch.stack(contents).sum()
-        return Loss(ranking + self.settings.reg_weight * modalities, components(self.components, (ranking, modalities)))
+        return Loss(ranking + self.settings.reg_weight * modalities, by_name(self.components, (ranking, modalities)))
 
     @torch.no_grad()
     def embed(self) -> Embeddings:

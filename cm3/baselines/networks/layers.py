@@ -94,6 +94,6 @@ def projections(features: Mapping[str, np.ndarray], d: int, trained: bool) -> nn
     return nn.ModuleList(Projection(x, d, trained) for x in features.values())
 
 
-def components(names: Sequence[str], values: Sequence[Tensor]) -> dict[str, Tensor]:
+def by_name(names: Sequence[str], values: Sequence[Tensor]) -> dict[str, Tensor]:
     """Return the parts of a loss by name."""
     return dict(zip(names, values, strict=True))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cm3.baselines.inputs import Inputs
 from cm3.baselines.lightgcn import LightGCN
-from cm3.baselines.networks.layers import bpr_loss, components, l2_penalty, layer_mean, lookup, xavier_embedding
+from cm3.baselines.networks.layers import bpr_loss, by_name, l2_penalty, layer_mean, lookup, xavier_embedding
 from cm3.model.graph import SparseMatrix, user_item_matrix
 from cm3.model.network import Embeddings, Loss, Network
 from cm3.model.sampling import Batch
@@ -50,7 +50,7 @@ class LightGraphNetwork(Network):
         ranking = bpr_loss(users, items, others)
         ego_items = (lookup(embeddings.ego_items, ids) for ids in (batch.items, batch.negatives))
         size = l2_penalty(lookup(embeddings.ego_users, batch.users), *ego_items)
-        return Loss(ranking + self.settings.reg_weight * size, components(self.components, (ranking, size)))
+        return Loss(ranking + self.settings.reg_weight * size, by_name(self.components, (ranking, size)))
 
     @torch.no_grad()
     def embed(self) -> LayeredEmbeddings:

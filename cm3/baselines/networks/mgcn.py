@@ -14,7 +14,7 @@ from cm3.baselines.mgcn import MGCN
 from cm3.baselines.networks.layers import (
     SparseProduct,
     bpr_loss,
-    components,
+    by_name,
     l2_penalty,
     layer_mean,
     lookup,
@@ -107,7 +107,7 @@ class MultiViewNetwork(Network):
             [info_nce(lookup(embeddings.content, ids), lookup(embeddings.behaviour, ids), temperature) for ids in nodes]
         ).sum()
         total = ranking + self.settings.reg_weight * size + self.settings.cl_weight * contrast
-        return Loss(total, components(self.components, (ranking, size, contrast)))
+        return Loss(total, by_name(self.components, (ranking, size, contrast)))
 
     @torch.no_grad()
     def embed(self) -> MultiViewEmbeddings:

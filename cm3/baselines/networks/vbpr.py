@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cm3.baselines.inputs import Inputs
-from cm3.baselines.networks.layers import bpr_loss, components, l2_penalty, lookup, xavier_embedding
+from cm3.baselines.networks.layers import bpr_loss, by_name, l2_penalty, lookup, xavier_embedding
 from cm3.baselines.vbpr import VBPR
 from cm3.model.network import Embeddings, Loss, Network
 from cm3.model.sampling import Batch
@@ -49,7 +49,7 @@ class VisualRanking(Network):
         items, others = (lookup(embeddings.items, ids) for ids in (batch.items, batch.negatives))
         ranking = bpr_loss(users, items, others)
         size = l2_penalty(lookup(self.users, batch.users), items, others)
-        return Loss(ranking + self.settings.reg_weight * size, components(self.components, (ranking, size)))
+        return Loss(ranking + self.settings.reg_weight * size, by_name(self.components, (ranking, size)))
 
     @torch.no_grad()
     def embed(self) -> Embeddings:
