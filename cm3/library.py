@@ -170,16 +170,16 @@ def similar_items(model: Recommender, items: Sequence[Any], k: int = 10) -> list
 
 
 def load(path: str | Path, interactions: str | Path | None = None) -> Recommender:
-    """Read what `Recommender.save` wrote, or an experiment's folder `results/{experiment}`.
+    """Load a folder written by `Recommender.save`, or the folder of an experiment, `results/{experiment}`.
 
     Args:
         path: the folder.
-        interactions: an interactions.parquet of the pipeline, which tells what users have seen, with items.parquet and
-            users.parquet beside it; for an experiment's folder, that of its data set is taken where it lies beside
-            `results/`. Users and items are found by their ids: those that the model does not know are left out.
+        interactions: an interactions.parquet of the pipeline, next to its items.parquet and users.parquet, that says which
+            items users have seen. For an experiment's folder, the default is that of its data set in `processed/`, next to
+            `results/`. Users and items are matched by id; ids that the model does not know are ignored.
 
     Raises:
-        UserError: no such files, or unreadable ones.
+        UserError: files are missing or unreadable.
     """
     folder = Path(path)
     user_ids, item_ids = _ids(folder / USERS, "user_id"), _ids(folder / ITEMS, "item_id")
@@ -196,14 +196,14 @@ def load(path: str | Path, interactions: str | Path | None = None) -> Recommende
 
 
 def _seen(interactions: Path, user_ids: list[str], item_ids: list[str]) -> sp.csr_matrix:
-    told = read_interactions(
+    known = read_interactions(
         interactions, interactions.with_name("items.parquet"), interactions.with_name("users.parquet")
     )
     users, items = (
         np.asarray([place.get(name, -1) for name in names], np.int64)[rows]
         for place, names, rows in (
-            (_places(user_ids), told.user_ids, told.users),
-            (_places(item_ids), told.item_ids, told.items),
+            (_places(user_ids), known.user_ids, known.users),
+            (_places(item_ids), known.item_ids, known.items),
         )
     )
     known = (users >= 0) & (items >= 0)
@@ -248,7 +248,7 @@ def _pairs(interactions: Mapping[str, Sequence[Any]], names: list[str]) -> tuple
 def _rows(wanted: Sequence[Any], ids: list[str], kind: str) -> np.ndarray:
     places = _places(ids)
     if len(places) < len(ids):
-        raise ValueError(f"{kind} ids stand twice: {len(ids)} ids, {len(places)} different ones")
+        raise ValueError(f"duplicate {kind} ids: {len(ids)} ids, {len(places)} distinct")
     rows = np.asarray([places.get(str(name), -1) for name in wanted], np.int64)
     if (rows < 0).any():
         unknown = str(wanted[int(np.flatnonzero(rows < 0)[0])])

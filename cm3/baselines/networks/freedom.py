@@ -1,4 +1,4 @@
-"""FREEDOM: a frozen item-item graph beside a user-item graph whose edges are pruned anew in each epoch."""
+"""FREEDOM: a frozen item-item graph and a user-item graph whose edges are pruned in each epoch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

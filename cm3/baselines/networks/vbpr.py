@@ -1,4 +1,4 @@
-"""VBPR: BPR whose items have, beside free embeddings, a projection of their features."""
+"""VBPR: BPR with free item embeddings and a projection of the item features."""
 
 import numpy as np
 import torch
