@@ -157,7 +157,7 @@ def test_what_does_not_fit_together_is_named(trained: cm3.Recommender, tmp_path:
         (lambda: cm3.fit(pairs, {"text": features["text"][:3]}, items), r"\(3, 6\) is not \(41, d\)"),
         (lambda: cm3.fit(pairs, {}, items), "at least one modality"),
         (lambda: cm3.fit(pairs, features, items[:-2]), r"features\['text'\]|item 'i39' is unknown"),
-        (lambda: cm3.fit(pairs, features, ["i0"] * 41), "stand twice"),
+        (lambda: cm3.fit(pairs, features, ["i0"] * 41), "duplicate item ids"),
         (lambda: cm3.fit(pairs, features, items, {"knn": 3}), "unknown key"),
         (lambda: cm3.fit(pairs, features, items, valid_share=0.0), "holds nothing out"),
         (lambda: cm3.load(tmp_path), "no such file"),
