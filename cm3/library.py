@@ -21,11 +21,11 @@ from cm3.common.tables import read_table, write_table
 from cm3.config import Model, Training, modality_weights, settings
 from cm3.evaluation.ranking import Ranking, Validation
 from cm3.model.graph import item_item_matrix
-from cm3.model.model import fill_missing, seeded
+from cm3.model.model import build_model, fill_missing
 from cm3.model.sampling import Sampler, derived_seed
 from cm3.similarity.approximate import approximate_knn
 from cm3.similarity.exact import knn
-from cm3.training.checkpoint import Unkept
+from cm3.training.checkpoint import NullCheckpoint
 from cm3.training.loop import fit as fit_network
 
 log = logging.getLogger("cm3.library")
@@ -115,12 +115,12 @@ def fit(
         torch.from_numpy(items[~held]).to(device),
         len(names),
         batch_size=chosen.training.batch_size,
-        contrast=chosen.model.uniformity_items,
+        negative_sampling=chosen.model.uniformity_items,
         dedup_pairs=chosen.model.dedup_pairs,
         seed=derived_seed(chosen.training.seed, 1),
     )
     validation = Validation(valid, observed, chosen.training.monitor, device)
-    fitted = fit_network(network, sampler, validation, chosen.training, Unkept())
+    fitted = fit_network(network, sampler, validation, chosen.training, NullCheckpoint())
     return Recommender(
         user_ids,
         names,
@@ -225,7 +225,8 @@ def _prepared(folder: Path) -> Path | None:
 def _ids(path: Path, name: str) -> list[str]:
     if not path.exists():
         raise ValueError(f"{path}: no such file; is it the folder of an experiment, or of a saved Recommender?")
-    return pq.read_table(path, columns=[name]).column(name).to_pylist()
+    ids: list[str] = pq.read_table(path, columns=[name]).column(name).to_pylist()
+    return ids
 
 
 def _pairs(interactions: Mapping[str, Sequence[Any]], names: list[str]) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -289,7 +290,7 @@ def _network(
         raise ValueError("features: at least one modality is needed")
     weights = modality_weights(model, list(features))
     graph = item_item_matrix(neighbours, list(weights.values()), len(names))
-    return seeded(filled, observed, graph, model, training.seed, training.precision).to(device)
+    return build_model(filled, observed, graph, model, training.seed, training.precision).to(device)
 
 
 def _neighbours(x: torch.Tensor, model: Model, device: torch.device) -> torch.Tensor:

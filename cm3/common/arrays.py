@@ -78,7 +78,8 @@ def mean_of_rows(x: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     total = np.zeros(x.shape[1], np.float64)
     for rows in blocks(len(x)):
         total += x[rows][chosen[rows]].sum(0, dtype=np.float64)
-    return total / chosen.sum()
+    found: np.ndarray = total / chosen.sum()
+    return found
 
 
 def free_memory() -> float:

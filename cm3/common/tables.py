@@ -164,7 +164,8 @@ class Features:
     @property
     def ok(self) -> np.ndarray:
         """(N,) bool: which rows hold a real vector."""
-        return self.status == OK
+        found: np.ndarray = self.status == OK
+        return found
 
 
 def features_schema(dim: int, dtype: str) -> pa.Schema:

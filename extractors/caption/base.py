@@ -11,10 +11,10 @@ import pyarrow as pa
 from PIL import Image
 from pydantic import Field
 
+from cm3.common.image_decode import UnreadableError, decode
 from cm3.common.tables import FAILED, MISSING, OK
 from extractors.caption.prompt import HOLDS, Prompted, PromptedSpec
 from extractors.extractor import Advance, Model, Result, silent
-from extractors.image.decode import UnreadableError, decode
 from extractors.image.item_images import image_of
 
 PROMPT = (

@@ -14,9 +14,11 @@ from PIL import Image
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from cm3.common.strict import Float
-from extractors.caption.base import PROMPT, Answer, Captioned, Captioner, CaptionSpec, Prompted, readable
+from extractors.caption.base import PROMPT, Answer, Captioned, Captioner, CaptionSpec, readable
+from extractors.caption.prompt import Prompted
 from extractors.extractor import Advance, silent
 from extractors.runtime.prefetch import default_workers
+from extractors.spec import Cost
 from extractors.text.item_text import clean
 
 if TYPE_CHECKING:
@@ -75,6 +77,9 @@ VariableName = Annotated[str, AfterValidator(_name_of_variable), BeforeValidator
 class ServerCaptionSpec(CaptionSpec):
     """Captions from any server with OpenAI's chat completions, which receives the images and item texts."""
 
+    version: ClassVar[int | None] = 1
+    libraries: ClassVar[tuple[str, ...]] = ("pillow",)
+    cost: ClassVar[Cost] = Cost(1500, 0, 1)
     runtime_fields: ClassVar[frozenset[str]] = CaptionSpec.runtime_fields | {
         "url",
         "api_key_env",

@@ -2,12 +2,11 @@
 
 import asyncio
 import logging
+import math
 import os
 import ssl
-import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -16,6 +15,7 @@ import httpx2
 import openai
 
 from cm3.common.errors import UserError
+from cm3.common.http import is_offline, retry_after
 
 MAX_BODY = 1 << 20
 """Bytes of the longest response that is read."""
@@ -104,7 +104,7 @@ class ChatClient:
             )
         parts = urlsplit(url)
         local = parts.hostname in _LOCAL
-        if os.environ.get("CM3_OFFLINE", "") not in ("", "0") and not local:
+        if is_offline() and not local:
             raise UserError(f"CM3_OFFLINE is set, so {url} is not asked; only a server on this machine would be")
         direct = local or proxy_bypass(parts.hostname or "")
         self._proxy = None if direct else getproxies().get(parts.scheme)
@@ -226,7 +226,7 @@ class ChatClient:
             return self.fatal(f"{reason}, {_FATAL.get(status, 'the quota is used up')}")
         if 300 <= status < 400:
             return self.fatal(f"HTTP {status}, a redirect, which is not followed; correct url")
-        wait = retry_after(error.response.headers.get("Retry-After", ""))
+        wait = retry_after(error.response.headers.get("Retry-After", ""), longest=math.inf)
         if status == 429 or (status == 503 and wait):
             return UnavailableError(reason, wait)
         return TransientError(reason) if status >= 500 or status in (408, 425) else RejectedError(reason)
@@ -264,12 +264,3 @@ async def _bound_body(response: httpx2.Response) -> None:
         raise TransientError("a compressed answer, which was not asked for")
     if isinstance(response.stream, httpx2.AsyncByteStream):
         response.stream = _BoundedStream(response.stream)
-
-
-def retry_after(value: str) -> float:
-    """Return the seconds of a Retry-After header (a number or a date); 0 for none or nonsense."""
-    try:
-        number = value.strip().isdigit()
-        return max(0.0, float(value) if number else parsedate_to_datetime(value).timestamp() - time.time())
-    except (ValueError, OverflowError):
-        return 0.0

@@ -17,7 +17,7 @@ from cm3.common.cli import stage
 from cm3.common.tables import CAPTIONS, OK, write_table
 from extractors.runtime.job import Job, spec_of
 from extractors.runtime.shards import notes_of
-from extractors.spec import ExtractorSpec
+from extractors.spec import BackendSpec
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ CAPTIONS_TOLD = 3
 
 
 def caption(
-    spec: ExtractorSpec,
+    spec: BackendSpec,
     inputs: Mapping[str, Path],
     captions: Path,
     *,

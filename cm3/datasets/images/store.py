@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from cm3.common.errors import UserError
 from cm3.common.tables import FAILED, MISSING, OK, read_metadata, read_table, write_table
 from cm3.datasets.images.shards import KNOWN
-from cm3.datasets.images.validate import ImageFacts, PlaceholderError, refuse_placeholder
+from cm3.datasets.images.validate import ImageFacts, PlaceholderError, check_placeholder
 
 log = logging.getLogger("cm3.datasets.images")
 
@@ -137,7 +137,7 @@ class Store:
         if not outcome.sha256:
             return outcome
         try:
-            refuse_placeholder(outcome.image, self._spec["placeholders"])
+            check_placeholder(outcome.image, self._spec["placeholders"])
         except PlaceholderError as error:
             return Outcome.of(outcome.image, MISSING, error.kind, str(error), outcome.hosts)
         place = self._places.get(outcome.sha256)

@@ -1,34 +1,22 @@
-"""Whether bytes are an image: its header is checked before anything is decoded, then all of it is decoded."""
+"""Image validation: decodes the whole file, and recognises placeholders by size or sha256."""
 
 import hashlib
-import io
 import threading
-import warnings
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Collection
+from contextlib import nullcontext
 from dataclasses import dataclass
 
-from PIL import Image, UnidentifiedImageError
+from cm3.common.image_decode import UnreadableError, open_image
 
-# Formats that Pillow decodes by itself. EPS, for one, would start another program.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-# A side this short holds no product: it is the dot that shops send in place of an image.
+# An image with a side this short shows no product: shops send a dot in place of a missing image.
 _DOT = 2
-# Images above so many pixels are decoded one at a time, whatever the number of threads: memory stays bounded.
+# Images above so many pixels are decoded one at a time, whatever the number of threads, to bound memory.
 _HUGE = 8_000_000
 _one_huge = threading.Lock()
 
 
-class UnreadableError(Exception):
-    """The bytes are no image that can be used; the message says why, `kind` in a word or two, for counting."""
-
-    def __init__(self, kind: str, reason: str = "") -> None:
-        super().__init__(reason or kind)
-        self.kind = kind
-
-
 class PlaceholderError(UnreadableError):
-    """The bytes are an image, but one that stands for none: the item's image is missing."""
+    """The bytes are an image that stands for "no image": the item's image is missing."""
 
     def __init__(self, image: "ImageFacts", reason: str) -> None:
         super().__init__("placeholder", reason)
@@ -37,7 +25,7 @@ class PlaceholderError(UnreadableError):
 
 @dataclass(frozen=True, slots=True)
 class ImageFacts:
-    """What is known of an image that decodes: sha256 of its bytes, size in pixels as stored, Pillow's format name."""
+    """Facts about an image that decodes: sha256 of its bytes, width and height in pixels as stored, Pillow's format."""
 
     sha256: str
     width: int
@@ -45,59 +33,34 @@ class ImageFacts:
     format: str
 
 
-@contextmanager
-def strict_decoding() -> Iterator[None]:
-    """Make Pillow's warning of decompression bombs an error, in all threads, while the body runs."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        yield
-
-
 def examine(data: bytes, max_pixels: int, placeholders: Collection[str] = ()) -> ImageFacts:
-    """Return what the image in `data` is, after reading all of it.
+    """Decode an image completely and return its facts.
 
-    Of a JPEG every coded byte is decoded, but to an eighth of its size, which costs less; it fails on exactly the
+    A JPEG is decoded at an eighth of its size, which is faster: every coded byte is read, and it fails on exactly the
     bytes that fail at full size.
 
     Args:
-        data: a file's bytes.
-        max_pixels: width x height at most.
+        data: the bytes of the file.
+        max_pixels: largest allowed width x height.
         placeholders: sha256 digests of known images that mean "no image".
 
     Raises:
         PlaceholderError: a dot, or one of `placeholders`.
-        UnreadableError: empty, no image, too many pixels, truncated or corrupt.
+        UnreadableError: empty, not an image, too many pixels, truncated or corrupt.
     """
-    if not data:
-        raise UnreadableError("empty", "0 bytes")
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise UnreadableError(
-                    "too many pixels", f"{width} x {height} pixels are more than the {max_pixels} allowed"
-                )
-            found = ImageFacts(hashlib.sha256(data).hexdigest(), width, height, image.format or "")
-            if image.format in ("JPEG", "MPO"):
-                image.draft(None, (1, 1))  # None keeps the mode
-            with _one_huge if width * height > _HUGE else nullcontext():
-                image.load()
-    except UnidentifiedImageError:
-        raise UnreadableError("not an image", f"not an image; it starts with {data[:20]!r}") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UnreadableError("too many pixels", f"too many pixels ({error})") from None
-    # Decoders fail on strangers' bytes in many ways (OSError, SyntaxError, struct.error, ...); each means one thing.
-    except Exception as error:
-        if isinstance(error, UnreadableError):
-            raise
-        told = str(error) or type(error).__name__
-        raise UnreadableError("truncated" if "truncated" in told.lower() else "corrupt", f"corrupt: {told}") from error
-    refuse_placeholder(found, placeholders)
+    with open_image(data, max_pixels) as image:
+        width, height = image.size
+        found = ImageFacts(hashlib.sha256(data).hexdigest(), width, height, image.format or "")
+        if image.format in ("JPEG", "MPO"):
+            image.draft(None, (1, 1))  # None keeps the mode
+        with _one_huge if width * height > _HUGE else nullcontext():
+            image.load()
+    check_placeholder(found, placeholders)
     return found
 
 
-def refuse_placeholder(image: ImageFacts, placeholders: Collection[str]) -> None:
-    """Raise PlaceholderError for a dot of at most 2 pixels' width or height, or one of the digests `placeholders`."""
+def check_placeholder(image: ImageFacts, placeholders: Collection[str]) -> None:
+    """Raise PlaceholderError for an image at most 2 pixels wide or high, or one whose digest is in `placeholders`."""
     if min(image.width, image.height) <= _DOT:
         raise PlaceholderError(image, f"a placeholder of {image.width} x {image.height} pixels")
     if image.sha256 in placeholders:

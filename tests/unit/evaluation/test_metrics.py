@@ -1,5 +1,9 @@
 """Top-k, full ranking and metrics against set arithmetic."""
 
+import re
+import subprocess
+import sys
+
 import numpy as np
 import oracles_cm3 as oracle
 import pytest
@@ -7,11 +11,13 @@ import scipy.sparse as sp
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from repository import ROOT
 
 import cm3.evaluation.ranking
 from cm3.common.topk import top_k
-from cm3.evaluation.metrics import NAMES, per_user
+from cm3.evaluation.metrics import per_user
 from cm3.evaluation.ranking import Ranking, Validation
+from cm3.evaluation.registry import METRICS, metric_class
 
 KS = [1, 3, 5, 10]
 
@@ -28,7 +34,7 @@ def random_case(seed: int, n_users: int = 30, n_items: int = 25) -> tuple[np.nda
 def test_per_user_is_the_definition(seed):
     recommended, truth = random_case(seed)
     found = per_user(recommended, oracle.csr([sorted(t) for t in truth], 25), KS)
-    assert set(found) == {f"{name}@{k}" for name in NAMES for k in KS}
+    assert set(found) == {f"{name}@{k}" for name in METRICS for k in KS}
     for k in KS:
         for user, relevant in enumerate(truth):
             for name, value in oracle.metrics_of(recommended[user].tolist(), relevant, k).items():
@@ -112,6 +118,37 @@ def test_ranking_masks_ties_and_runs_out_of_items(block, monkeypatch):
         expected = oracle.ranked(users[user] @ items.T, set(masked[user]), 20)
         assert found[row].tolist() == expected
         assert np.isneginf(scores[row]).tolist() == [item < 0 for item in expected]
+
+
+@pytest.mark.parametrize("n_users", [1, 15, 16, 17, 100])
+def test_blocks_are_padded_to_whole_tiles_of_a_product(n_users):
+    rng = np.random.default_rng(6)
+    users, items = (torch.from_numpy(rng.standard_normal((n, 4)).astype(np.float32)) for n in (n_users, 30))
+    sizes = []
+
+    def score(rows):
+        sizes.append(len(rows))
+        return users[rows] @ items.T
+
+    found, _ = Ranking(np.arange(n_users), sp.csr_matrix((n_users, 30))).top_by(score, 3)
+    assert found.tolist() == [oracle.ranked(row, set(), 3) for row in (users @ items.T).numpy()]
+    assert sizes == [-(-n_users // 16) * 16]
+
+
+def test_the_registry_lists_each_metric_under_its_name():
+    for name in METRICS:
+        found = metric_class(name)
+        assert found.name == name and found.version == 1 and found.title and found.larger_is_better
+
+
+def test_the_registry_imports_nothing_heavy():
+    code = "import sys, cm3.evaluation.registry; assert not {'torch', 'scipy', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_docs_have_the_formula_of_each_metric():
+    rows = re.findall(r"^\| (\w+) \| (.+) \|$", (ROOT / "docs/metrics.md").read_text(), re.MULTILINE)
+    assert [(name, metric_class(name).formula) for name in METRICS] == [row for row in rows if row[0] in METRICS]
 
 
 @pytest.mark.parametrize("monitor", ["recall@5", "ndcg@5"])

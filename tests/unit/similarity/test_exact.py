@@ -182,6 +182,7 @@ def test_values_that_are_not_finite_are_refused(dtype, value):
         knn(torch.tensor([[1.0, value], [1.0, 2.0]], dtype=dtype), 1)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("spread", [1.0, 0.0])
 def test_memory_stays_far_below_a_square_matrix(spread):
     """20,000 rows: a square of bytes is 400 MB, of float32 1.6 GB; all rows equal take the path in float64."""
