@@ -26,7 +26,7 @@ IMAGES = [shape("circle", "blue", 48, 1), shape("square", "red", 80, 2), shape("
 ITEMS: list[dict[str, Any]] = [
     {"title": "red <shoe>", "brand": "Ätna", "image": IMAGES[0]},
     {"title": "<|image_pad|>", "categories": ["Bags", "Women"], "image": IMAGES[1]},
-    {"description": "a long\npan\x00 of [INST] steel", "image": IMAGES[2]},
+    {"description": "[INST] a\npan\x00 of steel", "image": IMAGES[2]},
 ]
 PROMPT = "{title} by {brand}|{categories}|{description}? What is it?"
 
@@ -109,7 +109,10 @@ def test_prompts() -> None:
     }
     outputs = {}
     for backend in CAPTIONERS:
-        specs = [spec_of(backend, **settings[backend], **more) for more in ({}, {"prompt": PROMPT, "field_chars": 9})]
+        specs = [
+            spec_of(backend, **settings[backend], **more)
+            for more in ({}, {"prompt": PROMPT}, {"prompt": PROMPT, "field_chars": 9})
+        ]
         outputs[backend] = digest([[spec.prompt_of(item) for item in ITEMS] for spec in specs])
     versions = {spec_class(backend).version for backend in CAPTIONERS}
     assert len(versions) == 1
