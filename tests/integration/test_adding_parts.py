@@ -91,16 +91,6 @@ def add_and_check_a_metric(checkout: Checkout):
     assert checkout.planned("results/shop/metrics.json") == {}
 
 
-def compare_both(checkout: Checkout):
-    study = {"experiments": ["shop", "shop-logistic"], "seeds": [42], "metrics": ["f1@10"]}
-    path = checkout.folder / "config/config.yaml"
-    path.write_text(path.read_text() + f"studies: {{both: {json.dumps(study)}}}\n")
-    checkout.run("results/both/comparison.json")
-    compared = json.loads((checkout.folder / "results/both/comparison.json").read_text())
-    assert set(compared["experiments"]["shop-logistic"]["metrics"]) == {"f1@10"}
-
-
 def test_a_model_and_a_metric_are_added_as_documented(checkout: Checkout):
     add_and_check_a_model(checkout)
     add_and_check_a_metric(checkout)
-    compare_both(checkout)
