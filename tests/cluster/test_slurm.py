@@ -15,6 +15,7 @@ import pytest
 import slurm_node
 from checkout import SMALL, Checkout
 from repository import ROOT
+from repository import ROOT
 from slurm_node import SlurmNode
 
 METRICS = "results/shop/metrics.json"
