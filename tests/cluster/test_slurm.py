@@ -15,7 +15,6 @@ import pytest
 import slurm_node
 from checkout import SMALL, Checkout
 from repository import ROOT
-from repository import ROOT
 from slurm_node import SlurmNode
 
 METRICS = "results/shop/metrics.json"
