@@ -230,7 +230,7 @@ def write_features(
 def read_features(path: str | os.PathLike[str], item_ids: Sequence[str] | None = None) -> Features:
     """Read a features file a row group at a time; with `item_ids`, check that row i belongs to item i.
 
-    Vectors past memory lie in a temporary file (`cm3.common.arrays.zeros`).
+    Vectors larger than memory are kept in a temporary file (`cm3.common.arrays.zeros`).
 
     Raises:
         UserError: unreadable, wrong columns, null vectors, ids in another order, or NaN in an ok row.

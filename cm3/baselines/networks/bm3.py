@@ -1,4 +1,4 @@
-"""BM3: users, items and modalities that agree with dropped-out copies of each other, without negative samples."""
+"""BM3: agreement of users, items and modalities with dropped-out copies of each other, without negative samples."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from cm3.baselines.bm3 import BM3
 from cm3.baselines.inputs import Inputs
-from cm3.baselines.networks.layers import components, layer_mean, lookup, projections, xavier_embedding
+from cm3.baselines.networks.layers import by_name, layer_mean, lookup, projections, xavier_embedding
 from cm3.model.graph import SparseMatrix, user_item_matrix
 from cm3.model.network import Embeddings, Loss, Network
 from cm3.model.sampling import Batch
@@ -35,7 +35,7 @@ class BootstrappedEmbeddings(Embeddings):
 class Bootstrapped(Network):
     """Zhou et al., Bootstrap Latent Representations for Multi-modal Recommendation, WWW 2023.
 
-    With h_u the mean over LightGCN's layers, h_i that plus the item's free embedding, h_m a linear map of modality m,
+    With h_u the mean over LightGCN's layers, h_i the same plus the item's ID embedding, h_m a linear map of modality m,
     a predictor P that all of them share, targets h' = dropout(h) outside the gradient, and C = 1 - cosine, the loss is
 
         C(P h_u, h'_i) + C(P h_i, h'_u) + cl_weight sum_m [C(P h_m, h'_i) + C(P h_m, h'_m)] + reg_weight (|U| + |I|) / n_I
@@ -99,7 +99,7 @@ class Bootstrapped(Network):
         modalities = torch.stack(terms).sum()
         size = (e.source_users.norm() + e.source_items.norm()) / len(e.source_items)
         total = pairs + self.settings.cl_weight * modalities + self.settings.reg_weight * size
-        return Loss(total, components(self.components, (pairs, modalities, size)))
+        return Loss(total, by_name(self.components, (pairs, modalities, size)))
 
     @torch.no_grad()
     def embed(self) -> Embeddings:

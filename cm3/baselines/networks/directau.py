@@ -1,4 +1,4 @@
-"""DirectAU: alignment of users with their items, uniformity of users and of items, and nothing else."""
+"""DirectAU: alignment of users with their items, and uniformity of users and of items."""
 
 import math
 
@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from cm3.baselines.directau import DirectAU
 from cm3.baselines.inputs import Inputs
-from cm3.baselines.networks.layers import components, layer_mean, lookup
+from cm3.baselines.networks.layers import by_name, layer_mean, lookup
 from cm3.model.graph import SparseMatrix, user_item_matrix
 from cm3.model.losses import alignment
 from cm3.model.network import Embeddings, Loss, Network
@@ -37,7 +37,7 @@ class DirectlyAligned(Network):
         self.adjacency = SparseMatrix(user_item_matrix(interactions)) if settings.n_layers else None
 
     def training_embeddings(self, seed: int) -> Embeddings:
-        """Return a forward; nothing is drawn."""
+        """Return the embeddings; nothing is sampled."""
         if self.adjacency is None:
             return Embeddings(self.users, self.items)
         return Embeddings(*layer_mean(self.adjacency, self.users, self.items, self.settings.n_layers))
@@ -47,13 +47,11 @@ class DirectlyAligned(Network):
         align = alignment(_unit(embeddings.users, batch.users), _unit(embeddings.items, batch.items))
         users = _uniformity(embeddings.users, batch.counted_users)
         items = _uniformity(embeddings.items, batch.counted_negatives)
-        return Loss(
-            align + self.settings.gamma * (users + items) / 2, components(self.components, (align, users, items))
-        )
+        return Loss(align + self.settings.gamma * (users + items) / 2, by_name(self.components, (align, users, items)))
 
     @torch.no_grad()
     def embed(self) -> Embeddings:
-        """Return a forward."""
+        """Return the embeddings."""
         embeddings = self.training_embeddings(0)
         return Embeddings(embeddings.users.detach(), embeddings.items.detach())
 

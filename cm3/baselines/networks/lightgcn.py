@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cm3.baselines.inputs import Inputs
 from cm3.baselines.lightgcn import LightGCN
-from cm3.baselines.networks.layers import bpr_loss, components, l2_penalty, layer_mean, lookup, xavier_embedding
+from cm3.baselines.networks.layers import bpr_loss, by_name, l2_penalty, layer_mean, lookup, xavier_embedding
 from cm3.model.graph import SparseMatrix, user_item_matrix
 from cm3.model.network import Embeddings, Loss, Network
 from cm3.model.sampling import Batch
@@ -16,7 +16,7 @@ from cm3.model.sampling import Batch
 
 @dataclass(frozen=True)
 class LayeredEmbeddings(Embeddings):
-    """What a forward gives: averages over the layers, users (U, d) and items (I, d), and what they started from."""
+    """Averages over the layers, users (U, d) and items (I, d), and the initial embeddings of both."""
 
     ego_users: Tensor
     ego_items: Tensor
@@ -39,7 +39,7 @@ class LightGraphNetwork(Network):
         self.adjacency = SparseMatrix(user_item_matrix(interactions))
 
     def training_embeddings(self, seed: int) -> LayeredEmbeddings:
-        """Return a forward; nothing is drawn."""
+        """Return the embeddings; nothing is sampled."""
         users, items = layer_mean(self.adjacency, self.users, self.items, self.settings.n_layers)
         return LayeredEmbeddings(users, items, self.users, self.items)
 
@@ -50,11 +50,11 @@ class LightGraphNetwork(Network):
         ranking = bpr_loss(users, items, others)
         ego_items = (lookup(embeddings.ego_items, ids) for ids in (batch.items, batch.negatives))
         size = l2_penalty(lookup(embeddings.ego_users, batch.users), *ego_items)
-        return Loss(ranking + self.settings.reg_weight * size, components(self.components, (ranking, size)))
+        return Loss(ranking + self.settings.reg_weight * size, by_name(self.components, (ranking, size)))
 
     @torch.no_grad()
     def embed(self) -> LayeredEmbeddings:
-        """Return a forward."""
+        """Return the embeddings."""
         return self.training_embeddings(0)
 
 

@@ -110,7 +110,7 @@ def test_blocks_groups_and_threads_change_nothing(case, dropped_bits, monkeypatc
     for entries, columns, group, threads in [(3000, 50, 2, 1), (20_000, 130, 3, 2), (10**6, 399, 4, 2)]:
         monkeypatch.setattr(neighbours, "_BLOCK_ENTRIES", entries)
         monkeypatch.setattr(neighbours, "_CHUNK_COLUMNS", columns)
-        monkeypatch.setattr("cm3.common.topk._GROUP", group)
+        monkeypatch.setattr("cm3.common.topk.GROUP", group)
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
