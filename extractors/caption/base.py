@@ -1,4 +1,4 @@
-"""What all captioners share: their settings, the prompt, the image that a model is shown, and the captions."""
+"""Common to all captioners: settings, default prompt, image preparation and the result."""
 
 import hashlib
 from abc import abstractmethod
@@ -13,7 +13,7 @@ from pydantic import Field
 
 from cm3.common.image_decode import UnreadableError, decode
 from cm3.common.tables import FAILED, MISSING, OK
-from extractors.caption.prompt import HOLDS, Prompted, PromptedSpec
+from extractors.caption.prompt import PLACEHOLDERS, Prompted, PromptedSpec
 from extractors.extractor import Advance, Model, Result, silent
 from extractors.image.item_images import image_of
 
@@ -22,36 +22,37 @@ PROMPT = (
     "what it is, its colours, material, pattern, shape and style."
 )
 MAX_ASPECT = 20
-# Every control token that chat models are known to have is written with these: <|im_end|>, <image>, </s>, [INST].
-_HARMLESS = str.maketrans("<>[]", "‹›()")
+"""Longest side over shortest side of an image, as a model gets it."""
+# All known control tokens of chat models contain these brackets: <|im_end|>, <image>, </s>, [INST].
+_BRACKETS = str.maketrans("<>[]", "‹›()")
 
 
 class CaptionSpec(PromptedSpec):
-    """The fields that all captioners share."""
+    """Settings of all captioners."""
 
-    # `encoder` says what happens to the captions, not what they are.
+    # `encoder` reads the captions and does not change them.
     runtime_fields: ClassVar[frozenset[str]] = PromptedSpec.runtime_fields | {"encoder"}
     modalities: ClassVar[tuple[str, ...]] = ("caption",)
     shard_items: ClassVar[int | None] = 256
-    neutralised: ClassVar[bool] = True
-    """Whether brackets in a prompt are replaced: not where the tokenizer itself tells text from control tokens."""
+    replace_brackets: ClassVar[bool] = True
+    """Whether brackets in a prompt are replaced; False if the tokenizer itself treats control tokens in it as text."""
 
     modality: Literal["caption"] = Field(description="Always caption.")
-    encoder: str = Field(description="Name of the text extractor that turns the captions into vectors.")
-    prompt: str = Field(PROMPT, min_length=1, description="What the model is asked; " + HOLDS)
-    max_new_tokens: int = Field(64, gt=0, le=128, description="Longest caption in tokens.")
+    encoder: str = Field(description="Name of the text extractor that encodes the captions.")
+    prompt: str = Field(PROMPT, min_length=1, description="Prompt of the model; " + PLACEHOLDERS)
+    max_new_tokens: int = Field(64, gt=0, le=128, description="Maximum length of a caption in tokens.")
 
     def prompt_of(self, item: Mapping[str, Any]) -> str:
-        """Return the prompt with the item's fields in their places, empty where the item lacks one."""
+        """Return the prompt for an item, each placeholder replaced by the item's field (empty if missing)."""
         prompt = super().prompt_of(item)
-        # As a whole: two harmless fields side by side may spell a control token.
-        return prompt.translate(_HARMLESS) if self.neutralised else prompt
+        # After formatting: two harmless fields in a row may form a control token.
+        return prompt.translate(_BRACKETS) if self.replace_brackets else prompt
 
     def facts(self, model: str) -> dict[str, Any]:
-        """Return what the captions file tells of how they were made.
+        """Return the metadata of the captions file: model, prompt, decoding and image preprocessing.
 
         Args:
-            model: which model wrote them, as a reader would name it.
+            model: readable name of the model, with its revision or digest.
         """
         return {
             "model": model,
@@ -63,13 +64,13 @@ class CaptionSpec(PromptedSpec):
 
 
 class Answer(NamedTuple):
-    """What a model said of an image.
+    """A model's answer for one image.
 
     Attributes:
-        text: the caption, "" where there is none.
-        tokens: generated tokens.
-        cut: whether the model would have gone on, had it been allowed more tokens.
-        reason: why there is no caption.
+        text: the caption, "" if there is none.
+        tokens: number of generated tokens.
+        cut: whether the text was truncated at max_new_tokens.
+        reason: reason for an empty text.
     """
 
     text: str
@@ -79,8 +80,8 @@ class Answer(NamedTuple):
 
 
 @dataclass(kw_only=True)
-class Captioned(Result):
-    """The captions of n images.
+class CaptionResult(Result):
+    """Captions of n images.
 
     Attributes:
         captions: n texts, "" where not ok.
@@ -91,8 +92,8 @@ class Captioned(Result):
     tokens: np.ndarray
 
     @classmethod
-    def of(cls, answers: Sequence[Answer]) -> "Captioned":
-        """Return answers as captions; empty ones are failed with their reason."""
+    def of(cls, answers: Sequence[Answer]) -> "CaptionResult":
+        """Build the result; empty answers are failed with their reason."""
         return cls(
             captions=[answer.text for answer in answers],
             tokens=np.array([answer.tokens for answer in answers], dtype=np.int32),
@@ -106,20 +107,20 @@ class Captioned(Result):
         return {"caption": pa.array(self.captions, pa.string()), "tokens": pa.array(self.tokens, pa.int32())}
 
     def check(self, names: Sequence[str]) -> None:
-        """Accept any text: what a caption is worth, people can read for themselves."""
+        """Accept any text: captions have no invalid values."""
 
 
 class Captioner(Model[Prompted]):
-    """A captioner that is ready to be asked."""
+    """A loaded captioner."""
 
     spec: CaptionSpec
 
     @abstractmethod
-    def run(self, inputs: Iterable[Prompted], advance: Advance = silent) -> Captioned:
-        """Caption images; those that can't be decoded, and empty answers, are failed with the reason."""
+    def run(self, inputs: Iterable[Prompted], advance: Advance = silent) -> CaptionResult:
+        """Caption images in input order; undecodable images and empty answers are failed with the reason."""
 
-    def caption(self, items: Sequence[Mapping[str, Any]]) -> Captioned:
-        """Return the captions of items with a `image` (bytes or a path); those without one are missing."""
+    def caption(self, items: Sequence[Mapping[str, Any]]) -> CaptionResult:
+        """Return the captions of items with an `image` (bytes or a path); items without one are missing."""
         images = [image_of(item) for item in items]
         rows = [row for row, image in enumerate(images) if image is not None]
         asked = (
@@ -128,7 +129,7 @@ class Captioner(Model[Prompted]):
             if image is not None
         )
         found = self.run(asked)
-        result = Captioned(
+        result = CaptionResult(
             captions=[""] * len(items),
             status=np.full(len(items), MISSING, dtype=object),
             tokens=np.zeros(len(items), np.int32),
@@ -141,20 +142,20 @@ class Captioner(Model[Prompted]):
         return result
 
 
-def readable(data: bytes, max_pixels: int) -> Image.Image | str:
-    """Return an image as a model is shown it, or the reason why it can't be decoded."""
+def load_image(data: bytes, max_pixels: int) -> Image.Image | str:
+    """Return a decoded image of at most max_pixels, or the reason why it cannot be decoded."""
     try:
-        return capped(decode(data), max_pixels)
-    except UnreadableError as reason:
-        return str(reason)
+        return limit_size(decode(data), max_pixels)
+    except UnreadableError as error:
+        return str(error)
 
 
-def capped(image: Image.Image, max_pixels: int) -> Image.Image:
-    """Return an image of at most max_pixels, widened with white where one side is over 20 times the other."""
+def limit_size(image: Image.Image, max_pixels: int) -> Image.Image:
+    """Return an image of at most max_pixels, padded with white to an aspect ratio of at most MAX_ASPECT."""
     shortest = -(-max(image.size) // MAX_ASPECT)
     wide = max(image.width, shortest), max(image.height, shortest)
     scale = (max_pixels / (wide[0] * wide[1])) ** 0.5
-    if scale < 1:  # before the white is put round it: a thin image's canvas may be too large for any memory
+    if scale < 1:  # before padding: the canvas of a thin image may not fit into memory
         image, wide = image.resize(_scaled(image.size, scale)), _scaled(wide, scale)
     if image.size == wide:
         return image

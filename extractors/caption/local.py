@@ -1,4 +1,4 @@
-"""Captioners whose weights are on this machine: their model, its processor, and batches of images that decode."""
+"""Common to captioners that run the model on this machine: processor, chat messages, batches of decoded images."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from cm3.common.errors import UserError
-from extractors.caption.base import Answer, Captioned, Captioner, readable
+from extractors.caption.base import Answer, Captioner, CaptionResult, load_image
 from extractors.caption.prompt import Prompted
 from extractors.extractor import Advance, silent
 from extractors.runtime.prefetch import chunks
@@ -22,54 +22,54 @@ Asked = tuple[Image.Image, str]
 
 
 class BatchCaptioner(Captioner):
-    """A captioner that answers many images at once."""
+    """A captioner that processes images in batches."""
 
     @abstractmethod
     def size(self) -> int:
-        """Return how many images are decoded for one call of `answer`."""
+        """Return the number of images to decode for one call of `answer`."""
 
     @abstractmethod
     def answer(self, asked: Sequence[Asked]) -> list[Answer]:
         """Return the answer to each image and prompt."""
 
-    def run(self, inputs: Iterable[Prompted], advance: Advance = silent) -> Captioned:
-        """Caption images; those that can't be decoded, and empty answers, are failed with the reason."""
+    def run(self, inputs: Iterable[Prompted], advance: Advance = silent) -> CaptionResult:
+        """Caption images in input order; undecodable images and empty answers are failed with the reason."""
         answers: list[Answer] = []
         for group in chunks(inputs, self.size):
-            images = [readable(one.image, self.spec.max_pixels) for one in group]
-            asked = [(p, one.prompt) for p, one in zip(images, group, strict=True) if not isinstance(p, str)]
-            given = iter(self.answer(asked) if asked else [])
-            part = [Answer("", reason=p) if isinstance(p, str) else next(given) for p in images]
+            images = [load_image(one.image, self.spec.max_pixels) for one in group]
+            decoded = [(i, one.prompt) for i, one in zip(images, group, strict=True) if not isinstance(i, str)]
+            given = iter(self.answer(decoded) if decoded else [])
+            part = [Answer("", reason=i) if isinstance(i, str) else next(given) for i in images]
             answers += part
             ok = sum(bool(answer.text) for answer in part)
             advance(len(part), ok=ok, failed=len(part) - ok)
-        return Captioned.of(answers)
+        return CaptionResult.of(answers)
 
 
 def chat_of(prompt: str, image: Image.Image | None = None) -> list[dict[str, object]]:
-    """Return a chat of one message: an image, or the place of one, and then the prompt."""
+    """Return a chat of one message: an image (or a placeholder without one), then the prompt."""
     part: dict[str, object] = {"type": "image"} if image is None else {"type": "image", "image": image}
     return [{"role": "user", "content": [part, {"type": "text", "text": prompt}]}]
 
 
 def processor_of(spec: ModelSpec, folder: Path) -> Any:
-    """Return the processor of images and texts in a model's folder; it pads in front.
+    """Return the multimodal processor in a model's folder, with left padding.
 
     Raises:
-        UserError: the folder has none.
+        UserError: the folder has no such processor.
     """
     from transformers import AutoProcessor
 
     processor = load_part(AutoProcessor, spec, folder, KIND)
     if not hasattr(processor, "tokenizer"):
         raise UserError(f"{folder}: has no processor of images and texts, so it is not {KIND}")
-    # A decoder goes on at the right end: with padding there it would continue the padding.
+    # A decoder continues at the right end, where it would continue the padding.
     processor.tokenizer.padding_side = "left"
     return processor
 
 
 def name_of(spec: ModelSpec) -> str:
-    """Return how a reader would name a spec's model: a hub id with its commit, a package, or a digest of weights."""
+    """Return a readable name of the model: hub id with commit, package, or digest of the weights."""
     if spec.repository:
         return f"{spec.repository}@{spec.commit()}"
     parts = {"package": spec.package} | spec.model_identity()

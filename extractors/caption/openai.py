@@ -14,7 +14,7 @@ from PIL import Image
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from cm3.common.strict import Float
-from extractors.caption.base import PROMPT, Answer, Captioned, Captioner, CaptionSpec, readable
+from extractors.caption.base import PROMPT, Answer, Captioner, CaptionResult, CaptionSpec, load_image
 from extractors.caption.prompt import Prompted
 from extractors.extractor import Advance, silent
 from extractors.runtime.prefetch import default_workers
@@ -89,26 +89,30 @@ class ServerCaptionSpec(CaptionSpec):
         "patience",
     }
 
-    backend: Literal["openai-caption"] = Field(description="Caption images by asking an OpenAI-compatible server.")
-    url: Address = Field(description="Base URL of the server, such as http://127.0.0.1:8000/v1; it may move.")
-    model: str = Field(min_length=1, description="Name of the model, as the server knows it.")
+    backend: Literal["openai-caption"] = Field(description="Caption images on an OpenAI-compatible server.")
+    url: Address = Field(description="Base URL of the server, such as http://127.0.0.1:8000/v1.")
+    model: str = Field(min_length=1, description="Name of the model on the server.")
     revision: str | None = Field(
-        None, min_length=1, description="Which weights are served, in your words: the server can't prove it."
+        None,
+        min_length=1,
+        description="Your own label of the served weights, such as a commit; the server cannot confirm it.",
     )
     api_key_env: VariableName = Field(
         "OPENAI_API_KEY",
-        description="Name of the environment variable with the key, never the key itself; none set: no key is sent.",
+        description="Name of the environment variable with the API key, never the key itself; if it is not set, no key is sent.",
     )
-    concurrency: int = Field(8, gt=0, le=256, description="Requests under way at once.")
-    timeout: Float = Field(120.0, gt=0, le=3600, description="Seconds for one answer.")
+    concurrency: int = Field(8, gt=0, le=256, description="Number of concurrent requests.")
+    timeout: Float = Field(
+        120.0, gt=0, le=3600, description="Seconds until a request without an answer counts as failed."
+    )
     attempts: int = Field(
         5,
         gt=0,
         le=20,
-        description="Bad answers to a request until it is doubted: it fails if the server still answers others.",
+        description="Failed attempts until a request is given up, provided that the server still answers others.",
     )
     patience: Float = Field(
-        300.0, gt=0, le=86400, description="Seconds without one good answer, for all its refusals, until the job ends."
+        300.0, gt=0, le=86400, description="Seconds without any successful answer until the job ends."
     )
 
     def uses_gpu(self) -> bool:
@@ -149,13 +153,13 @@ class ServerCaptioner(Captioner):
         }
         return self.spec.facts(name) | {"answered_by": answered_by}
 
-    def run(self, inputs: Iterable[Prompted], advance: Advance = silent) -> Captioned:
+    def run(self, inputs: Iterable[Prompted], advance: Advance = silent) -> CaptionResult:
         """Caption images and return the captions in input order; images without an answer are failed.
 
         Raises:
             UserError: no request can succeed: wrong address or key, or the server is down.
         """
-        return Captioned.of(_run_async(self._run(inputs, advance)))
+        return CaptionResult.of(_run_async(self._run(inputs, advance)))
 
     async def _run(self, inputs: Iterable[Prompted], advance: Advance) -> list[Answer]:
         loop = asyncio.get_running_loop()
@@ -227,7 +231,7 @@ class ServerCaptioner(Captioner):
         Encoding anew gives the server the pixels that a local model would get, without the file's metadata (place, time,
         camera).
         """
-        image = readable(data, self.spec.max_pixels)
+        image = load_image(data, self.spec.max_pixels)
         if isinstance(image, str):
             return None, image
         return _data_url(image), ""

@@ -26,7 +26,7 @@ _HEADERS = frozenset({"host", "accept", "connection", "content-type", "content-l
 _FATAL = {
     402: "the account has to be paid for",
     403: "the key lacks permission",
-    404: "there is no such model or no such address; url ends in /v1 with most servers",
+    404: "unknown model or address; url ends in /v1 with most servers",
     405: "this address serves no chat completions",
 }
 

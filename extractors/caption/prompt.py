@@ -1,4 +1,4 @@
-"""A question to a vision-language model: an image, and a prompt that may hold fields of its item."""
+"""Input of a vision-language model: an image and a prompt that may contain fields of its item."""
 
 import hashlib
 import string
@@ -20,23 +20,25 @@ from extractors.spec import BackendSpec
 from extractors.text import item_text
 
 PROMPT_FIELDS: tuple[str, ...] = get_args(item_text.Field)
-HOLDS = "may hold " + ", ".join(f"{{{name}}}" for name in PROMPT_FIELDS) + "."
+PLACEHOLDERS = "may contain " + ", ".join(f"{{{name}}}" for name in PROMPT_FIELDS) + "."
 
 
 @dataclass(frozen=True)
 class Prompted:
-    """An image's original bytes and the prompt that goes with it."""
+    """The original bytes of an image and its prompt."""
 
     image: bytes
     prompt: str
 
 
 class PromptedSpec(BackendSpec):
-    """The fields of what shows a model each image together with a prompt."""
+    """Settings of backends that give a model an image together with a prompt."""
 
-    prompt: str = Field(min_length=1, description="What the model is asked; " + HOLDS)
-    field_chars: int = Field(300, gt=0, description="An item's field in the prompt is cut to so many characters.")
-    max_pixels: int = Field(262_144, ge=784, description="Images of a larger area are reduced to it first.")
+    prompt: str = Field(min_length=1, description="Prompt of the model; " + PLACEHOLDERS)
+    field_chars: int = Field(300, gt=0, description="Maximum number of characters of each item field in the prompt.")
+    max_pixels: int = Field(
+        262_144, ge=784, description="Maximum area of an image in pixels; larger images are downscaled."
+    )
 
     @field_validator("prompt")
     @classmethod
@@ -47,7 +49,7 @@ class PromptedSpec(BackendSpec):
             raise ValueError(f"{error}; write {{{{ and }}}} for braces") from None
         for _, name, form, conversion in parts:
             if name is not None and (name not in PROMPT_FIELDS or form or conversion):
-                raise ValueError(f"{{{name}}} is no field of an item{nearest(name, PROMPT_FIELDS)}")
+                raise ValueError(f"{{{name}}} is not a field of an item{nearest(name, PROMPT_FIELDS)}")
         return value
 
     def needs(self) -> set[str]:
@@ -71,7 +73,7 @@ class PromptedSpec(BackendSpec):
         return Source(images.item_ids, images.status, images.rows, stream, pa.array(digests, DIGEST), images.errors)
 
     def prompt_of(self, item: Mapping[str, Any]) -> str:
-        """Return the prompt with the item's fields in their places, empty where the item lacks one."""
+        """Return the prompt for an item, each placeholder replaced by the item's field (empty if missing)."""
         return self.prompt.format(
             **{name: item_text.clean(item.get(name))[: self.field_chars] for name in PROMPT_FIELDS}
         )

@@ -21,7 +21,7 @@ from extractors.spec import BackendSpec
 
 log = logging.getLogger(__name__)
 
-CAPTIONS_TOLD = 3
+LOGGED_CAPTIONS = 3
 
 
 def caption(
@@ -35,8 +35,8 @@ def caption(
 ) -> dict[str, Any]:
     """Write the captions file of all items; return the record: counts, failures, speed.
 
-    The file's metadata hold `model`, `prompt`, `prompt_key` (12 hex digits of the prompt's sha256), `decoding` and, of
-    a server, `answered_by`: what it said that it is, over all shards.
+    The file's metadata contain `model`, `prompt`, `prompt_key` (12 hex digits of the prompt's sha256), `decoding` and, for
+    a server, `answered_by`: the models that it reported, over all shards.
 
     Args:
         spec: the captioner.
@@ -47,17 +47,17 @@ def caption(
         threads: CPU threads of the model.
 
     Raises:
-        UserError: no item has an image, the model is not to be had, it would take hours on a CPU and the
-            spec doesn't allow it, or not one caption came out.
+        UserError: no item has an image, the model cannot be loaded, a CPU would take hours and the spec does not
+            allow it, or not a single caption was made.
     """
     job = Job(spec, inputs, captions, name, code, threads)
     texts = np.full(len(job.status), None, dtype=object)
     tokens = np.zeros(len(job.status), np.int32)
     answered_by: dict[str, set[str]] = {}
     for rows, table in job.tables():
-        # Of every shard, because those of an earlier run may have been answered by another model.
-        for name_told, values in notes_of(table)["facts"].get("answered_by", {}).items():
-            answered_by.setdefault(name_told, set()).update(values)
+        # Of every shard: another model may have answered in an earlier run.
+        for kind, values in notes_of(table)["facts"].get("answered_by", {}).items():
+            answered_by.setdefault(kind, set()).update(values)
         texts[rows] = table.column("caption").to_pylist()
         tokens[rows] = table.column("tokens").to_numpy()
     texts[job.status != OK] = None
@@ -68,22 +68,22 @@ def caption(
         pa.array([job.errors.get(row) for row in range(len(texts))], pa.string()),
         pa.array(tokens),
     ]
-    models = {field: sorted(values) for field, values in answered_by.items()}
-    provenance = job.provenance() | ({"answered_by": models} if models else {})
+    reported = {kind: sorted(values) for kind, values in answered_by.items()}
+    provenance = job.provenance() | ({"answered_by": reported} if reported else {})
     write_table(captions, pa.table(columns, names=CAPTIONS.names), CAPTIONS, provenance)
     record = job.finish() | {"tokens": int(tokens.sum())}
-    _tell(name, job, texts, models.get("models", []), record.get("captions_cut", 0))
+    _log_captions(name, job, texts, reported.get("models", []), record.get("captions_cut", 0))
     return record
 
 
-def _tell(name: str, job: Job, texts: np.ndarray, models: list[str], cut: int) -> None:
-    """Show the first captions, and what a reader of them should know."""
-    for row in np.flatnonzero(job.status == OK)[:CAPTIONS_TOLD]:
+def _log_captions(name: str, job: Job, texts: np.ndarray, models: list[str], cut: int) -> None:
+    """Log the first captions, and warn of truncated ones and of more than one model."""
+    for row in np.flatnonzero(job.status == OK)[:LOGGED_CAPTIONS]:
         log.info("%s: item %s: %s", name, job.source.item_ids[row], texts[row])
     if cut:
         log.warning("%s: %d captions were cut at max_new_tokens", name, cut)
     if len(models) > 1:
-        log.warning("%s: more than one model answered: %s; name the one that you want", name, ", ".join(models))
+        log.warning("%s: more than one model answered: %s; set model to the one that you want", name, ", ".join(models))
 
 
 def main() -> None:

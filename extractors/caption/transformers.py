@@ -1,4 +1,4 @@
-"""Images to captions with a vision-language model through transformers."""
+"""Captions from a vision-language model through transformers."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
@@ -23,29 +23,29 @@ from extractors.weights.hub import model_path
 from extractors.weights.pretrained import load_model, on_device
 from extractors.weights.spec import ModelSpec
 
-_SERVER = "let a server that has one do it (backend: openai-caption, see docs/captions.md), "
+_SERVER = "use a server that has one (backend: openai-caption, see docs/captions.md), "
 
 
 class TransformersCaptionSpec(CaptionSpec, ModelSpec):
-    """A captioner: a vision-language model whose captions a text extractor then encodes."""
+    """Captions from a vision-language model; a text extractor then encodes them."""
 
     version: ClassVar[int | None] = 1
     libraries: ClassVar[tuple[str, ...]] = ("torch", "torchvision", "transformers", "tokenizers", "pillow")
     cost: ClassVar[Cost] = Cost(6000, 32000, 0.2)
     runtime_fields: ClassVar[frozenset[str]] = CaptionSpec.runtime_fields | ModelSpec.runtime_fields | {"allow_slow"}
-    neutralised: ClassVar[bool] = False  # sanitize_control_tokens does it without a change of the text
+    replace_brackets: ClassVar[bool] = False  # sanitize_control_tokens keeps the text as it is
 
     backend: Literal["transformers-caption"] = Field(description="Caption images with a vision-language model.")
     precision: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="Number format of the model's arithmetic."
     )
-    allow_slow: bool = Field(False, description="Caption on a CPU even if it takes hours.")
+    allow_slow: bool = Field(False, description="Caption on a CPU even if that takes hours.")
 
     def check_cpu_time(self, items: int) -> None:
         """Log the estimated hours of a large model on a CPU.
 
         Raises:
-            UserError: they are many, and allow_slow is not set.
+            UserError: the estimate is too long, and allow_slow is not set.
         """
         parameters = parameters_of(model_path(self))
         if select_device(self.device, "device").type == "cpu" and parameters >= LARGE:
@@ -77,7 +77,7 @@ class TransformersCaptioner(BatchCaptioner):
         return self.spec.facts(name_of(self.spec)) | {"architecture": type(self.model).__name__}
 
     def size(self) -> int:
-        """Return the images per batch at present: it shrinks when memory runs out."""
+        """Return the current batch size, which shrinks when memory runs out."""
         return self.batch.size
 
     def answer(self, asked: Sequence[Asked]) -> list[Answer]:
@@ -94,10 +94,10 @@ class TransformersCaptioner(BatchCaptioner):
             return_dict=True,
             return_tensors="pt",
             processor_kwargs={"padding": True},
-            sanitize_control_tokens=True,  # a title may hold the model's own control tokens
+            sanitize_control_tokens=True,  # a title may contain control tokens of the model
         ).to(self.device, dtype=self.model.dtype)
         with torch.inference_mode():
-            # The model's own generation config may sample or penalise; the caption is to be the plain argmax.
+            # The model's own generation config may sample or penalise repetition; captions are plain argmax.
             output = self.model.generate(
                 **batch,
                 max_new_tokens=self.spec.max_new_tokens,

@@ -1,4 +1,4 @@
-"""Images to captions with a vision-language model through vLLM in this process: an optional, faster engine."""
+"""Captions from a vision-language model through vLLM in this process: an optional, faster engine."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
@@ -19,7 +19,7 @@ _IMAGES_AT_ONCE = 256
 
 
 class VllmCaptionSpec(CaptionSpec, ModelSpec):
-    """A captioner through vLLM: transformers-caption's models on a GPU, many times as fast. vLLM is not installed here."""
+    """Captions through vLLM: the models of transformers-caption on a GPU, many times as fast. vLLM is an optional install."""
 
     version: ClassVar[int | None] = 1
     libraries: ClassVar[tuple[str, ...]] = ("vllm", "torch", "transformers", "tokenizers", "pillow")
@@ -30,13 +30,15 @@ class VllmCaptionSpec(CaptionSpec, ModelSpec):
         | {"gpu_memory_utilization", "max_model_len", "tensor_parallel_size"}
     )
 
-    backend: Literal["vllm-caption"] = Field(description="Caption images with vLLM, which needs a GPU.")
+    backend: Literal["vllm-caption"] = Field(description="Caption images with vLLM on a GPU.")
     precision: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="Number format of the model's arithmetic."
     )
-    gpu_memory_utilization: Float = Field(0.9, gt=0, le=1, description="Part of the GPU's memory that vLLM takes.")
-    max_model_len: int = Field(4096, gt=0, description="Tokens of image, prompt and caption together.")
-    tensor_parallel_size: int = Field(1, gt=0, description="GPUs that share the model.")
+    gpu_memory_utilization: Float = Field(0.9, gt=0, le=1, description="Fraction of the GPU's memory for vLLM.")
+    max_model_len: int = Field(
+        4096, gt=0, description="Maximum number of tokens of image, prompt and caption together."
+    )
+    tensor_parallel_size: int = Field(1, gt=0, description="Number of GPUs that share the model (tensor parallelism).")
 
     def gpus(self) -> int:
         """Return the number of GPUs that share the model."""
@@ -57,8 +59,8 @@ class VllmCaptioner(BatchCaptioner):
             import vllm
         except ImportError as error:
             raise UserError(
-                f"backend vllm-caption: vLLM can't be imported ({error}). Run: {INSTALL}; where its versions of torch "
-                "and transformers don't go with ours, serve it from an environment of its own and take openai-caption"
+                f"backend vllm-caption: vLLM can't be imported ({error}). Run: {INSTALL}; if its versions of torch "
+                "and transformers conflict with ours, run a vLLM server in its own environment and use openai-caption"
             ) from error
         self.spec: VllmCaptionSpec = spec
         self.version = str(getattr(vllm, "__version__", "unknown"))
@@ -76,8 +78,8 @@ class VllmCaptioner(BatchCaptioner):
                 tensor_parallel_size=spec.tensor_parallel_size,
                 limit_mm_per_prompt={"image": 1},
             )
-        except Exception as error:  # whatever a folder or a GPU makes an engine raise
-            raise UserError(f"{folder}: vLLM does not start with it: {error}") from error
+        except Exception as error:  # engines raise many types, depending on the folder and the GPU
+            raise UserError(f"{folder}: vLLM failed to start with this model: {error}") from error
         # Explicit parameters, so that the model's own generation config can't sample or penalise.
         self.sampling = vllm.SamplingParams(temperature=0.0, max_tokens=spec.max_new_tokens, seed=0)
 
@@ -86,11 +88,11 @@ class VllmCaptioner(BatchCaptioner):
         return self.spec.facts(name_of(self.spec)) | {"vllm": self.version}
 
     def size(self) -> int:
-        """Return the images that are decoded at a time; vLLM makes its own batches of them."""
+        """Return the number of images to decode at a time; vLLM forms its own batches from them."""
         return self.spec.batch_size or _IMAGES_AT_ONCE
 
     def answer(self, asked: Sequence[Asked]) -> list[Answer]:
-        """Return the answer to each image and prompt; what vLLM refuses fails alone, not with its batch."""
+        """Return the answer to each image and prompt; an input that vLLM refuses fails without its batch."""
         try:
             return self._generate(asked)
         except ValueError as refusal:  # a prompt over max_model_len, or an image out of the model's bounds
@@ -101,8 +103,8 @@ class VllmCaptioner(BatchCaptioner):
     def _generate(self, asked: Sequence[Asked]) -> list[Answer]:
         prompts = [
             {
-                # vLLM puts the image's tokens where the template leaves one placeholder. It finds that by its text,
-                # so an item's own must not look like it: `neutralised` prompts hold none.
+                # vLLM replaces the template's placeholder by the image's tokens. It searches for the placeholder's
+                # text, which `replace_brackets` removes from prompts.
                 "prompt": self.processor.apply_chat_template(
                     chat_of(prompt), add_generation_prompt=True, tokenize=False
                 ),
@@ -112,6 +114,8 @@ class VllmCaptioner(BatchCaptioner):
         ]
         outputs = self.engine.generate(prompts, self.sampling, use_tqdm=False)
         if len(outputs) != len(asked):
-            raise UserError(f"vLLM gave {len(outputs)} answers to {len(asked)} images; finished shards stay, run again")
+            raise UserError(
+                f"vLLM gave {len(outputs)} answers to {len(asked)} images; finished shards are kept, run the same command again"
+            )
         first = [output.outputs[0] for output in outputs]
         return [Answer(clean(one.text), len(one.token_ids), cut=one.finish_reason == "length") for one in first]

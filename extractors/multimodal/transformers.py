@@ -9,9 +9,9 @@ from pydantic import Field
 
 from cm3.common.device import select_device
 from cm3.common.errors import UserError
-from extractors.caption.base import MAX_ASPECT, readable
+from extractors.caption.base import MAX_ASPECT, load_image
 from extractors.caption.local import IMAGES_PER_BATCH, KIND, chat_of, processor_of
-from extractors.caption.prompt import HOLDS, Prompted, PromptedSpec
+from extractors.caption.prompt import PLACEHOLDERS, Prompted, PromptedSpec
 from extractors.extractor import Advance, Encoded, Extractor, collect, silent
 from extractors.image.item_images import image_of
 from extractors.runtime.batch import Batch
@@ -49,7 +49,7 @@ class TransformersMllmSpec(PromptedSpec, CodeSpec):
         "bfloat16",
         description="Number format; autocast: float32 weights, products in bfloat16, norms and sums in float32.",
     )
-    prompt: str = Field(PROMPT, min_length=1, description="Text after the image; " + HOLDS)
+    prompt: str = Field(PROMPT, min_length=1, description="Text after the image; " + PLACEHOLDERS)
     layer: int = Field(-1, description="Layer of the hidden states: -1 is the last layer, 0 the input of the first.")
     pooling: Literal["mean", "last"] = Field(
         "last",
@@ -124,7 +124,7 @@ class TransformersMllmExtractor(Extractor[Prompted]):
         for group in chunks(inputs, lambda: self.batch.size):
             asked: dict[int, tuple[Image.Image, str]] = {}
             for row, one in enumerate(group, first):
-                image = readable(one.image, self.spec.max_pixels)
+                image = load_image(one.image, self.spec.max_pixels)
                 if isinstance(image, str):
                     errors[row] = image
                 else:

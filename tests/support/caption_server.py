@@ -1,4 +1,4 @@
-"""A loopback captioning server that says which colour a posted image has, and any trouble that a test asks for."""
+"""A local captioning server that names the colour of a posted image, or fails as a test asks."""
 
 import base64
 import collections
@@ -34,7 +34,7 @@ _LONGEST_HANG = 5.0
 
 @dataclass(frozen=True)
 class Asked:
-    """A request for a caption: its number among all, how often this image and prompt were asked for before."""
+    """A caption request: its number, and how many earlier requests had the same colour and prompt (`before`)."""
 
     number: int
     before: int
@@ -46,15 +46,20 @@ class Asked:
 
 @dataclass(frozen=True)
 class Said:
-    """An answer in place of the caption."""
+    """A response in place of the caption.
+
+    Attributes:
+        drip: seconds between the bytes of the body.
+    """
 
     status: int = 200
     body: bytes = b""
     headers: tuple[tuple[str, str], ...] = ()
+    drip: float = 0.0
 
 
 def error(status: int, message: str, *headers: tuple[str, str], **more: Any) -> Said:
-    """An error as OpenAI's API words it."""
+    """An error response of OpenAI's API."""
     return Said(status, json.dumps({"error": {"message": message, **more}}).encode(), headers)
 
 
@@ -72,19 +77,19 @@ def completion(text: Any, model: str = MODEL, end: str = "stop", **more: Any) ->
 
 
 def hang(seconds: float = _LONGEST_HANG) -> Callable[["CaptionServer"], None]:
-    """Say nothing, with the connection open."""
+    """Keep the connection open without an answer."""
     return lambda server: server.closing.wait(min(seconds, _LONGEST_HANG)) and None
 
 
-Trouble = Callable[[Asked], "Said | Callable[[CaptionServer], None] | None"]
+Failure = Callable[[Asked], "Said | Callable[[CaptionServer], None] | None"]
 
 
 class CaptionServer(http.server.ThreadingHTTPServer):
-    """Answers /v1/models and /v1/chat/completions; `trouble` may answer in its stead, and None leaves it to the server.
+    """Answers /v1/models and /v1/chat/completions; `failure` may replace an answer, or return None.
 
     Attributes:
-        asked: all requests for captions so far.
-        peak: the most that were under way at once.
+        asked: all caption requests so far.
+        peak: the largest number of concurrent requests.
         delay: seconds before each answer.
     """
 
@@ -92,10 +97,10 @@ class CaptionServer(http.server.ThreadingHTTPServer):
     request_queue_size = 64
 
     def __init__(
-        self, trouble: Trouble | None = None, models: Said | None = None, delay: float = 0.0, port: int = 0
+        self, failure: Failure | None = None, models: Said | None = None, delay: float = 0.0, port: int = 0
     ) -> None:
         super().__init__(("127.0.0.1", port), _Handler)
-        self.trouble, self.models, self.delay = trouble or (lambda asked: None), models, delay
+        self.failure, self.models, self.delay = failure or (lambda asked: None), models, delay
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
         self.asked: list[Asked] = []
         self.running = self.peak = 0
@@ -117,7 +122,7 @@ class CaptionServer(http.server.ThreadingHTTPServer):
         return asked
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing of clients that went away."""
+        """Ignore clients that closed the connection."""
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -143,7 +148,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             asked = server.note(request, self.headers)
             if server.delay:
                 time.sleep(server.delay)
-            said = server.trouble(asked) if asked.number < _MOST_REQUESTS else error(403, "asked far too often")
+            said = server.failure(asked) if asked.number < _MOST_REQUESTS else error(403, "asked far too often")
         finally:
             with server.lock:
                 server.running -= 1
@@ -154,21 +159,25 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._send(said or completion(f" a {asked.colour} product\n", request["model"]))
 
     def _send(self, said: Said) -> None:
+        server = cast(CaptionServer, self.server)
         with contextlib.suppress(OSError):
             self.send_response(said.status)
             for name, value in said.headers:
                 self.send_header(name, value)
             self.send_header("Content-Length", str(len(said.body)))
             self.end_headers()
-            self.wfile.write(said.body)
+            for start in range(0, len(said.body), 1 if said.drip else len(said.body)):
+                if start and server.closing.wait(said.drip):
+                    return
+                self.wfile.write(said.body[start : start + 1] if said.drip else said.body)
 
 
 @contextmanager
 def serving(
-    trouble: Trouble | None = None, models: Said | None = None, delay: float = 0.0, port: int = 0
+    failure: Failure | None = None, models: Said | None = None, delay: float = 0.0, port: int = 0
 ) -> Iterator[CaptionServer]:
     """Run a server while the body runs."""
-    with CaptionServer(trouble, models, delay, port) as server:
+    with CaptionServer(failure, models, delay, port) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         try:
@@ -180,7 +189,7 @@ def serving(
 
 
 @pytest.fixture(autouse=True)
-def no_time_to_lose(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openai_retry, "PAUSE", 0.01)
     monkeypatch.setattr(openai_retry, "LONGEST_PAUSE", 0.05)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
@@ -217,8 +226,8 @@ def tables(folder: Path, names: list[str | None]) -> dict[str, Path]:
     }
 
 
-def once(said: Any) -> Trouble:
-    """Trouble at the first request for each image."""
+def once(said: Any) -> Failure:
+    """Fail the first request for each image."""
     return lambda asked: said if asked.before == 0 else None
 
 

@@ -6,7 +6,7 @@ from fixtures_extractors import encoded, plain, png_header, shape
 from PIL import Image
 
 from cm3.common.image_decode import UnreadableError, decode
-from extractors.caption.base import MAX_ASPECT, capped
+from extractors.caption.base import MAX_ASPECT, limit_size
 
 RED = (220, 20, 20)
 
@@ -100,7 +100,7 @@ def test_drafts_are_at_least_as_large_as_asked() -> None:
 
 @pytest.mark.parametrize("size", [(1, 300), (300, 1), (4000, 3), (1, 1), (3000, 2000)])
 def test_images_for_captioning_are_capped_in_area_and_aspect(size: tuple[int, int]) -> None:
-    image = capped(Image.new("RGB", size, RED), 250_000)
+    image = limit_size(Image.new("RGB", size, RED), 250_000)
     width, height = image.size
     assert max(image.size) <= (MAX_ASPECT + 1) * min(image.size)
     assert width * height <= 250_000
@@ -110,5 +110,5 @@ def test_images_for_captioning_are_capped_in_area_and_aspect(size: tuple[int, in
 def test_a_thin_image_is_reduced_before_it_is_widened(monkeypatch: pytest.MonkeyPatch) -> None:
     image, new, made = Image.new("RGB", (4000, 3), RED), Image.new, []
     monkeypatch.setattr(Image, "new", lambda mode, size, *more: (made.append(size), new(mode, size, *more))[1])
-    assert capped(image, 250_000).size == (2236, 111)
+    assert limit_size(image, 250_000).size == (2236, 111)
     assert made == [(2236, 111)]

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import tiny_transformers
-from caption_server import MODEL, completion, error, no_time_to_lose, serving, spec_of
+from caption_server import MODEL, completion, error, serving, short_pauses, spec_of
 from fixtures_extractors import plain, shape, write_images, write_items
 from repository import ROOT
 
@@ -27,7 +27,7 @@ from extractors.runtime.earlier_cache import earlier_addresses
 from extractors.runtime.shards import notes_of
 from extractors.text.transformers import TransformersTextExtractor
 
-__all__ = ["no_time_to_lose"]  # used by every test here
+__all__ = ["short_pauses"]  # used by every test here
 
 TITLES = {f"i{n}": "red shoe for women " * (n % 5 + 1) + "word " * n for n in range(44)}
 OLD = [f"i{n}" for n in range(44) if n % 11 != 5]  # the 4 others come later, in between

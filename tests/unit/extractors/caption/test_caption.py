@@ -1,4 +1,4 @@
-"""Captions through a real vision-language model of under 1 MB, fitted here to name an image's colour."""
+"""The transformers captioner with a vision-language model of under 1 MB, trained here to name an image's colour."""
 
 import hashlib
 import json
@@ -53,7 +53,7 @@ def captioner(vlm: Path) -> TransformersCaptioner:
     return spec_of(vlm, batch_size=6).load()
 
 
-def test_captions_name_what_the_image_shows_even_with_control_tokens_in_titles(
+def test_captions_name_the_colour_despite_control_tokens(
     captioner: TransformersCaptioner,
 ) -> None:
     result = captioner.caption(ITEMS)
@@ -65,7 +65,7 @@ def test_batch_equals_single(captioner: TransformersCaptioner) -> None:
     assert [captioner.caption([item]).captions[0] for item in ITEMS] == ANSWERS
 
 
-def test_images_of_every_kind_are_captioned_or_failed_with_the_reason(captioner: TransformersCaptioner) -> None:
+def test_every_kind_of_image_is_captioned_or_failed(captioner: TransformersCaptioner) -> None:
     red = COLOURS["red"]
     kinds = [
         plain("red", (1, 300)),
@@ -81,13 +81,13 @@ def test_images_of_every_kind_are_captioned_or_failed_with_the_reason(captioner:
     assert result.errors[5] == "0 bytes" and set(result.errors) == {5, 6, 7}
 
 
-def test_item_fields_stand_in_the_prompt_cut_and_clean(vlm: Path) -> None:
+def test_item_fields_in_the_prompt_are_truncated_and_clean(vlm: Path) -> None:
     spec = spec_of(vlm, prompt="{title}|{brand}|{categories}", field_chars=5)
     assert spec.prompt_of({"title": "a\nlong title", "categories": ["x", "y"]}) == "a lon||x, y"
     assert spec.prompt_of({"title": "{brand}"}) == "{bran||"
 
 
-def test_the_stage_keeps_every_item_and_can_be_read_by_people(vlm: Path, tmp_path: Path) -> None:
+def test_the_stage_keeps_every_item(vlm: Path, tmp_path: Path) -> None:
     items = write_items(tmp_path, [{"title": title} for title in TITLES] + [{}, {}, {}])
     images = [item["image"] for item in ITEMS]
     manifest = write_images(tmp_path / "images", [*images[:3], None, *images[3:], b"", "HTTP 404"], per_shard=4)
@@ -109,7 +109,7 @@ def test_the_stage_keeps_every_item_and_can_be_read_by_people(vlm: Path, tmp_pat
     assert pq.read_table(again).num_rows == 9
 
 
-def test_a_title_that_changes_changes_the_job_and_a_moved_model_does_not(vlm: Path, tmp_path: Path) -> None:
+def test_a_changed_title_changes_the_input_digest(vlm: Path, tmp_path: Path) -> None:
     manifest = write_images(tmp_path, [plain("red")])
     prints = []
     for folder, title in (("a", "one"), ("b", "two"), ("c", "one")):
@@ -119,13 +119,13 @@ def test_a_title_that_changes_changes_the_job_and_a_moved_model_does_not(vlm: Pa
     assert prints[0] != prints[1] and prints[0] == prints[2]
 
 
-def test_not_one_image_is_an_error_that_says_so(vlm: Path, tmp_path: Path) -> None:
+def test_no_image_at_all_is_an_error(vlm: Path, tmp_path: Path) -> None:
     items, manifest = write_items(tmp_path, [{}, {}]), write_images(tmp_path, [None, "HTTP 404"])
     with pytest.raises(UserError, match=r"none of 2 items has an input .*1 missing, 1 failed: i1: HTTP 404"):
         caption(spec_of(vlm), {"items": items, "manifest": manifest}, tmp_path / "c.parquet")
 
 
-def test_weights_that_are_no_such_model_or_pickled_are_refused(vlm: Path, tmp_path: Path) -> None:
+def test_pickled_weights_are_refused(vlm: Path, tmp_path: Path) -> None:
     for file in vlm.iterdir():
         if file.suffix != ".safetensors":
             (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -134,7 +134,7 @@ def test_weights_that_are_no_such_model_or_pickled_are_refused(vlm: Path, tmp_pa
         spec_of(tmp_path).load()
 
 
-def test_whatever_a_library_raises_while_a_model_loads_is_told(vlm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_libraries_become_user_errors(vlm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     no_room_on_the_device(monkeypatch)
     with pytest.raises(UserError, match="memory ran out while the model was loaded"):
         spec_of(vlm).load()
@@ -147,7 +147,7 @@ def test_whatever_a_library_raises_while_a_model_loads_is_told(vlm: Path, monkey
         spec_of(vlm).load()
 
 
-def test_code_of_a_captioner_is_refused_without_a_setting_that_it_lacks(vlm: Path, tmp_path: Path) -> None:
+def test_a_model_with_its_own_code_is_refused(vlm: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(vlm, tmp_path / "vlm")
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}
@@ -168,7 +168,7 @@ def huge_model(folder: Path, vlm: Path, parameters: int) -> Path:
     return folder
 
 
-def test_a_large_model_on_a_processor_is_refused_with_hours_and_alternatives(vlm: Path, tmp_path: Path) -> None:
+def test_a_large_model_on_a_cpu_is_refused_with_hours(vlm: Path, tmp_path: Path) -> None:
     folder = huge_model(tmp_path, vlm, 7_000_000_000)
     assert parameters_of(folder) == 7_000_000_000
     with pytest.raises(
@@ -180,13 +180,13 @@ def test_a_large_model_on_a_processor_is_refused_with_hours_and_alternatives(vlm
     spec_of(vlm).check_cpu_time(1_000_000)
 
 
-def test_effort_is_work_over_speed(caplog: pytest.LogCaptureFixture) -> None:
+def test_estimated_hours_are_work_over_speed(caplog: pytest.LogCaptureFixture) -> None:
     assert hours(2_000_000_000, 900, 100, 50, (1e-12, 1e-10)) == pytest.approx(900 * 2e9 * (1e-10 + 5e-9) / 3600)
     check_cpu_hours(2_000_000_000, 10, 0.5, allow_slow=False)
     assert "0.5 hours for 10 items" in caplog.text
 
 
-def test_the_captions_file_tells_model_prompt_and_what_was_cut(
+def test_metadata_hold_model_prompt_and_truncated_captions(
     vlm: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     items, manifest = write_items(tmp_path, [{}, {}]), write_images(tmp_path, [plain("red"), plain("blue")])

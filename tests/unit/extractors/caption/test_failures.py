@@ -1,4 +1,4 @@
-"""A captioning server in every kind of trouble: what passes, what one item pays for, and what ends the job."""
+"""Failures of a captioning server: those that pass, those that fail one item, and those that end the job."""
 
 import re
 import socket
@@ -20,9 +20,9 @@ from caption_server import (
     error,
     hang,
     many,
-    no_time_to_lose,
     once,
     serving,
+    short_pauses,
     spec_of,
 )
 from fixtures_extractors import plain
@@ -32,7 +32,7 @@ from extractors.caption import openai_retry
 from extractors.caption.base import PROMPT
 from extractors.caption.openai import ServerCaptioner
 
-__all__ = ["no_time_to_lose"]  # used by every test here
+__all__ = ["short_pauses"]  # used by every test here
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ __all__ = ["no_time_to_lose"]  # used by every test here
         lambda server: None,
     ],
 )
-def test_trouble_that_passes_leaves_no_trace(said: Any) -> None:
+def test_a_failure_that_passes_leaves_no_trace(said: Any) -> None:
     with serving(once(said)) as server:
         result = captions(server.url)
     assert result.captions == ANSWERS and len(server.asked) == 24
@@ -74,7 +74,7 @@ def test_trouble_that_passes_leaves_no_trace(said: Any) -> None:
         (Said(500, b"\x1b[31m\xff " * 500), r"HTTP 500 \(\?\[31m"),
     ],
 )
-def test_trouble_with_one_item_that_stays_fails_that_item_alone(said: Any, reason: str) -> None:
+def test_a_lasting_failure_fails_one_item_only(said: Any, reason: str) -> None:
     with serving(lambda asked: said if asked.prompt.startswith("thing 4 ") else None) as server:
         result = captions(server.url, timeout=0.3 if callable(said) else 10.0)
     assert result.captions == [*ANSWERS[:4], "", *ANSWERS[5:]] and result.status[4] == "failed"
@@ -86,11 +86,11 @@ def test_trouble_with_one_item_that_stays_fails_that_item_alone(said: Any, reaso
 def test_retry_after_makes_all_requests_wait() -> None:
     times: list[float] = []
 
-    def trouble(asked: Asked) -> Said | None:
+    def failure(asked: Asked) -> Said | None:
         times.append(time.monotonic())
         return error(429, "slow down", ("Retry-After", "1")) if asked.number == 2 else None
 
-    with serving(trouble, delay=0.02) as server:
+    with serving(failure, delay=0.02) as server:
         result = captions(server.url, concurrency=2)
     assert result.captions == ANSWERS and server.peak == 2
     gaps = np.diff(times)
@@ -98,7 +98,7 @@ def test_retry_after_makes_all_requests_wait() -> None:
     assert (gaps > 0.9).sum() == 1 and 2 <= gaps.argmax() <= 8 and len(times) == 13
 
 
-def test_a_request_told_to_wait_for_ever_fails_alone_and_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endless_429_for_one_item_fails_that_item_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openai_retry, "SHARED_WAITS", 2)
     monkeypatch.setattr(openai_retry, "MOST_WAITS", 6)
     refuse = error(429, "request too large")
@@ -108,29 +108,32 @@ def test_a_request_told_to_wait_for_ever_fails_alone_and_holds_nobody_up(monkeyp
 
 
 @pytest.mark.parametrize(
-    ("said", "told"),
+    ("said", "message"),
     [
         (error(401, f"Incorrect API key provided: {KEY}"), r"HTTP 401, the key in .* MY_KEY is refused \(.*\*\*\*\)"),
         (error(403, "no"), r"HTTP 403 \(no\), the key lacks permission"),
-        (error(404, "The model `colour-teller` does not exist."), "HTTP 404 .*does not exist.*no such model"),
+        (
+            error(404, "The model `colour-teller` does not exist."),
+            "HTTP 404 .*does not exist.*unknown model or address",
+        ),
         (error(429, "you ran out", code="insufficient_quota"), "HTTP 429 .*the quota is used up"),
         (error(429, "later", ("Retry-After", "3600")), "asks for a pause of 3600 s"),
         (Said(302, b"", (("Location", "http://example.org/"),)), "HTTP 302, a redirect"),
     ],
 )
-def test_what_no_patience_heals_ends_the_job_at_once(said: Said, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fatal_answers_end_the_job_at_once(said: Said, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", KEY)
-    with serving(lambda asked: said) as server, pytest.raises(UserError, match=told) as stopped:
+    with serving(lambda asked: said) as server, pytest.raises(UserError, match=message) as stopped:
         captions(server.url, api_key_env="MY_KEY")
     assert server.url in str(stopped.value) and KEY not in str(stopped.value)
-    assert "Finished shards are kept" in str(stopped.value) or "401" in told
+    assert "Finished shards are kept" in str(stopped.value) or "401" in message
     assert len(server.asked) <= 8
 
 
 @pytest.mark.parametrize(
     "said", [error(500, "oh"), Said(body=b"garbage"), completion(""), error(400, "no images, please")]
 )
-def test_twenty_failures_at_the_beginning_end_the_job(said: Said) -> None:
+def test_twenty_failures_at_the_start_end_the_job(said: Said) -> None:
     items = [{"title": str(n), "image": plain("red", (8, 8))} for n in range(60)]
     with serving(lambda asked: said) as server, pytest.raises(UserError, match="the first 20 requests got no caption"):
         captions(server.url, items, attempts=2)
@@ -140,48 +143,48 @@ def test_twenty_failures_at_the_beginning_end_the_job(said: Said) -> None:
 @pytest.mark.parametrize(
     "said", [error(500, "oh"), Said(body=b"garbage"), completion(""), error(400, "no images, please")]
 )
-def test_a_server_that_answers_nothing_ends_a_job_of_few_items_too(said: Said) -> None:
-    told = "3 requests got no caption, and neither did one for a plain white image: .*Finished shards are kept"
-    with serving(lambda asked: said) as server, pytest.raises(UserError, match=told):
+def test_a_broken_server_ends_a_job_of_few_items_too(said: Said) -> None:
+    message = "3 requests got no caption, and neither did one for a plain white image: .*Finished shards are kept"
+    with serving(lambda asked: said) as server, pytest.raises(UserError, match=message):
         captions(server.url, many(3), attempts=2)
     assert server.asked[-1].colour == "white" and server.asked[-1].prompt == PROMPT
 
 
-def test_few_items_that_are_all_refused_fail_where_a_plain_image_is_answered() -> None:
+def test_rejected_items_fail_if_a_white_image_is_answered() -> None:
     with serving(lambda asked: None if asked.colour == "white" else error(400, "unsafe")) as server:
         result = captions(server.url, many(3))
     assert result.status.tolist() == ["failed"] * 3 and result.errors[0] == "HTTP 400 (unsafe)"
 
 
 @pytest.mark.parametrize("said", [error(400, "unsafe"), error(500, "CUDA error")])
-def test_any_number_of_refused_images_fails_alone_while_others_are_answered(said: Said) -> None:
+def test_any_number_of_rejected_images_fails_alone(said: Said) -> None:
     with serving(lambda asked: None if asked.prompt.startswith("0 ") else said) as server:
         result = captions(server.url, many(50), concurrency=1, attempts=1)
     assert result.status.tolist() == ["ok"] + ["failed"] * 49
 
 
-def test_failures_before_the_first_good_answer_are_asked_for_again() -> None:
+def test_failures_before_the_first_answer_are_retried() -> None:
     with serving(lambda asked: error(500, "warming up") if asked.number < 10 else None) as server:
         result = captions(server.url, many(12), concurrency=2, attempts=1)
     assert result.status.tolist() == ["ok"] * 12 and len(server.asked) == 22
 
 
 @pytest.mark.parametrize("said", [error(400, "no images"), error(500, "oh"), Said(body=b"garbage"), completion("")])
-def test_a_server_that_falls_ill_on_the_way_costs_no_item(said: Said) -> None:
-    ill = threading.Event()
-    with serving(lambda asked: said if ill.is_set() else None) as server:
+def test_a_server_that_breaks_during_the_job_costs_no_item(said: Said) -> None:
+    broken = threading.Event()
+    with serving(lambda asked: said if broken.is_set() else None) as server:
         captioner = spec_of(server.url, patience=0.3, timeout=0.4, attempts=2).load()
         assert isinstance(captioner, ServerCaptioner) and captioner.caption(ITEMS).captions == ANSWERS
-        ill.set()
+        broken.set()
         with pytest.raises(UserError, match=r"no completion for .* Finished shards are kept"):
             captioner.caption(many(60))
-        threading.Timer(0.2, ill.clear).start()
-        well = captioner.caption(ITEMS[1:])
-    # 400 is final, for a request; all else is doubted.
-    assert well.captions == ANSWERS[1:] or said.status == 400
+        threading.Timer(0.2, broken.clear).start()
+        repaired = captioner.caption(ITEMS[1:])
+    # 400 is final for a request; other failures are checked against the last answered request.
+    assert repaired.captions == ANSWERS[1:] or said.status == 400
 
 
-def test_silence_ends_the_job_after_patience_and_the_hang_ends_with_its_time_out() -> None:
+def test_patience_and_timeout_end_a_job_without_answers() -> None:
     with serving(lambda asked: hang()) as server:
         start = time.monotonic()
         with pytest.raises(UserError, match=r"no completion for .* last failure: no answer in 0.2 s"):
@@ -189,17 +192,32 @@ def test_silence_ends_the_job_after_patience_and_the_hang_ends_with_its_time_out
     assert time.monotonic() - start < 3
 
 
-def test_nobody_at_the_address() -> None:
-    with socket.socket() as unheard:
-        unheard.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{unheard.getsockname()[1]}"
+def test_a_dripping_answer_ends_with_its_timeout() -> None:
+    with serving(lambda asked: Said(body=b" " * 1000, drip=0.05) if asked.number == 3 else None) as server:
+        start = time.monotonic()
+        assert captions(server.url, timeout=0.4).captions == ANSWERS
+    assert time.monotonic() - start < 5 and len(server.asked) == 13
+
+
+@pytest.mark.parametrize(("status", "header"), [(429, "false"), (400, "true")])
+def test_headers_for_the_openai_package_change_no_rule(status: int, header: str) -> None:
+    answer = error(status, "no", ("x-should-retry", header))
+    with serving(lambda asked: answer if asked.number == 3 else None) as server:
+        result = captions(server.url, concurrency=1)
+    assert result.captions == [*ANSWERS[:3], ANSWERS[3] if status == 429 else "", *ANSWERS[4:]]
+
+
+def test_no_server_at_the_address() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
         with pytest.raises(
             UserError, match=r"/v1: no captioning server answers at this address \(.*start it, or correct url"
         ):
             captions(url)
 
 
-def test_a_server_that_is_started_anew_is_waited_for() -> None:
+def test_a_restarting_server_is_waited_for() -> None:
     with serving() as server:
         captioner = spec_of(server.url).load()
     assert isinstance(captioner, ServerCaptioner)
@@ -210,7 +228,7 @@ def test_a_server_that_is_started_anew_is_waited_for() -> None:
             assert waiting.result(10).captions == ANSWERS
 
 
-def test_a_server_that_stays_away_ends_the_job() -> None:
+def test_a_server_that_stays_down_ends_the_job() -> None:
     with serving() as server:
         captioner = spec_of(server.url, patience=0.4, timeout=0.2).load()
     assert isinstance(captioner, ServerCaptioner)

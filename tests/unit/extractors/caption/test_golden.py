@@ -17,7 +17,7 @@ from PIL import Image
 import extractors
 from cm3.common.stages import STAGES
 from cm3.common.tables import CAPTIONS, read_table
-from extractors.caption.base import Captioner, CaptionSpec, capped
+from extractors.caption.base import Captioner, CaptionSpec, limit_size
 from extractors.caption.stage import caption
 from extractors.registry import spec_class
 
@@ -122,6 +122,6 @@ def test_prompts() -> None:
 def test_image_sizes() -> None:
     """Their version is that of all captioners: what is reduced, and what gets a white border."""
     sizes = [(40, 30), (900, 600), (1, 300), (2000, 1)]
-    images = [capped(Image.new("RGB", size, (200, 10, 90)), 10_000) for size in sizes]
+    images = [limit_size(Image.new("RGB", size, (200, 10, 90)), 10_000) for size in sizes]
     outputs = {"sizes": [image.size for image in images], "pixels": [summary(np.asarray(image)) for image in images]}
     check_golden("caption-images", spec_class("openai-caption").version, outputs)

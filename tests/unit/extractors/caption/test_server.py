@@ -1,6 +1,8 @@
-"""Captions from an OpenAI-compatible server: what is asked, what comes of it, and what its settings may be."""
+"""Captions from an OpenAI-compatible server: requests, results and settings."""
 
 import json
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -13,19 +15,20 @@ from caption_server import (
     captions,
     completion,
     error,
-    no_time_to_lose,
     serving,
+    short_pauses,
     spec_of,
 )
 from fixtures_extractors import plain
+from repository import ROOT
 
 from cm3.common.errors import UserError
 from cm3.common.keys import key_of
 
-__all__ = ["no_time_to_lose"]  # used by every test here
+__all__ = ["short_pauses"]  # used by every test here
 
 
-def test_captions_come_in_order_whatever_the_concurrency_and_it_is_kept_to() -> None:
+def test_captions_are_in_order_and_concurrency_is_bounded() -> None:
     for concurrency in (1, 4, 8):
         with serving(lambda asked: time.sleep(0.02 * (1 + asked.number * 7 % 5))) as server:
             result = captions(server.url, concurrency=concurrency)
@@ -34,7 +37,7 @@ def test_captions_come_in_order_whatever_the_concurrency_and_it_is_kept_to() -> 
         assert server.peak == concurrency if concurrency < 8 else 4 < server.peak <= 8
 
 
-def test_what_is_sent_is_greedy_bounded_and_holds_no_control_tokens() -> None:
+def test_requests_are_greedy_and_without_control_tokens() -> None:
     items = [
         {"title": "<|image_pad|>", "brand": "[INST] b", "image": plain("red", (900, 600))},
         {"title": "<", "brand": "image>", "image": plain("blue", (1, 300))},
@@ -54,14 +57,14 @@ def test_what_is_sent_is_greedy_bounded_and_holds_no_control_tokens() -> None:
     assert "Authorization" not in server.asked[0].headers
 
 
-def test_images_that_cannot_be_decoded_are_failed_and_not_sent() -> None:
+def test_undecodable_images_are_failed_and_not_sent() -> None:
     with serving() as server:
         result = captions(server.url, [{"image": b""}, ITEMS[0], {"image": b"text"}, {}])
     assert result.status.tolist() == ["failed", "ok", "failed", "missing"] and result.errors[0] == "0 bytes"
     assert len(server.asked) == 1
 
 
-def test_a_caption_that_was_cut_is_counted_and_tokens_are_0_where_the_server_does_not_tell() -> None:
+def test_truncated_captions_are_counted_and_tokens_may_be_0() -> None:
     with serving(lambda asked: completion("a very long", end="length", usage=None)) as server:
         result = captions(server.url)
     assert result.counts == {"captions_cut": 12} and result.tokens.tolist() == [0] * 12
@@ -72,13 +75,56 @@ def test_a_missing_key_names_the_variable() -> None:
         captions(server.url)
 
 
-def test_a_model_that_is_not_listed_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_model_that_is_not_listed_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     with serving() as server:
         captions(server.url, model="other")
     assert f"lists {MODEL}, not other" in caplog.text
 
 
-def test_works_where_an_event_loop_runs_already() -> None:
+def test_nothing_else_is_sent_in_headers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The openai package adds the platform, and headers from variables that may belong to another service."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("OPENAI_ORG_ID", "org-of-another-service")
+    monkeypatch.setenv("OPENAI_PROJECT_ID", "project-of-another-service")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", f"X-Other: {KEY}\nAuthorization: Bearer other")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("MY_KEY", "sk-mine-0123456789")
+    with serving() as server:
+        captions(server.url, api_key_env="MY_KEY")
+        captions(server.url, api_key_env="UNSET_KEY")
+    allowed = {"host", "accept", "connection", "content-type", "content-length", "user-agent"}
+    sent = [{name.lower(): value for name, value in asked.headers.items()} for asked in server.asked]
+    assert all(headers.pop("authorization") == "Bearer sk-mine-0123456789" for headers in sent[:12])
+    assert set().union(*sent) == allowed and len(sent) == 24
+
+
+def test_a_proxy_is_used_for_other_machines_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with serving() as proxy, serving() as server:
+        monkeypatch.setenv("http_proxy", proxy.url.removesuffix("/v1"))
+        assert captions("http://captions.example/v1").captions == ANSWERS
+        assert {asked.headers["Host"] for asked in proxy.asked} == {"captions.example"}
+        assert captions(server.url).captions == ANSWERS
+        monkeypatch.setenv("no_proxy", "captions.example")
+        with pytest.raises(UserError, match="no captioning server answers"):
+            captions("http://captions.example/v1", attempts=1, timeout=5.0)
+    assert len(proxy.asked) == len(server.asked) == 12
+
+
+def test_requests_are_not_logged_one_by_one(caplog: pytest.LogCaptureFixture) -> None:
+    with serving() as server, caplog.at_level("INFO"):
+        captions(server.url)
+    assert not caplog.records
+
+
+def test_the_openai_package_is_imported_by_the_job_only() -> None:
+    code = "import sys, extractors.caption.openai; print({'openai', 'httpx2'} & sys.modules.keys())"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert shown.stdout == "set()\n"
+
+
+def test_works_inside_a_running_event_loop() -> None:
     import asyncio
 
     async def cell() -> Any:
@@ -89,7 +135,7 @@ def test_works_where_an_event_loop_runs_already() -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "message"),
     [
         ({"url": "ftp://a/v1"}, "url = 'ftp://a/v1': expected the address of a server"),
         ({"url": "http://me:pass@a/v1"}, "the key comes from the environment"),
@@ -102,16 +148,16 @@ def test_works_where_an_event_loop_runs_already() -> None:
         ({"api_key_env": "sk_secret"}, "not a key"),
         ({"max_new_tokens": 129}, "max_new_tokens"),
         ({"temperature": 1.0}, "unknown key"),
-        ({"prompt": "{name}"}, "{name} is no field of an item"),
+        ({"prompt": "{name}"}, "{name} is not a field of an item"),
     ],
 )
-def test_settings_are_checked(data: dict[str, Any], told: str) -> None:
+def test_settings_are_checked(data: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as refused:
         spec_of(**({"url": "http://a/v1"} | data))
-    assert told in str(refused.value) and KEY not in str(refused.value)
+    assert message in str(refused.value) and KEY not in str(refused.value)
 
 
-def test_the_key_covers_what_decides_the_captions_and_not_where_they_come_from() -> None:
+def test_the_key_covers_the_model_and_not_the_address() -> None:
     spec = spec_of("http://a:8000")
     assert spec.url == "http://a:8000/v1" == spec_of("http://a:8000/v1/chat/completions").url
     for knob in ({"url": "https://b/v1"}, {"concurrency": 1}, {"timeout": 1}, {"api_key_env": "K"}, {"encoder": "e"}):

@@ -1,4 +1,4 @@
-"""The caption stage with a server: end to end, killed, interrupted, and never with the key in anything it leaves."""
+"""The caption stage with a server: end to end, killed and interrupted, and no output that contains the API key."""
 
 import json
 import logging
@@ -22,9 +22,9 @@ from caption_server import (
     completion,
     error,
     hang,
-    no_time_to_lose,
     once,
     serving,
+    short_pauses,
     spec_of,
     tables,
 )
@@ -35,17 +35,17 @@ from cm3.common.tables import CAPTIONS, read_features, read_metadata, read_table
 from extractors.caption.stage import caption
 from extractors.extract import extract
 
-__all__ = ["no_time_to_lose"]  # used by every test here
+__all__ = ["short_pauses"]  # used by every test here
 
 
-def test_another_model_that_answers_is_told_of(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+def test_a_change_of_the_answering_model_is_warned_of(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     with serving(lambda asked: completion("x", model="one" if asked.number < 6 else "two")) as server:
         caption(spec_of(server.url), tables(tmp_path, list(NAMES)), tmp_path / "c.parquet", name="teller")
     assert "more than one model answered: one, two" in caplog.text and "'two' answers now" in caplog.text
     assert read_metadata(tmp_path / "c.parquet")["answered_by"]["models"] == ["one", "two"]
 
 
-def test_new_items_that_a_sick_server_answers_nothing_of_are_asked_for_again(tmp_path: Path) -> None:
+def test_new_items_are_retried_after_a_broken_server(tmp_path: Path) -> None:
     output = tmp_path / "c.parquet"
     with serving() as server:
         caption(spec_of(server.url), tables(tmp_path, list(NAMES[:8])), output, code="abc")
@@ -65,12 +65,12 @@ def stage(folder: Path, inputs: dict[str, Path], url: str, shard: int = 4, **env
     )
     (folder / "driver.py").write_text(driver)
     spec = spec_of(url)
-    told = {"name": "teller", "settings": spec.settings(), "identity": spec.identity()}
+    passed = {"name": "teller", "settings": spec.settings(), "identity": spec.identity()}
     command = [
         sys.executable,
         str(folder / "driver.py"),
         "--spec",
-        json.dumps(told),
+        json.dumps(passed),
         "--code",
         "abc",
         "--runtime",
@@ -91,7 +91,7 @@ def stage(folder: Path, inputs: dict[str, Path], url: str, shard: int = 4, **env
 
 
 @pytest.mark.integration
-def test_end_to_end_the_key_appears_nowhere_and_a_text_extractor_encodes_the_captions(tmp_path: Path) -> None:
+def test_end_to_end_without_a_trace_of_the_key(tmp_path: Path) -> None:
     inputs = tables(tmp_path, [*NAMES, None])
     echo = error(500, f"you sent Authorization: Bearer {KEY}")
     with serving(lambda asked: echo if asked.prompt.startswith("thing 3 ") or asked.before == 0 else None) as server:
@@ -123,15 +123,15 @@ def test_end_to_end_the_key_appears_nowhere_and_a_text_extractor_encodes_the_cap
 
 
 @pytest.mark.integration
-def test_a_killed_job_asks_only_for_unfinished_shards_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
+def test_a_killed_job_resumes_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
     inputs, reached = tables(tmp_path, list(NAMES)), threading.Event()
 
-    def trouble(asked: Asked) -> Any:
+    def failure(asked: Asked) -> Any:
         if asked.number >= 9 and not reached.is_set():  # in the third shard of four
             reached.set()
         return hang() if reached.is_set() and asked.before == 0 else None
 
-    with serving(trouble) as server:
+    with serving(failure) as server:
         process = stage(tmp_path, inputs, server.url)
         assert reached.wait(60)
         process.send_signal(signal.SIGKILL)
@@ -150,7 +150,7 @@ def test_a_killed_job_asks_only_for_unfinished_shards_and_ends_with_the_same_byt
 
 @pytest.mark.integration
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_ctrl_c_ends_a_job_that_waits_for_a_server_at_once(tmp_path: Path, number: int, code: int) -> None:
+def test_ctrl_c_ends_a_waiting_job_at_once(tmp_path: Path, number: int, code: int) -> None:
     inputs = tables(tmp_path, list(NAMES))
     with serving(lambda asked: hang()) as server:
         process = stage(tmp_path, inputs, server.url)

@@ -125,31 +125,31 @@ def test_control_tokens_in_titles_stay_out_of_the_prompt(vllm: types.ModuleType,
     assert load(spec_of(weights)).caption(items).captions == ["a red product"] * 3
 
 
-def test_what_the_engine_refuses_fails_alone(vllm: types.ModuleType, weights: Path) -> None:
+def test_inputs_that_the_engine_refuses_fail_alone(vllm: types.ModuleType, weights: Path) -> None:
     items = [*ITEMS[:3], {"title": "too long", "image": plain("red")}]
     result = load(spec_of(weights)).caption(items)
     assert result.captions == [*ANSWERS[:3], ""] and "vLLM refused it: The decoder prompt" in result.errors[3]
 
 
-def test_without_vllm_the_error_says_what_to_run(monkeypatch: pytest.MonkeyPatch, weights: Path) -> None:
+def test_without_vllm_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch, weights: Path) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(UserError, match=r"vLLM can't be imported .*pip install vllm.*openai-caption"):
         spec_of(weights).load()
 
 
 @pytest.mark.parametrize("error", [RuntimeError, ImportError, AttributeError])
-def test_an_engine_that_does_not_start_says_with_which_model(
+def test_an_engine_that_does_not_load_names_the_model(
     vllm: types.ModuleType, weights: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
     def out_of_memory(**arguments: Any) -> None:
         raise error("Engine core initialization failed")
 
     monkeypatch.setattr(vllm, "LLM", out_of_memory)
-    with pytest.raises(UserError, match=r"vLLM does not start with it: Engine core"):
+    with pytest.raises(UserError, match=r"vLLM failed to start with this model: Engine core"):
         spec_of(weights).load()
 
 
-def test_what_changes_speed_only_is_not_in_the_identity(weights: Path) -> None:
+def test_settings_of_speed_are_not_in_the_identity(weights: Path) -> None:
     for knob in ({"gpu_memory_utilization": 0.5}, {"max_model_len": 99}, {"tensor_parallel_size": 2}, {"encoder": "e"}):
         assert spec_of(weights, **knob).identity() == spec_of(weights).identity()
     assert spec_of(weights, precision="float32").identity() != spec_of(weights).identity()
