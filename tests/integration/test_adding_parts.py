@@ -1,4 +1,4 @@
-"""A model and a metric, added to a checkout exactly as the documents show, are trained, tested and evaluated."""
+"""A model, a metric and a source, added to a checkout exactly as the documents show, are run and tested."""
 
 import json
 import shutil
@@ -89,6 +89,37 @@ def test_a_metric_is_a_file_a_registry_line_and_a_test(checkout: Checkout):
     per_user = pq.read_table(checkout.folder / "results/shop/per_user.parquet")
     assert after["test"]["f1@10"] == per_user["f1@10"].to_numpy().mean() > 0
     assert checkout.planned("results/shop/metrics.json") == {}
+
+
+def test_a_source_is_a_folder_a_registry_line_and_a_test(checkout: Checkout):
+    before = len((checkout.folder / "cm3/datasets/registry.py").read_text().splitlines())
+    touched = added(checkout, "data.md", "Adding a source")
+    assert touched - {"config/config.yaml"} == {
+        "cm3/datasets/movielens/__init__.py",
+        "cm3/datasets/movielens/config.py",
+        "cm3/datasets/movielens/reader.py",
+        "cm3/datasets/registry.py",
+        "tests/unit/datasets/test_movielens.py",
+    }
+    assert len((checkout.folder / "cm3/datasets/registry.py").read_text().splitlines()) == before + 1
+    passes(checkout, "tests/unit/datasets/test_movielens.py")
+    assert checkout.planned("results/shop/metrics.json") == {}
+    movies = checkout.folder / "ml-latest-small"
+    movies.mkdir()
+    rows = [f"{user},{movie},{3 + (user + movie) % 3},{964_982_703 + movie}" for user in range(8) for movie in range(9)]
+    (movies / "ratings.csv").write_text("\n".join(["userId,movieId,rating,timestamp", *rows, "1,99,0.5,964982703"]))
+    (movies / "movies.csv").write_text("movieId,title,genres\n" + "".join(f"{n},Movie {n},Drama\n" for n in range(9)))
+    target = "processed/movies/interactions.parquet"
+    assert checkout.planned(target) == {"prepare": 1, "split": 1}
+    checkout.run(target)
+    assert pq.read_metadata(checkout.folder / target).num_rows == 72
+    stats = json.loads((checkout.folder / "processed/movies/stats.json").read_text())
+    assert stats["reading"] == {"ratings below min_rating": 1} and stats["items_with_title"] == 9
+    assert checkout.planned(target) == {}
+    checkout.edit("cm3/datasets/movielens/reader.py", 'row["genres"].split("|")', 'row["genres"].split(",")')
+    assert checkout.planned(target).keys() == {"prepare", "split"}, "an edit of an unversioned source counts"
+    assert checkout.planned("results/shop/metrics.json") == {}
+    checkout.edit("cm3/datasets/movielens/reader.py", 'row["genres"].split(",")', 'row["genres"].split("|")')
 
 
 def test_a_study_compares_both(checkout: Checkout):
