@@ -10,7 +10,7 @@ _HIDDEN = re.compile(r"<(script|style)\b.*?(?:</\1\s*>|\Z)|<!--.*?(?:-->|\Z)", r
 # A letter must follow the bracket, so that "< 10 cm and > 5 cm" is kept.
 _TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
 # Truncated tags: `<span class="a-size-medium"` at the end of a text, `" />` at its start.
-_CUT_TAG = re.compile(r"</?[a-zA-Z][\w-]*\s[^<>=]*=[^<>]*\Z|\A[^<>]*\"\s*/>")
+CUT_TAG = re.compile(r"</?[a-zA-Z][\w-]*\s[^<>=]*=[^<>]*\Z|\A[^<>]*\"\s*/>")
 # Scripts that some records have in place of a title.
 _SCRIPT = re.compile(r"\bvar aPageStart\b.*|\(new Date\(\)\)\.getTime\(\).*", re.DOTALL)
 # Including lone surrogates, which JSON can express and UTF-8 cannot.
@@ -24,7 +24,7 @@ def plain_text(text: str) -> str:
     if "<" in text:
         text = _TAG.sub(" ", _HIDDEN.sub(" ", text))
     if "<" in text or "/>" in text:
-        text = _CUT_TAG.sub(" ", text)
+        text = CUT_TAG.sub(" ", text)
     if "getTime" in text or "aPageStart" in text:
         text = _SCRIPT.sub(" ", text)
     return " ".join(_CONTROL.sub(" ", text).split())

@@ -1,4 +1,4 @@
-"""A model and a metric, added to a checkout exactly as the documents show, are trained, tested and evaluated."""
+"""A model, a metric and a source, added to a checkout exactly as the documents show, are run and tested."""
 
 import json
 import shutil
@@ -91,6 +91,47 @@ def add_and_check_a_metric(checkout: Checkout):
     assert checkout.planned("results/shop/metrics.json") == {}
 
 
+def compare_both(checkout: Checkout):
+    study = {"experiments": ["shop", "shop-logistic"], "seeds": [42], "metrics": ["f1@10"]}
+    path = checkout.folder / "config/config.yaml"
+    path.write_text(path.read_text() + f"studies: {{both: {json.dumps(study)}}}\n")
+    checkout.run("results/both/comparison.json")
+    compared = json.loads((checkout.folder / "results/both/comparison.json").read_text())
+    assert set(compared["experiments"]["shop-logistic"]["metrics"]) == {"f1@10"}
+
+
 def test_a_model_and_a_metric_are_added_as_documented(checkout: Checkout):
     add_and_check_a_model(checkout)
     add_and_check_a_metric(checkout)
+    compare_both(checkout)
+
+
+def test_a_source_is_added_as_documented(checkout: Checkout):
+    before = len((checkout.folder / "cm3/datasets/registry.py").read_text().splitlines())
+    touched = added(checkout, "data.md", "Adding a source")
+    assert touched - {"config/config.yaml"} == {
+        "cm3/datasets/movielens/__init__.py",
+        "cm3/datasets/movielens/config.py",
+        "cm3/datasets/movielens/reader.py",
+        "cm3/datasets/registry.py",
+        "tests/unit/datasets/test_movielens.py",
+    }
+    assert len((checkout.folder / "cm3/datasets/registry.py").read_text().splitlines()) == before + 1
+    passes(checkout, "tests/unit/datasets/test_movielens.py")
+    assert checkout.planned("results/shop/metrics.json") == {}
+    movies = checkout.folder / "ml-latest-small"
+    movies.mkdir()
+    rows = [f"{user},{movie},{3 + (user + movie) % 3},{964_982_703 + movie}" for user in range(8) for movie in range(9)]
+    (movies / "ratings.csv").write_text("\n".join(["userId,movieId,rating,timestamp", *rows, "1,99,0.5,964982703"]))
+    (movies / "movies.csv").write_text("movieId,title,genres\n" + "".join(f"{n},Movie {n},Drama\n" for n in range(9)))
+    target = "processed/movies/interactions.parquet"
+    assert checkout.planned(target) == {"prepare": 1, "split": 1}
+    checkout.run(target)
+    assert pq.read_metadata(checkout.folder / target).num_rows == 72
+    stats = json.loads((checkout.folder / "processed/movies/stats.json").read_text())
+    assert stats["reading"] == {"ratings below min_rating": 1} and stats["items_with_title"] == 9
+    assert checkout.planned(target) == {}
+    checkout.edit("cm3/datasets/movielens/reader.py", 'row["genres"].split("|")', 'row["genres"].split(",")')
+    assert checkout.planned(target).keys() == {"prepare", "split"}, "an edit of an unversioned source counts"
+    assert checkout.planned("results/shop/metrics.json") == {}
+    checkout.edit("cm3/datasets/movielens/reader.py", 'row["genres"].split(",")', 'row["genres"].split("|")')

@@ -62,9 +62,8 @@ def rank(value: Any) -> int | None:
         return value if 0 < value <= _LARGEST else None
     for text in strings(value):
         found = _RANK.search(text[:1000])
-        if found and len(found[1]) < 15 and 0 < (value := int(found[1].replace(",", ""))) <= _LARGEST:
-            result: int | None = value
-            return result
+        if found and len(found[1]) < 15 and 0 < (position := int(found[1].replace(",", ""))) <= _LARGEST:
+            return position
     return None
 
 

@@ -48,7 +48,7 @@ class Metadata:
         for first, block in line_blocks(self.path):
             found = []
             for number, line in enumerate(block, first):
-                item_id = self._id(line)
+                item_id = self.item_id(line)
                 if item_id is not None:
                     found.append(item_id)
                 elif line.strip():
@@ -68,7 +68,7 @@ class Metadata:
         unreadable = repeated = conflicting = 0
         for _, block in line_blocks(self.path):
             for line in block:
-                item_id = self._id(line, encoded)
+                item_id = self.item_id(line, encoded)
                 if item_id is None or item_id not in wanted:
                     continue
                 record = parse(line)
@@ -88,7 +88,7 @@ class Metadata:
         }
         return items
 
-    def _id(self, line: bytes, wanted: set[bytes] | None = None) -> str | None:
+    def item_id(self, line: bytes, wanted: set[bytes] | None = None) -> str | None:
         """Return the id of a line or None; with `wanted`, lines of other ids may also give None."""
         for marker in self.markers.get(line[:2], ()):
             start = line.find(marker)

@@ -13,7 +13,8 @@ from cm3.datasets.download.gzip import GZIP_ERRORS
 from cm3.datasets.files.lines import lines, open_bytes
 
 _LONGEST_CELL = 1 << 24
-_BLOCK = 1 << 24
+BLOCK_BYTES = 1 << 24
+"""Bytes that are read at once to count lines."""
 _QUOTE = b'"'
 
 
@@ -99,7 +100,7 @@ def check_quotes(path: Path, delimiter: str, rows: int, quotes: int) -> None:
 def _count_lines(path: Path) -> int:
     count, ended = 0, True
     with open_bytes(path) as file:
-        while block := file.read(_BLOCK):
+        while block := file.read(BLOCK_BYTES):
             codes = np.frombuffer(block, np.uint8)
             ends = (codes == ord("\n")) | (codes == ord("\r"))
             count += int(np.count_nonzero(ends[:-1] & ~ends[1:])) + bool(ended and not ends[0])

@@ -13,7 +13,8 @@ from cm3.datasets.download.gzip import GZIP_ERRORS, UNPACKED_FREE, UNPACKED_RATI
 LONGEST_LINE = 32_000_000
 """Bytes; a longer line is an error."""
 
-_BLOCK = 4 << 20
+BLOCK_BYTES = 4 << 20
+"""Bytes that are read at once."""
 
 
 def open_bytes(path: Path) -> BinaryIO:
@@ -40,7 +41,7 @@ def line_blocks(path: Path) -> Iterator[tuple[int, list[bytes]]]:
     number, read, rest = 1, 0, b""
     try:
         with open_bytes(path) as file:
-            while block := file.read(_BLOCK):
+            while block := file.read(BLOCK_BYTES):
                 read += len(block)
                 if read > limit:
                     raise UserError(

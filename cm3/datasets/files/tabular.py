@@ -19,7 +19,8 @@ from cm3.datasets.files.lines import lines, open_bytes
 from cm3.datasets.text import is_unicode
 
 _DELIMITER = {"csv": ",", "tsv": "\t"}
-_PART_ROWS, _PART_BYTES = 1 << 18, 1 << 24
+PART_ROWS, PART_BYTES = 1 << 18, 1 << 24
+"""Rows (jsonl, parquet) or bytes (csv, tsv) of a part of a table."""
 
 LONE_SURROGATE = "has half of a character, as in a truncated text; fix the row"
 
@@ -72,7 +73,7 @@ def read_columns(path: Path, format: str, names: Sequence[str]) -> Iterator[Colu
 def _parquet_parts(path: Path, names: Sequence[str]) -> Iterator[pa.Table]:
     with _open_parquet(path, names) as file:
         try:
-            for batch in file.iter_batches(_PART_ROWS, columns=list(names)):
+            for batch in file.iter_batches(PART_ROWS, columns=list(names)):
                 yield pa.Table.from_batches([batch])
         except (pa.ArrowInvalid, OSError) as error:
             raise _unreadable_parquet(path, error) from None
@@ -81,7 +82,7 @@ def _parquet_parts(path: Path, names: Sequence[str]) -> Iterator[pa.Table]:
 def _jsonl_parts(path: Path, names: Sequence[str]) -> Iterator[pa.Table]:
     rows = _read_jsonl(path, names)
     first = 0
-    while part := [row for _, row in itertools.islice(rows, _PART_ROWS)]:
+    while part := [row for _, row in itertools.islice(rows, PART_ROWS)]:
         if not first:
             _require(path, names, set().union(*part))
         columns = {name: [_text(row.get(name)) for row in part] for name in names}
@@ -111,7 +112,7 @@ def _delimited_parts(path: Path, delimiter: str, names: Sequence[str]) -> Iterat
         try:
             with pa_csv.open_csv(
                 counter,
-                read_options=pa_csv.ReadOptions(block_size=_PART_BYTES),
+                read_options=pa_csv.ReadOptions(block_size=PART_BYTES),
                 parse_options=pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
                 convert_options=pa_csv.ConvertOptions(
                     include_columns=list(names), column_types=dict.fromkeys(names, pa.string())

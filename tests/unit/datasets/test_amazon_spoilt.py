@@ -81,8 +81,8 @@ def test_whatever_texts_say_the_id_is_the_records(texts: list[str], item_id: str
     record = {**dict(zip("xyz", texts, strict=False)), "asin": item_id, **dict(zip("abc", mentioned, strict=True))}
     metadata = Metadata(Path(), "asin", lambda _: Item(), 0.0)
     for line in (json.dumps(record), json.dumps(record, separators=(",", ":")), repr(record), f" {record}"):
-        assert metadata._id(line.encode()) == item_id
-        assert metadata._id(line.encode(), {item_id.encode()}) == item_id
+        assert metadata.item_id(line.encode()) == item_id
+        assert metadata.item_id(line.encode(), {item_id.encode()}) == item_id
 
 
 @pytest.mark.parametrize("deep", (900, 950, 1000, 1020))

@@ -29,8 +29,8 @@ def test_every_cell_comes_back(format: str, table: list[tuple[str, str]]):
     text = io.StringIO()
     csv.writer(text, delimiter={"csv": ",", "tsv": "\t"}[format]).writerows([("user", "item"), *table])
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cm3.datasets.files.tabular._PART_BYTES", 120)
-        patch.setattr("cm3.datasets.files.delimited._BLOCK", 7)
+        patch.setattr("cm3.datasets.files.tabular.PART_BYTES", 120)
+        patch.setattr("cm3.datasets.files.delimited.BLOCK_BYTES", 7)
         path = Path(folder) / "table"
         path.write_bytes(text.getvalue().encode())
         assert pairs(path, format) == table
@@ -51,7 +51,7 @@ OPEN = {
 @pytest.mark.parametrize("small", [False, True])
 def test_an_open_quote_swallows_no_line(tmp_path: Path, kind: str, small: bool, monkeypatch: pytest.MonkeyPatch):
     if small:
-        monkeypatch.setattr("cm3.datasets.files.tabular._PART_BYTES", 64)
+        monkeypatch.setattr("cm3.datasets.files.tabular.PART_BYTES", 64)
     spoilt, line = OPEN[kind]
     lines = ["user\titem", *(spoilt.get(n, text) for n, text in enumerate(LINES, 2))]
     path = tmp_path / "pairs.tsv"

@@ -69,7 +69,7 @@ def test_histories_are_the_same_pairs_without_times(tmp_path: Path, end: str) ->
 def test_a_file_of_many_blocks_reads_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     videos = reader(write(tmp_path, end="\r\n"), interactions=kind)
     whole = pa.concat_tables(videos.interactions())
-    monkeypatch.setattr("cm3.datasets.files.lines._BLOCK", 16)
+    monkeypatch.setattr("cm3.datasets.files.lines.BLOCK_BYTES", 16)
     assert pa.concat_tables(videos.interactions()).equals(whole)
     assert videos.notes == {}
 

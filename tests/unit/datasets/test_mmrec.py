@@ -109,7 +109,7 @@ def test_every_layout_reads_the_same(tmp_path: Path, end: str, packed: bool, col
 def test_a_file_of_many_blocks_reads_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     folder = write(tmp_path / "shop", end="\r\n")
     whole = interactions(folder)
-    monkeypatch.setattr("cm3.datasets.files.lines._BLOCK", block)
+    monkeypatch.setattr("cm3.datasets.files.lines.BLOCK_BYTES", block)
     assert interactions(folder).equals(whole)
     with (folder / "shop.inter").open("a") as file:
         file.write("0\tx\t1.0\t5\t0\r\n")

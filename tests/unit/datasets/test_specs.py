@@ -180,7 +180,7 @@ def test_the_registries_name_classes_and_functions_that_exist():
         module, _, reader = spec.reader.partition(":")
         assert get_args(spec.model_fields["source"].annotation) == (name,)
         assert callable(getattr(importlib.import_module(module), reader)), name
-        assert issubclass(spec, Part) and spec.version == 1, name
+        assert issubclass(spec, Part) and spec.code_version(), name
         for library in spec.libraries:
             assert metadata.version(library), name
     assert all(callable(image_source(name)) for name in IMAGE_SOURCES)

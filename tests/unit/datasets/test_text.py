@@ -1,4 +1,4 @@
-"""Cleaning of shop texts: what goes, what stays, and that no text takes long."""
+"""Plain text from HTML of shop pages, in linear time."""
 
 import re
 import time
@@ -7,20 +7,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cm3.datasets import text
-from cm3.datasets.text import plain_text
+from cm3.datasets.text import CUT_TAG, plain_text
 
-CUT_TAG = re.compile(r"</?[a-zA-Z][\w-]*\s[^<>]*=[^<>]*\Z|\A[^<>]*\"\s*/>")
+SLOW_CUT_TAG = re.compile(r"</?[a-zA-Z][\w-]*\s[^<>]*=[^<>]*\Z|\A[^<>]*\"\s*/>")
 
 
 @settings(deadline=None, max_examples=1000)
 @given(st.text('<>a/ ="-\n', max_size=14))
-def test_half_a_tag_is_what_it_was(shown: str):
-    assert text._CUT_TAG.sub("|", shown) == CUT_TAG.sub("|", shown)
+def test_the_linear_expression_finds_the_same_cut_tags(shown: str):
+    assert CUT_TAG.sub("|", shown) == SLOW_CUT_TAG.sub("|", shown)
 
 
 @given(st.text(st.characters(), max_size=40))
-def test_what_is_clean_can_be_written_on_one_line(shown: str):
+def test_plain_text_is_one_line_of_unicode(shown: str):
     found = plain_text(shown)
     assert found.encode().decode() == found == " ".join(found.split())
 
