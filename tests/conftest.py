@@ -1,4 +1,4 @@
-"""Markers by folder, xdist groups, and fixtures shared by several test files: real data and a finished checkout."""
+"""Markers by folder, and fixtures shared by several test files: real data and a finished checkout."""
 
 import os
 import signal
@@ -30,17 +30,14 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test by the part of the suite that it belongs to, and group tests for `--dist loadgroup`.
+    """Mark each test by the part of the suite that it belongs to, and order the parts.
 
-    A test belongs to the part that its folder is named after, unless it has the marker of another part. The tests of a file
-    stay together in one worker, because they share fixtures, unless they are marked `spread`.
+    A test belongs to the part that its folder is named after, unless it has the marker of another part.
     """
     for item in items:
-        folder, *rest = item.path.relative_to(ROOT / "tests").parts
+        folder, *_ = item.path.relative_to(ROOT / "tests").parts
         if not any(item.get_closest_marker(part) for part in PARTS):
             item.add_marker(folder)
-        if not item.get_closest_marker("spread"):
-            item.add_marker(pytest.mark.xdist_group("/".join([folder, *rest])))
     items.sort(key=lambda item: next(n for n, part in enumerate(PARTS) if item.get_closest_marker(part)))
 
 

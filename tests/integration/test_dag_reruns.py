@@ -16,7 +16,6 @@ from checkout import METRICS, SMALL, Checkout
 from cm3.common.files import read_json
 from workflow.plan.migrate import DIGESTS, MARK
 
-pytestmark = pytest.mark.spread
 AFTER_IMAGE = {"extract": 1, "similarity": 1, "train": 1, "evaluate": 1, "publish": 1}
 
 
