@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 
 from cm3.common.errors import UserError
+from cm3.common.gzip import is_gzip
 
 ROW, USER = "itemID", "userID"
 """Columns of MMRec's tables: an item's number is the row of its vector."""
@@ -61,9 +62,7 @@ def read_row_ids(path: Path) -> RowIds:
 
 
 def _opened(path: Path) -> BinaryIO:
-    with path.open("rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
-    return cast(BinaryIO, gzip.open(path) if packed else path.open("rb"))
+    return cast(BinaryIO, gzip.open(path) if is_gzip(path) else path.open("rb"))
 
 
 def _of_mapping(path: Path, file: BinaryIO) -> list[bytes]:

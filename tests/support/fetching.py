@@ -1,4 +1,4 @@
-"""Fetching from a server in trouble, for the tests of downloads."""
+"""Downloads from a faulty server, for the tests of the download stage."""
 
 import gzip
 import hashlib
@@ -29,7 +29,7 @@ def hidden(tmp_path: Path, name: str = "a.bin") -> list[Path]:
 
 
 def fetch_noise(tmp_path: Path, answers: dict[str, Answer], *paths: str, body: bytes = NOISE, **options) -> dict:
-    """Fetch a.bin; it arrives byte for byte and nothing else stays."""
+    """Download a.bin and check its bytes, and that nothing else is left."""
     with serving() as server:
         server.answers = answers
         facts = fetch(server, tmp_path / "a.bin", *(paths or ("/a",)), **options)
@@ -42,7 +42,7 @@ def fetch_noise(tmp_path: Path, answers: dict[str, Answer], *paths: str, body: b
 def fail_noise(tmp_path: Path, answers: dict[str, Answer], *paths: str, name: str = "a.bin", **options) -> str:
     with serving() as server:
         server.answers = answers
-        with pytest.raises(UserError) as told:
+        with pytest.raises(UserError) as error:
             fetch(server, tmp_path / name, *(paths or ("/a",)), **options)
     assert not (tmp_path / name).exists()
-    return str(told.value)
+    return str(error.value)

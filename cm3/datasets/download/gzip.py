@@ -1,4 +1,4 @@
-"""Whether a gzip file is whole, read to its end in constant memory."""
+"""Integrity check of a gzip file: reads it to its end in constant memory."""
 
 from pathlib import Path
 
@@ -10,31 +10,31 @@ _BLOCK = 1 << 20
 
 
 class DamagedGzipError(Exception):
-    """The file is no gzip file, is cut short, fails its checksum, or has something else behind its end."""
+    """Not a gzip file, truncated, a wrong checksum, or other bytes after its end."""
 
 
 class GzipBombError(Exception):
-    """The file unpacks to so much more than it holds that it is no data set."""
+    """The file unpacks to far more than a data set of its size would."""
 
 
 def check_gzip(path: Path) -> int:
     """Read a gzip file to its end and return the number of unpacked bytes. It may have several members.
 
     Raises:
-        DamagedGzipError: it is not a whole gzip file.
-        GzipBombError: it unpacks to more than both UNPACKED_FREE bytes and UNPACKED_RATIO times its own size; no more
-            than that is read.
+        DamagedGzipError: it is not a complete gzip file.
+        GzipBombError: it unpacks to more than UNPACKED_FREE bytes and more than UNPACKED_RATIO times its own size;
+            reading stops there.
     """
     packed, unpacked = path.stat().st_size, 0
     if not packed:
         raise DamagedGzipError("the file is empty")
     most = max(UNPACKED_FREE, UNPACKED_RATIO * packed)
     try:
-        with igzip.open(path, "rb") as file:
+        with igzip.IGzipFile(path, "rb") as file:
             while block := file.read(_BLOCK):
                 unpacked += len(block)
                 if unpacked > most:
-                    raise GzipBombError(f"{packed} bytes unpack to more than {most}, which is no data but a gzip bomb")
+                    raise GzipBombError(f"{packed} bytes unpack to more than {most}: a gzip bomb, not data")
     except GZIP_ERRORS as error:
         raise DamagedGzipError(f"damaged gzip ({error})") from None
     return unpacked

@@ -1,4 +1,4 @@
-"""The bytes of a file that have arrived so far, kept where a killed download finds them again."""
+"""Partial download on disk: received bytes and a note of their source, which a later process resumes from."""
 
 import contextlib
 import errno
@@ -7,10 +7,7 @@ import hashlib
 import io
 import logging
 import os
-import re
 from collections.abc import Iterator, Mapping
-from datetime import timedelta
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -20,28 +17,29 @@ from cm3.common.files import read_json, remove_stale_parts, write_json
 
 log = logging.getLogger("cm3.datasets.download.stage")
 
-_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 class Partial:
-    """The hidden file `.{name}.partial` beside the target, with `.{name}.partial.json` saying where it comes from.
+    """The hidden file `.{name}.partial` next to the target, and `.{name}.partial.json` with its source.
 
-    A context manager that one process holds at a time, others wait. On leaving, bytes that another try may build on
-    stay, unless they were published or discarded; of anything else nothing is left.
+    A context manager that locks the file; other processes wait. On exit, resumable bytes are kept unless they were
+    published or discarded; everything else is removed.
 
     Attributes:
         url: the mirror, as configured, that the bytes come from; empty if there are none.
-        validator: what identifies the mirror's version of the file, None if it gave nothing strong.
-        total: bytes of the whole file, None if the mirror did not say.
-        length: bytes that are here. digest: their sha256.
-        resumed: whether they came in more than one answer.
+        validator: ETag or Last-Modified of the mirror's version of the file; None without a usable one.
+        total: bytes of the complete file; None if the mirror did not say.
+        length: number of received bytes.
+        digest: their sha256.
+        resumed: whether they came in more than one response.
     """
 
     def __init__(self, file: Path, checked: bool) -> None:
-        """Take the target; `checked` says that its sha256 is known, so that no wrong piece can go unnoticed."""
+        """Take the target; `checked`: its sha256 is known, so a part of another file would be noticed."""
         self.file, self.checked = file, checked
         self.path = file.with_name(f".{file.name}.partial")
-        self._note = file.with_name(f".{file.name}.partial.json")
+        self._note_path = file.with_name(f".{file.name}.partial.json")
         self._published = False
         self._forget()
 
@@ -53,14 +51,14 @@ class Partial:
 
     @property
     def resumable(self) -> bool:
-        """Whether the rest of the file can be told to belong to the bytes that are here."""
+        """Whether it can be verified that the rest of the file belongs to the received bytes."""
         return self.length > 0 and (self.validator is not None or self.checked)
 
     def __enter__(self) -> Self:
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        self._bytes = _open_alone(self.path)
-        remove_stale_parts(self._note)
-        self._recall()
+        self._bytes = _open_locked(self.path)
+        remove_stale_parts(self._note_path)
+        self._load()
         return self
 
     def __exit__(
@@ -71,15 +69,15 @@ class Partial:
             self.path.unlink(missing_ok=True)
         self._bytes.close()
 
-    def _recall(self) -> None:
+    def _load(self) -> None:
         try:
-            note = read_json(self._note)
+            note = read_json(self._note_path)
             url, validator, total = note["url"], note["validator"], note["total"]
         except (OSError, ValueError, KeyError, TypeError):
             url, validator, total = "", None, None
         length = os.fstat(self._bytes.fileno()).st_size
-        sound = isinstance(url, str) and isinstance(validator, str | None) and isinstance(total, int | None)
-        if not sound or not url or length > (length if total is None else total):
+        valid = isinstance(url, str) and isinstance(validator, str | None) and isinstance(total, int | None)
+        if not valid or not url or length > (length if total is None else total):
             self.discard()
             return
         self.url, self.validator, self.total, self.length = url, validator, total, length
@@ -92,39 +90,39 @@ class Partial:
             self.digest.update(block)
 
     def restart(self, url: str, validator: str | None, total: int | None) -> None:
-        """Drop what is here, for the first bytes of this version of the file."""
-        # In this order: a note never describes bytes that came before it, wherever the process is killed.
+        """Drop the received bytes, and note the version of the file that the next ones belong to."""
+        # In this order, a note never describes earlier bytes, wherever the process is killed.
         self._bytes.truncate(0)
         self._forget()
-        write_json(self._note, {"url": url, "validator": validator, "total": total})
+        write_json(self._note_path, {"url": url, "validator": validator, "total": total})
         self.url, self.validator, self.total = url, validator, total
 
     def append(self, block: bytes) -> None:
-        """Write the next bytes; a process killed afterwards finds them again.
+        """Write the next bytes. They are kept if the process is killed afterwards.
 
         Raises:
             UserError: the disk is full.
         """
         rest = memoryview(block)
-        with self._room():
+        with self._full_disk_reported():
             while rest:
                 rest = rest[self._bytes.write(rest) :]
         self.digest.update(block)
         self.length += len(block)
 
     def discard(self) -> None:
-        """Drop what is here."""
+        """Drop the received bytes."""
         self._bytes.truncate(0)
-        self._note.unlink(missing_ok=True)
+        self._note_path.unlink(missing_ok=True)
         self._forget()
 
     def publish(self) -> None:
-        """Make the bytes the target, which is then on the disk as a whole.
+        """Move the complete file to its target, synced to disk.
 
         Raises:
             UserError: the disk is full.
         """
-        with self._room():
+        with self._full_disk_reported():
             os.fsync(self._bytes.fileno())
         self.path.replace(self.file)
         folder = os.open(self.file.parent, os.O_RDONLY)
@@ -133,29 +131,29 @@ class Partial:
         finally:
             os.close(folder)
         self._published = True
-        self._note.unlink(missing_ok=True)
+        self._note_path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def _room(self) -> Iterator[None]:
+    def _full_disk_reported(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            if error.errno not in _NO_ROOM:
+            if error.errno not in _DISK_FULL:
                 raise
-            kept = f"{self.told()} are kept in {self.path}" if self.resumable else "Nothing half-written was kept"
+            kept = f"{self.progress()} are kept in {self.path}" if self.resumable else "Nothing half-written was kept"
             raise UserError(
                 f"{self.file}: {os.strerror(error.errno).lower()}. {kept}; make room and run the same command again"
             ) from error
 
-    def told(self) -> str:
-        """Return how much is here, in words."""
+    def progress(self) -> str:
+        """Return the received and total megabytes as text."""
         total = "" if self.total is None else f" of {self.total / 1e6:.1f} MB"
         return f"{self.length / 1e6:.1f} MB{total}"
 
-    def fits(self, headers: Mapping[str, str], total: int | None) -> bool:
-        """Return whether an answer to a request for the rest is about the version of the file that is here.
+    def matches(self, headers: Mapping[str, str], total: int | None) -> bool:
+        """Return whether a response to a range request is of the same version of the file.
 
-        A server may honour Range and ignore If-Range, so that its word alone is not enough.
+        Needed because some servers honour Range and ignore If-Range.
         """
         if self.validator is not None:
             name = "ETag" if self.validator.startswith('"') else "Last-Modified"
@@ -164,32 +162,17 @@ class Partial:
         return total is None or self.total is None or total == self.total
 
 
-def validator_of(headers: Mapping[str, str]) -> str | None:
-    """Return what identifies a version of a file byte for byte: a strong ETag, else a Last-Modified that is not fresh.
-
-    A file may change twice within the second that Last-Modified resolves (RFC 9110, 8.8.2.2).
-    """
-    etag, modified = headers.get("ETag", ""), headers.get("Last-Modified", "")
-    if re.fullmatch(r'"[^"]*"', etag):
-        return etag
-    try:
-        age = parsedate_to_datetime(headers.get("Date", "")) - parsedate_to_datetime(modified)
-    except (ValueError, TypeError):
-        return None
-    return modified if age >= timedelta(seconds=1) else None
-
-
-def _open_alone(path: Path) -> io.FileIO:
+def _open_locked(path: Path) -> io.FileIO:
     while True:
-        # Unbuffered, so that what was written outlives the process, and a full disk is told of once.
+        # Unbuffered: written bytes survive a kill, and a full disk is reported once.
         file = io.FileIO(path, "a+")
         try:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                log.warning("%s is being fetched by another process; waiting for it to end", path)
+                log.warning("%s is being downloaded by another process; waiting for it to end", path)
                 fcntl.flock(file, fcntl.LOCK_EX)
-            if _is_same(file, path):
+            if _is_still_at(file, path):
                 return file
         except BaseException:
             file.close()
@@ -197,7 +180,7 @@ def _open_alone(path: Path) -> io.FileIO:
         file.close()
 
 
-def _is_same(file: io.FileIO, path: Path) -> bool:
+def _is_still_at(file: io.FileIO, path: Path) -> bool:
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     return False

@@ -1,38 +1,27 @@
-"""Stage: one raw file from the first of its mirrors that gives it, byte for byte."""
+"""Stage: download one raw file, byte for byte, from the first of its mirrors that provides it."""
 
-import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import aiohttp
+import httpx2
 
 from cm3.common.cli import stage
 from cm3.common.errors import UserError
+from cm3.common.http import FetchError, TransientError, back_off, check_status, is_offline, one_line
 from cm3.common.progress import Progress
-from cm3.datasets.download.client import (
-    TRANSIENT,
-    USER_AGENT,
-    BusyError,
-    FetchError,
-    back_off,
-    check_status,
-    reason,
-    refuse_offline,
-)
+from cm3.datasets.download.client import MirrorClient
 from cm3.datasets.download.gzip import DamagedGzipError, GzipBombError, check_gzip
-from cm3.datasets.download.partial import Partial, validator_of
-from cm3.datasets.download.redirects import MirrorResolver, following
-from cm3.datasets.download.response import HEAD, blocks, check_start, content_range
+from cm3.datasets.download.partial import Partial
+from cm3.datasets.download.response import HEAD_BYTES, check_start, content_length, content_range, validator_of
 
 log = logging.getLogger("cm3.datasets.download.stage")
 
-_CHUNK = 1 << 20
-# A server that gives a little at a time is asked often, but not for ever.
-_LITTLE, _MOST_TRIES_FOR_LITTLE = 1_000_000, 100
+# A server that sends less than SMALL_GAIN bytes per request is asked at most MOST_SMALL_GAINS times.
+SMALL_GAIN, MOST_SMALL_GAINS = 1_000_000, 100
 
 
 def download(
@@ -45,39 +34,39 @@ def download(
     timeout: float = 60.0,
     slowest: float = 1000.0,
 ) -> dict[str, Any]:
-    """Fetch `file` from the first URL that gives it whole.
+    """Download `file` from the first URL that provides it completely.
 
-    Size and checksum are compared where they are known, a gzip file is read to its end, and a web page in place of
-    a data file is refused. 429, 5xx, timeouts and cut connections are tried again; other answers go on to the next
-    mirror at once. Bytes that have arrived are kept in a hidden file beside `file`, and a later try, also one of
-    another process, asks for the rest alone where the server can tell that the rest belongs to them (a strong ETag,
-    a Last-Modified) or `sha256` can.
+    Size and checksum are compared if given, a gzip file is read to its end, and an HTML page instead of a data file is
+    rejected. 429, 5xx, timeouts and cut connections are retried; after any other error the next mirror is tried at
+    once. Received bytes are kept in a hidden file next to `file`, and a later try, also of another process, requests
+    only the rest (Range, If-Range) if a strong ETag, Last-Modified or `sha256` shows that it belongs to the same file.
 
     Args:
-        urls: http(s) mirrors, tried in order; one that a part of the file came from is tried first.
+        urls: http(s) mirrors in order of preference; a mirror that part of the file came from is tried first.
         sha256: 64 hex digits; size: bytes.
-        attempts: tries in a row of each URL that bring nothing new.
-        pause: seconds before the second try, doubled each time; a server's Retry-After is honoured.
+        attempts: consecutive tries of each URL without new bytes.
+        pause: seconds before the second try, doubled each time; a Retry-After of the server is followed.
         timeout: seconds without a byte.
-        slowest: bytes a second; less than that, over `timeout` seconds, is as good as nothing.
+        slowest: bytes per second; fewer over `timeout` seconds count as a failure.
 
     Returns:
-        url, bytes and sha256 of what was fetched.
+        url, bytes and sha256 of the download.
 
     Raises:
-        UserError: no mirror gave the file, each with its reason; the disk is full; or CM3_OFFLINE is set. Nothing is
-            left behind but a part that the next call can build on.
+        UserError: no mirror provided the file, with the reason for each; the disk is full; or CM3_OFFLINE is set.
+            Nothing is left behind except a part that the next call can resume.
     """
     for url in urls:
         if urlsplit(url).scheme not in ("http", "https"):
-            raise UserError(f"{url}: only http and https are fetched; mend the URL of {file}")
-    refuse_offline(urls[0], file)
+            raise UserError(f"{url}: only http and https are supported; correct the URL of {file}")
+    if is_offline():
+        raise UserError(f"CM3_OFFLINE is set, so nothing is downloaded: put the file {urls[0]} at {file} yourself")
     with Partial(file, checked=sha256 is not None) as partial:
-        return asyncio.run(_Download(partial, sha256, size, attempts, pause, timeout, slowest).from_mirrors(urls))
+        return _Download(partial, sha256, size, attempts, pause, timeout, slowest).from_mirrors(urls)
 
 
-class _DoubtError(BusyError):
-    """What arrived is not the file, and it may be our piecing together or a rare mishap: to be fetched anew, once."""
+class _SuspectError(TransientError):
+    """The complete file is wrong, perhaps because its parts do not belong together: downloaded anew, once."""
 
 
 class _Download:
@@ -93,138 +82,126 @@ class _Download:
     ) -> None:
         self.partial, self.sha256, self.size = partial, sha256 and sha256.lower(), size
         self.attempts, self.pause, self.timeout, self.slowest = attempts, pause, timeout, slowest
-        self.doubted: set[str] = set()
+        self.suspected: set[str] = set()
 
-    async def from_mirrors(self, urls: Sequence[str]) -> dict[str, Any]:
-        complaints = []
+    def from_mirrors(self, urls: Sequence[str]) -> dict[str, Any]:
+        failures = []
         if self.partial.url not in urls:
             self.partial.discard()
         for url in sorted(urls, key=lambda url: url != self.partial.url):
-            log.info("fetching %s", url)
+            log.info("downloading %s", url)
             try:
-                return await self._from_mirror(url)
-            # ValueError: an address or a header that cannot be one.
-            except (FetchError, *TRANSIENT, aiohttp.ClientError, ValueError) as error:
-                improper = "no proper HTTP answer: " if isinstance(error, aiohttp.ClientResponseError) else ""
-                complaints.append(f"{url}: {improper}{reason(error)}")
-                log.warning("giving up on %s", complaints[-1])
-        raise UserError(self._told(complaints))
+                with MirrorClient(url, self.timeout, self.slowest) as client:
+                    return self._from_mirror(client)
+            # InvalidURL and ValueError: an impossible address or header.
+            except (FetchError, TransientError, httpx2.InvalidURL, ValueError) as error:
+                failures.append(f"{url}: {one_line(str(error), 300)}")
+                log.warning("giving up on %s", failures[-1])
+        raise UserError(self._message(failures))
 
-    def _told(self, complaints: Sequence[str]) -> str:
-        told = "\n  ".join(complaints)
+    def _message(self, failures: Sequence[str]) -> str:
+        listed = "\n  ".join(failures)
         kept = ""
         if self.partial.resumable:
-            kept = f"{self.partial.told()} are kept: run the same command again to go on from there. Or else:\n"
+            kept = f"{self.partial.progress()} are kept: run the same command again to resume. Otherwise:\n"
         return (
-            f"{self.partial.file} could not be fetched:\n  {told}\n"
-            f"{kept}Put the file there yourself, or name another mirror"
+            f"{self.partial.file} could not be downloaded:\n  {listed}\n"
+            f"{kept}Put the file there yourself, or configure another mirror"
         )
 
-    def _reached(self, url: str) -> int:
+    def _offset(self, url: str) -> int:
         return self.partial.length if self.partial.url == url and self.partial.resumable else 0
 
-    async def _from_mirror(self, url: str) -> dict[str, Any]:
-        # One session for each, so that no mirror can lead to what only another may: addresses, connections, cookies.
-        self.resolver = MirrorResolver(url)
-        async with aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(resolver=self.resolver),
-            auto_decompress=False,
-            trust_env=True,
-            headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity"},
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=self.timeout, sock_read=self.timeout),
-            read_bufsize=_CHUNK,
-        ) as self.session:
-            return await self._tries(url)
-
-    async def _tries(self, url: str) -> dict[str, Any]:
-        failures = little = 0
-        furthest = self._reached(url)
+    def _from_mirror(self, client: MirrorClient) -> dict[str, Any]:
+        url = client.url
+        failures = small_gains = 0
+        furthest = self._offset(url)
         while True:
             began = time.monotonic()
             try:
-                if not self._reached(url) or self.partial.length != self.partial.total:
-                    await self._receive(url)
+                if not self._offset(url) or self.partial.length != self.partial.total:
+                    self._receive(client)
                 return self._finish(url)
-            except TRANSIENT as error:
-                gained, seconds = self._reached(url) - furthest, time.monotonic() - began
-                furthest = max(furthest, self._reached(url))
-                # A stall after a few bytes is no progress.
+            except TransientError as error:
+                gained, seconds = self._offset(url) - furthest, time.monotonic() - began
+                furthest = max(furthest, self._offset(url))
+                # A few bytes before a stall do not count as progress.
                 if gained > 0 and (seconds < self.timeout or gained >= self.slowest * seconds):
                     failures = 0
-                elif isinstance(error, _DoubtError):
+                elif isinstance(error, _SuspectError):
                     failures = furthest = 0
                 else:
                     failures += 1
-                little += gained < _LITTLE
-                if failures >= self.attempts or little >= _MOST_TRIES_FOR_LITTLE:
+                small_gains += gained < SMALL_GAIN
+                if failures >= self.attempts or small_gains >= MOST_SMALL_GAINS:
                     raise
                 wait = back_off(max(failures, 1), self.pause, error)
-                count = f"try {failures + 1} of {self.attempts}" if failures else "going on"
-                log.warning("%s: %s; %s in %.1f s", url, reason(error), count, wait)
-                await asyncio.sleep(wait)
+                count = f"try {failures + 1} of {self.attempts}" if failures else "resuming"
+                log.warning("%s: %s; %s in %.1f s", url, error, count, wait)
+                time.sleep(wait)
 
-    async def _receive(self, url: str) -> None:
+    def _receive(self, client: MirrorClient) -> None:
         partial, headers = self.partial, {}
-        if offset := self._reached(url):
+        if offset := self._offset(client.url):
             headers["Range"] = f"bytes={offset}-"
             if partial.validator is not None:
                 headers["If-Range"] = partial.validator
-        async with following(self.session, url, headers, self.resolver, self.timeout) as response:
-            if offset and response.status == 416:
-                self._nothing_left(response)
-            elif offset and response.status == 206:
-                self._goes_on(response)
-                log.info("%s: resuming at %s", url, partial.told())
-                await self._stream(b"", blocks(response, self.timeout, self.slowest))
+        with client.get(headers) as response:
+            if offset and response.status_code == 416:
+                self._accept_416(response)
+            elif offset and response.status_code == 206:
+                self._accept_206(response)
+                log.info("%s: resuming at %s", client.url, partial.progress())
+                self._write(b"", client.blocks(response))
             else:
                 if offset:
-                    log.info("%s: cannot be resumed, or has changed; starting again", url)
-                await self._from_start(url, response)
+                    log.info("%s: cannot be resumed, or has changed; starting again", client.url)
+                self._start(client, response)
 
-    def _nothing_left(self, response: aiohttp.ClientResponse) -> None:
+    def _accept_416(self, response: httpx2.Response) -> None:
+        """Range not satisfiable: correct if the file is complete already."""
         total = content_range(response.headers).total
-        if total != self.partial.length or not self.partial.fits(response.headers, total):
+        if total != self.partial.length or not self.partial.matches(response.headers, total):
             self.partial.discard()
-            raise BusyError("there is no rest of what was here, starting again (HTTP 416)")
+            raise TransientError("the server has no bytes after the kept part, starting again (HTTP 416)")
         self.partial.total = total
 
-    def _goes_on(self, response: aiohttp.ClientResponse) -> None:
+    def _accept_206(self, response: httpx2.Response) -> None:
+        """Partial content: the rest of the file, if it is the rest of the same version."""
         partial, (start, total) = self.partial, content_range(response.headers)
-        if start != partial.length or not partial.fits(response.headers, total):
+        if start != partial.length or not partial.matches(response.headers, total):
             partial.discard()
-            raise BusyError("the rest does not fit what was here, starting again")
+            raise TransientError("the rest does not belong to the kept part, starting again")
         partial.total = partial.total if total is None else total
         partial.resumed = True
 
-    async def _from_start(self, url: str, response: aiohttp.ClientResponse) -> None:
+    def _start(self, client: MirrorClient, response: httpx2.Response) -> None:
         partial = self.partial
         try:
-            check_status(response)
-            total = response.content_length
+            check_status(response.status_code, response.reason_phrase, response.headers)
+            total = content_length(response.headers)
             if self.size is not None and total is not None and total != self.size:
-                raise FetchError(f"has {total} bytes and not {self.size}")
+                raise FetchError(f"has {total} bytes, not {self.size}")
         except FetchError:
-            self._discard(url)
+            if partial.url == client.url:
+                partial.discard()
             raise
-        body = blocks(response, self.timeout, self.slowest)
-        head = b""
-        async for block in body:
+        body, head = client.blocks(response), b""
+        while len(head) < HEAD_BYTES and (block := next(body, b"")):
             head += block
-            if len(head) >= HEAD:
-                break
         if not head:
-            raise BusyError("an empty answer")
-        # What is here already is dropped only now that something better is.
-        check_start(head, partial.file, response.headers, response.content_type)
-        partial.restart(url, validator_of(response.headers), total)
-        await self._stream(head, body)
+            raise TransientError("an empty response")
+        # The kept part is dropped only now that a better one has been checked.
+        check_start(head, partial.file, response.headers)
+        partial.restart(client.url, validator_of(response.headers), total)
+        self._write(head, body)
 
-    async def _stream(self, head: bytes, body: AsyncIterator[bytes]) -> None:
+    def _write(self, head: bytes, body: Iterator[bytes]) -> None:
         partial = self.partial
         shown = partial.length // 1_000_000
         with Progress(-(-(partial.total or 0) // 1_000_000), "MB", start=shown) as progress:
             self._append(head)
-            async for block in body:
+            for block in body:
                 self._append(block)
                 progress.advance(partial.length // 1_000_000 - shown)
                 shown = partial.length // 1_000_000
@@ -239,53 +216,49 @@ class _Download:
         partial = self.partial
         count, sha256 = partial.length, partial.digest.hexdigest()
         if partial.total is not None and count < partial.total:
-            raise BusyError(f"the connection was cut after {partial.told()}")
-        wanted = partial.total if self.size is None else self.size
-        if wanted is not None and count != wanted:
-            if partial.total is None and count < wanted:
-                raise BusyError(f"gave {count} bytes and not {wanted}")
+            raise TransientError(f"the connection was cut after {partial.progress()}")
+        expected = partial.total if self.size is None else self.size
+        if expected is not None and count != expected:
+            if partial.total is None and count < expected:
+                raise TransientError(f"sent {count} bytes, not {expected}")
             partial.discard()
-            raise FetchError(f"has {count} bytes and not {wanted}")
-        self._check(url, sha256)
+            raise FetchError(f"has {count} bytes, not {expected}")
+        self._check_content(url, sha256)
         partial.publish()
         log.info("%s: %d bytes from %s", partial.file, count, url)
         return {"url": url, "bytes": count, "sha256": sha256}
 
-    def _check(self, url: str, sha256: str) -> None:
+    def _check_content(self, url: str, sha256: str) -> None:
         partial = self.partial
         if self.sha256 is not None and sha256 != self.sha256:
-            told, again = f"sha256 is {sha256} and not {self.sha256}: another file, or a damaged one", partial.resumed
+            reason, again = f"sha256 is {sha256}, not {self.sha256}: another file, or a damaged one", partial.resumed
         elif partial.file.suffix == ".gz":
             try:
                 check_gzip(partial.path)
                 return
             except GzipBombError as error:
-                told, again = str(error), False
+                reason, again = str(error), False
             except DamagedGzipError as error:
-                if partial.total is None:  # Nobody said how long it is, so that it may as well have been cut.
-                    raise BusyError(str(error)) from None
-                told, again = str(error), True
+                if partial.total is None:  # Without a known length, the connection may have been cut.
+                    raise TransientError(str(error)) from None
+                reason, again = str(error), True
         else:
             return
         partial.discard()
-        if not again or url in self.doubted:
-            raise FetchError(told)
-        self.doubted.add(url)
-        raise _DoubtError(told)
-
-    def _discard(self, url: str) -> None:
-        if self.partial.url == url:
-            self.partial.discard()
+        if not again or url in self.suspected:
+            raise FetchError(reason)
+        self.suspected.add(url)
+        raise _SuspectError(reason)
 
 
 def main() -> None:
     """Spec: urls, path, sha256, size. Runtime: attempts, pause, timeout, slowest. Output: file, record."""
     with stage("cm3.datasets.download.stage") as call:
         spec = call.spec
-        patience = {
+        limits = {
             name: call.runtime[name] for name in ("attempts", "pause", "timeout", "slowest") if name in call.runtime
         }
-        facts = download(spec["urls"], call.outputs["file"], spec.get("sha256"), spec.get("size"), **patience)
+        facts = download(spec["urls"], call.outputs["file"], spec.get("sha256"), spec.get("size"), **limits)
         call.record.update(facts)
 
 

@@ -8,6 +8,7 @@ from typing import Any, BinaryIO, cast
 from isal import igzip, igzip_threaded, isal_zlib
 
 from cm3.common.errors import UserError
+from cm3.common.gzip import is_gzip
 
 LONGEST_LINE = 32_000_000
 """Bytes; a longer line is no line of a data set."""
@@ -17,7 +18,6 @@ UNPACKED_FREE = 1 << 30
 """... unless it is small unpacked, as a file of one repeated line is."""
 
 _BLOCK = 4 << 20
-_GZIP = b"\x1f\x8b"
 GZIP_ERRORS: tuple[Any, ...] = (EOFError, zlib.error, isal_zlib.error, igzip.BadGzipFile)
 
 
@@ -28,11 +28,10 @@ def open_bytes(path: Path) -> BinaryIO:
         UserError: there is no such file.
     """
     try:
-        with path.open("rb") as file:
-            magic = file.read(2)
+        packed = is_gzip(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    return cast(BinaryIO, igzip_threaded.open(path, "rb")) if magic == _GZIP else path.open("rb")
+    return cast(BinaryIO, igzip_threaded.open(path, "rb")) if packed else path.open("rb")
 
 
 def line_blocks(path: Path) -> Iterator[tuple[int, list[bytes]]]:

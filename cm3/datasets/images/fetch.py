@@ -1,4 +1,4 @@
-"""Fetching images from the web: each URL once, many at a time, politely, each answer checked in a thread."""
+"""Asynchronous image download: each URL once, many at a time, rate-limited per host, decoded in threads."""
 
 import asyncio
 import contextlib
@@ -6,48 +6,58 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
+import tenacity
 from yarl import URL
 
 from cm3.common.errors import UserError
+from cm3.common.http import USER_AGENT, FetchError, TransientError, back_off, check_status, one_line
 from cm3.common.image_decode import UnreadableError
 from cm3.common.progress import Progress
+from cm3.common.ssrf import RefusedError, check_host, parse_url
 from cm3.common.tables import FAILED, MISSING, OK
-from cm3.datasets.download.client import USER_AGENT, BusyError, FetchError, check_status, reason, trying
-from cm3.datasets.images.hosts import Host, PublicResolver, RefusedError, check_host, parse_url
-from cm3.datasets.images.source import Wanted, one_line
+from cm3.datasets.images.hosts import Host, PublicResolver
+from cm3.datasets.images.source import Wanted
 from cm3.datasets.images.store import Outcome, Store
 from cm3.datasets.images.validate import PlaceholderError, examine
 
 log = logging.getLogger("cm3.datasets.images")
+T = TypeVar("T")
 
 _SILENCE = frozenset({"no connection", "no answer in time"})
 NOT_REACHED = _SILENCE | {"refused"}
-"""Kinds of failure that say nothing of the image."""
+"""Kinds of failure before the server said anything about the image."""
 
 _REDIRECTS = 5
-# Requests at a time to all hosts together, and items at a time, those included that wait for another try: as
-# multiples of the requests to one host.
+# Multiples of the requests at a time to one host: requests to all hosts together, and items in progress, including
+# those that wait for their next try.
 _CONNECTIONS, _ITEMS = 4, 16
-# No request takes longer than so many times the timeout, however slowly its bytes drip.
+# Longest duration of a request as a multiple of the timeout, for servers that send single bytes.
 _LONGEST = 10
-# Few bodies larger than this are in memory at a time.
+# Bodies over _LARGE bytes that may be in memory at a time.
 _LARGE, _LARGE_AT_A_TIME = 1_000_000, 4
+_TRANSIENT = (
+    TransientError,
+    aiohttp.ClientConnectionError,
+    aiohttp.ClientPayloadError,
+    ConnectionError,
+    TimeoutError,
+)
 _NO_IMAGE = re.compile(r"(?<![a-z])no[-_]?(img|image)", re.IGNORECASE)
 
 
-class _AnswerError(FetchError):
-    """The answer holds no image, for a reason of this kind."""
+class _NoImageError(FetchError):
+    """The response holds no image, for a reason of this kind."""
 
     def __init__(self, kind: str, reason: str, status: str = FAILED) -> None:
         super().__init__(reason)
         self.kind, self.status = kind, status
 
 
-class _LaterError(BusyError):
-    """Not now, with the kind of the last answer."""
+class _RetryError(TransientError):
+    """A status that asks to try again, with its kind."""
 
     def __init__(self, kind: str, reason: str, wait: float) -> None:
         super().__init__(reason, wait)
@@ -55,14 +65,14 @@ class _LaterError(BusyError):
 
 
 class Fetcher:
-    """Finds out what becomes of URLs, and puts it into a store. For one event loop.
+    """Downloads URLs and adds the outcome of each to a store. For one event loop.
 
     Attributes:
-        asked: number of URLs that a request was made for.
+        asked: number of URLs that a request was sent for.
     """
 
     def __init__(self, spec: dict[str, Any], runtime: dict[str, Any], store: Store) -> None:
-        """Take spec and runtime of the images stage; what is in `store` is not asked for."""
+        """Take spec and runtime of the images stage; no request is sent for URLs whose outcome is in `store`."""
         self.spec, self.runtime, self.store = spec, runtime, store
         self.asked = 0
         self._hosts: dict[str, Host] = {}
@@ -77,7 +87,7 @@ class Fetcher:
         """
         queue = iter(wanted)
         timeout, concurrency = self.runtime["timeout"], self.runtime["concurrency"]
-        self._places = asyncio.Semaphore(_CONNECTIONS * concurrency)
+        self._slots = asyncio.Semaphore(_CONNECTIONS * concurrency)
         self._large = asyncio.Semaphore(_LARGE_AT_A_TIME)
         with Progress(len(wanted), "downloads") as progress, ThreadPoolExecutor(self.runtime["threads"]) as self._pool:
             async with aiohttp.ClientSession(
@@ -101,8 +111,8 @@ class Fetcher:
                             group.create_task(work())
                 except BaseExceptionGroup as several:
                     # Of many tasks that met the same full disk, one message is enough.
-                    if (told := several.subgroup(UserError)) is not None:
-                        raise told.exceptions[0] from None
+                    if (user_errors := several.subgroup(UserError)) is not None:
+                        raise user_errors.exceptions[0] from None
                     raise
 
     async def _item(self, item: Wanted) -> str:
@@ -117,7 +127,7 @@ class Fetcher:
     async def _outcome(self, url: str) -> Outcome:
         while url in self._pending:  # Another item has the same URL.
             await self._pending[url].wait()
-        known = without_asking(url, self.spec) or self.store.outcomes.get(url)
+        known = without_request(url, self.spec) or self.store.outcomes.get(url)
         if known is not None:
             return known
         self._pending[url] = asyncio.Event()
@@ -145,45 +155,50 @@ class Fetcher:
         return outcome
 
     async def _tries(self, url: str) -> Outcome:
-        def told(why: str) -> None:
-            log.debug("%s: %s", url, why)
+        def wait(state: tenacity.RetryCallState) -> float:
+            error = state.outcome.exception() if state.outcome else None
+            return back_off(state.attempt_number, self.runtime["pause"], error)
 
-        async for attempt in trying(self.runtime["attempts"], self.runtime["pause"], told):
-            with attempt:
-                return await self._follow(url)
-        raise AssertionError("tenacity raises the last error")
+        retrying = tenacity.AsyncRetrying(
+            stop=tenacity.stop_after_attempt(self.runtime["attempts"]),
+            wait=wait,
+            retry=tenacity.retry_if_exception_type(_TRANSIENT),
+            before_sleep=tenacity.before_sleep_log(log, logging.DEBUG),
+            reraise=True,
+        )
+        return await retrying(self._follow, url)
 
     async def _follow(self, first: str) -> Outcome:
         url, seen = parse_url(first), []
         for _ in range(_REDIRECTS + 1):
             host = self._host(check_host(url, self.spec["hosts"], self.spec["private"]))
-            async with host.places:
+            async with host.slots:
                 await host.turn()
-                async with self._places, self._session.get(url, allow_redirects=False) as response:
+                async with self._slots, self._session.get(url, allow_redirects=False) as response:
                     host.answered()
                     if response.status in (301, 302, 303, 307, 308) and "Location" in response.headers:
                         url = parse_url(str(url.join(URL(response.headers["Location"]))))
                         if is_no_image(url):
-                            raise _AnswerError("placeholder", f"led on to a placeholder: {url.name}", MISSING)
+                            raise _NoImageError("placeholder", f"led on to a placeholder: {url.name}", MISSING)
                         seen.append(check_host(url, self.spec["hosts"], self.spec["private"]))
                         continue
                     _check(response, host)
                     async with contextlib.AsyncExitStack() as large:
                         data = await self._body(response, large)
-                        # A place is held meanwhile: when decoding is slower than the network, the network waits.
+                        # The slot is kept meanwhile: when decoding is slower than the network, the network waits.
                         return await self._in_thread(self._examine, first, data, tuple(dict.fromkeys(seen)))
-        raise _AnswerError("redirects", f"more than {_REDIRECTS} redirects")
+        raise _NoImageError("redirects", f"more than {_REDIRECTS} redirects")
 
     async def _body(self, response: aiohttp.ClientResponse, large: contextlib.AsyncExitStack) -> bytes:
         most = self.spec["max_bytes"]
         if (response.content_length or 0) > most:
-            raise _AnswerError("too many bytes", f"more than the {most} bytes allowed")
+            raise _NoImageError("too many bytes", f"more than the {most} bytes allowed")
         chunks, size = [], 0
         async for chunk in response.content.iter_any():
             chunks.append(chunk)
             size += len(chunk)
             if size > most:
-                raise _AnswerError("too many bytes", f"more than the {most} bytes allowed")
+                raise _NoImageError("too many bytes", f"more than the {most} bytes allowed")
             if size - len(chunk) <= _LARGE < size:
                 await large.enter_async_context(self._large)
         return b"".join(chunks)
@@ -205,12 +220,12 @@ class Fetcher:
             self._hosts[name] = Host(name, *pace)
         return self._hosts[name]
 
-    async def _in_thread(self, call: Callable[..., Any], *values: Any) -> Any:
+    async def _in_thread(self, call: Callable[..., T], *values: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, call, *values)
 
 
-def without_asking(url: str, spec: dict[str, Any]) -> Outcome | None:
-    """Return what becomes of a URL that is not asked: refused, or a shop's known address of "no image"."""
+def without_request(url: str, spec: dict[str, Any]) -> Outcome | None:
+    """Return the outcome of a URL that needs no request: not allowed, or a well-known name of "no image"."""
     try:
         parsed = parse_url(url)
         if is_no_image(parsed):
@@ -222,42 +237,42 @@ def without_asking(url: str, spec: dict[str, Any]) -> Outcome | None:
 
 
 def is_no_image(url: URL) -> bool:
-    """Return whether the last part of a URL's path says that it is no product's image: no-img-sm.gif and the like."""
+    """Return whether the last part of a URL's path is a well-known name of "no image", such as no-img-sm.gif."""
     return _NO_IMAGE.search(url.name) is not None
 
 
 def _check(response: aiohttp.ClientResponse, host: Host) -> None:
     if response.status in (404, 410):
-        raise _AnswerError(f"HTTP {response.status}", f"HTTP {response.status}: there is no such image", MISSING)
+        raise _NoImageError(f"HTTP {response.status}", f"HTTP {response.status}: there is no such image", MISSING)
     try:
-        check_status(response)
-    except BusyError as busy:
+        check_status(response.status, response.reason or "", response.headers)
+    except TransientError as busy:
         host.hold(busy.wait)
         if response.status == 429 and "Retry-After" not in response.headers:
             host.slow_down()
-        raise _LaterError(f"HTTP {response.status}", str(busy), busy.wait) from None
+        raise _RetryError(f"HTTP {response.status}", str(busy), busy.wait) from None
     except FetchError as error:
-        raise _AnswerError(f"HTTP {response.status}", str(error)) from None
+        raise _NoImageError(f"HTTP {response.status}", str(error)) from None
 
 
 def _explain(error: BaseException) -> Outcome | None:
-    """Return the outcome that an error stands for, None for one that is not the web's."""
-    told = one_line(reason(error))
+    """Return the outcome of a URL whose request raised `error`; None if the error is not about the request."""
+    reason = one_line(str(error)) or type(error).__name__
     match error:
-        case _AnswerError():
-            return Outcome(error.status, error.kind, told)
+        case _NoImageError():
+            return Outcome(error.status, error.kind, reason)
         case RefusedError():
-            return Outcome(FAILED, "refused", told, passing=True)
-        case _LaterError():
-            return Outcome(FAILED, error.kind, told, passing=True)
+            return Outcome(FAILED, "refused", reason, passing=True)
+        case _RetryError():
+            return Outcome(FAILED, error.kind, reason, passing=True)
         case TimeoutError():
-            return Outcome(FAILED, "no answer in time", told, passing=True)
+            return Outcome(FAILED, "no answer in time", "no answer in time", passing=True)
         case aiohttp.ServerDisconnectedError() | aiohttp.ClientPayloadError() | ConnectionResetError():
-            # Where it was cut is chance, and a row should not depend on that.
+            # Where it was cut is random, and a row of the manifest should not depend on that.
             return Outcome(FAILED, "connection cut", "the connection was cut", passing=True)
         case aiohttp.ClientConnectionError() | OSError():
-            return Outcome(FAILED, "no connection", told, passing=True)
-        # ValueError: an address in a redirect that cannot be one, or a header that cannot be read.
+            return Outcome(FAILED, "no connection", reason, passing=True)
+        # ValueError: an invalid address in a redirect, or an unreadable header.
         case aiohttp.ClientError() | ValueError():
-            return Outcome(FAILED, "bad answer", told, passing=True)
+            return Outcome(FAILED, "bad answer", reason, passing=True)
     return None

@@ -9,10 +9,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cm3.common.errors import UserError
+from cm3.common.http import one_line
 from cm3.common.image_decode import UnreadableError
 from cm3.common.paths import expand
 from cm3.common.tables import FAILED, MISSING, OK
-from cm3.datasets.images.source import Found, Search, Wanted, one_line
+from cm3.datasets.images.source import Found, Search, Wanted
 from cm3.datasets.images.validate import PlaceholderError, examine
 
 _AT_ONCE = 64

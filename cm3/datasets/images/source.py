@@ -8,8 +8,6 @@ from typing import Any, Protocol
 from cm3.common.tables import OK
 from cm3.datasets.images.validate import ImageFacts
 
-_LONGEST_REASON = 160
-
 
 @dataclass(frozen=True)
 class Wanted:
@@ -65,9 +63,3 @@ class Find(Protocol):
 
     def __call__(self, search: Search) -> Iterator[Found]:
         """Find images."""
-
-
-def one_line(reason: str) -> str:
-    """Return a reason that may hold a stranger's words as one short line of valid text."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in reason).split())
-    return line if len(line) <= _LONGEST_REASON else line[: _LONGEST_REASON - 3] + "..."

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cm3.common.errors import UserError
+from cm3.common.http import is_offline
+from cm3.common.ssrf import is_allowed
 from cm3.common.tables import FAILED, MISSING, OK
-from cm3.datasets.download.client import offline
-from cm3.datasets.images.fetch import NOT_REACHED, Fetcher, without_asking
-from cm3.datasets.images.hosts import is_allowed
+from cm3.datasets.images.fetch import NOT_REACHED, Fetcher, without_request
 from cm3.datasets.images.shards import KNOWN
 from cm3.datasets.images.source import Found, Search, Wanted
 from cm3.datasets.images.store import Outcome, Store
@@ -35,7 +35,7 @@ def find(search: Search) -> Iterator[Found]:
         _forget_failures(wanted, store, spec)
         earlier = frozenset(store.outcomes)
         unknown = [item for item in wanted if _found(item, store, spec) is None]
-        if unknown and offline():
+        if unknown and is_offline():
             raise UserError(
                 f"CM3_OFFLINE is set, and the images of {len(unknown)} items are not here: get them on another "
                 "machine and set images.folder and images.pattern"
@@ -76,7 +76,7 @@ def _found(item: Wanted, store: Store, spec: dict[str, Any]) -> Found | None:
     """Return what is known of an item without asking, None if that is not enough."""
     bad: list[Outcome] = []
     for url in item.references:
-        outcome = without_asking(url, spec) or store.outcomes.get(url)
+        outcome = without_request(url, spec) or store.outcomes.get(url)
         if outcome is None:
             return None
         if outcome.status == OK:

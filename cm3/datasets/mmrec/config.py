@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from cm3.common.errors import UserError
+from cm3.common.gzip import is_gzip
 from cm3.common.paths import expand
 from cm3.datasets.base_config import WithImages
 from cm3.datasets.images.config import Images
@@ -76,9 +77,7 @@ class MMRec(WithImages):
         # Looked up once, as the config is read before every job. Errors are left to the stage that reads the file.
         try:
             path = self._interactions
-            with path.open("rb") as file:
-                packed = file.read(2) == b"\x1f\x8b"
-            with gzip.open(path) if packed else path.open("rb") as file:
+            with gzip.open(path) if is_gzip(path) else path.open("rb") as file:
                 header = file.readline(_LONGEST_HEADER).decode(errors="replace")
         except (OSError, EOFError, ValueError, UserError):
             return True

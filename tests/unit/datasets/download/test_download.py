@@ -1,6 +1,6 @@
 """One raw file from mirrors: whole and right, or a plain reason and nothing left behind."""
 
-import asyncio
+import base64
 import gzip
 import hashlib
 import logging
@@ -17,13 +17,14 @@ from fetching import BODY, LATELY, NOISE, fail_noise, fetch, fetch_noise, hidden
 from oracles_sources import cut_short, in_turn, respond, serving
 
 from cm3.common.errors import UserError
+from cm3.common.http import LONGEST_WAIT, back_off, retry_after
 from cm3.common.progress import Progress
+from cm3.common.ssrf import RefusedError
 from cm3.datasets.download import gzip as gzipped
-from cm3.datasets.download.client import LONGEST_WAIT, FetchError, back_off, retry_after
+from cm3.datasets.download.client import AddressCheck
 from cm3.datasets.download.gzip import DamagedGzipError, GzipBombError, check_gzip
-from cm3.datasets.download.partial import Partial, validator_of
-from cm3.datasets.download.redirects import MirrorResolver
-from cm3.datasets.download.response import content_range
+from cm3.datasets.download.partial import Partial
+from cm3.datasets.download.response import content_range, validator_of
 from cm3.datasets.download.stage import download
 
 
@@ -68,11 +69,11 @@ def test_retry_after_is_a_number_or_a_date():
         (respond(b"", 403), 1, "HTTP 403"),
         (respond(b"", 500), 3, "HTTP 500"),
         (cut_short(BODY), 3, "the connection was cut"),
-        (respond(b""), 3, "an empty answer"),
+        (respond(b""), 3, "an empty response"),
         (
             respond(b"<!DOCTYPE html><html>log in</html>", kind="text/html"),
             1,
-            "no gzip file; it starts with b'<!DOCTYPE",
+            "not a gzip file; it starts with b'<!DOCTYPE",
         ),
         (respond(BODY[:-20]), 2, "damaged gzip"),
         (respond(BODY[:-6] + b"wrong!"), 2, "damaged gzip"),
@@ -82,7 +83,7 @@ def test_retry_after_is_a_number_or_a_date():
 def test_what_cannot_be_fetched_is_told_and_leaves_nothing(tmp_path: Path, answer, asked: int, complaint: str):
     with serving() as server:
         server.answers = {"/a": answer} if answer else {}
-        with pytest.raises(UserError, match=rf"a\.gz could not be fetched:\n.*{complaint}"):
+        with pytest.raises(UserError, match=rf"a\.gz could not be downloaded:\n.*{complaint}"):
             fetch(server, tmp_path / "a.gz", "/a")
         assert server.asked == ["/a"] * asked
     assert list(tmp_path.iterdir()) == []
@@ -107,12 +108,12 @@ def test_mirrors_are_tried_in_turn(tmp_path: Path):
         assert server.asked == ["/gone", "/wrong", "/right"] and facts["url"] == server.url("/right")
         with pytest.raises(UserError, match=r"HTTP 404(.|\n)*sha256 is"):
             fetch(server, tmp_path / "b.gz", "/gone", "/wrong", sha256=sha256)
-        with pytest.raises(UserError, match="bytes and not 5"):
+        with pytest.raises(UserError, match="bytes, not 5"):
             fetch(server, tmp_path / "b.gz", "/right", size=5)
 
 
 def test_nobody_there(tmp_path: Path):
-    with nobody() as url, pytest.raises(UserError, match=r"a\.gz could not be fetched:\n  http.*[Cc]onnect"):
+    with nobody() as url, pytest.raises(UserError, match=r"a\.gz could not be downloaded:\n  http.*[Cc]onnect"):
         download([url], tmp_path / "a.gz", attempts=2, pause=0.01)
     assert list(tmp_path.iterdir()) == []
 
@@ -135,6 +136,36 @@ def test_offline_opens_no_socket_and_says_what_to_put_where(tmp_path: Path, monk
         with pytest.raises(UserError, match=r"CM3_OFFLINE is set.*put the file http://127\S+/a at .*a\.gz"):
             fetch(server, tmp_path / "a.gz", "/a")
         assert server.asked == []
+
+
+def test_proxies_of_the_environment_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with serving() as server:
+        server.answers = {"http://mirror.example/a": respond(BODY)}
+        monkeypatch.setenv("http_proxy", server.url(""))
+        monkeypatch.setenv("no_proxy", "")
+        facts = download(["http://mirror.example/a"], tmp_path / "a.gz", attempts=1)
+    assert facts["bytes"] == len(BODY)
+
+
+def test_a_password_in_the_url_or_netrc_is_for_the_mirror_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    heard = []
+
+    def listen(handler) -> None:
+        heard.append((handler.path, handler.headers["Authorization"]))
+        (respond(BODY) if handler.path == "/b" else moved("/b"))(handler)
+
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine 127.0.0.1 login me password secret\n")
+    netrc.chmod(0o600)
+    with serving() as server:
+        server.answers = {"/a": listen, "/b": listen}
+        download([server.url("/a").replace("127", "u:p@127")], tmp_path / "a.gz", attempts=1)
+        monkeypatch.setenv("NETRC", str(netrc))
+        download([server.url("/a").replace("127.0.0.1", "localhost")], tmp_path / "b.gz", attempts=1)
+        download([server.url("/a")], tmp_path / "c.gz", attempts=1)
+    mine = f"Basic {base64.b64encode(b'me:secret').decode()}"
+    theirs = f"Basic {base64.b64encode(b'u:p').decode()}"
+    assert heard == [("/a", theirs), ("/b", None), ("/a", None), ("/b", None), ("/a", mine), ("/b", mine)]
 
 
 # Silence and trickles
@@ -179,7 +210,7 @@ def test_back_off_doubles_with_jitter_and_heeds_the_server():
 def test_a_length_that_is_not_the_size_is_final(tmp_path: Path):
     for size in (len(NOISE) - 1, len(NOISE) + 1):
         mirror = Mirror(NOISE)
-        assert f"has 100000 bytes and not {size}" in fail_noise(tmp_path, {"/a": mirror}, size=size)
+        assert f"has 100000 bytes, not {size}" in fail_noise(tmp_path, {"/a": mirror}, size=size)
         assert len(mirror.ranges) == 1 and list(tmp_path.iterdir()) == []
 
 
@@ -246,9 +277,9 @@ def test_a_gzip_file_is_read_to_its_end(tmp_path: Path):
     [
         ("a.csv", respond(b"\xef\xbb\xbf <!doctype HTML>"), "a web page"),
         ("a.csv", respond(b'<?xml version="1.0"?><Error>AccessDenied</Error>'), "a web page"),
-        ("a.csv", respond(b'{"error": "slow down"}', kind="application/json"), "a message in JSON"),
-        ("a.csv", respond(b"a,b", Content_Encoding="br"), r"comes packed \(br\)"),
-        ("a.parquet", respond(b"<html>"), "no parquet file"),
+        ("a.csv", respond(b'{"error": "slow down"}', kind="application/json"), "a JSON message"),
+        ("a.csv", respond(b"a,b", Content_Encoding="br"), r"compressed \(br\)"),
+        ("a.parquet", respond(b"<html>"), "not a parquet file"),
     ],
 )
 def test_an_answer_of_another_kind_is_final(tmp_path: Path, name: str, answer: Answer, complaint: str):
@@ -320,27 +351,20 @@ def test_redirects_elsewhere_are_refused(tmp_path: Path, location: str, complain
         assert server.asked == ["/a"]
 
 
-def test_private_addresses_are_for_the_configured_host_alone_and_not_after_public_ones():
-    class Names:
-        def __init__(self) -> None:
-            self.known = {"mirror.lab": "10.0.0.7", "mirror.org": "8.8.8.8", "elsewhere.org": "127.0.0.1"}
+def test_private_addresses_are_for_the_configured_host_until_it_is_public():
+    known = {"mirror.lab": "10.0.0.7", "mirror.org": "8.8.8.8", "elsewhere.org": "127.0.0.1"}
 
-        async def resolve(self, host: str, port: int, family: int) -> list[dict]:
-            return [{"host": self.known[host]}]
+    def resolve(host: str, port: int, type: int) -> list[tuple]:
+        return [(socket.AF_INET, type, 0, "", (known[host], port))]
 
-    async def look_up(url: str, *hosts: str) -> list[str]:
-        resolver, found = MirrorResolver(url), []
-        resolver.inner = names = Names()
-        for host in hosts:
-            try:
-                found.append((await resolver.resolve(host, 80, socket.AF_INET))[0]["host"])
-            except FetchError:
-                found.append("refused")
-            names.known["mirror.org"] = "10.0.0.9"
-        return found
-
-    assert asyncio.run(look_up("http://mirror.lab/a", "mirror.lab", "elsewhere.org")) == ["10.0.0.7", "refused"]
-    assert asyncio.run(look_up("http://Mirror.org/a", "mirror.org", "mirror.org")) == ["8.8.8.8", "refused"]
+    lab, org = AddressCheck("mirror.lab", resolve), AddressCheck("Mirror.org", resolve)
+    assert lab.addresses("mirror.lab", 80) == ["10.0.0.7"] == lab.addresses("mirror.lab", 80)
+    with pytest.raises(RefusedError, match=r"elsewhere\.org has a private address"):
+        lab.addresses("elsewhere.org", 80)
+    assert org.addresses("mirror.org", 80) == ["8.8.8.8"]
+    known["mirror.org"] = "10.0.0.9"
+    with pytest.raises(RefusedError, match=r"mirror\.org has a private address"):
+        org.addresses("mirror.org", 80)
 
 
 # Headers

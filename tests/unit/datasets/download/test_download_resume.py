@@ -38,7 +38,7 @@ def test_a_try_that_brings_new_bytes_does_not_count(tmp_path: Path):
 
 
 def test_a_server_that_gives_little_at_a_time_is_not_asked_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(download_module, "_MOST_TRIES_FOR_LITTLE", 10)
+    monkeypatch.setattr(download_module, "MOST_SMALL_GAINS", 10)
     mirror = Mirror(NOISE)
     fail_noise(tmp_path, {"/a": in_turn(mirror.cut(600), mirror.cut(1))})
     assert len(mirror.ranges) == 10

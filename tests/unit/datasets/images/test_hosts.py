@@ -1,12 +1,12 @@
-"""Which addresses are public, and at what pace a host is asked."""
+"""Public addresses, and rate limiting per host."""
 
 import asyncio
 import ipaddress
 
 import pytest
 
-from cm3.datasets.images import hosts as images_hosts
-from cm3.datasets.images.hosts import Host, PublicResolver, RefusedError, is_public
+from cm3.common.ssrf import RefusedError, is_public
+from cm3.datasets.images.hosts import Host, PublicResolver
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_public_addresses(address: str, public: bool):
     assert is_public(ipaddress.ip_address(address)) == public
 
 
-def test_names_of_private_addresses_are_refused_when_connecting(monkeypatch: pytest.MonkeyPatch):
+def test_names_of_private_addresses_are_refused_when_connecting():
     async def resolve(private: bool) -> int:
         resolver = PublicResolver(private)
         try:
@@ -47,33 +47,33 @@ def test_names_of_private_addresses_are_refused_when_connecting(monkeypatch: pyt
 
 
 class Clock:
-    """Time that passes only when somebody sleeps."""
+    """A clock that only advances while somebody sleeps, and a host that uses it."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self) -> None:
         self.now = 100.0
-        monkeypatch.setattr(images_hosts, "_now", lambda: self.now)
-        monkeypatch.setattr(images_hosts.asyncio, "sleep", self.sleep)
+        self.host = Host("h", 50.0, 16, 300.0, clock=lambda: self.now, sleep=self.sleep)
 
     async def sleep(self, seconds: float) -> None:
         self.now += seconds
 
-    def turns(self, host: Host, count: int) -> float:
+    def turns(self, count: int) -> float:
         """Seconds that so many turns take."""
         started = self.now
 
         async def take() -> None:
             for _ in range(count):
-                await host.turn()
+                await self.host.turn()
 
         asyncio.run(take())
         return self.now - started
 
 
-def test_a_host_is_asked_at_its_rate_and_more_slowly_when_it_complains(monkeypatch: pytest.MonkeyPatch):
-    clock, host = Clock(monkeypatch), Host("h", 50.0, 16, 300.0)
-    assert clock.turns(host, 101) == pytest.approx(2.0)
+def test_requests_are_rate_limited_and_slower_after_429():
+    clock = Clock()
+    host = clock.host
+    assert clock.turns(101) == pytest.approx(2.0)
     host.hold(7.0)
-    assert clock.turns(host, 1) == pytest.approx(7.0)
+    assert clock.turns(1) == pytest.approx(7.0)
     for _ in range(16):  # one burst of 429
         host.slow_down()
     assert host.interval == pytest.approx(2 / 50)
@@ -81,10 +81,10 @@ def test_a_host_is_asked_at_its_rate_and_more_slowly_when_it_complains(monkeypat
     host.slow_down()
     assert host.interval == pytest.approx(4 / 50)
     clock.now += 10
-    clock.turns(host, 1)
+    clock.turns(1)
     assert host.interval == pytest.approx(2 / 50)
     clock.now += 1000
-    clock.turns(host, 1)
+    clock.turns(1)
     assert host.interval == pytest.approx(1 / 50)
     for _ in range(100):
         clock.now += 1
@@ -92,12 +92,13 @@ def test_a_host_is_asked_at_its_rate_and_more_slowly_when_it_complains(monkeypat
     assert host.interval == pytest.approx(64 / 50)
 
 
-def test_a_host_that_falls_silent_is_waited_for_and_given_up_in_the_end(monkeypatch: pytest.MonkeyPatch):
-    clock, host = Clock(monkeypatch), Host("h", 50.0, 16, 300.0)
+def test_a_silent_host_is_retried_for_a_while_then_down():
+    clock = Clock()
+    host = clock.host
     host.answered()
     for _ in range(100):
         host.unanswered("why")
-    assert not host.down and clock.turns(host, 1) >= 1.0
+    assert not host.down and clock.turns(1) >= 1.0
     clock.now += 200
     host.answered()
     host.unanswered("why")

@@ -14,7 +14,7 @@ from oracles_sources import cut_short, image, in_turn, items_file, respond, serv
 from cm3.common.errors import UserError
 from cm3.common.tables import MANIFEST, read_table
 from cm3.datasets.images.config import Images
-from cm3.datasets.images.fetch import without_asking
+from cm3.datasets.images.fetch import without_request
 from cm3.datasets.images.stage import collect_images
 from cm3.datasets.images.store import Store
 
@@ -201,9 +201,9 @@ def test_urls_that_lead_astray_are_not_asked(tmp_path: Path, url: str, settings:
 def test_wild_cards_take_in_all_below():
     spec = web(hosts=["*.Example.com", "a.org"], private=False)
     allowed = ("http://x.example.com/a", "https://x.y.EXAMPLE.com:8443/a", "http://A.org/")
-    assert [without_asking(url, spec) for url in allowed] == [None, None, None]
+    assert [without_request(url, spec) for url in allowed] == [None, None, None]
     for url in ("http://example.com/a", "http://badexample.com/a", "http://b.a.org/", "http://a.org.evil.net/"):
-        assert without_asking(url, spec) is not None
+        assert without_request(url, spec) is not None
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_wild_cards_take_in_all_below():
     ],
 )
 def test_known_addresses_of_no_image_are_not_asked(path: str, missing: bool):
-    outcome = without_asking("http://127.0.0.1" + path, web())
+    outcome = without_request("http://127.0.0.1" + path, web())
     assert (outcome is not None and outcome.status == "missing") == missing
 
 
@@ -246,7 +246,7 @@ def test_a_429_without_a_time_slows_the_host_down(tmp_path: Path, caplog: pytest
     with serving() as server:
         server.answers = {"/a": in_turn(respond(b"", 429), respond(GOOD))}
         rows = collect(tmp_path, {"a": [server.url("/a")]}, web(), rate=100.0)
-    assert rows["a"]["status"] == "ok" and "127.0.0.1 says it is asked too often: 50 requests" in caplog.text
+    assert rows["a"]["status"] == "ok" and "127.0.0.1 answers 429 (too many requests): slowing down to 50 requests" in caplog.text
 
 
 def test_images_are_asked_for_as_they_are_and_without_cookies(tmp_path: Path):
