@@ -30,7 +30,7 @@ def check_gzip(path: Path) -> int:
         raise DamagedGzipError("the file is empty")
     most = max(UNPACKED_FREE, UNPACKED_RATIO * packed)
     try:
-        with igzip.IGzipFile(path, "rb") as file:
+        with igzip.open(path, "rb") as file:
             while block := file.read(_BLOCK):
                 unpacked += len(block)
                 if unpacked > most:

@@ -1,8 +1,8 @@
 """Images from the web: each fault of a server has its row and its reason, and none stops or hangs the stage."""
 
-import errno
 import gzip
 import hashlib
+import resource
 import socket
 import time
 from pathlib import Path
@@ -16,7 +16,6 @@ from cm3.common.tables import MANIFEST, read_table
 from cm3.datasets.images.config import Images
 from cm3.datasets.images.fetch import without_request
 from cm3.datasets.images.stage import collect_images
-from cm3.datasets.images.store import Store
 
 FAST = {"attempts": 3, "pause": 0.01, "rate": 10_000.0, "timeout": 5.0, "threads": 2}
 
@@ -246,7 +245,10 @@ def test_a_429_without_a_time_slows_the_host_down(tmp_path: Path, caplog: pytest
     with serving() as server:
         server.answers = {"/a": in_turn(respond(b"", 429), respond(GOOD))}
         rows = collect(tmp_path, {"a": [server.url("/a")]}, web(), rate=100.0)
-    assert rows["a"]["status"] == "ok" and "127.0.0.1 answers 429 (too many requests): slowing down to 50 requests" in caplog.text
+    assert (
+        rows["a"]["status"] == "ok"
+        and "127.0.0.1 answers 429 (too many requests): slowing down to 50 requests" in caplog.text
+    )
 
 
 def test_images_are_asked_for_as_they_are_and_without_cookies(tmp_path: Path):
@@ -275,22 +277,12 @@ def test_offline_opens_no_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert server.asked == ["/b.jpg"]
 
 
-def test_a_full_disk_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    references = {str(n): [f"http://127.0.0.1:9/{n}"] for n in range(20)}
-
-    class Full:
-        def write(self, data: bytes) -> int:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        # What is still in the buffer is written then, and fails again.
-        flush = close = lambda self: self.write(b"")
-
-    plain = Store.__init__
-
-    def start(store: Store, *values: Any) -> None:
-        plain(store, *values)
-        store._file = Full()  # type: ignore[assignment]
-
-    monkeypatch.setattr(Store, "__init__", start)
-    with pytest.raises(UserError, match=r"journal: No space left on device; make room and run the same command again"):
-        collect(tmp_path, references, web())
+def test_a_full_disk_is_reported_in_one_line(tmp_path: Path):
+    items = items_file(tmp_path / "items.parquet", {str(n): [f"http://127.0.0.1:9/{n}"] for n in range(20)})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(UserError, match=r"journal: File too large; make room and run the same command again"):
+            collect_images(web(), FAST, items, {}, tmp_path / "out" / "manifest.parquet")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
