@@ -1,7 +1,7 @@
-# The pinned environment, without the pipeline's code: that comes from the checkout (Apptainer, docker run) or is sent
-# along by Snakemake (Kubernetes), so that an edit of a stage needs no new image. docs/cluster.md tells how to use it.
+# The pinned environment without the pipeline's code, which comes from the checkout (Apptainer, docker run) or is uploaded
+# by Snakemake (Kubernetes), so an edit of a stage needs no new image. How to use it: docs/cluster.md.
 #
-#   docker build -t cm3-pipeline:0.1.0 .
+#   docker build -t cm3-pipeline:0.2.0 .
 FROM python:3.12-slim-bookworm
 
 ENV PIP_NO_CACHE_DIR=1 \

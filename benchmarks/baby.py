@@ -16,7 +16,7 @@ import numpy as np
 
 
 def main() -> None:
-    """Write baby.inter with the published split and text_feat.npy."""
+    """Write baby.inter with the random 8:1:1 split of the data and text_feat.npy."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=Path("baby"))

@@ -26,8 +26,8 @@ from cm3.common.embeddings import write_embeddings
 from cm3.common.files import write_json
 from cm3.common.interactions import Interactions, read_interactions
 from cm3.common.tables import INTERACTIONS, ITEMS, SPLITS, USERS, write_table
-from cm3.evaluation.evaluate import Measured, _write_per_user, _write_recommendations
 from cm3.evaluation.metrics import per_user
+from cm3.evaluation.results import RankedLists, UserMetrics, write_per_user, write_recommendations
 
 TOP, CUTOFFS, WIDTH, BOUGHT, WANTED = 50, [10, 20, 50], 192, 6, 2
 
@@ -64,10 +64,11 @@ def write_cell(folder: Path, shop: Interactions, quality: float, seed: int) -> d
     hit = rng.random(len(users)) < quality
     lists[users[hit], place[items[hit] % TOP]] = items[hit]
     values, scores = per_user(lists, truth, CUTOFFS), rng.random(lists.shape, np.float32)
-    found = Measured(np.arange(len(lists)), np.diff(truth.indptr), values, lists, scores)
+    found = UserMetrics(np.arange(len(lists)), np.diff(truth.indptr), values)
+    ranked = RankedLists(found.users, lists, scores)
     files = {kind: folder / f"{kind}-{seed}" for kind in ("per_user", "recommendations", "evaluation", "train")}
-    _write_per_user(files["per_user"], found)
-    _write_recommendations(files["recommendations"], found, shop, TOP)
+    write_per_user(files["per_user"], found)
+    write_recommendations(files["recommendations"], [ranked], shop, TOP)
     write_json(files["evaluation"], {"test": found.means(), "mask": "train"})
     write_json(files["train"], {"monitor": "recall@20", "best_valid": quality, "wall_seconds": 1.0})
     return files

@@ -95,8 +95,8 @@ def measure(kind: str, size: int, folder: Path) -> dict[str, float]:
         found["ids"] = sum(map(len, reader.known_items()))
         found["parsed"] = len(reader.items(wanted))
     else:
-        from cm3.datasets.config import parse_dataset
         from cm3.datasets.prepare import prepare
+        from cm3.datasets.registry import parse_dataset
 
         data = {"source": "amazon-2014", "category": "Shop", "interactions": "reviews", "folder": str(folder)}
         outputs = {name: folder / f"{name}.parquet" for name in ("ratings", "items", "users")}

@@ -31,11 +31,11 @@ def item_texts(folder: Path) -> list[str]:
     """Return the texts of all items, in file order."""
     from cm3.datasets import amazon_2018, amazon_2023
     from cm3.datasets.amazon.metadata import Metadata
-    from extractors.text.item_text import text_of
+    from extractors.text.item_text import item_text
 
     items = [json.loads(line) for line in (folder / "hm/items.jsonl").read_text().splitlines()]
     fields = ("title", "type", "group", "colour", "department", "section", "description")
-    texts = [text_of(item, fields) for item in items]
+    texts = [item_text(item, fields) for item in items]
     for pattern, key, module in (
         ("amazon-2018/meta_*.json.gz", "asin", amazon_2018),
         ("amazon-2023/meta_*.jsonl.gz", "parent_asin", amazon_2023),
@@ -43,7 +43,7 @@ def item_texts(folder: Path) -> list[str]:
         for path in sorted(folder.glob(pattern)):
             metadata = Metadata(path, key, module.item_of, 0.0)
             found = metadata.read({name for names in metadata.ids() for name in names})
-            texts += [text_of(vars(item)) for item in found.values()]
+            texts += [item_text(vars(item)) for item in found.values()]
     return [text for text in texts if text]
 
 
@@ -141,9 +141,9 @@ def memory() -> None:
     import pyarrow as pa
 
     from cm3.common.tables import ITEMS, read_table, write_table
-    from cm3.datasets.config import parse_dataset
     from cm3.datasets.images.config import Images
     from cm3.datasets.images.stage import collect_images
+    from cm3.datasets.registry import parse_dataset
     from cm3.datasets.sample.generate import make_sample
 
     print("| items | MiniLM, peak MB | descriptor, peak MB |\n|---|---|---|")
@@ -152,7 +152,7 @@ def memory() -> None:
             folder = Path(temporary)
             shop = parse_dataset("shop", {"source": "sample", "users": 50, "items": items}, "")
             make_sample(
-                shop.sample_spec(),
+                shop.generate_spec(),
                 folder / "reviews.json.gz",
                 folder / "meta.json.gz",
                 folder / "pictures.sha256",

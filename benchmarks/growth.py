@@ -28,9 +28,9 @@ import torch
 from cm3.config import Model, Training
 from cm3.evaluation.ranking import Validation
 from cm3.model.graph import item_item_matrix
-from cm3.model.model import seeded
+from cm3.model.model import build_model
 from cm3.model.sampling import Sampler
-from cm3.training.checkpoint import Unkept
+from cm3.training.checkpoint import NullCheckpoint
 from cm3.training.loop import _Run, grouped
 
 BABY = (19_445, 7_050, 119_674)
@@ -57,12 +57,12 @@ def measure(
     every = np.repeat(np.arange(n_items), 10)
     neighbours = [(every, rng.integers(n_items, size=len(every))) for _ in features]
     graph = item_item_matrix(neighbours, [0.9, 0.1], n_items)
-    model = seeded(features, train, graph, Model(), 0, options.precision)
+    model = build_model(features, train, graph, Model(), 0, options.precision)
     users, items = (torch.from_numpy(x.astype(np.int64)) for x in train.nonzero())
-    sampler = Sampler(users, items, n_items, batch_size=BATCH, contrast="negative", dedup_pairs=True, seed=0)
+    sampler = Sampler(users, items, n_items, batch_size=BATCH, negative_sampling="negative", dedup_pairs=True, seed=0)
     validation = Validation(drawn(n_users, n_items, n_users, rng), train, "recall@20")
     training = Training(batch_size=BATCH, batches_per_step=batches_per_step)
-    run = _Run(model, sampler, validation, training, Unkept(), None)
+    run = _Run(model, sampler, validation, training, NullCheckpoint(), None)
     seconds = []
     for batches in grouped(sampler.epoch(1), batches_per_step):
         started = time.perf_counter()

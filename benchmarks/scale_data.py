@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cm3.common.files import write_json
 from cm3.common.tables import OK, ROW_GROUP, features_schema
-from cm3.datasets.config import parse_dataset
+from cm3.datasets.registry import parse_dataset
 
 ROWS = 1_000_000
 FIRST_DAY, SECONDS = 1_300_000_000, 10**8

@@ -33,10 +33,10 @@ from torch.nn import functional
 from cm3.config import Model, Training
 from cm3.evaluation.ranking import Validation
 from cm3.model.graph import item_item_matrix
-from cm3.model.model import seeded
+from cm3.model.model import build_model
 from cm3.model.sampling import Sampler
 from cm3.similarity.exact import knn
-from cm3.training.checkpoint import Unkept
+from cm3.training.checkpoint import NullCheckpoint
 from cm3.training.loop import _Run
 
 BATCH, TURN, K = 2048, 3, 20
@@ -158,13 +158,13 @@ def main() -> None:
         neighbours.append((np.repeat(np.arange(n_items), 10), found.numpy().ravel()))
     graph = item_item_matrix(neighbours, [0.9, 0.1], n_items)
     settings, training = Model(), Training(batch_size=BATCH)
-    ours = seeded([x.numpy() for x in features], train, graph, settings, 0, arguments.precision).to(device)
+    ours = build_model([x.numpy() for x in features], train, graph, settings, 0, arguments.precision).to(device)
     theirs = Opponent([x.to(device) for x in features], train, graph).to(device)
     users, items = (torch.from_numpy(x.astype(np.int64)).to(device) for x in train.nonzero())
-    sampler = Sampler(users, items, n_items, batch_size=BATCH, contrast="negative", dedup_pairs=True, seed=0)
+    sampler = Sampler(users, items, n_items, batch_size=BATCH, negative_sampling="negative", dedup_pairs=True, seed=0)
     valid = matrix(splits["val"], (n_users, n_items))
     ranking = Validation(valid, train, "recall@20", device)
-    run = _Run(ours, sampler, ranking, training, Unkept(), None)
+    run = _Run(ours, sampler, ranking, training, NullCheckpoint(), None)
     optimiser = torch.optim.Adam(theirs.parameters(), lr=1e-3)
     batches, seen = sampler.epoch(1), {user: set(mine) for user, mine in splits["train"].items()}
     pairs = [(user, item) for user, mine in splits["train"].items() for item in mine]

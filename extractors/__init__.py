@@ -1,4 +1,4 @@
-"""Items to vectors: text, image, caption, multimodal and precomputed extractors, as a library of its own.
+"""Extractors: text, image, caption, multimodal and precomputed vectors of items. Usable as a library.
 
 >>> import io
 >>> from PIL import Image
@@ -12,45 +12,46 @@
 >>> encoded.status.tolist()
 ['ok', 'failed', 'missing']
 >>> encoded.errors
-{1: "not an image in a known format (starts with b'no image')"}
+{1: "not an image; it starts with b'no image'"}
 
-Importing this package, or parsing a spec, loads no model library; only `load` does.
+Importing this package or parsing a spec imports no model library; only `load` does.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from extractors.extractor import Extractor
-    from extractors.spec import ExtractorSpec
+    from extractors.spec import BackendSpec
 
 __all__ = ["load", "parse_extractor"]
 
 
-def load(spec: "ExtractorSpec | Mapping[str, Any]", name: str = "extractor") -> "Extractor[Any]":
-    """Return the extractor that `spec` describes, its model loaded and ready on its device.
+def load(spec: "BackendSpec | Mapping[str, Any]", name: str = "extractor") -> "Extractor[Any]":
+    """Return the extractor of a spec, with its model loaded on its device.
 
     Its `encode(items)` takes N mappings with the keys of items.parquet (title, brand, categories, ...) and `image`
     (bytes or a path), and returns (N, d) float32 vectors, a status per row, and the reasons of failures. A captioner
     has `caption(items)` instead.
 
     Args:
-        spec: a parsed spec, or the mapping that a config file holds.
-        name: what error messages call it.
+        spec: a parsed spec, or a mapping as in a config file.
+        name: name of the extractor in error messages.
 
     Raises:
-        UserError: the spec is wrong, or the model's weights are not to be had.
+        UserError: the spec is invalid, or the model's weights cannot be loaded.
     """
-    from extractors.spec import ExtractorSpec, parse_extractor
+    from extractors.registry import parse_extractor
+    from extractors.spec import BackendSpec
 
-    parsed = spec if isinstance(spec, ExtractorSpec) else parse_extractor(name, spec, name)
-    model: Any = parsed.load()
-    return model
+    parsed = spec if isinstance(spec, BackendSpec) else parse_extractor(name, spec, name)
+    extractor: Extractor[Any] = cast(Any, parsed.load())
+    return extractor
 
 
 def __getattr__(name: str) -> Any:
     if name == "parse_extractor":
-        from extractors.spec import parse_extractor
+        from extractors.registry import parse_extractor
 
         return parse_extractor
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

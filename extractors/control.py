@@ -1,4 +1,4 @@
-"""Stage `control`: features without content, of the same shape, to see what a model gains from the real ones.
+"""Stage `control`: features without content, of the same shape as real ones, to measure what a model gains from content.
 
 python -m extractors.control --spec '{"kind": "gaussian", "seed": 1, "modality": "text"}'
     --input features=features.parquet --output features=control.parquet --output record=control.stage.json
@@ -17,11 +17,11 @@ from cm3.common.tables import read_features, write_features
 log = logging.getLogger("extractors.control")
 
 BLOCK = 8192
-"""Rows that are drawn at a time; memory alone depends on it."""
+"""Rows that are drawn at a time; only memory depends on it."""
 
 
 def gaussian(vectors: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return (N, d) random directions, each row as long as that of `vectors`."""
+    """Return (N, d) random directions, each row with the length of that row of `vectors`."""
     noise = np.empty_like(vectors)
     for start in range(0, len(vectors), BLOCK):
         real = vectors[start : start + BLOCK].astype(np.float64)
@@ -32,7 +32,7 @@ def gaussian(vectors: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def shuffled(vectors: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return the (N, d) vectors in a random order: real content, of other items."""
+    """Return the (N, d) vectors in random order: the content of other items."""
     return vectors[rng.permutation(len(vectors))]
 
 
@@ -50,12 +50,12 @@ CONTROLS: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
 
 
 def control(*, features: Path, output: Path, kind: str, seed: int, modality: str) -> dict[str, Any]:
-    """Write a features file whose vectors say nothing of their items. Only ok rows change; all statuses stay.
+    """Write a features file whose vectors have no information about their items. Only ok rows change; statuses do not.
 
     Args:
         kind: a name of `CONTROLS`.
-        seed: of the draw; `constant` needs none.
-        modality: draws differ by modality, so that no item's noise in one tells its noise in another.
+        seed: seed of the random generator; not used by `constant`.
+        modality: part of the seed, so that the noise of different modalities is independent.
 
     Returns:
         Facts for the stage's record: rows by status.
@@ -70,7 +70,7 @@ def control(*, features: Path, output: Path, kind: str, seed: int, modality: str
     provenance = {"control": {"kind": kind, "seed": seed, "modality": modality}, "features": real.metadata}
     write_features(output, real.item_ids, vectors, real.status.tolist(), provenance)
     names, counts = np.unique(real.status.astype(str), return_counts=True)
-    log.info("%s in place of %d of %d vectors", kind, real.ok.sum(), len(real.ok))
+    log.info("%s replaces %d of %d vectors", kind, real.ok.sum(), len(real.ok))
     return {"items": len(real.ok), **dict(zip(names.tolist(), counts.tolist(), strict=True))}
 
 

@@ -1,4 +1,4 @@
-"""The extract stage: one vector per item, in shards, with provenance.
+"""Stage `extract`: one vector per item, in shards, with provenance.
 
 python -m extractors.extract --spec '{"name": .., "settings": {..}, "identity": {..}}' --runtime '{"threads": 2}'
     --input items=items.parquet [--input manifest=..] [--input captions=..] [--input vectors=..]
@@ -16,11 +16,11 @@ from cm3.common.cli import stage
 from cm3.common.errors import UserError
 from cm3.common.tables import write_features
 from extractors.runtime.job import Job, spec_of
-from extractors.spec import ExtractorSpec
+from extractors.spec import BackendSpec
 
 
 def extract(
-    spec: ExtractorSpec,
+    spec: BackendSpec,
     inputs: Mapping[str, Path],
     features: Path,
     *,
@@ -32,14 +32,15 @@ def extract(
 
     Args:
         spec: the extractor.
-        inputs: items, and what else the spec needs: manifest, captions.
+        inputs: items, and the other inputs that the spec needs: manifest, captions, vectors.
         features: the Parquet file to write.
         name: the extractor's name in the config, for messages and provenance.
-        code: digest of the code; finished shards of other code are not used.
-        threads: processor threads of the model.
+        code: versions of stage and backend, such as "extract 1, timm 1"; outputs of other versions are not used, and
+            without it nothing is cached.
+        threads: CPU threads of the model.
 
     Raises:
-        UserError: no item has an input, the model is not to be had, or it returns NaN or vectors of varying length.
+        UserError: no item has an input, the model cannot be loaded, or it returns NaN or vectors of varying length.
     """
     job = Job(spec, inputs, features, name, code, threads)
     embedding = np.zeros((len(job.status), 0), np.float32)

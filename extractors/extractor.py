@@ -1,4 +1,4 @@
-"""What every loaded extractor offers: inputs in, one vector and one status per input out."""
+"""Interface of loaded models: from a sequence of inputs to one output and one status per input."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,21 +13,21 @@ from cm3.common.tables import FAILED, MISSING, OK, features_schema
 
 T = TypeVar("T")
 Advance = Callable[..., None]
-"""Called as `advance(n, ok=.., failed=..)` while inputs are worked off."""
+"""Progress callback: `advance(n, ok=.., failed=..)` after n more inputs."""
 
 
 def silent(n: int = 1, **counts: int) -> None:
-    """Report progress to nobody."""
+    """Ignore progress."""
 
 
 @dataclass(kw_only=True)
 class Result(ABC):
-    """What came of n inputs.
+    """Outputs of n inputs.
 
     Attributes:
         status: (n,) str: ok, missing or failed.
         errors: reasons by row, for rows that are not ok.
-        counts: what else is worth telling, such as truncated texts.
+        counts: further counts for the record, such as truncated_texts.
     """
 
     status: np.ndarray
@@ -36,11 +36,11 @@ class Result(ABC):
 
     @abstractmethod
     def columns(self, dtype: str) -> dict[str, pa.Array]:
-        """Return the output itself as columns of n rows, for a shard's table; vectors of the type `dtype`."""
+        """Return the output as columns of n rows for a shard's table; vectors have the type `dtype`."""
 
     @abstractmethod
     def check(self, names: Sequence[str]) -> None:
-        """Raise a UserError that names the items, if the model returned what is not to be kept."""
+        """Raise a UserError that names the items if the model returned an invalid output."""
 
 
 @dataclass(kw_only=True)
@@ -55,37 +55,39 @@ class Encoded(Result):
 
     def columns(self, dtype: str) -> dict[str, pa.Array]:
         """Return the vectors as lists of fixed size."""
-        with np.errstate(over="ignore"):  # an overflow to float16 is infinite, and refused when the output is written
+        with np.errstate(
+            over="ignore"
+        ):  # an overflow of float16 becomes infinite, and is refused when the output is written
             values = pa.array(np.ascontiguousarray(self.embedding, dtype).reshape(-1))
         kind = features_schema(self.embedding.shape[1], dtype).field("embedding").type
         return {"embedding": pa.FixedSizeListArray.from_arrays(values, type=kind)}
 
     def check(self, names: Sequence[str]) -> None:
-        """Refuse NaN and infinity.
+        """Check for NaN and infinity.
 
         Raises:
-            UserError: names the first items, and says what to try.
+            UserError: a vector holds NaN or infinity; names the first items.
         """
         bad = np.flatnonzero((self.status == OK) & ~np.isfinite(self.embedding).all(axis=1))
         if len(bad):
             raise UserError(
                 f"{len(bad)} vectors hold NaN or infinity, first of items {', '.join(names[row] for row in bad[:5])}; "
-                "finished shards stay. Look at these items' inputs, or try precision: float32"
+                "finished shards are kept. Check the inputs of these items, or try precision: float32"
             )
 
 
 class Model(ABC, Generic[T]):
-    """A loaded model that works off inputs of type T: texts, images, ids."""
+    """A loaded model with inputs of type T: texts, images, ids."""
 
     device: str = "cpu"
 
     @abstractmethod
     def run(self, inputs: Iterable[T], advance: Advance = silent) -> Result:
-        """Return what comes of the inputs, in their order. UnreadableError ones come back as failed with the reason."""
+        """Return the outputs in the order of the inputs. Inputs that cannot be decoded are failed, with the reason."""
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
-        """Return what the loaded model turned out to be: preprocessing, pooling, prompt. Kept as provenance."""
+        """Return properties of the loaded model for the output file's metadata: preprocessing, pooling, prompt."""
 
 
 class Extractor(Model[T]):
@@ -95,11 +97,11 @@ class Extractor(Model[T]):
 
     @abstractmethod
     def run(self, inputs: Iterable[T], advance: Advance = silent) -> Encoded:
-        """Encode inputs in their order. UnreadableError ones come back as failed with the reason."""
+        """Return the vectors in the order of the inputs. Inputs that cannot be decoded are failed, with the reason."""
 
     @abstractmethod
     def input_of(self, item: Mapping[str, Any]) -> T | None:
-        """Return the part of an item that this extractor reads, None if the item lacks it."""
+        """Return the input that an item gives, None if the item lacks it."""
 
     def encode(self, items: Sequence[Mapping[str, Any]]) -> Encoded:
         """Return the vectors of N items as (N, d) float32 with a status per row.
@@ -124,15 +126,15 @@ class Extractor(Model[T]):
 
 
 def no_vectors(count: int, dim: int, status: str) -> Encoded:
-    """Return `count` rows of zeros with one status, to be filled in."""
+    """Return `count` rows of zeros with one status."""
     return Encoded(embedding=np.zeros((count, dim), np.float32), status=np.full(count, status, dtype=object))
 
 
 def collect(vectors: Mapping[int, np.ndarray], errors: Mapping[int, str], count: int, dim: int) -> Encoded:
-    """Return `count` rows with the vectors and failures known by row.
+    """Return `count` rows from vectors and errors by row.
 
     Raises:
-        UserError: a vector is not of `dim` numbers.
+        UserError: the length of a vector is not `dim`.
     """
     encoded = no_vectors(count, dim, FAILED)
     encoded.errors = dict(errors)

@@ -1,10 +1,12 @@
-"""The backends: name -> "module:Class" of the spec, which knows its own implementation. One line makes a new one."""
+"""Registry of backends: name -> "module:Class" of its spec. Adding a backend adds one line."""
 
 import importlib
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import Any
 
-if TYPE_CHECKING:
-    from extractors.spec import ExtractorSpec
+from cm3.common.errors import UserError
+from cm3.common.strict import nearest, validate
+from extractors.spec import NAME, BackendSpec
 
 BACKENDS = {
     "sentence-transformers": "extractors.text.sentence_transformers:SentenceTransformersSpec",
@@ -21,12 +23,36 @@ BACKENDS = {
 }
 
 
-def spec_class(backend: str) -> "type[ExtractorSpec]":
-    """Return the spec class of a backend; its module loads without any model library."""
+def spec_class(backend: str) -> type[BackendSpec]:
+    """Return the spec class of a backend. Imports no model library."""
     module, _, name = BACKENDS[backend].partition(":")
-    return getattr(importlib.import_module(module), name)
+    found: type[BackendSpec] = getattr(importlib.import_module(module), name)
+    return found
 
 
-def spec_classes() -> "dict[str, type[ExtractorSpec]]":
-    """Return every backend's spec class by name, for JSON Schema and documentation."""
+def spec_classes() -> dict[str, type[BackendSpec]]:
+    """Return the spec classes of all backends by name."""
     return {backend: spec_class(backend) for backend in BACKENDS}
+
+
+def parse_extractor(name: str, data: Any, where: str) -> BackendSpec:
+    """Return the config section of extractor `name` as its backend's spec. Imports no model library.
+
+    Args:
+        name: the extractor's name in the config; it becomes part of file names.
+        data: the section as parsed from YAML.
+        where: key path of the section, for error messages.
+
+    Raises:
+        UserError: an invalid name, an unknown backend or key, or a value that the backend refuses.
+    """
+    if not NAME.fullmatch(name):
+        raise UserError(f"{where}: the name {name!r} becomes a file name: use letters, digits, '.', '_' and '-' only")
+    if not isinstance(data, Mapping):
+        raise UserError(f"{where} = {data!r}: expected a section with modality and backend")
+    backend = data.get("backend")
+    if backend is None:
+        raise UserError(f"{where}.backend: required, but not given{nearest('', BACKENDS)}")
+    if backend not in BACKENDS:
+        raise UserError(f"{where}.backend = {backend!r}: unknown backend{nearest(backend, BACKENDS)}")
+    return validate(spec_class(backend), dict(data), where)

@@ -1,122 +1,132 @@
-"""What every extractor's config section holds, and what its key is computed from."""
+"""Base of the backends' settings: the config keys that all extractors share, keys, inputs and cost estimate."""
 
-import importlib
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from cm3.common.errors import UserError
-from cm3.common.strict import Strict, nearest, validate
+from cm3.common.parts import Part
+from cm3.common.strict import Strict
 
 if TYPE_CHECKING:
     from extractors.extractor import Model
     from extractors.runtime.source import Source
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+"""Valid names of extractors and modalities: they become parts of file names."""
 
 
-class ExtractorSpec(Strict):
-    """The fields that all backends share; each backend's spec adds its own."""
+@dataclass(frozen=True)
+class Cost:
+    """Estimated memory and speed of one backend, from which a job's requests to a cluster are computed.
+
+    Attributes:
+        memory_mb: memory without weights, in MB (10^6 bytes).
+        weights_mb: memory of the weights in MB, used where neither a local file nor the model's name gives their size.
+        items_per_second: with 8 CPU threads; on a small GPU for models that are too slow on a CPU.
+        bytes_per_item: memory that grows with the number of items, besides the finished vectors.
+    """
+
+    memory_mb: float
+    weights_mb: float
+    items_per_second: float
+    bytes_per_item: int = 0
+
+
+class BackendSpec(Strict, Part):
+    """Settings of one extractor, and the facts about its backend. Each backend adds its own fields and methods.
+
+    Attributes:
+        modalities: modalities that the backend supports; empty: any.
+        shard_items: default number of items per shard; None: a single shard.
+        cached: whether outputs are added to the cache; False for backends that only look vectors up.
+        cost: estimated memory and speed.
+    """
 
     runtime_fields: ClassVar[frozenset[str]] = frozenset({"batch_size", "device", "workers", "shard_size"})
     modalities: ClassVar[tuple[str, ...]] = ()
-    """What the backend can make vectors of; empty: any modality."""
     shard_items: ClassVar[int | None] = 2048
-    """Items per shard where shard_size is not set; None: all at once."""
-    keeps: ClassVar[bool] = True
-    """Whether an output stays for later runs: not where looking it up again is as cheap."""
+    cached: ClassVar[bool] = True
+    cost: ClassVar[Cost] = Cost(6000, 8000, 1)
 
-    modality: str = Field(description="What the vectors stand for; some backends take any name.")
-    backend: str = Field(description="What computes the vectors; extractors/registry.py lists the names.")
-    dtype: Literal["float32", "float16"] = Field("float32", description="Type of the stored vectors.")
-    batch_size: int | None = Field(None, gt=0, description="Inputs per forward pass; by default what suits the device.")
+    modality: str = Field(description="Name of the modality of the vectors.")
+    backend: str = Field(description="Implementation of the extractor.")
+    dtype: Literal["float32", "float16"] = Field("float32", description="Number format of the stored vectors.")
+    batch_size: int | None = Field(None, gt=0, description="Inputs per forward pass; default: chosen for the device.")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(
-        "auto", description="Where the model runs; auto takes a GPU where there is one."
+        "auto", description="Device that runs the model; auto: a GPU if there is one."
     )
     workers: int | None = Field(
-        None, ge=0, description="Threads or processes that decode images; by default one per thread of the job."
+        None, ge=0, description="Threads or processes that decode images; default: one per thread of the job."
     )
     shard_size: int | None = Field(
-        None, gt=0, description="Items after which a job keeps what it has, so that a killed one loses little."
+        None, gt=0, description="Items per shard: an interrupted job resumes after its last finished shard."
     )
 
     @field_validator("modality")
     @classmethod
     def _modality_of_backend(cls, value: str) -> str:
         if cls.modalities and value not in cls.modalities:
-            can = " or ".join(cls.modalities)
-            raise ValueError(f"this backend makes vectors of {can}; set modality: {cls.modalities[0]}")
-        if not _NAME.fullmatch(value):
-            raise ValueError("a modality is a part of file names: letters, digits, '.', '_' and '-' only")
+            supported = " or ".join(cls.modalities)
+            raise ValueError(f"this backend supports {supported}; set modality: {cls.modalities[0]}")
+        if not NAME.fullmatch(value):
+            raise ValueError("a modality is part of file names: use letters, digits, '.', '_' and '-' only")
         return value
 
     def settings(self) -> dict[str, Any]:
-        """Return the fields that change the output, without defaults of None and without any path."""
+        """Return the fields that change the output, without paths and without fields that are None."""
         return self.model_dump(mode="json", exclude=set(self.runtime_fields), exclude_none=True)
 
     def identity(self) -> dict[str, Any]:
-        """Return what the output depends on: the settings and what the model really is. The key is made of it.
+        """Return the settings and the model's identity: the features' key is a hash of it.
 
         Raises:
-            UserError: local weights or a package that the spec names are not there.
+            UserError: local weights or a package named by the spec do not exist.
         """
         return self.settings() | self.model_identity()
 
     def model_identity(self) -> dict[str, Any]:
-        """Return what the model is where the settings alone don't tell: a digest or a version."""
+        """Return digests or versions that identify the model where the settings alone do not."""
         return {}
 
     def items_per_shard(self) -> int | None:
-        """Return after how many items a job keeps what it has; None: only when all are done."""
+        """Return the number of items per shard; None: a single shard."""
         return self.shard_size or self.shard_items
 
     def modules(self) -> list[str]:
-        """Return the modules whose code determines the output, beside the stage's entry module."""
+        """Return the modules whose code determines the output, besides the stage's entry module."""
         return [type(self).__module__]
 
     def needs(self) -> set[str]:
-        """Return the names of the stage's inputs: items, manifest, vectors."""
+        """Return the names of the job's inputs, out of items, manifest and vectors."""
         return {"items"}
 
     def uses_gpu(self) -> bool:
-        """Return whether the job should hold a GPU where there is one."""
+        """Return whether a job should request a GPU."""
         return self.device != "cpu"
 
+    def gpus(self) -> int:
+        """Return the number of GPUs that a job requests."""
+        return 1 if self.uses_gpu() else 0
+
+    def memory_mb(self, items: int) -> float:
+        """Return the estimated memory of a job over `items` items in MB (10^6 bytes)."""
+        return self.cost.memory_mb + self.weights_mb() + self.cost.bytes_per_item * items / 1e6 + items / 100
+
+    def weights_mb(self) -> float:
+        """Return the estimated memory of the weights in MB (10^6 bytes)."""
+        return self.cost.weights_mb
+
     def read(self, inputs: Mapping[str, Path]) -> "Source[Any]":
-        """Return the stage's inputs as this extractor takes them. Loads no model."""
+        """Return the model's inputs, read from the job's input files. Loads no model."""
         raise NotImplementedError
 
-    def warn_of_effort(self, items: int) -> None:
-        """Tell, before the model loads, if so many items take long on this machine; refuse what takes hours."""
+    def check_cpu_time(self, items: int) -> None:
+        """Log a warning if `items` items take long on this machine; raise a UserError if they take hours."""
 
     def load(self) -> "Model[Any]":
         """Load the model and return the extractor."""
         raise NotImplementedError
-
-
-def parse_extractor(name: str, data: Any, where: str) -> ExtractorSpec:
-    """Return the config section of extractor `name` as its backend's spec. Imports no model library.
-
-    Args:
-        name: the extractor's name in the config; it becomes part of file names.
-        data: the section as YAML gives it.
-        where: the key path that stands before each complaint.
-
-    Raises:
-        UserError: a bad name, an unknown backend or key, or a value that the backend refuses.
-    """
-    if not _NAME.fullmatch(name):
-        raise UserError(f"{where}: the name {name!r} becomes a file name: use letters, digits, '.', '_' and '-' only")
-    if not isinstance(data, Mapping):
-        raise UserError(f"{where} = {data!r}: expected a section with modality and backend")
-    # By name, so that a new line in the registry doesn't change the code digest of every extraction.
-    registry = importlib.import_module("extractors.registry")
-    backend = data.get("backend")
-    if backend is None:
-        raise UserError(f"{where}.backend: required, but not given{nearest('', registry.BACKENDS)}")
-    if backend not in registry.BACKENDS:
-        raise UserError(f"{where}.backend = {backend!r}: unknown backend{nearest(backend, registry.BACKENDS)}")
-    return validate(registry.spec_class(backend), dict(data), where)

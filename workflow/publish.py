@@ -1,20 +1,22 @@
-"""Publishing: the selected run's files under the experiment's own name, and the one metrics.json."""
+"""Publishing: copies of the selected run's files, and metrics.json with everything that its numbers come from."""
 
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cm3.common.cli import stage
+from cm3.common.cli import stage, versions
 from cm3.common.files import atomic, read_json, write_json
+from cm3.common.stages import STAGES
 
 
 def publish(provenance: dict[str, Any], files: dict[str, Path], outputs: dict[str, Path]) -> None:
-    """Copy a run's files to `outputs`, and gather its metrics with everything they came from in one JSON.
+    """Copy a run's files to `outputs`, and collect its metrics, data and provenance in one JSON file.
 
     Args:
-        provenance: experiment, dataset, command, config and keys.
-        files: the run's files by name; `evaluation`, `stats` and `record.STAGE` are gathered, others copied.
-        outputs: where to copy each file; `metrics` is the JSON.
+        provenance: experiment, dataset, command, config, keys, and libraries by record (see `library_warning`).
+        files: the run's files by name; `evaluation`, `stats` and `record.STAGE` are collected, others copied.
+        outputs: where to copy each file; `metrics` is the JSON file.
     """
     for name, path in outputs.items():
         if name != "metrics":
@@ -29,11 +31,20 @@ def publish(provenance: dict[str, Any], files: dict[str, Path], outputs: dict[st
 def gather(
     provenance: dict[str, Any], evaluation: dict[str, Any], stats: dict[str, Any], records: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """Return metrics.json: a warning where there is one, metrics, then data, coverage and training, then time, memory and provenance."""
+    """Return the content of metrics.json: warnings, metrics, data, coverage, training, facts of each stage, provenance.
+
+    Args:
+        provenance: as for `publish`.
+        evaluation: metrics of the run.
+        stats: statistics of the data.
+        records: the stages' records: prepare, split, train, evaluate, extract.MODALITY, ...
+    """
     train = records["train"]
     extractions = {n.removeprefix("extract."): r for n, r in records.items() if n.startswith("extract.")}
+    warnings = [train.get("warning"), library_warning(records, provenance.get("libraries", {}))]
+    warning = "; ".join(filter(None, warnings))
     return {
-        **({"warning": train["warning"]} if "warning" in train else {}),
+        **({"warning": warning} if warning else {}),
         "experiment": provenance["experiment"],
         "dataset": provenance["dataset"],
         "command": provenance["command"],
@@ -43,16 +54,56 @@ def gather(
         "raw": records["prepare"].get("raw", {}),
         "training": {name: value for name, value in train.items() if name not in _OF_EVERY_STAGE},
         "stages": {
-            name: {field: record[field] for field in ("wall_seconds", "peak_memory_mb", "code")}
+            name: {field: record.get(field) for field in _STAGE_FACTS if field in record or field not in _OPTIONAL}
             for name, record in records.items()
         },
         "config": provenance["config"],
         "keys": provenance["keys"],
-        "versions": train["versions"],
+        "versions": _all_versions(records),
     }
 
 
+_STAGE_FACTS = ("wall_seconds", "peak_memory_mb", "code", "device", "threads", "versions", "library_versions")
+_OPTIONAL = frozenset({"library_versions"})
 _OF_EVERY_STAGE = frozenset({"stage", "started", "wall_seconds", "peak_memory_mb", "code", "versions"})
+
+
+def library_warning(records: Mapping[str, Mapping[str, Any]], libraries: Mapping[str, Sequence[str]]) -> str | None:
+    """Return a warning if features of one experiment come from different versions of a model library.
+
+    A record says the versions that its stage ran with (`versions`), and for outputs taken from the cache those that made
+    them (`library_versions`: "transformers 5.23.0" or several, joined by ", " -> number of items).
+
+    Args:
+        records: the stages' records by name.
+        libraries: the libraries that count, by the name of the record: `extract.MODALITY` and `caption.MODALITY`.
+    """
+    found: dict[str, dict[str, list[str]]] = {}
+    for name, counted in libraries.items():
+        for library, version in sorted(_versions_in(records.get(name, {}))):
+            if library in counted:
+                found.setdefault(library, {}).setdefault(version, []).append(name)
+    mixed = [
+        f"{library} " + " and ".join(f"{version} ({', '.join(names)})" for version, names in by_version.items())
+        for library, by_version in found.items()
+        if len(by_version) > 1
+    ]
+    return f"features come from different versions of {'; '.join(mixed)}" if mixed else None
+
+
+def _versions_in(record: Mapping[str, Any]) -> set[tuple[str, str]]:
+    found = set((record.get("versions") or {}).items())
+    for names in record.get("library_versions") or {}:
+        found |= {(library, version) for library, _, version in (name.partition(" ") for name in names.split(", "))}
+    return found
+
+
+def _all_versions(records: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Return the version of each library of any stage; that of training where stages differ (`stages` has each)."""
+    found = versions(STAGES["publish"].libraries)
+    for record in (*records.values(), records["train"]):
+        found |= record.get("versions") or {}
+    return found
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
-"""The reference of config keys, written from the models themselves: tables for people, a JSON Schema for editors.
+"""Reference of all config keys, generated from the pydantic models: Markdown tables and a JSON Schema for editors.
 
-`python -m workflow.reference` brings config/README.md and workflow/schemas/config.schema.json up to date.
+`python -m workflow.reference` updates config/README.md and workflow/schemas/config.schema.json.
 """
 
 import json
@@ -13,14 +13,15 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import Field, create_model
 from pydantic.fields import FieldInfo
 
-from cm3.baselines.config import MODELS, BaselineSettings
 from cm3.common.strict import Strict
-from cm3.config import Evaluation, Model, Training
-from cm3.datasets.base_config import Dataset
-from cm3.datasets.config import SOURCES
+from cm3.config import Evaluation, Training
+from cm3.datasets.registry import source_specs
+from cm3.datasets.spec import SourceSpec
+from cm3.model_registry import DEFAULT_MODEL
+from cm3.model_registry import spec_classes as model_specs
+from cm3.model_spec import ModelSpec
 from extractors.registry import spec_classes
 from workflow.plan.experiments import ExperimentSection
-from workflow.plan.models import CM3
 from workflow.plan.studies import StudySection
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,34 +33,30 @@ BEGIN, END = "<!-- written by python -m workflow.reference; edit the models, not
 
 def tables() -> str:
     """Return the Markdown tables of all keys, section by section."""
-    sections = ["## datasets", "", "Every dataset has these:", "", *_table(Dataset, skip={"source"})]
-    shared = set(Dataset.model_fields)
-    for name, source in SOURCES.items():
+    sections = ["## datasets", "", "Every dataset has these:", "", *_table(SourceSpec, skip={"source"})]
+    shared = set(SourceSpec.model_fields)
+    for name, source in source_specs().items():
         sections += ["", f"### source: {name}", "", _first_line(source), "", *_table(source, skip=shared - {"images"})]
     sections += ["", "## extractors"]
     for name, spec in spec_classes().items():
         sections += ["", f"### backend: {name}", "", _first_line(spec), "", *_table(spec)]
     sections += ["", "## experiments", "", *_table(ExperimentSection)]
-    sections += [
-        "",
-        "### model",
-        "",
-        _first_line(Model),
-        "This is the model where `name` is not given.",
-        "",
-        *_table(Model),
-    ]
-    for name, settings in MODELS.items():
-        sections += ["", f"### model, name: {name}", "", _first_line(settings), _needs(settings), *_rows(settings)]
-    for title, model in SETTINGS.items():
-        sections += ["", f"### {title}", "", _first_line(model), "", *_table(model)]
+    for name, model in model_specs().items():
+        sections += ["", f"### model, name: {name}", "", _first_line(model), _facts(name, model), *_rows(model)]
+    for title, section in SETTINGS.items():
+        sections += ["", f"### {title}", "", _first_line(section), "", *_table(section)]
     sections += ["", "## studies", "", *_table(StudySection)]
     return "\n".join(sections)
 
 
-def _needs(model: type[BaselineSettings]) -> str:
-    modalities = "It needs modalities" if model.modalities == "required" else "It takes no modalities"
-    return modalities + (", and is trained." if model.trains else ", and is computed in closed form.")
+def _facts(name: str, model: type[ModelSpec]) -> str:
+    """Return what a user must know of a model besides its settings, in sentences."""
+    default = "The default model. " if name == DEFAULT_MODEL else ""
+    modalities = "It needs modalities" if model.reads_features else "It accepts no modalities"
+    fitted = "is trained" if model.trains else "is computed in closed form"
+    changed = ", ".join(f"`{key}` {value}" for key, value in model.training_defaults.items())
+    defaults = f" Defaults of `training` that differ: {changed}." if changed else ""
+    return f"{default}{modalities} and {fitted}.{defaults}"
 
 
 def _rows(model: type[Strict]) -> list[str]:
@@ -121,13 +118,12 @@ def _type_name(annotation: Any) -> str:
 
 def schema() -> dict[str, Any]:
     """Return the JSON Schema of config.yaml, for editors that complete and check YAML."""
-    datasets: Any = Annotated[Union[tuple(SOURCES.values())], Field(discriminator="source")]  # noqa: UP007
+    datasets: Any = Annotated[Union[tuple(source_specs().values())], Field(discriminator="source")]  # noqa: UP007
     extractors: Any = Union[tuple(spec_classes().values())]  # noqa: UP007
-    named: Any = {"name": (Literal[CM3], CM3)}
-    models: Any = Union[(create_model("CM3", __base__=Model, **named), *MODELS.values())]
+    models: Any = Union[tuple(model_specs().values())]  # noqa: UP007
     settings: Any = {name: (model, Field(default_factory=model)) for name, model in SETTINGS.items()}
-    plain: Any = Model
-    settings["model"] = (models, Field(default_factory=plain))
+    default: Any = model_specs()[DEFAULT_MODEL]
+    settings["model"] = (models, Field(default_factory=default))
     settings["dataset"] = (str, Field("", description="a name under datasets; required unless like gives it"))
     experiment: Any = create_model("Experiment", __base__=ExperimentSection, **settings)
     parts = {"datasets": datasets, "extractors": extractors, "experiments": experiment}
@@ -138,7 +134,7 @@ def schema() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Bring both files up to date."""
+    """Update both files."""
     text = README.read_text(encoding="utf-8")
     body = re.sub(
         re.escape(BEGIN) + ".*?" + re.escape(END), lambda _: f"{BEGIN}\n\n{tables()}\n\n{END}", text, flags=re.S

@@ -1,4 +1,4 @@
-"""The table that a user sees at the end of a run."""
+"""Summary of new results, printed at the end of a run."""
 
 import sys
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from cm3.common.files import read_json
 
 
 def print_summary(experiments: Iterable[str], studies: Iterable[str], since: float) -> None:
-    """Print what was written after `since` (Unix seconds): experiments' test metrics, and where comparisons lie."""
+    """Print results written after `since` (Unix seconds): test metrics of experiments, paths of comparisons."""
     for experiment in experiments:
         path = Path(f"results/{experiment}/metrics.json")
         if _written(path, since):
@@ -26,10 +26,10 @@ def _written(path: Path, since: float) -> bool:
 
 
 def summary(metrics: dict[str, Any], folder: Path) -> str:
-    """Return the test metrics as a table, metrics down and cut-offs across, and the paths of what was made."""
-    cells = {tuple(name.split("@")): value for name, value in metrics["test"].items()}
-    names = list(dict.fromkeys(name for name, _ in cells))
-    cuts = sorted({cut for _, cut in cells}, key=int)
+    """Return a table of the test metrics, with metrics as rows and cut-offs as columns, and the paths of the results."""
+    values = {tuple(name.split("@")): value for name, value in metrics["test"].items()}
+    names = list(dict.fromkeys(name for name, _ in values))
+    cuts = sorted({cut for _, cut in values}, key=int)
     config = metrics["config"]
     control = config.get("control") or {}
     features = ", ".join(
@@ -43,7 +43,7 @@ def summary(metrics: dict[str, Any], folder: Path) -> str:
         f"  {'test':<12}" + "".join(f"{'@' + cut:>9}" for cut in cuts),
     ]
     for name in names:
-        lines.append(f"  {name:<12}" + "".join(f"{cells[name, cut]:>9.4f}" for cut in cuts))
+        lines.append(f"  {name:<12}" + "".join(f"{values[name, cut]:>9.4f}" for cut in cuts))
     if "warning" in metrics:
         lines += ["", f"  WARNING: {metrics['warning']}"]
     lines += ["", f"  {folder / 'metrics.json'}"]

@@ -1,116 +1,33 @@
-"""BM3: users, items and modalities that agree with dropped-out copies of each other, without negative samples."""
+"""BM3: bootstrapped agreement of users, items and modalities."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import numpy as np
-import scipy.sparse as sp
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from pydantic import Field
 
-from cm3.baselines.config import BM3
-from cm3.baselines.inputs import Inputs
-from cm3.baselines.parts import free, layer_mean, named, projections, rows
-from cm3.model.graph import SparseMatrix, user_item_matrix
-from cm3.model.network import Embeddings, Loss, Network
-from cm3.model.sampling import Batch
+from cm3.baselines.base import FilledFeatures, NetworkBaseline
+from cm3.common.strict import Float
+
+if TYPE_CHECKING:
+    from cm3.baselines.inputs import Inputs
+    from cm3.model.network import Network
 
 
-@dataclass(frozen=True)
-class BootstrappedEmbeddings(Embeddings):
-    """A training step's tensors; users (U, d), items (I, d) and contents, (I, d) each, are the predictor's outputs.
+class BM3(NetworkBaseline, FilledFeatures):
+    """Bootstrapped agreement of users, items and modalities, without negative samples."""
 
-    The sources are the predictor's inputs, the targets are their copies outside the gradient with entries dropped.
-    """
+    version: ClassVar[int | None] = 1
+    reads_features: ClassVar[bool] = True
 
-    contents: list[Tensor]
-    source_users: Tensor
-    source_items: Tensor
-    target_users: Tensor
-    target_items: Tensor
-    target_contents: list[Tensor]
+    name: Literal["bm3"] = "bm3"
+    embedding_dim: int = Field(64, gt=0, description="width d of the embeddings")
+    n_layers: int = Field(1, ge=0, description="layers over the user-item graph")
+    dropout: Float = Field(0.5, ge=0, lt=1, description="dropout rate of the target embeddings")
+    cl_weight: Float = Field(2.0, ge=0, description="weight of the losses between and within modalities")
+    reg_weight: Float = Field(0.1, ge=0, description="weight of the penalty on the norms of all embeddings")
+    train_features: bool = Field(False, description="train the features as parameters, as in the MMRec toolbox")
 
+    def network(self, inputs: "Inputs") -> "Network":
+        """See `cm3.baselines.networks.bm3`."""
+        from cm3.baselines.networks.bm3 import network
 
-class Bootstrapped(Network):
-    """Zhou et al., Bootstrap Latent Representations for Multi-modal Recommendation, WWW 2023.
-
-    With h_u the mean over LightGCN's layers, h_i that plus the item's free embedding, h_m a linear map of modality m,
-    a predictor P that all of them share, targets h' = dropout(h) outside the gradient, and C = 1 - cosine, the loss is
-
-        C(P h_u, h'_i) + C(P h_i, h'_u) + cl_weight sum_m [C(P h_m, h'_i) + C(P h_m, h'_m)] + reg_weight (|U| + |I|) / n_I
-
-    with |U| and |I| the Frobenius norms of all h_u and h_i and n_I the number of items. The paper penalises squares and
-    has no cl_weight; both are as in the authors' code in MMRec, which the published settings belong to. Scores are
-    (P h_u) (P h_i).
-    """
-
-    parts = ("interactions", "modalities", "penalty")
-    contrast = "positive"
-
-    def __init__(self, interactions: sp.csr_matrix, features: Mapping[str, np.ndarray], settings: BM3) -> None:
-        super().__init__()
-        self.settings = settings
-        d = settings.embedding_dim
-        self.users, self.items = (free(n, d) for n in interactions.shape)
-        self.predictor = nn.Linear(d, d)
-        self.modalities = projections(features, d, settings.train_features)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_normal_(module.weight)
-        self.adjacency = SparseMatrix(user_item_matrix(interactions))
-
-    def training_embeddings(self, seed: int) -> BootstrappedEmbeddings:
-        """Return a forward whose dropout comes from `seed`."""
-        users, items = self._sources()
-        contents = [modality() for modality in self.modalities]
-        generator = torch.Generator(users.device).manual_seed(seed)
-        target_users, target_items, *targets = (self._target(h, generator) for h in (users, items, *contents))
-        return BootstrappedEmbeddings(
-            self.predictor(users),
-            self.predictor(items),
-            [self.predictor(h) for h in contents],
-            users,
-            items,
-            target_users,
-            target_items,
-            targets,
-        )
-
-    def _sources(self) -> tuple[Tensor, Tensor]:
-        users, items = layer_mean(self.adjacency, self.users, self.items, self.settings.n_layers)
-        return users, items + self.items
-
-    def _target(self, h: Tensor, generator: torch.Generator) -> Tensor:
-        share = self.settings.dropout
-        kept = torch.rand(h.shape, generator=generator, device=h.device) >= share
-        return h.detach() * kept / (1 - share)
-
-    def loss(self, embeddings: BootstrappedEmbeddings, batch: Batch) -> Loss:
-        """Return the loss of a batch's pairs."""
-        e = embeddings
-        items = rows(e.target_items, batch.items)
-        pairs = _distance(rows(e.users, batch.users), items)
-        pairs = pairs + _distance(rows(e.items, batch.items), rows(e.target_users, batch.users))
-        terms = []
-        for content, target in zip(e.contents, e.target_contents, strict=True):
-            online = rows(content, batch.items)
-            terms.append(_distance(online, items) + _distance(online, rows(target, batch.items)))
-        modalities = torch.stack(terms).sum()
-        size = (e.source_users.norm() + e.source_items.norm()) / len(e.source_items)
-        total = pairs + self.settings.cl_weight * modalities + self.settings.reg_weight * size
-        return Loss(total, named(self.parts, (pairs, modalities, size)))
-
-    @torch.no_grad()
-    def embed(self) -> Embeddings:
-        """Return the predictor's outputs for users and items."""
-        return Embeddings(*(self.predictor(h) for h in self._sources()))
-
-
-def _distance(online: Tensor, target: Tensor) -> Tensor:
-    return 1 - functional.cosine_similarity(online, target, dim=1).mean()
-
-
-def network(inputs: Inputs, settings: BM3) -> Bootstrapped:
-    """Return the model; its initial values come from torch's global generator."""
-    return Bootstrapped(inputs.interactions, inputs.features, settings)
+        return network(inputs, self)

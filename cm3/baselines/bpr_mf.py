@@ -1,51 +1,28 @@
-"""BPR-MF: matrix factorisation fitted to rank a user's items above others."""
+"""BPR-MF: matrix factorisation with the BPR loss."""
 
-import math
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-from torch import nn
+from pydantic import Field
 
-from cm3.baselines.config import BPRMF
-from cm3.baselines.inputs import Inputs
-from cm3.baselines.parts import named, penalty, ranking_loss, rows
-from cm3.model.network import Embeddings, Loss, Network
-from cm3.model.sampling import Batch
+from cm3.baselines.base import NetworkBaseline
+from cm3.common.strict import Float
 
-
-class BPRMatrixFactorisation(Network):
-    """Scores u i of free embeddings; the loss is BPR plus an L2 penalty on the batch's rows.
-
-    Rendle et al., BPR: Bayesian Personalized Ranking from Implicit Feedback, UAI 2009. Initial values are
-    N(0, 2 / (N + d)) as in RecBole and MMRec. The penalty is the paper's sum of squares; MMRec takes the norms of the
-    three (B, d) tables, unsquared, over B.
-    """
-
-    parts = ("ranking", "penalty")
-
-    def __init__(self, n_users: int, n_items: int, settings: BPRMF) -> None:
-        super().__init__()
-        self.settings = settings
-        d = settings.embedding_dim
-        self.users = nn.Parameter(torch.randn(n_users, d) * math.sqrt(2 / (n_users + d)))
-        self.items = nn.Parameter(torch.randn(n_items, d) * math.sqrt(2 / (n_items + d)))
-
-    def training_embeddings(self, seed: int) -> Embeddings:
-        """Return the parameters; nothing is drawn."""
-        return Embeddings(self.users, self.items)
-
-    def loss(self, embeddings: Embeddings, batch: Batch) -> Loss:
-        """Return BPR + reg_weight * penalty."""
-        users = rows(embeddings.users, batch.users)
-        items, others = (rows(embeddings.items, ids) for ids in (batch.items, batch.contrast))
-        ranking, size = ranking_loss(users, items, others), penalty(users, items, others)
-        return Loss(ranking + self.settings.reg_weight * size, named(self.parts, (ranking, size)))
-
-    def embed(self) -> Embeddings:
-        """Return the parameters."""
-        return Embeddings(self.users.detach(), self.items.detach())
+if TYPE_CHECKING:
+    from cm3.baselines.inputs import Inputs
+    from cm3.model.network import Network
 
 
-def network(inputs: Inputs, settings: BPRMF) -> BPRMatrixFactorisation:
-    """Return the model; its initial values come from torch's global generator."""
-    n_users, n_items = inputs.interactions.shape
-    return BPRMatrixFactorisation(n_users, n_items, settings)
+class BPRMF(NetworkBaseline):
+    """Matrix factorisation trained by Bayesian personalised ranking."""
+
+    version: ClassVar[int | None] = 1
+
+    name: Literal["bpr-mf"] = "bpr-mf"
+    embedding_dim: int = Field(64, gt=0, description="width d of the embeddings")
+    reg_weight: Float = Field(0.01, ge=0, description="weight of the L2 penalty on a batch's embeddings")
+
+    def network(self, inputs: "Inputs") -> "Network":
+        """See `cm3.baselines.networks.bpr_mf`."""
+        from cm3.baselines.networks.bpr_mf import network
+
+        return network(inputs, self)

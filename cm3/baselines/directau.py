@@ -1,68 +1,30 @@
-"""DirectAU: alignment of users with their items, uniformity of users and of items, and nothing else."""
+"""DirectAU: alignment and uniformity as the loss."""
 
-import math
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import scipy.sparse as sp
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from pydantic import Field
 
-from cm3.baselines.config import DirectAU
-from cm3.baselines.inputs import Inputs
-from cm3.baselines.parts import layer_mean, named, rows
-from cm3.model.graph import SparseMatrix, user_item_matrix
-from cm3.model.losses import alignment, uniformity
-from cm3.model.network import Embeddings, Loss, Network
-from cm3.model.sampling import Batch, Spread
+from cm3.baselines.base import NetworkBaseline
+from cm3.common.strict import Float
+
+if TYPE_CHECKING:
+    from cm3.baselines.inputs import Inputs
+    from cm3.model.network import Network
 
 
-class DirectlyAligned(Network):
-    """alignment + gamma (uniformity(users) + uniformity(items)) / 2 over unit vectors; scored by the plain dot product.
+class DirectAU(NetworkBaseline):
+    """Alignment and uniformity of user and item embeddings as the loss."""
 
-    Wang et al., Towards Representation Alignment and Uniformity in Collaborative Filtering, KDD 2022, equations 6 to 8.
-    The encoder is matrix factorisation, or LightGCN's with `n_layers` above 0. As in the authors' code, scores are of
-    the vectors before they are normalised, initial values are N(0, 2 / (N + d)), and a batch's repeated users and items
-    stay pairs at distance 0 unless `dedup_pairs` leaves them out. They train with `training.weight_decay` 1e-6.
-    """
+    version: ClassVar[int | None] = 1
 
-    parts = ("alignment", "user_uniformity", "item_uniformity")
-    contrast = "positive"
+    name: Literal["directau"] = "directau"
+    embedding_dim: int = Field(64, gt=0, description="width d of the embeddings")
+    n_layers: int = Field(0, ge=0, description="layers over the user-item graph; 0: matrix factorisation")
+    gamma: Float = Field(1.0, ge=0, description="weight of the uniformity losses")
+    dedup_pairs: bool = Field(False, description="exclude pairs of the same user or item from the uniformity losses")
 
-    def __init__(self, interactions: sp.csr_matrix, settings: DirectAU) -> None:
-        super().__init__()
-        self.settings = settings
-        d = settings.embedding_dim
-        self.users, self.items = (nn.Parameter(torch.randn(n, d) * math.sqrt(2 / (n + d))) for n in interactions.shape)
-        self.adjacency = SparseMatrix(user_item_matrix(interactions)) if settings.n_layers else None
+    def network(self, inputs: "Inputs") -> "Network":
+        """See `cm3.baselines.networks.directau`."""
+        from cm3.baselines.networks.directau import network
 
-    def training_embeddings(self, seed: int) -> Embeddings:
-        """Return a forward; nothing is drawn."""
-        if self.adjacency is None:
-            return Embeddings(self.users, self.items)
-        return Embeddings(*layer_mean(self.adjacency, self.users, self.items, self.settings.n_layers))
-
-    def loss(self, embeddings: Embeddings, batch: Batch) -> Loss:
-        """Return the weighted sum of the three parts."""
-        align = alignment(_unit(embeddings.users, batch.users), _unit(embeddings.items, batch.items))
-        users = _uniformity(embeddings.users, batch.spread_users)
-        items = _uniformity(embeddings.items, batch.spread_items)
-        return Loss(align + self.settings.gamma * (users + items) / 2, named(self.parts, (align, users, items)))
-
-    @torch.no_grad()
-    def embed(self) -> Embeddings:
-        """Return a forward."""
-        embeddings = self.training_embeddings(0)
-        return Embeddings(embeddings.users.detach(), embeddings.items.detach())
-
-
-def _unit(table: Tensor, ids: Tensor) -> Tensor:
-    return functional.normalize(rows(table, ids), dim=1)
-
-
-def _uniformity(table: Tensor, spread: Spread) -> Tensor:
-    return uniformity(_unit(table, spread.ids), counts=spread.counts)
-
-
-def network(inputs: Inputs, settings: DirectAU) -> DirectlyAligned:
-    """Return the model; its initial values come from torch's global generator."""
-    return DirectlyAligned(inputs.interactions, settings)
+        return network(inputs, self)

@@ -1,42 +1,44 @@
-"""EASE: the item-item regression without self-similarity, in closed form."""
+"""EASE: item-item regression without self-similarity, in closed form."""
 
-import numpy as np
-import scipy.sparse as sp
-import torch
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from cm3.baselines.config import EASE
-from cm3.baselines.inputs import Inputs
-from cm3.common.errors import UserError
-from cm3.evaluation.item_weights import ItemWeights
+from pydantic import Field
 
+from cm3.baselines.base import ClosedForm
+from cm3.common.strict import Float
+from cm3.model_spec import MEGABYTE, Estimate, Sizes
 
-def solve(inputs: Inputs, settings: EASE, device: torch.device) -> ItemWeights:
-    """Return B = I - P diag(1 / diag P), P = (X'X + lambda I)^-1: what minimises ||X - XB||^2 + lambda ||B||^2, diag B = 0.
+if TYPE_CHECKING:
+    import torch
 
-    Steck, Embarrassingly Shallow Autoencoders for Sparse Data, WWW 2019, equation 8. Solved in float64 by a Cholesky
-    factor, kept in float32.
-
-    Raises:
-        UserError: more items than `settings.max_items`.
-    """
-    n = inputs.interactions.shape[1]
-    if n > settings.max_items:
-        raise UserError(
-            f"model.max_items = {settings.max_items}: ease inverts a matrix of {n} x {n} items, which takes about "
-            f"{memory_gb(n):.0f} GB of memory and {float(n) ** 3:.0e} operations; take itemknn instead, or raise "
-            "model.max_items on a machine that has them"
-        )
-    observed = sp.csr_matrix(inputs.interactions, dtype=np.float64)
-    # MPS has no float64.
-    on = torch.device("cpu") if device.type == "mps" else device
-    gram = torch.from_numpy((observed.T @ observed).toarray()).to(on)
-    gram.diagonal().add_(settings.l2)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram, out=gram))
-    weights = inverse.div_(-inverse.diagonal().clone()).float()
-    weights.fill_diagonal_(0)
-    return ItemWeights(weights.cpu().numpy())
+    from cm3.baselines.inputs import Inputs
+    from cm3.evaluation.item_weights import ItemWeights
 
 
-def memory_gb(n_items: int) -> float:
-    """Return about how much memory the solution of `n_items` takes: three float64 matrices at its peak."""
-    return 24 * n_items**2 / 1e9
+class EASE(ClosedForm):
+    """Linear autoencoder without self-similarity, in closed form."""
+
+    version: ClassVar[int | None] = 1
+    exports: ClassVar[Literal["embeddings", "item_weights"]] = "item_weights"
+
+    name: Literal["ease"] = "ease"
+    l2: Float = Field(100.0, gt=0, description="lambda: penalty on the squared weights")
+    max_items: int = Field(
+        25_000, gt=0, description="maximum number of items; memory grows with its square, and more are an error"
+    )
+
+    def training_estimate(self, sizes: Sizes, *, epochs: int, batch_size: int) -> Estimate:
+        """Add three float64 matrices of items by items, and time cubic in the items."""
+        base = super().training_estimate(sizes, epochs=epochs, batch_size=batch_size)
+        memory = base.memory_mb + 3 * sizes.items**2 * 8 / MEGABYTE
+        return Estimate(memory, base.minutes + sizes.items**3 / 1e11 / 60)
+
+    def exported_mb(self, sizes: Sizes) -> float:
+        """Return the size in MB of the dense float32 weights."""
+        return sizes.items**2 * 4 / MEGABYTE
+
+    def solve(self, inputs: "Inputs", device: "torch.device") -> "ItemWeights":
+        """See `cm3.baselines.closed_forms.ease`."""
+        from cm3.baselines.closed_forms.ease import solve
+
+        return solve(inputs, self, device)

@@ -1,19 +1,18 @@
-"""What a baseline is made from: interactions, features and neighbours, read and checked."""
+"""Inputs of a baseline: interactions, features and neighbours, read and checked."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 
-from cm3.baselines.config import BaselineSettings
+from cm3.baselines.base import Baseline, FilledFeatures
 from cm3.common.errors import UserError
 from cm3.common.interactions import Interactions
 from cm3.common.tables import read_features
-from cm3.config import modality_weights
 from cm3.model.model import fill_missing
+from cm3.model_spec import ItemGraphs, Weighted, modality_weights
 from cm3.training.run import read_neighbours
 
 Neighbours = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -25,8 +24,8 @@ class Inputs:
 
     Attributes:
         interactions: (U, I), 1 for each distinct training pair.
-        features: (I, d_m) float32 by modality; rows without a vector are filled as the settings say, or zero.
-        neighbours: item, neighbour and cosine by modality, for models that read similarity files.
+        features: (I, d_m) float32 by modality; rows without a vector are filled as the settings say, or with zeros.
+        neighbours: item, neighbour and cosine by modality, for models that read item graphs.
         weights: of the modalities, summing to 1, for models that weigh them.
     """
 
@@ -38,40 +37,39 @@ class Inputs:
 
 def read_inputs(
     data: Interactions,
-    settings: BaselineSettings,
+    model: Baseline,
     modalities: Sequence[str],
     features: Mapping[str, Path],
     similarity: Mapping[str, Path],
 ) -> Inputs:
-    """Read the files that the model asks for.
+    """Read the files of features and item graphs that the model uses.
 
     Raises:
-        UserError: modalities where the model takes none or none where it needs some, weights of other modalities, or
-            files that do not fit.
+        UserError: modalities that the model does not accept or lacks, weights of other modalities, or files that do not
+            fit together.
     """
-    check_modalities(settings, modalities)
-    chosen: Any = settings
+    check_modalities(model, modalities)
+    missing = model.missing if isinstance(model, FilledFeatures) else "zero"
     filled = {}
     for m in modalities:
         read = read_features(features[m], data.item_ids)
-        filled[m] = fill_missing(read.embedding, read.ok, getattr(settings, "missing", "zero"), str(features[m]))
+        filled[m] = fill_missing(read.embedding, read.ok, missing, str(features[m]))
     neighbours = {}
-    if settings.graphs:
-        neighbours = {m: read_neighbours(similarity[m], chosen.knn_k, len(data.item_ids)) for m in modalities}
-    weighs = "modality_weights" in type(settings).model_fields
-    weights = modality_weights(chosen, modalities) if weighs else {}
+    if isinstance(model, ItemGraphs):
+        neighbours = {m: read_neighbours(similarity[m], model.knn_k, len(data.item_ids)) for m in modalities}
+    weights = modality_weights(model, modalities) if isinstance(model, Weighted) else {}
     return Inputs(data.matrix("train"), filled, neighbours, weights)
 
 
-def check_modalities(settings: BaselineSettings, modalities: Sequence[str], where: str = "") -> None:
-    """Refuse modalities where the model takes none, and none where it needs some; `where` stands before the complaint.
+def check_modalities(model: Baseline, modalities: Sequence[str], where: str = "") -> None:
+    """Check that a model that reads features has a modality, and that another has none; `where` begins the message.
 
     Raises:
-        UserError: one of the two.
+        UserError: it has none, or has one that it does not read.
     """
-    if settings.modalities == "required" and not modalities:
-        raise UserError(f"{where}model {settings.name!r} reads items' features: name an extractor for a modality")
-    if settings.modalities == "none" and modalities:
+    if model.reads_features and not modalities:
+        raise UserError(f"{where}model {model.name!r} reads items' features: name an extractor for a modality")
+    if modalities and not model.reads_features:
         raise UserError(
-            f"{where}model {settings.name!r} reads interactions alone: remove the modalities {', '.join(modalities)}"
+            f"{where}model {model.name!r} reads interactions only: remove the modalities {', '.join(modalities)}"
         )

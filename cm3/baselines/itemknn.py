@@ -1,57 +1,34 @@
-"""ItemKNN: items score by their nearest items that the user has, nearest by common users."""
+"""ItemKNN: nearest items by co-occurrence."""
 
-from collections.abc import Iterator
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import numpy as np
-import scipy.sparse as sp
-import torch
+from pydantic import Field
 
-from cm3.baselines.config import ItemKNN
-from cm3.baselines.inputs import Inputs
-from cm3.evaluation.item_weights import ItemWeights
+from cm3.baselines.base import ClosedForm
+from cm3.common.strict import Float
 
-_BLOCK_PRODUCTS = 30_000_000
+if TYPE_CHECKING:
+    import torch
 
-
-def solve(inputs: Inputs, settings: ItemKNN, device: torch.device) -> ItemWeights:
-    """Return W (I, I): w_ji = n_ij / (sqrt(n_i n_j) + shrink) for the k items j nearest to i, 0 elsewhere.
-
-    n_i users have item i and n_ij have both. Each item is scored by its own k neighbours, so column i of W holds at
-    most k entries; among equals the lower index is nearer. The definition is that of Ferrari Dacrema, Cremonesi and
-    Jannach, Are We Really Making Much Progress?, RecSys 2019, whose code RecBole's ItemKNN shares; they credit Sarwar
-    et al., WWW 2001. Never holds more of the co-occurrences than a block of items has.
-    """
-    observed = sp.csr_matrix(inputs.interactions, dtype=np.float32)
-    by_item = sp.csr_matrix(observed.T)
-    length = np.sqrt(np.diff(by_item.indptr))
-    targets, voters, values = [], [], []
-    for block in _blocks(by_item, observed):
-        common = sp.coo_matrix(by_item[block] @ observed)
-        target, voter = common.row + block.start, common.col
-        value = common.data / (length[target] * length[voter] + settings.shrink)
-        kept = _nearest(target, voter, np.where(target == voter, 0, value), settings.k)
-        targets.append(target[kept])
-        voters.append(voter[kept])
-        values.append(value[kept].astype(np.float32))
-    n = by_item.shape[0]
-    pairs = (np.concatenate(voters), np.concatenate(targets))
-    matrix = sp.csr_matrix((np.concatenate(values), pairs), (n, n))
-    matrix.sort_indices()
-    return ItemWeights(matrix)
+    from cm3.baselines.inputs import Inputs
+    from cm3.evaluation.item_weights import ItemWeights
 
 
-def _blocks(by_item: sp.csr_matrix, observed: sp.csr_matrix) -> Iterator[slice]:
-    # A row of the product costs as many products as its users have interactions.
-    cost = (by_item @ np.diff(observed.indptr)).cumsum()
-    starts = np.unique(np.searchsorted(cost, np.arange(0, cost[-1] + 1, _BLOCK_PRODUCTS)))
-    for start, stop in zip(starts, [*starts[1:], len(cost)], strict=True):
-        yield slice(int(start), int(stop))
+class ItemKNN(ClosedForm):
+    """Sum of the cosines of co-occurrence between an item and those of its nearest items that the user has."""
 
+    version: ClassVar[int | None] = 1
+    on_device: ClassVar[bool] = False
+    exports: ClassVar[Literal["embeddings", "item_weights"]] = "item_weights"
 
-def _nearest(target: np.ndarray, voter: np.ndarray, value: np.ndarray, k: int) -> np.ndarray:
-    """Return places of the k largest values above 0 of each target, ties by lower voter."""
-    order = np.lexsort((voter, -value, target))
-    order = order[value[order] > 0]
-    ordered = target[order]
-    first = np.searchsorted(ordered, ordered)
-    return order[np.arange(len(order)) - first < k]
+    name: Literal["itemknn"] = "itemknn"
+    k: int = Field(100, gt=0, description="nearest items that contribute to the score of an item, itself excluded")
+    shrink: Float = Field(
+        10.0, ge=0, description="shrinkage: added to the denominator of the cosine, so that few common users count less"
+    )
+
+    def solve(self, inputs: "Inputs", device: "torch.device") -> "ItemWeights":
+        """See `cm3.baselines.closed_forms.itemknn`."""
+        from cm3.baselines.closed_forms.itemknn import solve
+
+        return solve(inputs, self, device)

@@ -1,47 +1,31 @@
-"""ItemKNN on content: items score by their nearest items that the user has, nearest by features."""
+"""ItemKNN on content: nearest items by features."""
 
-import numpy as np
-import scipy.sparse as sp
-import torch
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from cm3.baselines.config import ItemKNNContent
-from cm3.baselines.inputs import Inputs
-from cm3.common.arrays import blocks, zeros
-from cm3.common.errors import UserError
-from cm3.evaluation.item_weights import ItemWeights
-from cm3.similarity.exact import knn
+from pydantic import Field
 
+from cm3.baselines.base import ClosedForm
+from cm3.model_spec import Weighted
 
-def solve(inputs: Inputs, settings: ItemKNNContent, device: torch.device) -> ItemWeights:
-    """Return W (I, I): w_ji = sum_m w_m cos(x_mi, x_mj) / sqrt(W_i W_j) for the k items j nearest to i, 0 elsewhere.
+if TYPE_CHECKING:
+    import torch
 
-    W_i is the summed weight of the modalities in which item i has a vector, 1 where it has all; a modality counts for a
-    pair only where both have one. This is the cosine of the unit vectors strung together, each scaled by sqrt(w_m).
-    Ferrari Dacrema, Cremonesi and Jannach, RecSys 2019, define ItemKNN-CBF on one vector per item; there is no shrink
-    term here, as unit vectors make it a constant factor.
-
-    Raises:
-        UserError: no more than `settings.k` items have a vector.
-    """
-    joined = _joined(inputs)
-    usable = np.flatnonzero(joined.any(axis=1))
-    if len(usable) <= settings.k:
-        raise UserError(f"model.k = {settings.k}: only {len(usable)} items have a vector; lower it below {len(usable)}")
-    on = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64, which exact scores need
-    indices, scores = knn(torch.from_numpy(joined[usable]).to(on), settings.k, include_self=False)
-    voters, targets = usable[indices.cpu().numpy().ravel()], np.repeat(usable, settings.k)
-    matrix = sp.csr_matrix((scores.cpu().numpy().ravel(), (voters, targets)), (len(joined), len(joined)))
-    matrix.sort_indices()
-    return ItemWeights(matrix)
+    from cm3.baselines.inputs import Inputs
+    from cm3.evaluation.item_weights import ItemWeights
 
 
-def _joined(inputs: Inputs) -> np.ndarray:
-    """Return the unit vectors of all modalities side by side, each scaled by the root of its weight, (I, d) float32."""
-    ends = np.cumsum([x.shape[1] for x in inputs.features.values()])
-    joined = zeros((inputs.interactions.shape[1], int(ends[-1])))
-    for (m, x), end in zip(inputs.features.items(), ends, strict=True):
-        for rows in blocks(len(x)):
-            length = np.linalg.norm(x[rows].astype(np.float64), axis=1, keepdims=True)
-            unit = x[rows] / np.where(length > 0, length, 1)
-            joined[rows, end - x.shape[1] : end] = np.sqrt(inputs.weights[m]) * unit
-    return joined
+class ItemKNNContent(ClosedForm, Weighted):
+    """ItemKNN with cosines of features, weighted over the modalities."""
+
+    version: ClassVar[int | None] = 1
+    reads_features: ClassVar[bool] = True
+    exports: ClassVar[Literal["embeddings", "item_weights"]] = "item_weights"
+
+    name: Literal["itemknn-content"] = "itemknn-content"
+    k: int = Field(10, gt=0, description="nearest items that contribute to the score of an item, itself excluded")
+
+    def solve(self, inputs: "Inputs", device: "torch.device") -> "ItemWeights":
+        """See `cm3.baselines.closed_forms.itemknn_content`."""
+        from cm3.baselines.closed_forms.itemknn_content import solve
+
+        return solve(inputs, self, device)

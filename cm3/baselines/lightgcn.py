@@ -1,63 +1,29 @@
 """LightGCN: embeddings averaged over the layers of the user-item graph."""
 
-from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import scipy.sparse as sp
-import torch
-from torch import Tensor
+from pydantic import Field
 
-from cm3.baselines.config import LightGCN
-from cm3.baselines.inputs import Inputs
-from cm3.baselines.parts import free, layer_mean, named, penalty, ranking_loss, rows
-from cm3.model.graph import SparseMatrix, user_item_matrix
-from cm3.model.network import Embeddings, Loss, Network
-from cm3.model.sampling import Batch
+from cm3.baselines.base import NetworkBaseline
+from cm3.common.strict import Float
+
+if TYPE_CHECKING:
+    from cm3.baselines.inputs import Inputs
+    from cm3.model.network import Network
 
 
-@dataclass(frozen=True)
-class LayeredEmbeddings(Embeddings):
-    """What a forward gives: averages over the layers, users (U, d) and items (I, d), and what they started from."""
+class LightGCN(NetworkBaseline):
+    """Embeddings averaged over the layers of the user-item graph, with the BPR loss."""
 
-    ego_users: Tensor
-    ego_items: Tensor
+    version: ClassVar[int | None] = 1
 
+    name: Literal["lightgcn"] = "lightgcn"
+    embedding_dim: int = Field(64, gt=0, description="width d of the embeddings")
+    n_layers: int = Field(3, ge=0, description="layers over the user-item graph")
+    reg_weight: Float = Field(1e-4, ge=0, description="weight of the L2 penalty on a batch's initial embeddings")
 
-class LightGraphNetwork(Network):
-    """e = 1/(L + 1) sum_{l=0..L} A^l e_0 with the symmetric-normalised A; BPR plus an L2 penalty on the batch's e_0.
+    def network(self, inputs: "Inputs") -> "Network":
+        """See `cm3.baselines.networks.lightgcn`."""
+        from cm3.baselines.networks.lightgcn import network
 
-    He et al., LightGCN: Simplifying and Powering Graph Convolution Network for Recommendation, SIGIR 2020, equations 3,
-    4 and 15, with alpha_l = 1/(L + 1). The penalty is half the squares over B as in the authors' code; RecBole takes
-    unsquared norms by default.
-    """
-
-    parts = ("ranking", "penalty")
-
-    def __init__(self, interactions: sp.csr_matrix, settings: LightGCN) -> None:
-        super().__init__()
-        self.settings = settings
-        self.users, self.items = (free(n, settings.embedding_dim) for n in interactions.shape)
-        self.adjacency = SparseMatrix(user_item_matrix(interactions))
-
-    def training_embeddings(self, seed: int) -> LayeredEmbeddings:
-        """Return a forward; nothing is drawn."""
-        users, items = layer_mean(self.adjacency, self.users, self.items, self.settings.n_layers)
-        return LayeredEmbeddings(users, items, self.users, self.items)
-
-    def loss(self, embeddings: LayeredEmbeddings, batch: Batch) -> Loss:
-        """Return BPR + reg_weight * penalty."""
-        users = rows(embeddings.users, batch.users)
-        items, others = (rows(embeddings.items, ids) for ids in (batch.items, batch.contrast))
-        ranking = ranking_loss(users, items, others)
-        ego_items = (rows(embeddings.ego_items, ids) for ids in (batch.items, batch.contrast))
-        size = penalty(rows(embeddings.ego_users, batch.users), *ego_items)
-        return Loss(ranking + self.settings.reg_weight * size, named(self.parts, (ranking, size)))
-
-    @torch.no_grad()
-    def embed(self) -> LayeredEmbeddings:
-        """Return a forward."""
-        return self.training_embeddings(0)
-
-
-def network(inputs: Inputs, settings: LightGCN) -> LightGraphNetwork:
-    """Return the model; its initial values come from torch's global generator."""
-    return LightGraphNetwork(inputs.interactions, settings)
+        return network(inputs, self)

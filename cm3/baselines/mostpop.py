@@ -1,15 +1,26 @@
-"""MostPop: the items with the most training interactions, for everyone."""
+"""MostPop: the items with the most training interactions, for every user."""
 
-import numpy as np
-import torch
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from cm3.baselines.config import MostPop
-from cm3.baselines.inputs import Inputs
-from cm3.model.network import Embeddings
+from cm3.baselines.base import ClosedForm
+
+if TYPE_CHECKING:
+    import torch
+
+    from cm3.baselines.inputs import Inputs
+    from cm3.model.network import Embeddings
 
 
-def solve(inputs: Inputs, settings: MostPop, device: torch.device) -> Embeddings:
-    """Return 1 for each user, (U, 1), and the number of training users for each item, (I, 1)."""
-    n_users = inputs.interactions.shape[0]
-    counts = np.asarray(inputs.interactions.sum(0), np.float32).reshape(-1, 1)
-    return Embeddings(torch.ones(n_users, 1), torch.from_numpy(counts))
+class MostPop(ClosedForm):
+    """The items with the most training interactions, the same for every user."""
+
+    version: ClassVar[int | None] = 1
+    on_device: ClassVar[bool] = False
+
+    name: Literal["mostpop"] = "mostpop"
+
+    def solve(self, inputs: "Inputs", device: "torch.device") -> "Embeddings":
+        """See `cm3.baselines.closed_forms.mostpop`."""
+        from cm3.baselines.closed_forms.mostpop import solve
+
+        return solve(inputs, self, device)

@@ -1,15 +1,14 @@
-"""Stage `train` of every baseline: fit it to the training interactions and export what is scored."""
+"""Training stage of the baselines: fit one to the training interactions, export its embeddings or item weights."""
 
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cm3.baselines.config import BaselineSettings, baseline_settings
+from cm3.baselines.base import Baseline, ClosedForm, NetworkBaseline, parse_baseline
 from cm3.baselines.inputs import Inputs, check_modalities, read_inputs
 from cm3.common.cli import stage
 from cm3.common.device import select_device, set_threads
@@ -24,8 +23,9 @@ from cm3.evaluation.ranking import Validation
 from cm3.model.network import Embeddings, Network
 from cm3.model.sampling import Sampler, derived_seed
 from cm3.training.checkpoint import Checkpoint
-from cm3.training.loop import Best, Fitted, fit
+from cm3.training.loop import Fitted, fit
 from cm3.training.run import run_facts, validations, write_parameters, write_run
+from cm3.training.state import Best
 
 log = logging.getLogger("cm3.baselines.train")
 
@@ -35,7 +35,7 @@ def train(
     interactions: Path,
     items: Path,
     users: Path,
-    model: BaselineSettings,
+    model: Baseline,
     training: Training,
     model_output: Path,
     modalities: Sequence[str] = (),
@@ -46,29 +46,29 @@ def train(
     items_output: Path | None = None,
     code: str = "",
 ) -> dict[str, Any]:
-    """Fit a baseline and write the model (safetensors), and where it exports embeddings these (Parquet) and a history.
+    """Fit a baseline and write the model (safetensors); one with embeddings also writes these (Parquet) and a history.
 
-    A network is checkpointed in `checkpoints/` beside the model until all is written; the same call goes on from
-    there. Of `training`, a closed form reads monitor, select_on and device alone.
+    A network is checkpointed in `checkpoints/` next to the model until all outputs are written; the same call resumes
+    from there. A closed form uses monitor, select_on and device of `training` only.
 
     Args:
         interactions, items, users: the tables of the prepared data set.
         model, training: settings.
         modalities: in their order; empty for a model that reads no features.
-        features, similarity: files by modality; the latter for models with item graphs only.
-        model_output: for models that export item weights the only output.
-        history_output, users_output, items_output: for models that export embeddings.
-        code: digest of the code, part of what a checkpoint is tied to.
+        features, similarity: files by modality; `similarity` only for models that read item graphs.
+        model_output: the only output of a model that exports item weights.
+        history_output, users_output, items_output: outputs of a model that exports embeddings.
+        code: version of the code; a checkpoint of another one is not resumed.
 
     Returns:
         Facts for the stage's record.
 
     Raises:
-        UserError: modalities or data that the model cannot work with, inputs that do not fit together, no validation
+        UserError: modalities or data that the model cannot use, inputs that do not fit together, no validation
             interactions, or a loss that is not finite.
     """
     check_modalities(model, modalities)
-    by_modality = [features or {}, (similarity or {}) if model.graphs else {}]
+    by_modality = [features or {}, (similarity or {}) if model.reads_item_graphs else {}]
     paths = [interactions, items, users, *(files[m] for m in modalities for files in by_modality if files)]
     identity = {"modalities": list(modalities), "model": model.identity(), "training": training.identity()}
     fingerprint = key_of({"spec": identity, "code": code, "inputs": [sha256_of(path) for path in paths]})
@@ -83,21 +83,21 @@ def train(
         inputs.interactions.nnz,
         ", ".join(modalities) or "none",
     )
-    module = import_module(model.module)
     checkpoint = Checkpoint(model_output.parent / "checkpoints", fingerprint)
-    if model.trains:
+    if isinstance(model, NetworkBaseline):
         scored = validations(data, inputs.interactions, training, device, interactions)
-        network = _seeded(module, inputs, model, training.seed).to(device)
-        inputs = replace(inputs, features={}, neighbours={})  # the network holds what it needs of them
+        network = _initialised(model, inputs, training.seed).to(device)
+        inputs = replace(inputs, features={}, neighbours={})  # the network has its own copies
         curves = model_output.parent / "tensorboard"
         sampler = _sampler(data, network, model, training, device)
         fitted = fit(network, sampler, scored[0], training, checkpoint, scored[1], curves)
         n_parameters = sum(p.numel() for p in network.parameters())
-    else:
+    elif isinstance(model, ClosedForm):
         scored = validations(data, inputs.interactions, training, torch.device("cpu"), interactions)
-        solution = module.solve(inputs, model, device)
-        fitted = _measured(solution, inputs, training, scored)
+        fitted = _scored_solution(model.solve(inputs, device), inputs, training, scored)
         n_parameters = sum(values.numel() for values in fitted.parameters.values())
+    else:
+        raise TypeError(f"{type(model).__name__} is neither a NetworkBaseline nor a ClosedForm")
     if model.exports == "item_weights":
         write_parameters(fitted.parameters, {"settings": identity}, model_output)
     else:
@@ -122,15 +122,14 @@ def train(
     return facts
 
 
-def _seeded(module: Any, inputs: Inputs, settings: BaselineSettings, seed: int) -> Network:
+def _initialised(model: NetworkBaseline, inputs: Inputs, seed: int) -> Network:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derived_seed(seed))
-        network: Network = module.network(inputs, settings)
-        return network
+        return model.network(inputs)
 
 
 def _sampler(
-    data: Interactions, network: Network, settings: BaselineSettings, training: Training, device: torch.device
+    data: Interactions, network: Network, model: Baseline, training: Training, device: torch.device
 ) -> Sampler:
     users, items = (torch.from_numpy(x).to(device) for x in data.pairs("train"))
     try:
@@ -139,21 +138,23 @@ def _sampler(
             items,
             len(data.item_ids),
             batch_size=training.batch_size,
-            contrast=network.contrast,
-            dedup_pairs=getattr(settings, "dedup_pairs", False),
+            negative_sampling=network.negative_sampling,
+            dedup_pairs=getattr(model, "dedup_pairs", False),
             seed=derived_seed(training.seed, 1),
         )
     except ValueError as error:
-        raise UserError(f"{error}; take a model that draws none, such as directau, or leave such users out") from None
+        raise UserError(
+            f"{error}; use a model without negative samples, such as directau, or remove such users"
+        ) from None
 
 
-def _measured(
+def _scored_solution(
     solution: Embeddings | ItemWeights,
     inputs: Inputs,
     training: Training,
     scored: tuple[Validation, Validation | None],
 ) -> Fitted:
-    """Return a closed form as if it were a run, with one row of history, before any epoch."""
+    """Return a solved model in the form of a finished run, whose history has one row, of epoch 0."""
     if isinstance(solution, ItemWeights):
         score, parameters = solution.scores(inputs.interactions), solution.tensors()
         users = items = torch.empty(0)
@@ -170,14 +171,14 @@ def _measured(
 
 def main() -> None:
     """Run the stage: spec modalities, model {name, ..}, training; inputs interactions, items, users, features.M,
-    similarity.M; outputs model, record, and for models that export embeddings history, users, items.
+    similarity.M; outputs model and record, and history, users and items of a model that exports embeddings.
     """
     with stage("cm3.baselines.train") as call:
         set_threads(call.runtime.get("threads"))
-        model = baseline_settings(call.spec["model"])
+        model = parse_baseline(call.spec["model"])
         speed = {name: call.runtime[name] for name in Training.runtime_fields if name in call.runtime}
         modalities = call.spec["modalities"]
-        kinds = ("features", "similarity") if model.graphs else ("features",)
+        kinds = ("features", "similarity") if model.reads_item_graphs else ("features",)
         facts = train(
             interactions=call.inputs["interactions"],
             items=call.inputs["items"],

@@ -1,64 +1,31 @@
-"""VBPR: BPR whose items have, beside free embeddings, a projection of their features."""
+"""VBPR: BPR with projected features."""
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from cm3.baselines.config import VBPR
-from cm3.baselines.inputs import Inputs
-from cm3.baselines.parts import free, named, penalty, ranking_loss, rows
-from cm3.model.network import Embeddings, Loss, Network
-from cm3.model.sampling import Batch
+from pydantic import Field
 
+from cm3.baselines.base import FilledFeatures, NetworkBaseline
+from cm3.common.strict import Float
 
-class VisualRanking(Network):
-    """Scores b_i + g_u g_i + t_u (E x_i) + c x_i for features x of all modalities side by side; BPR and an L2 penalty.
-
-    He and McAuley, VBPR: Visual Bayesian Personalized Ranking from Implicit Feedback, AAAI 2016, equation 4; the global
-    and the user's bias move no ranking. MMRec leaves both item biases out and gives E an offset; here they are as in
-    the paper. Several modalities side by side, and a penalty on whole item vectors, projections and biases included, are
-    MMRec's: the paper's leaves E and c out (lambda_E = 0), and then grows through them as the rest is held small.
-    """
-
-    parts = ("ranking", "penalty")
-    features: Tensor
-
-    def __init__(self, n_users: int, features: np.ndarray, settings: VBPR) -> None:
-        super().__init__()
-        self.settings = settings
-        d = settings.embedding_dim
-        self.register_buffer("features", torch.from_numpy(features), persistent=False)
-        self.users = free(n_users, 2 * d)
-        self.items = free(len(features), d)
-        self.biases = nn.Parameter(torch.zeros(len(features), 1))
-        # The rows of E, and c below them: the features are by far the widest factor, and are read once.
-        bias = torch.zeros(1, features.shape[1])
-        self.content = nn.Parameter(torch.cat([free(d, features.shape[1]).detach(), bias]))
-
-    def training_embeddings(self, seed: int) -> Embeddings:
-        """Return users [g_u | t_u | 1] and items [g_i | E x_i | b_i + c x_i], both 2d + 1 wide; nothing is drawn."""
-        content = functional.linear(self.features, self.content)
-        projected, bias = content[:, :-1], content[:, -1:] + self.biases
-        users = torch.cat([self.users, self.users.new_ones(len(self.users), 1)], 1)
-        return Embeddings(users, torch.cat([self.items, projected, bias], 1))
-
-    def loss(self, embeddings: Embeddings, batch: Batch) -> Loss:
-        """Return BPR + reg_weight * penalty."""
-        users = rows(embeddings.users, batch.users)
-        items, others = (rows(embeddings.items, ids) for ids in (batch.items, batch.contrast))
-        ranking = ranking_loss(users, items, others)
-        size = penalty(rows(self.users, batch.users), items, others)
-        return Loss(ranking + self.settings.reg_weight * size, named(self.parts, (ranking, size)))
-
-    @torch.no_grad()
-    def embed(self) -> Embeddings:
-        """Return a forward."""
-        return self.training_embeddings(0)
+if TYPE_CHECKING:
+    from cm3.baselines.inputs import Inputs
+    from cm3.model.network import Network
 
 
-def network(inputs: Inputs, settings: VBPR) -> VisualRanking:
-    """Return the model; its initial values come from torch's global generator."""
-    parts = list(inputs.features.values())
-    joined = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
-    return VisualRanking(inputs.interactions.shape[0], joined, settings)
+class VBPR(NetworkBaseline, FilledFeatures):
+    """BPR on item embeddings extended by a projection of the features."""
+
+    version: ClassVar[int | None] = 1
+    reads_features: ClassVar[bool] = True
+
+    name: Literal["vbpr"] = "vbpr"
+    embedding_dim: int = Field(64, gt=0, description="width d of the ID embeddings, and of the projected features")
+    reg_weight: Float = Field(
+        0.01, ge=0, description="weight of the L2 penalty on a batch's whole user and item vectors"
+    )
+
+    def network(self, inputs: "Inputs") -> "Network":
+        """See `cm3.baselines.networks.vbpr`."""
+        from cm3.baselines.networks.vbpr import network
+
+        return network(inputs, self)

@@ -1,4 +1,4 @@
-"""Arrays larger than memory: they lie in a temporary file that the system reads and writes page by page."""
+"""Arrays larger than memory, in a temporary file that the operating system pages in and out."""
 
 import errno
 import logging
@@ -28,7 +28,7 @@ _CGROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 def zeros(shape: Sequence[int], dtype: Any = np.float32) -> np.ndarray:
     """Return an array of zeros: in memory, or where it would take more than `SHARE` of what is free, in a file.
 
-    The file lies in the temporary folder (TMPDIR) without a name: it is gone with the array or the process.
+    The file is in the temporary folder (TMPDIR) and has no name: it disappears with the array or the process.
 
     Raises:
         UserError: the folder has no room for it.
@@ -37,7 +37,9 @@ def zeros(shape: Sequence[int], dtype: Any = np.float32) -> np.ndarray:
     if size <= SHARE * free_memory():
         return np.zeros(shape, dtype)
     folder = tempfile.gettempdir()
-    log.info("%.1f GB of vectors do not fit well into memory; they lie in a temporary file in %s", size / 1e9, folder)
+    log.info(
+        "%.1f GB of vectors do not fit well into memory; they are kept in a temporary file in %s", size / 1e9, folder
+    )
     with tempfile.TemporaryFile(dir=folder) as file:
         try:
             # Without its blocks reserved, a full disk would end the process by a signal at some later write.
@@ -78,7 +80,8 @@ def mean_of_rows(x: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     total = np.zeros(x.shape[1], np.float64)
     for rows in blocks(len(x)):
         total += x[rows][chosen[rows]].sum(0, dtype=np.float64)
-    return total / chosen.sum()
+    found: np.ndarray = total / chosen.sum()
+    return found
 
 
 def free_memory() -> float:

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -22,19 +22,22 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from cm3.common.errors import UserError
 from cm3.common.files import exclusive, read_json, remove_stale_parts, write_json
 from cm3.common.gpus import own_gpus
+from cm3.common.stages import STAGES
+from cm3.common.torchrun import started_by_torchrun, torchrun_rank
 
 log = logging.getLogger("stage")
 
 
 @dataclass
 class Call:
-    """What a stage was asked to do.
+    """The arguments of one job of a stage.
 
     Attributes:
         spec: the settings that change the output, exactly those that the stage uses.
-        runtime: settings that change speed or place only: device, batch size, threads.
+        runtime: settings that change speed or location only: device, batch size, threads.
         inputs, outputs: paths by name.
-        code: digest of the code that runs, for provenance.
+        code: version of the stage and its parts, for provenance.
+        libraries: distributions that the outputs of the parts depend on, besides those of the stage.
         record: facts for the stage's record file; the stage adds its own.
     """
 
@@ -43,32 +46,38 @@ class Call:
     inputs: dict[str, Path]
     outputs: dict[str, Path]
     code: str
+    libraries: list[str] = field(default_factory=list)
     record: dict[str, Any] = field(default_factory=dict)
 
 
-class Several:
-    """A stage in several processes (runtime `processes`): one starts them and holds the GPUs, the first of them writes.
+class ProcessRole:
+    """The role of this process in a stage that runs in several (runtime `processes`).
+
+    The first process starts the others with torchrun and holds the GPUs; the one of rank 0 writes.
 
     Attributes:
-        started: this is one of those that torchrun started.
-        rank: its number.
+        started: torchrun started this process.
+        rank: its number among those that torchrun started.
         writes: it holds the lock of the outputs, and writes outputs and record.
     """
 
     def __init__(self, processes: int) -> None:
-        self.started = "TORCHELASTIC_RUN_ID" in os.environ
-        self.rank = int(os.environ["RANK"]) if self.started else 0
+        self.started = started_by_torchrun()
+        self.rank = torchrun_rank()
         self.writes = self.rank == 0 and (self.started or processes == 1)
 
 
 @contextlib.contextmanager
 def stage(name: str) -> Iterator[Call]:
-    """Parse the command line, run the body with logging set up, and write the record of time and memory.
+    """Parse the command line, run the body with logging set up, and write the stage's record.
 
-    The record (output `record`, if asked for) holds wall_seconds, peak_memory_mb, started, versions and what
-    the body put into `call.record`. Of several processes (`Several`) the first one
-    writes. A UserError, Ctrl-C or SIGTERM ends the process with a message of one line
-    and status 1, 130 or 143; partial results stay where the stage resumes from.
+    The record (output `record`, if given) holds wall_seconds, peak_memory_mb, started, code, device, threads, the versions
+    of the libraries of the stage and its parts, and what the body added to `call.record`; a body that uses another device
+    than the CPU adds `device`. A UserError, Ctrl-C or SIGTERM ends the process with a message of one line and status 1,
+    130 or 143; partial results stay for the stage to resume from.
+
+    Args:
+        name: the stage's module.
     """
     parser = argparse.ArgumentParser(prog=f"python -m {name}")
     parser.add_argument("--spec", type=json.loads, default={}, metavar="JSON", help="settings that change the output")
@@ -77,43 +86,49 @@ def stage(name: str) -> Iterator[Call]:
     )
     parser.add_argument("--input", action="append", default=[], type=_pair, metavar="NAME=PATH")
     parser.add_argument("--output", action="append", default=[], type=_pair, metavar="NAME=PATH")
-    parser.add_argument("--code", default="", help="digest of the code, kept as provenance")
-    parser.add_argument("--log", type=Path, help="file that the log goes to, beside the terminal")
+    parser.add_argument("--code", default="", help="version of the stage and its parts, kept as provenance")
     parser.add_argument(
-        "--call", type=Path, metavar="FILE", help="JSON of all these, for more than a command line holds"
+        "--library", action="append", default=[], metavar="NAME", help="library whose version is recorded, too"
     )
-    parser.add_argument("--root", type=Path, default=Path(), metavar="FOLDER", help="where the inputs of --call lie")
+    parser.add_argument("--log", type=Path, help="file for the log, which also goes to the terminal")
+    parser.add_argument(
+        "--call", type=Path, metavar="FILE", help="JSON of these arguments, if they are too long for a command line"
+    )
+    parser.add_argument("--root", type=Path, default=Path(), metavar="FOLDER", help="folder of the inputs of --call")
     arguments = parser.parse_args()
-    call = Call(arguments.spec, arguments.runtime, dict(arguments.input), dict(arguments.output), arguments.code)
+    inputs, outputs = dict(arguments.input), dict(arguments.output)
+    call = Call(arguments.spec, arguments.runtime, inputs, outputs, arguments.code, arguments.library)
     if arguments.call:
-        told = read_json(arguments.call)
-        inputs = {name: arguments.root / path for name, path in told["inputs"].items()}
-        outputs = {name: Path(path) for name, path in told.get("outputs", {}).items()} | call.outputs
-        call = Call(told["spec"], told["runtime"], inputs, outputs, told["code"])
-    several = Several(call.runtime.get("processes", 1))
-    _configure_logging(None if several.rank else arguments.log, several)
+        given = read_json(arguments.call)
+        inputs = {name: arguments.root / path for name, path in given["inputs"].items()}
+        outputs = {name: Path(path) for name, path in given.get("outputs", {}).items()} | outputs
+        call = Call(given["spec"], given["runtime"], inputs, outputs, given["code"], arguments.library)
+    role = ProcessRole(call.runtime.get("processes", 1))
+    _configure_logging(None if role.rank else arguments.log, role)
     signal.signal(signal.SIGTERM, _terminate)
-    if os.environ.get("CM3_STOP_WITH_PARENT") or several.started:
+    if os.environ.get("CM3_STOP_WITH_PARENT") or role.started:
         threading.Thread(target=_stop_with_parent, args=(os.getppid(),), daemon=True).start()
     started, clock = time.time(), time.perf_counter()
-    written = list(call.outputs.values()) if several.writes else []
+    written = list(call.outputs.values()) if role.writes else []
     lock = exclusive(written[0].parent / f".{written[0].name}.lock") if written else contextlib.nullcontext()
     try:
-        # How many GPUs the job may take is the workflow's business, and none of the stage's settings.
+        # The number of GPUs that the workflow allots to the job; stages have no such setting.
         gpus = call.runtime.pop("gpus", None)
-        with logging_redirect_tqdm(), lock, own_gpus(None if several.started else gpus):
+        with logging_redirect_tqdm(), lock, own_gpus(None if role.started else gpus):
             for output in written:
                 remove_stale_parts(output)
             yield call
             path = call.outputs.get("record")
-            if path and several.writes:
+            if path and role.writes:
+                defaults = {"device": "cpu", "threads": call.runtime.get("threads") or os.cpu_count()}
+                call.record = defaults | call.record
                 call.record.update(
                     stage=name,
                     started=started,
                     wall_seconds=time.perf_counter() - clock,
                     peak_memory_mb=peak_memory_mb(),
                     code=call.code,
-                    versions=versions(),
+                    versions=versions(_libraries(name, call)),
                 )
                 write_json(path, call.record)
         log.info("%s: done in %.1f s, %.0f MB at peak", name, time.perf_counter() - clock, peak_memory_mb())
@@ -125,20 +140,25 @@ def stage(name: str) -> Iterator[Call]:
         sys.exit(130)
 
 
+def _libraries(module: str, call: Call) -> list[str]:
+    of_stage = (stage.libraries for stage in STAGES.values() if stage.module == module)
+    return sorted({*next(of_stage, ()), *call.libraries})
+
+
 def _pair(text: str) -> tuple[str, Path]:
     name, _, path = text.partition("=")
     return name, Path(path)
 
 
-def _configure_logging(path: Path | None, several: Several) -> None:
+def _configure_logging(path: Path | None, role: ProcessRole) -> None:
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Appended to, as several processes may write to it; the one that starts them empties it.
-        path.open("a" if several.started else "w").close()
+        # Opened for appending, because several processes may write to it; the first one empties it.
+        path.open("a" if role.started else "w").close()
         handlers.append(logging.FileHandler(path, mode="a", encoding="utf-8"))
     logging.basicConfig(
-        level=logging.WARNING if several.rank else logging.INFO,
+        level=logging.WARNING if role.rank else logging.INFO,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         datefmt="%H:%M:%S",
         handlers=handlers,
@@ -151,7 +171,7 @@ def _terminate(number: int, frame: Any) -> None:
 
 
 def _stop_with_parent(parent: int) -> None:
-    # Under Snakemake a job must not outlive a killed run: the next run would meet it at the same files.
+    # A job must not outlive a killed Snakemake: the next run would write to the same files.
     while os.getppid() == parent:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -163,28 +183,10 @@ def peak_memory_mb() -> float:
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
-_PROVENANCE = (
-    "torch",
-    "torchvision",
-    "transformers",
-    "tokenizers",
-    "sentence-transformers",
-    "open_clip_torch",
-    "timm",
-    "vllm",
-    "pillow",
-    "pyarrow",
-    "numpy",
-    "scipy",
-    "scikit-image",
-    "snakemake",
-)
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries that results depend on, those that are installed."""
+def versions(libraries: Iterable[str]) -> dict[str, str]:
+    """Return the versions of Python and of those of `libraries` that are installed, by the name of the distribution."""
     found = {"python": platform.python_version()}
-    for name in _PROVENANCE:
+    for name in libraries:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found

@@ -1,4 +1,4 @@
-"""Training by several processes, as torchrun starts them: each takes a share of every batch."""
+"""Training of one model by several processes that torchrun starts: each computes a part of every batch."""
 
 import contextlib
 import os
@@ -13,15 +13,16 @@ from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
 from cm3.common.errors import UserError
+from cm3.common.torchrun import started_by_torchrun
 
 
 @dataclass(frozen=True)
-class Share:
-    """This process's part of a step: number `rank` of `size`.
+class ProcessShard:
+    """This process's part of a training step: process `rank` of `size`.
 
-    All processes hold the same parameters and draw the same batches, negatives and mixing parameters. Each computes the
-    forward, its share of the pairs of users and items and of the pairs within the batch, and the gradient of those; the
-    sum of the gradients is that of one process with the whole batch.
+    All processes hold the same parameters and sample the same batches, negatives and mixing parameters. Each computes the
+    forward pass, and the loss and its gradient for a part of the user-item pairs and of the pairs within the batch. The
+    sum of the gradients equals the gradient of a single process with the whole batch.
     """
 
     rank: int
@@ -32,15 +33,16 @@ class Share:
         return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
 
     def owns(self, block: int) -> bool:
-        """Whether a block of rows is this process's; in turns, as blocks of a triangle differ in size."""
+        """Whether a block of rows is this process's; round-robin, as blocks of a triangle differ in size."""
         return block % self.size == self.rank
 
     def sum(self, value: Tensor) -> Tensor:
-        """Return the sum of a value over all processes; its gradient stays each process's own."""
-        return _Sum.apply(value)
+        """Return the sum of a value over all processes; the gradient of each process is that of its own summand."""
+        found: Tensor = _Sum.apply(value)
+        return found
 
     def merge(self, peak: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the largest peak, and the sum of all totals that stand relative to their own process's peak."""
+        """Return the largest peak, and the sum of all totals relative to it; each is given relative to its own peak."""
         highest = peak.clone()
         distributed.all_reduce(highest, distributed.ReduceOp.MAX)
         total = total * (peak - highest).exp()
@@ -73,16 +75,11 @@ class _Sum(torch.autograd.Function):
         return grad
 
 
-def started_by_torchrun() -> bool:
-    """Whether this process is one of several that torchrun has started."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
-
-
 @contextlib.contextmanager
-def joined(device: torch.device) -> Iterator[Share | None]:
-    """Join the other processes that torchrun has started, and yield this one's share; None for a single process.
+def process_group(device: torch.device) -> Iterator[ProcessShard | None]:
+    """Connect the processes that torchrun started, and yield this one's shard; None for a single process.
 
-    On CUDA each process takes the GPU of its local rank, and NCCL connects them; gloo does on the CPU.
+    On CUDA each process uses the GPU of its local rank and NCCL; on the CPU they use gloo.
 
     Raises:
         UserError: fewer GPUs than processes.
@@ -95,21 +92,21 @@ def joined(device: torch.device) -> Iterator[Share | None]:
         if here > gpus:
             raise UserError(
                 f"training.processes: {here} processes have {gpus} GPU{'s' * (gpus > 1)}, and each needs its own; lower it, "
-                f"or let the job have more: --resources gpu={here}"
+                f"or give the job more GPUs: --resources gpu={here}"
             )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield Share(distributed.get_rank(), distributed.get_world_size())
+        yield ProcessShard(distributed.get_rank(), distributed.get_world_size())
     finally:
         distributed.destroy_process_group()
 
 
 def launch(processes: int, module: str, arguments: Sequence[str]) -> None:
-    """Run `python -m MODULE ARGUMENTS` in several processes of this machine, as torchrun does, and wait for them.
+    """Run `python -m MODULE ARGUMENTS` in several processes on this machine, as torchrun does, and wait for them.
 
     Raises:
-        SystemExit: a process failed, or the wait was ended by a signal.
+        SystemExit: a process failed, or a signal ended the wait.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -26,7 +26,7 @@ _NO_ROOM = {
 
 @contextlib.contextmanager
 def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is fsynced and renamed to `path`, else removed.
+    """Yield a temporary path next to `path`; on success it is fsynced and renamed to `path`, else removed.
 
     Raises:
         UserError: the disk is full; nothing is left at `path` but what stood there before.

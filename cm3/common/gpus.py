@@ -61,7 +61,7 @@ def own_gpus(wanted: int | None) -> Iterator[list[str]]:
 
     Args:
         wanted: how many; where the machine has fewer, all of them. 0 hides all, so that what takes a GPU where it finds
-            one does not sit beside the job that holds it. None, where nobody counts GPUs, changes nothing.
+            one does not use a GPU that another job holds. None (GPUs are not counted) changes nothing.
 
     Yields:
         the GPUs' ids; none where none is wanted or there.
@@ -91,7 +91,7 @@ def own_gpus(wanted: int | None) -> Iterator[list[str]]:
 
 
 def _locks() -> Path:
-    # Not where TMPDIR says: jobs that are told of unlike ones share the GPUs all the same.
+    # Not in TMPDIR: jobs with different values of it share the same GPUs.
     folder = (_SHARED if _SHARED.is_dir() else Path(tempfile.gettempdir())) / f"cm3-gpus-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     return folder

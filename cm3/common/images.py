@@ -22,7 +22,7 @@ def iter_images(manifest: str | os.PathLike[str], items: Sequence[int] | None = 
     """Yield (item, original bytes) for the items whose status is ok, one shard's row group in memory at a time.
 
     Args:
-        manifest: the manifest.parquet; its shards lie beside it.
+        manifest: the manifest.parquet; its shards are next to it.
         items: row numbers wanted, all by default. The order of the output is that of the shards.
 
     Raises:
@@ -43,7 +43,7 @@ def images_at(
     """Yield (item, original bytes) as `iter_images` does, of items whose places are known: the manifest is not read.
 
     Args:
-        manifest: the manifest.parquet; its shards lie beside it.
+        manifest: the manifest.parquet; its shards are next to it.
         items: (n,) row numbers.
         shard, row: (n,) where the manifest says that their images are.
     """
@@ -56,7 +56,9 @@ def images_at(
 
 def _iter_shard(path: Path, items: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, bytes]]:
     if not path.is_file():
-        raise UserError(f"{path}: is gone, but its manifest is there; delete manifest.parquet beside it and run again")
+        raise UserError(
+            f"{path}: does not exist, but its manifest does; delete manifest.parquet next to it and run again"
+        )
     with pq.ParquetFile(path) as file:
         start = 0
         for group in range(file.num_row_groups):

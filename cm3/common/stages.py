@@ -35,7 +35,7 @@ STAGES = {
     "train": Stage("cm3.training.train", 1, ("numpy", "pyarrow", "scipy", "torch")),
     "train-baseline": Stage("cm3.baselines.train", 1, ("numpy", "pyarrow", "scipy", "torch")),
     "evaluate": Stage("cm3.evaluation.evaluate", 1, ("numpy", "pyarrow", "scipy", "torch")),
-    "publish": Stage("workflow.publish", 1),
+    "publish": Stage("workflow.publish", 1, ("snakemake",)),
     "compare": Stage("cm3.reports.analysis.compare", 1, ("numpy", "pyarrow", "scipy")),
     "experiment-page": Stage("cm3.reports.pages.experiment_page", 1, ("matplotlib", "pillow")),
     "study-page": Stage("cm3.reports.pages.study_page", 1, ("matplotlib",)),

@@ -49,7 +49,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def validate(model: type[Model], data: Any, where: str) -> Model:
-    """Return `data` as `model`; `where` is the key path that stands before each complaint.
+    """Return `data` as `model`; `where` is the key path at the start of each message.
 
     Raises:
         UserError: one line per fault with the key's path, the value and what is expected.

@@ -164,7 +164,8 @@ class Features:
     @property
     def ok(self) -> np.ndarray:
         """(N,) bool: which rows hold a real vector."""
-        return self.status == OK
+        found: np.ndarray = self.status == OK
+        return found
 
 
 def features_schema(dim: int, dtype: str) -> pa.Schema:
@@ -229,7 +230,7 @@ def write_features(
 def read_features(path: str | os.PathLike[str], item_ids: Sequence[str] | None = None) -> Features:
     """Read a features file a row group at a time; with `item_ids`, check that row i belongs to item i.
 
-    Vectors past memory lie in a temporary file (`cm3.common.arrays.zeros`).
+    Vectors larger than memory are kept in a temporary file (`cm3.common.arrays.zeros`).
 
     Raises:
         UserError: unreadable, wrong columns, null vectors, ids in another order, or NaN in an ok row.

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-_GROUP = 16
+GROUP = 16
 
 
 def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -46,18 +46,18 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def largest(scores: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Return (values, indices), both (N, width), of the largest entries of each row of (N, I) scores, in no order.
 
-    They lie in the `width` groups of columns whose maxima are largest, for any other group's entries have `width`
+    They are in the `width` groups of columns with the largest maxima, for any other group's entries have `width`
     maxima above them. Maxima cost one pass over memory where `torch.topk` over all columns costs as much as the product
     that made them. Which of equal entries are kept is not promised.
     """
     n_columns = scores.shape[1]
-    n_groups = n_columns // _GROUP
+    n_groups = n_columns // GROUP
     if n_groups < 2 * width:
         values, places = scores.topk(width, dim=1, sorted=False)
         return values, places
-    # Group i holds columns i, i + G, i + 2G, ..: neighbouring groups lie side by side, and the maximum vectorises.
-    whole = n_groups * _GROUP
-    maxima = scores[:, :whole].unflatten(1, (_GROUP, n_groups)).amax(dim=1)
+    # Group i holds columns i, i + G, i + 2G, ..: neighbouring groups are contiguous, and the maximum vectorises.
+    whole = n_groups * GROUP
+    maxima = scores[:, :whole].unflatten(1, (GROUP, n_groups)).amax(dim=1)
     groups = maxima.topk(width, dim=1, sorted=False).indices
     steps = torch.arange(0, whole, n_groups, device=scores.device)
     rest = torch.arange(whole, n_columns, device=scores.device).expand(len(scores), -1)

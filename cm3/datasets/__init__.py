@@ -1,4 +1,4 @@
-"""Where data come from: download, parse, k-core and split into the common tables."""
+"""Datasets: download, parse, k-core filtering and split into the common tables."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ __all__ = ["kcore", "split"]
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy, because Snakemake imports cm3.datasets.config at every parse and needs no NumPy for that.
+    # Lazy, because Snakemake imports cm3.datasets.registry at every parse, which does not need NumPy.
     if name == "kcore":
         from cm3.datasets.k_core import kcore
 

@@ -1,4 +1,4 @@
-"""All interactions of a source on disk: counted, made unique and cut down in bounded memory, by DuckDB."""
+"""DuckDB database of a source's interactions: ids encoded, duplicates removed, filtered, in bounded memory."""
 
 import logging
 import shutil
@@ -18,21 +18,21 @@ from cm3.datasets.reader import ROWS
 
 log = logging.getLogger("cm3.datasets.interactions_db")
 
-SHOWN = 20
+IDS_SHOWN = 20
 _MEMORY = "800MB"
-_FOLDER = ".gathering-"
+_FOLDER = ".interactions-"
 _ROWS_AT_ONCE = 250_000
 
 
 @dataclass(frozen=True)
-class Interactions:
-    """N different (user, item) pairs.
+class InteractionArrays:
+    """N distinct (user, item) pairs.
 
     Attributes:
         user, item: (N,) int32 codes, in the order of the ids.
-        rating: (N,) float32, or None where the source has none.
-        timestamp: (N,) int64 Unix seconds, or None where the source has none.
-        split: (N,) int8, 0 train, 1 valid, 2 test, or None where the source has no labels.
+        rating: (N,) float32, or None if the source has none.
+        timestamp: (N,) int64 Unix seconds, or None if the source has none.
+        split: (N,) int8, 0 train, 1 valid, 2 test, or None if the source has no published split.
     """
 
     user: np.ndarray
@@ -44,27 +44,27 @@ class Interactions:
     def __len__(self) -> int:
         return len(self.user)
 
-    def take(self, rows: np.ndarray) -> "Interactions":
+    def take(self, rows: np.ndarray) -> "InteractionArrays":
         """Return the interactions at `rows` (a mask or row numbers)."""
         taken: dict[str, Any] = {name: None if values is None else values[rows] for name, values in vars(self).items()}
-        return Interactions(**taken)
+        return InteractionArrays(**taken)
 
 
-class Gathering:
-    """Interactions as they are read, in a database in a temporary folder beside `place`.
+class InteractionsDatabase:
+    """Interactions of a source, in a database in a temporary folder inside `folder`.
 
-    Use as a context manager, in this order: `add` everything, `encode`, `drop_repeats`, `apply_policy`, `fetch`.
+    Use as a context manager, in this order: `add` everything, `encode`, `drop_duplicates`, `apply_policy`, `fetch`.
     """
 
-    def __init__(self, place: Path) -> None:
-        place.mkdir(parents=True, exist_ok=True)
-        for stale in place.glob(f"{_FOLDER}*"):  # of a killed process; the stage holds a lock
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob(f"{_FOLDER}*"):  # of a killed process; the stage holds a lock
             shutil.rmtree(stale, ignore_errors=True)
-        self.folder = Path(tempfile.mkdtemp(prefix=_FOLDER, dir=place))
-        self._waiting: list[pa.Table] = []
+        self.folder = Path(tempfile.mkdtemp(prefix=_FOLDER, dir=folder))
+        self._batches: list[pa.Table] = []
 
-    def __enter__(self) -> "Gathering":
-        # Order is restored by ids at the end, and keeping it meanwhile costs memory.
+    def __enter__(self) -> "InteractionsDatabase":
+        # The order is restored by ids at the end; keeping it costs memory.
         settings: dict[str, Any] = {
             "memory_limit": _MEMORY,
             "temp_directory": str(self.folder),
@@ -83,30 +83,30 @@ class Gathering:
         shutil.rmtree(self.folder, ignore_errors=True)
         if isinstance(error, duckdb.Error) and "space" in str(error).lower():
             raise UserError(
-                f"{self.folder.parent}: no space left on the disk ({error}); make room and run again"
+                f"{self.folder.parent}: no space left on the disk ({error}); free some space and run again"
             ) from None
 
     def add(self, table: pa.Table) -> None:
-        """Add interactions, a table of ROWS."""
+        """Add a table of ROWS."""
         if table.schema != ROWS:
             raise ValueError(f"columns {table.schema} are not {ROWS}")
-        # Few large insertions: each one costs milliseconds.
-        self._waiting.append(table)
-        if sum(map(len, self._waiting)) >= _ROWS_AT_ONCE:
+        # In large batches: each insertion costs milliseconds.
+        self._batches.append(table)
+        if sum(map(len, self._batches)) >= _ROWS_AT_ONCE:
             self._flush()
 
     def _flush(self) -> None:
-        if self._waiting:
-            self._insert("raw", pa.concat_tables(self._waiting))
-            self._waiting.clear()
+        if self._batches:
+            self._insert("raw", pa.concat_tables(self._batches))
+            self._batches.clear()
 
     def _insert(self, name: str, table: pa.Table) -> None:
-        self.base.register("arriving", table)
-        self.base.execute(f"insert into {name} select * from arriving")
-        self.base.unregister("arriving")
+        self.base.register("batch", table)
+        self.base.execute(f"insert into {name} select * from batch")
+        self.base.unregister("batch")
 
     def encode(self) -> dict[str, int]:
-        """Number users and items in the order of their ids; return how many users, items and interactions there are."""
+        """Number users and items in the order of their ids; return the numbers of users, items and interactions."""
         self._flush()
         for name in ("user", "item"):
             self.base.execute(
@@ -120,11 +120,11 @@ class Gathering:
         self.base.execute("drop table raw")
         return self._size("coded")
 
-    def drop_repeats(self) -> dict[str, int]:
-        """Keep one row of each (user, item): the first in time, of equal ones the one rated best.
+    def drop_duplicates(self) -> dict[str, int]:
+        """Keep one row of each (user, item) pair: the first in time, at equal times the highest rating.
 
         Returns:
-            how many rows went because user, item and timestamp are those of another, and because only the first two.
+            the numbers of removed rows: with user, item and timestamp of another row, and with user and item only.
         """
         self.base.execute(
             "create table pairs as select user, item, count(*) as n, "
@@ -137,57 +137,57 @@ class Gathering:
             "(select user, item from pairs where n > 1) using (user, item) group by user, item)"
         )
         self.base.execute(
-            "create table kept as select user, item, first[4] as rating, first[5] as timestamp, first[3] as split from pairs"
+            "create table distinct_pairs as select user, item, first[4] as rating, first[5] as timestamp, first[3] as split from pairs"
         )
         self.base.execute("drop table pairs; drop table coded")
         return {"repeated_rows": int(equal), "repeated_pairs": int(pairs)}
 
     def apply_policy(self, known: Iterable[list[str]] | None, policy: str) -> dict[str, int | list[str]]:
-        """Drop, keep or refuse the interactions of items that are not `known`; None knows all of them.
+        """Drop, keep or reject interactions with items that are not `known`; None: all items are known.
 
         Returns:
-            the numbers of unknown items and of their interactions, and the first of their ids.
+            the number of unknown items, the number of their interactions, and their first ids.
 
         Raises:
-            UserError: there are some, and the policy is `error`.
+            UserError: there are unknown items and the policy is `error`.
         """
         if known is None:
             return {"items": 0, "interactions": 0, "first": []}
         self.base.execute("create table known (id varchar)")
         for ids in known:
             self._insert("known", pa.table({"id": pa.array(ids, pa.string())}))
-        self.base.execute("create table strange as select code from items anti join known using (id)")
+        self.base.execute("create table unknown as select code from items anti join known using (id)")
         count, rows = self._one(
-            "select (select count(*) from strange), (select count(*) from kept semi join strange on code = item)"
+            "select (select count(*) from unknown), (select count(*) from distinct_pairs semi join unknown on code = item)"
         )
         first = [
             row[0]
             for row in self.base.execute(
-                f"select id from items semi join strange using (code) order by code limit {SHOWN}"
+                f"select id from items semi join unknown using (code) order by code limit {IDS_SHOWN}"
             ).fetchall()
         ]
         if count:
-            told = f"{count} items with {rows} interactions are not in the item table: {', '.join(first)}"
-            told += ", ..." if count > SHOWN else ""
+            message = f"{count} items with {rows} interactions are not in the item table: {', '.join(first)}"
+            message += ", ..." if count > IDS_SHOWN else ""
             if policy == "error":
                 raise UserError(
-                    f"{told}. Add them to it, or set unknown_items: drop, or keep (items without text and image)"
+                    f"{message}. Add them to it, or set unknown_items: drop, or keep (items without text and image)"
                 )
-            log.warning("%s (%s by unknown_items: %s)", told, {"drop": "dropped", "keep": "kept"}[policy], policy)
+            log.warning("%s (%s by unknown_items: %s)", message, {"drop": "dropped", "keep": "kept"}[policy], policy)
             if policy == "drop":
                 self.base.execute(
-                    "create or replace table kept as select kept.* from kept anti join strange on code = item"
+                    "create or replace table distinct_pairs as select distinct_pairs.* from distinct_pairs anti join unknown on code = item"
                 )
         return {"items": int(count), "interactions": int(rows), "first": first}
 
     def size(self) -> dict[str, int]:
-        """Return how many users, items and interactions are left."""
-        return self._size("kept")
+        """Return the numbers of users, items and interactions that remain."""
+        return self._size("distinct_pairs")
 
-    def fetch(self, k: int) -> Interactions:
-        """Return what is left, without most of what the k-core would drop anyway."""
-        before, left, table = 0, self._one("select count(*) from kept")[0], "kept"
-        # Each round reads everything; what it no longer shrinks much, memory takes.
+    def fetch(self, k: int) -> InteractionArrays:
+        """Return the remaining interactions, without most of those that k-core filtering would remove anyway."""
+        before, left, table = 0, self._one("select count(*) from distinct_pairs")[0], "distinct_pairs"
+        # Each round reads everything; stop when a round removes less than a fifth.
         while k > 1 and left and not before * 0.8 < left <= before:
             for name in ("user", "item"):
                 self.base.execute(
@@ -200,20 +200,22 @@ class Gathering:
         whole: dict[str, Any] = {
             name: None if np.ma.is_masked(values) else np.ma.getdata(values) for name, values in found.items()
         }
-        return Interactions(**whole)
+        return InteractionArrays(**whole)
 
     def ids(self, name: str, codes: np.ndarray) -> list[str]:
-        """Return the ids of `codes` of a "user" or "item", in their order."""
-        self.base.register("asked", pa.table({"code": codes, "place": np.arange(len(codes))}))
+        """Return the ids of the codes of a "user" or "item", in the same order."""
+        self.base.register("requested", pa.table({"code": codes, "place": np.arange(len(codes))}))
         return [
             row[0]
-            for row in self.base.execute(f"select id from {name}s join asked using (code) order by place").fetchall()
+            for row in self.base.execute(
+                f"select id from {name}s join requested using (code) order by place"
+            ).fetchall()
         ]
 
     def known_ids(self, codes: np.ndarray) -> list[str]:
-        """Return all ids of the item table and those of the items `codes`, in order."""
-        self.base.register("asked", pa.table({"code": codes}))
-        ids = "select id from known union select id from items semi join asked using (code)"
+        """Return all ids of the item table and the ids of the items `codes`, sorted."""
+        self.base.register("requested", pa.table({"code": codes}))
+        ids = "select id from known union select id from items semi join requested using (code)"
         return [row[0] for row in self.base.execute(f"select id from ({ids}) order by id").fetchall()]
 
     def _size(self, table: str) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""k-core: the largest set of interactions in which every user and every item has at least k of them."""
+"""k-core filtering: the largest set of interactions in which every user and item has at least k interactions."""
 
 import numpy as np
 
@@ -6,11 +6,11 @@ _BLOCK = 1 << 24
 
 
 def kcore(user: np.ndarray, item: np.ndarray, k: int) -> np.ndarray:
-    """Return which interactions lie in the k-core, iterated to the fixed point.
+    """Return which interactions are in the k-core, iterated to the fixed point.
 
     Args:
-        user, item: (N,) integers, any values; one interaction a row, repeated pairs count as often as they stand.
-        k: least number of interactions of each user and item; 0 and 1 keep everything.
+        user, item: (N,) integers, any values; one interaction per row, repeated pairs count each time.
+        k: smallest number of interactions of each user and item; 0 and 1 keep everything.
 
     Returns:
         (N,) bool.
@@ -29,7 +29,7 @@ def kcore(user: np.ndarray, item: np.ndarray, k: int) -> np.ndarray:
     u, i = all_users, all_items
     of_user, of_item = _counts(u), _counts(i)
     while True:
-        # Tables of one byte a user stay in the cache where counts would not.
+        # One byte per user fits into the CPU cache where counts would not.
         enough_user, enough_item = of_user >= k, of_item >= k
         stays = enough_user[u]
         stays &= enough_item[i]
@@ -45,7 +45,7 @@ def kcore(user: np.ndarray, item: np.ndarray, k: int) -> np.ndarray:
 
 
 def _counts(codes: np.ndarray, size: int = 0) -> np.ndarray:
-    # In blocks, because bincount makes a copy of eight bytes a row.
+    # In blocks, because bincount makes a copy of eight bytes per row.
     size = size or int(codes.max()) + 1
     counts = np.zeros(size, dtype=np.int64)
     for start in range(0, len(codes), _BLOCK):
@@ -54,7 +54,7 @@ def _counts(codes: np.ndarray, size: int = 0) -> np.ndarray:
 
 
 def _codes(values: np.ndarray) -> np.ndarray:
-    """Return (N,) codes for any integers: small non-negative ones are their own codes, which spares a sort."""
+    """Return (N,) codes for any integers; small non-negative integers are their own codes, which saves a sort."""
     if values.min() >= 0 and values.max() < 4 * len(values) + 1024:
         return values
     return np.unique(values, return_inverse=True)[1]

@@ -1,12 +1,14 @@
-"""Stage: label interactions as train, valid or test. The function `sources.split` is in cm3.datasets.splits."""
+"""Stage: label interactions as train, valid or test. The function `cm3.datasets.split` is in cm3.datasets.splits."""
 
 from cm3.common.cli import stage
 from cm3.datasets.splits import split_ratings
 
 
 def main() -> None:
-    """Spec: strategy, seed, keep. Inputs: ratings; to keep labels `items`, `users`, and `keep.interactions`,
-    `keep.items`, `keep.users`. Outputs: interactions, record."""
+    """Spec: strategy, seed, keep. Outputs: interactions, record.
+
+    Inputs: ratings; with `keep` also items, users, keep.interactions, keep.items and keep.users.
+    """
     with stage("cm3.datasets.label") as call:
         strategy, seed = call.spec["strategy"], call.spec["seed"]
         tables = call.inputs if call.spec.get("keep") else None

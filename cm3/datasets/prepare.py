@@ -1,6 +1,5 @@
-"""Stage: raw files -> k-cored ratings with dense ids, the item and the user table, and statistics."""
+"""Stage: raw files -> k-core filtered ratings with dense ids, item table, user table and statistics."""
 
-import importlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +12,11 @@ from cm3.common.cli import stage
 from cm3.common.errors import UserError
 from cm3.common.files import write_json
 from cm3.common.tables import ITEMS, USERS, write_table
-from cm3.datasets.config import READERS
-from cm3.datasets.interactions_db import Gathering, Interactions
+from cm3.datasets.interactions_db import InteractionArrays, InteractionsDatabase
 from cm3.datasets.k_core import kcore
-from cm3.datasets.raw_files import account
-from cm3.datasets.reader import RATINGS, Item, Reader
+from cm3.datasets.raw_files import provenance
+from cm3.datasets.reader import RATINGS, Item
+from cm3.datasets.registry import source_spec
 from cm3.datasets.statistics import describe
 
 log = logging.getLogger("cm3.datasets.prepare")
@@ -26,55 +25,55 @@ log = logging.getLogger("cm3.datasets.prepare")
 def prepare(
     spec: dict[str, Any], inputs: dict[str, Path], ratings: Path, items: Path, users: Path, stats: Path
 ) -> dict[str, Any]:
-    """Read a source, drop what is repeated or unknown, cut to the k-core, and write the common tables.
+    """Read a source, remove duplicates and unknown items, filter to the k-core, and write the common tables.
 
-    In this order: rows with equal user, item and timestamp count once; of a repeated (user, item) pair the first
-    in time stays, of equal times the one rated best; interactions of unknown items follow the policy; then the
-    k-core. Users and items are numbered in the order of their ids, rows sorted by (user, timestamp, item), so the
-    order of lines in a file is irrelevant.
+    Order of steps: rows with equal user, item and timestamp count once; of several rows of a (user, item) pair the first
+    in time is kept, at equal times the highest rating; `unknown_items` decides on interactions with items that are not
+    in the item table; k-core. Users and items are numbered in the order of their ids and rows sorted by (user,
+    timestamp, item), so the result does not depend on the order of lines.
 
     Args:
-        spec: a data set's prepare_spec().
+        spec: a dataset's prepare_spec().
         inputs: raw files by name.
         ratings, items, users, stats: files to write.
 
     Returns:
-        the statistics, as written.
+        the statistics that are written to `stats`.
 
     Raises:
-        UserError: malformed input, unknown items under policy `error`, an empty k-core, or other counts than
-            `expected`.
+        UserError: malformed input, unknown items with `unknown_items: error`, an empty k-core, or counts that differ
+            from `expected`.
     """
-    reader: Reader = importlib.import_module(READERS[spec["source"]]).Reader(spec, inputs)
+    reader = source_spec(spec["source"]).open_reader(spec, inputs)
     log.info("reading %s", ", ".join(str(path) for path in inputs.values()))
     k = spec["kcore"]
-    with Gathering(ratings.parent) as gathering:
+    with InteractionsDatabase(ratings.parent) as database:
         for table in reader.interactions():
-            gathering.add(table)
-        raw = gathering.encode()
-        repeats = gathering.drop_repeats()
+            database.add(table)
+        raw = database.encode()
+        repeats = database.drop_duplicates()
         known = reader.known_items()
-        unknown = gathering.apply_policy(known, spec["unknown_items"])
-        usable = gathering.size()
+        unknown = database.apply_policy(known, spec["unknown_items"])
+        usable = database.size()
         if not usable["interactions"]:
             raise UserError(
-                f"{_place(inputs)}: none of the {raw['interactions']} interactions names an item of the item table; "
-                "check that both files write item ids the same way, or set unknown_items: keep"
+                f"{_first_path(inputs)}: none of the {raw['interactions']} interactions has an item of the item table; "
+                "check that both files use the same item ids, or set unknown_items: keep"
             )
-        found = gathering.fetch(k)
+        found = database.fetch(k)
         core = found.take(kcore(found.user, found.item, k))
         if not len(core):
             raise UserError(
-                f"{_place(inputs)}: the {k}-core of {usable['interactions']} interactions ({usable['users']} users, "
-                f"{usable['items']} items) is empty; set kcore to {_largest_core(gathering, k)} or less"
+                f"{_first_path(inputs)}: the {k}-core of {usable['interactions']} interactions ({usable['users']} users, "
+                f"{usable['items']} items) is empty; set kcore to {_largest_core(database, k)} or less"
             )
         user_codes, item_codes = np.unique(core.user), np.unique(core.item)
-        user_ids, item_ids = gathering.ids("user", user_codes), gathering.ids("item", item_codes)
+        user_ids, item_ids = database.ids("user", user_codes), database.ids("item", item_codes)
         number = np.arange(len(item_ids))
         if known is not None and spec["cold_items"] == "keep":
-            mine, item_ids = item_ids, gathering.known_ids(item_codes)
-            places = {item_id: place for place, item_id in enumerate(item_ids)}
-            number = np.asarray([places[item_id] for item_id in mine])
+            core_ids, item_ids = item_ids, database.known_ids(item_codes)
+            numbers = {item_id: n for n, item_id in enumerate(item_ids)}
+            number = np.asarray([numbers[item_id] for item_id in core_ids])
     core = _renumbered(core, user_codes, item_codes, number)
     table = reader.items(set(item_ids)) if known is not None else {}
     ordered = [table.get(item_id, Item()) for item_id in item_ids]
@@ -110,21 +109,21 @@ def prepare(
     return facts
 
 
-def _largest_core(gathering: Gathering, k: int) -> int:
-    found = gathering.fetch(2)
+def _largest_core(database: InteractionsDatabase, k: int) -> int:
+    found = database.fetch(2)
     return next((n for n in range(k - 1, 1, -1) if kcore(found.user, found.item, n).any()), 1)
 
 
-def _renumbered(core: Interactions, users: np.ndarray, items: np.ndarray, number: np.ndarray) -> Interactions:
-    """Return the interactions by (user, timestamp, item), with dense codes; item n of `items` becomes number[n]."""
+def _renumbered(core: InteractionArrays, users: np.ndarray, items: np.ndarray, number: np.ndarray) -> InteractionArrays:
+    """Return the interactions sorted by (user, timestamp, item) with dense codes; `items`[n] becomes number[n]."""
     user = np.searchsorted(users, core.user).astype(np.int32)
     item = number[np.searchsorted(items, core.item)].astype(np.int32)
     keys = (item, user) if core.timestamp is None else (item, core.timestamp, user)
-    dense = Interactions(user, item, core.rating, core.timestamp, core.split)
+    dense = InteractionArrays(user, item, core.rating, core.timestamp, core.split)
     return dense.take(np.lexsort(keys))
 
 
-def _ratings_table(core: Interactions) -> pa.Table:
+def _ratings_table(core: InteractionArrays) -> pa.Table:
     columns = {"user": core.user, "item": core.item, "rating": core.rating, "timestamp": core.timestamp}
     columns["published"] = core.split
     return pa.table({name: pa.nulls(len(core)) if values is None else values for name, values in columns.items()})
@@ -150,19 +149,21 @@ def _items_table(item_ids: Sequence[str], items: Sequence[Item]) -> pa.Table:
 def _check_expected(facts: dict[str, Any], expected: dict[str, int | None], inputs: dict[str, Path]) -> None:
     wrong = {k: (v, facts[k]) for k, v in expected.items() if v is not None and facts[k] != v}
     if wrong:
-        told = ", ".join(f"{name} {got} (expected {want})" for name, (want, got) in wrong.items())
-        raise UserError(f"{_place(inputs)}: {told}; the raw files are not the published ones, or mend `expected`")
+        counts = ", ".join(f"{name} {got} (expected {want})" for name, (want, got) in wrong.items())
+        raise UserError(
+            f"{_first_path(inputs)}: {counts}; the raw files are not the published ones, or `expected` is wrong"
+        )
 
 
-def _place(inputs: dict[str, Path]) -> str:
+def _first_path(inputs: dict[str, Path]) -> str:
     return str(next(iter(inputs.values())))
 
 
 def main() -> None:
-    """Spec: a data set's prepare_spec(). Inputs: its prepare_inputs(). Outputs: ratings, items, users, stats, record."""
+    """Spec: a dataset's prepare_spec(). Inputs: its prepare_inputs(). Outputs: ratings, items, users, stats, record."""
     with stage("cm3.datasets.prepare") as call:
         out = call.outputs
-        call.record["raw"] = account(call.inputs, call.spec.get("checksums", {}))
+        call.record["raw"] = provenance(call.inputs, call.spec.get("checksums", {}))
         call.record["stats"] = prepare(call.spec, call.inputs, out["ratings"], out["items"], out["users"], out["stats"])
 
 

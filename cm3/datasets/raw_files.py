@@ -1,4 +1,4 @@
-"""Where raw files come from, and whether they are what the config says they must be."""
+"""Provenance of raw files: size, checksum and URL, checked against the configuration."""
 
 import logging
 from pathlib import Path
@@ -11,16 +11,16 @@ log = logging.getLogger("cm3.datasets.raw_files")
 
 
 def record_of(file: Path) -> Path:
-    """Return the path of the record that the download stage leaves beside a file."""
+    """Return the path of the download stage's record of a file."""
     return file.with_name(f"{file.name}.stage.json")
 
 
-def account(inputs: dict[str, Path], expected: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return file, bytes, sha256 and source of each raw file; files that somebody put there are checked first.
+def provenance(inputs: dict[str, Path], expected: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return file, bytes, sha256 and url of each raw file; files that were not downloaded here are checked.
 
     Args:
         inputs: raw files by name.
-        expected: sha256 and size by name, None or absent where unknown.
+        expected: sha256 and size by name; None or absent if unknown.
 
     Raises:
         UserError: a file that was not downloaded here has another size or checksum than expected.
@@ -28,7 +28,7 @@ def account(inputs: dict[str, Path], expected: dict[str, dict[str, Any]]) -> dic
     facts = {}
     for name, path in inputs.items():
         if not path.is_file():
-            continue  # The reader says so, in its own words.
+            continue  # The reader reports it.
         record = read_json(record_of(path)) if record_of(path).exists() else {}
         size = path.stat().st_size
         if record.get("bytes") != size:
@@ -38,7 +38,7 @@ def account(inputs: dict[str, Path], expected: dict[str, dict[str, Any]]) -> dic
 
 
 def _by_hand(path: Path, size: int, expected: dict[str, Any]) -> dict[str, Any]:
-    log.info("%s was not downloaded by this pipeline; it is taken as it is", path)
+    log.info("%s was not downloaded by this pipeline and is used unchanged", path)
     if expected.get("size") not in (None, size):
         raise UserError(f"{path}: has {size} bytes and not {expected['size']}; put the published file there")
     digest = sha256_of(path)

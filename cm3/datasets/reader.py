@@ -1,4 +1,4 @@
-"""What every source's reader hands to the prepare stage."""
+"""Interface between a source's reader and the prepare stage: interactions, items and malformed lines."""
 
 import logging
 from collections import Counter
@@ -23,18 +23,18 @@ ROWS = pa.schema(
         ("split", pa.int8()),  # 0 train, 1 valid, 2 test as published; null where the source has none
     ]
 )
-"""Interactions as a reader yields them: ids as the source writes them, in any order, repeats included."""
+"""Interactions from a reader: original ids, in any order, duplicates included."""
 
 RATINGS = pa.schema(
     [*(INTERACTIONS.field(name) for name in ("user", "item", "rating", "timestamp")), ("published", pa.int8())]
 )
-"""ratings.parquet: interactions that are not labelled yet; `published` is a label that came with the data, or null."""
+"""ratings.parquet: interactions before the split; `published` is the label of a published split, or null."""
 
 
-def rows(
+def interaction_table(
     user: pa.Array, item: pa.Array, rating: Any = None, timestamp: Any = None, split: int | pa.Array | None = None
 ) -> pa.Table:
-    """Return a table of ROWS; what the source lacks is null, and one number as `split` holds for all rows."""
+    """Return a table of ROWS; absent columns are null, a single `split` label applies to all rows."""
     n = len(user)
     columns: dict[str, Any] = {"rating": rating, "timestamp": timestamp, "split": split}
     for name, value in columns.items():
@@ -48,11 +48,11 @@ def rows(
 
 @dataclass(frozen=True)
 class Item:
-    """One row of the item table; texts are clean, absent ones empty.
+    """One row of the item table; texts are plain text, empty where absent.
 
     Attributes:
         features: selling points; details: "name: value"; price: in the shop's currency;
-        sales_rank: 1 is the best seller of its main category; image_urls: candidates, best first.
+        sales_rank: 1 is the best seller of its main category; image_urls: candidate URLs, best first.
     """
 
     title: str = ""
@@ -67,68 +67,68 @@ class Item:
 
 
 class Reader(Protocol):
-    """A source's parser: `Reader(spec, inputs)`, where spec is the data set's prepare_spec().
+    """Parser of a source's raw files: `Reader(spec, inputs)` with the dataset's prepare_spec().
 
     Attributes:
-        notes: counts of what was skipped or mended while reading, for stats.json.
+        notes: counts of skipped and repaired lines by reason, for stats.json.
     """
 
     notes: dict[str, int]
 
     def interactions(self) -> Iterator[pa.Table]:
-        """Yield all interactions as tables of ROWS, of a size that memory takes lightly.
+        """Yield all interactions as tables of ROWS with some 100,000 rows each.
 
         Raises:
-            UserError: with file and line where the input is malformed.
+            UserError: malformed input, with file and line.
         """
 
     def known_items(self) -> Iterable[list[str]] | None:
-        """Return the ids in the item table in pieces, repeats allowed, or None where the source has no item table."""
+        """Return the ids of the item table in batches, duplicates allowed; None without an item table."""
 
     def items(self, wanted: set[str]) -> dict[str, Item]:
-        """Read the wanted items; ids that the table lacks are absent from the result."""
+        """Return the wanted items by id; the result lacks ids that are not in the item table."""
 
 
-class Faults:
-    """Malformed lines of a published file: left out, counted by reason, and an error when there are too many.
+class MalformedLines:
+    """Malformed lines of a published file: skipped, counted by reason, and an error if there are too many.
 
     Args:
         path: the file.
-        most: share of lines that may be malformed.
+        limit: largest accepted fraction of malformed lines.
     """
 
-    SHOWN = 5
-    HOPELESS = 10_000
+    LOGGED = 5
+    ABORT_FROM = 10_000
 
-    def __init__(self, path: Path, most: float) -> None:
-        self.path, self.most = path, most
+    def __init__(self, path: Path, limit: float) -> None:
+        self.path, self.limit = path, limit
         self.reasons: Counter[str] = Counter()
         self.first = ""
 
     def add(self, number: int, reason: str, line: bytes) -> None:
-        """Count line `number` out."""
+        """Count line `number` as malformed."""
         text = line[:80].decode(errors="replace")
         place = f"{self.path}, line {number}: {reason}: {text!r}"
         self.first = self.first or place
-        if self.reasons.total() < self.SHOWN:
-            log.warning("left out: %s", place)
+        if self.reasons.total() < self.LOGGED:
+            log.warning("skipped: %s", place)
         self.reasons[reason] += 1
-        # A wrong file of a hundred million lines is not read to its end.
-        if self.reasons.total() >= self.HOPELESS and self.reasons.total() > max(self.most, 0.5) * number:
+        # Do not read a wrong file of a hundred million lines to its end.
+        if self.reasons.total() >= self.ABORT_FROM and self.reasons.total() > max(self.limit, 0.5) * number:
             self.check(number)
 
     def check(self, lines: int) -> dict[str, int]:
-        """Return counts by reason for the notes, once all `lines` are read.
+        """Return the counts by reason for the notes, after all `lines` were read.
 
         Raises:
             UserError: the file is empty, or too many lines are malformed.
         """
         if not lines:
-            raise UserError(f"{self.path}: is empty; fetch the file again")
+            raise UserError(f"{self.path}: is empty; download the file again")
         bad = self.reasons.total()
-        if bad > self.most * lines:
+        if bad > self.limit * lines:
             raise UserError(
-                f"{self.path}: {bad} of {lines} lines are malformed, more than the share {self.most:g} that `malformed` "
+                f"{self.path}: {bad} of {lines} lines are malformed, more than the fraction {self.limit:g} that `malformed` "
                 f"allows; is it the right file? The first: {self.first}"
             )
         return {f"left out: {reason}": count for reason, count in sorted(self.reasons.items())}

@@ -1,4 +1,4 @@
-"""Train, valid and test labels for interactions."""
+"""Split of interactions into train, valid and test."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -26,25 +26,25 @@ def split(
     timestamp: np.ndarray | None = None,
     kept: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Label every interaction as train (0), valid (1) or test (2).
+    """Return the label of every interaction: train (0), valid (1) or test (2).
 
     - `random`: per user, after a shuffle; n < 10 interactions give n-2 / 1 / 1, else h = int(0.2 n),
-      valid h // 2 and test h - h // 2. A user's only interaction stays in train.
+      valid h // 2 and test h - h // 2. A user's only interaction is in train.
     - `user-time`: the same sizes, but each user's interactions in time order, test last.
-    - `leave-one-out`: per user, the last in time is test and the one before it valid. The first of a user's
-      interactions stays in train.
-    - `global-time`: two points in time for everybody, nearest to 80 % and 90 % of the interactions; equal times
-      are never parted.
+    - `leave-one-out`: per user, the last in time is test and the one before it valid. A user's first
+      interaction is always in train.
+    - `global-time`: two points in time for all users, closest to 80 % and 90 % of the interactions; interactions with
+      equal times get the same label.
 
-    Equal times of a user (and all of them, without `timestamp`) are ordered by the seed.
+    Interactions of a user at equal times (all of them without `timestamp`) are in random order, by the seed.
 
     Args:
-        user: (N,) integers, any values. Labels follow the rows; sort rows first where their order may vary.
+        user: (N,) integers, any values. The result depends on the order of rows; sort them first if it may vary.
         seed: of the shuffle.
-        timestamp: (N,) integers, for the strategies that look at time.
-        kept: (N,) labels of an earlier split, -1 where there is none. `random` keeps them all; the others fill up what a
-            user lacks in test, then in valid, to the sizes above, and the rest is train. The strategies that look at
-            time keep train alone: valid and test are the last of what is later than a user's last in train.
+        timestamp: (N,) integers, for the strategies that use time.
+        kept: (N,) labels of an earlier split, -1 for new interactions. `random` keeps all labels and draws from the new
+            interactions of each user until test, then valid, have the sizes above; the rest is train. The strategies
+            that use time keep train only: valid and test are the last of a user's interactions after the last in train.
 
     Returns:
         (N,) int8.
@@ -64,9 +64,9 @@ def split(
     labels = np.full(n, -1, np.int8) if kept is None else np.array(kept, np.int8)
     keys: Sequence[np.ndarray] = (shuffle, user)
     if strategy != "random":
-        # Of equal times those come first that were in train, then new ones: what can keep its label does.
-        standing = np.array([1, 0, 2, 3])[labels + 1]
-        keys = (shuffle, standing, user) if timestamp is None else (shuffle, standing, np.asarray(timestamp), user)
+        # At equal times: earlier train, then new, then earlier valid and test, so that most labels are kept.
+        kept_order = np.array([1, 0, 2, 3])[labels + 1]
+        keys = (shuffle, kept_order, user) if timestamp is None else (shuffle, kept_order, np.asarray(timestamp), user)
     order = np.lexsort(keys)
     codes, count = np.unique(user, return_inverse=True, return_counts=True)[1:]
     valid, test = _last_two(count) if strategy == "leave-one-out" else _sizes(count)
@@ -87,11 +87,12 @@ def split(
 
 
 def _after_train(user: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return which of (N,) rows, by user and time, are later than the last one that their user has in train."""
+    """Return which of (N,) rows, sorted by user and time, come after the last training row of their user."""
     place = np.arange(len(user))
     last = np.full(user.max(initial=-1) + 1, -1)
     last[user[labels == TRAIN]] = place[labels == TRAIN]
-    return place > last[user]
+    found: np.ndarray = place > last[user]
+    return found
 
 
 def _sizes(count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -122,21 +123,23 @@ def split_ratings(
     """Read ratings.parquet, label its rows, write interactions.parquet in the same row order.
 
     Args:
-        tables: to keep labels, `items` and `users` of these ratings, and `keep.interactions`, `keep.items` and
-            `keep.users` of the earlier ones.
+        tables: to keep labels: `items` and `users` of these ratings, and `keep.interactions`, `keep.items` and
+            `keep.users` of the earlier split.
 
     Returns:
-        the number of train, valid and test interactions, of users without any in train, and of labels kept.
+        the numbers of train, valid and test interactions, of users without training interactions, and of kept labels.
 
     Raises:
-        UserError: the strategy looks at time and some interactions have none, or a split would be empty.
+        UserError: the strategy uses time and a timestamp is missing, or train, valid or test would be empty.
     """
     table = read_table(ratings, RATINGS)
     user = table.column("user").to_numpy()
     kept = None
     if strategy == "published":
         if table.column("published").null_count:
-            raise UserError(f"{ratings}: the data come without labels; choose another split.strategy than published")
+            raise UserError(
+                f"{ratings}: the data have no published split; choose another split.strategy than published"
+            )
         labels = table.column("published").to_numpy()
     else:
         kept = _kept(table, tables) if tables else None
@@ -145,23 +148,23 @@ def split_ratings(
     empty = [name for name, count in counts.items() if not count]
     if empty:
         raise UserError(
-            f"{ratings}: split strategy {strategy!r} leaves {' and '.join(empty)} without an interaction "
+            f"{ratings}: split strategy {strategy!r} leaves {' and '.join(empty)} without interactions "
             f"({len(labels)} in all); use another strategy or more data"
         )
     cold = len(np.setdiff1d(user, user[labels == TRAIN]))
     column = pa.DictionaryArray.from_arrays(pa.array(labels), pa.array(SPLITS))
     metadata = {"strategy": strategy, "seed": seed}
     write_table(interactions, table.drop_columns("published").append_column("split", column), INTERACTIONS, metadata)
-    log.info("%s: %s; %d users without a train interaction", strategy, counts, cold)
+    log.info("%s: %s; %d users without training interactions", strategy, counts, cold)
     facts = {"split": counts, "users_without_train": cold}
     if kept is not None:
         facts["kept_labels"] = int((kept == labels).sum())
-        log.info("%d labels are those of the earlier split", facts["kept_labels"])
+        log.info("%d labels are kept from the earlier split", facts["kept_labels"])
     return facts
 
 
 def _kept(ratings: pa.Table, tables: Mapping[str, Path]) -> np.ndarray:
-    """Return (N,) int8, the label that each row's user and item had in the earlier tables, or -1."""
+    """Return (N,) int8: the label of each row's user and item in the earlier tables, or -1."""
     old = read_table(tables["keep.interactions"], INTERACTIONS)
     places, n_items = [], 0
     for name, schema in (("user", USERS), ("item", ITEMS)):
@@ -185,7 +188,7 @@ def _labels(
     if strategy != "random" and time.null_count:
         raise UserError(
             f"{ratings}: split strategy {strategy!r} needs a timestamp for every interaction; "
-            "map the timestamp column in the data set's config, or use strategy: random"
+            "set the timestamp column of the dataset in the configuration, or use strategy: random"
         )
     try:
         return split(user, seed, strategy, None if strategy == "random" else time.to_numpy(), kept)

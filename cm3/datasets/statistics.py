@@ -1,19 +1,19 @@
-"""What stats.json tells of a data set beyond its counts."""
+"""Statistics of a dataset for stats.json: density, distributions, time span, missing item fields."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from cm3.datasets.interactions_db import Interactions
+from cm3.datasets.interactions_db import InteractionArrays
 from cm3.datasets.reader import Item
 
 _QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 _TEXTS = ("title", "brand", "categories", "description", "features")
 
 
-def describe(core: Interactions, users: int, items: Sequence[Item]) -> dict[str, Any]:
-    """Return density, distributions, the time span, and how many items lack which field.
+def describe(core: InteractionArrays, users: int, items: Sequence[Item]) -> dict[str, Any]:
+    """Return density, distributions, the time span, and the number of items without each field.
 
     Args:
         core: the interactions with dense codes.
@@ -27,10 +27,10 @@ def describe(core: Interactions, users: int, items: Sequence[Item]) -> dict[str,
         "density": len(core) / pairs,
         "sparsity": 1 - len(core) / pairs,
         "items_without_interaction": int((per_item == 0).sum()),
-        "interactions_per_user": _spread(np.bincount(core.user, minlength=users)),
-        "interactions_per_item": _spread(per_item[per_item > 0]),
+        "interactions_per_user": _distribution(np.bincount(core.user, minlength=users)),
+        "interactions_per_item": _distribution(per_item[per_item > 0]),
         "has_ratings": core.rating is not None,
-        "ratings": None if core.rating is None else _shares(core.rating),
+        "ratings": None if core.rating is None else _rating_counts(core.rating),
         "has_timestamps": core.timestamp is not None,
         "timestamps": None
         if core.timestamp is None
@@ -50,7 +50,7 @@ def describe(core: Interactions, users: int, items: Sequence[Item]) -> dict[str,
     }
 
 
-def _spread(counts: np.ndarray) -> dict[str, Any]:
+def _distribution(counts: np.ndarray) -> dict[str, Any]:
     edges = 2 ** np.arange(int(counts.max()).bit_length() + 1)
     held = np.histogram(counts, edges)[0]
     return {
@@ -66,7 +66,7 @@ def _spread(counts: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _shares(ratings: np.ndarray) -> dict[str, Any]:
+def _rating_counts(ratings: np.ndarray) -> dict[str, Any]:
     values, counts = np.unique(ratings, return_counts=True)
     counted = (
         {f"{value:g}": int(count) for value, count in zip(values, counts, strict=True)} if len(values) <= 20 else None

@@ -1,23 +1,23 @@
-"""Cleaning of shop texts, which are strangers' HTML."""
+"""Plain text from untrusted HTML of shop pages."""
 
 import html
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-# What is never closed reaches to the end, as in a browser; it also keeps the search linear in the text's length.
+# An element that is not closed extends to the end, as in a browser; this also keeps the search linear.
 _HIDDEN = re.compile(r"<(script|style)\b.*?(?:</\1\s*>|\Z)|<!--.*?(?:-->|\Z)", re.IGNORECASE | re.DOTALL)
-# A letter must follow the bracket, so that "< 10 cm and > 5 cm" survives.
+# A letter must follow the bracket, so that "< 10 cm and > 5 cm" is kept.
 _TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
-# Half a tag at the end of a text, as of a page that was cut: `<span class="a-size-medium"`; and at its start: `" />`.
+# Truncated tags: `<span class="a-size-medium"` at the end of a text, `" />` at its start.
 _CUT_TAG = re.compile(r"</?[a-zA-Z][\w-]*\s[^<>=]*=[^<>]*\Z|\A[^<>]*\"\s*/>")
-# What shop pages left in titles instead of a title.
+# Scripts that some records have in place of a title.
 _SCRIPT = re.compile(r"\bvar aPageStart\b.*|\(new Date\(\)\)\.getTime\(\).*", re.DOTALL)
-# Halves of surrogate pairs, too, which JSON can write and no file can hold.
+# Including lone surrogates, which JSON can express and UTF-8 cannot.
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
-def clean(text: str) -> str:
+def plain_text(text: str) -> str:
     """Return `text` with HTML entities resolved, tags and control characters removed and white space folded."""
     if "&" in text:
         text = html.unescape(text)
@@ -31,7 +31,7 @@ def clean(text: str) -> str:
 
 
 def is_unicode(text: str) -> bool:
-    """Return whether `text` can be written: not with half of a surrogate pair, as cut off by JSON's \\ud83d."""
+    """Return whether `text` can be encoded as UTF-8: it has no lone surrogate such as \\ud83d."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -39,13 +39,13 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def addresses(found: Iterable[str]) -> list[str]:
-    """Return the addresses of images among `found`, in order; what cannot be written is none."""
-    return [text for text in found if is_unicode(text)]
+def image_urls(texts: Iterable[str]) -> list[str]:
+    """Return `texts` without those that cannot be encoded as UTF-8."""
+    return [text for text in texts if is_unicode(text)]
 
 
 def leaves(value: Any) -> Iterator[Any]:
-    """Yield in order what nested lists hold; a stranger's may be nested deeper than a function may call itself."""
+    """Yield the values of nested lists in order. Not recursive, as untrusted data may be nested deeply."""
     waiting = [value]
     while waiting:
         value = waiting.pop()

@@ -1,4 +1,4 @@
-"""Full ranking of all items for many users, and the hit counts that validation needs."""
+"""Full ranking of all items for many users, and the validation score of a split."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -9,25 +9,30 @@ import torch
 from torch import Tensor
 
 from cm3.common.topk import top_k
+from cm3.evaluation.hits import hit_matrix
+from cm3.evaluation.registry import metric_class
 
 log = logging.getLogger(__name__)
 
-_BLOCK_ENTRIES = 7_000_000  # of scores on the CPU: up to 32 MiB glibc gives freed memory out again, without page faults
-_CUDA_BLOCK_ENTRIES = 2**26
+BLOCK_ENTRIES = 7_000_000  # scores per block on the CPU: glibc reuses freed blocks up to 32 MiB without page faults
+CUDA_BLOCK_ENTRIES = 2**26
+ROW_MULTIPLE = 16
+"""Rows of a block are padded to a multiple of this. A matrix product has another kernel for the rows after the last full
+tile, whose sums differ in the last digit: without padding a user's scores would depend on the size of the block."""
 
 
 class Ranking:
     """Ranks every item for chosen users by the product of their embeddings, without the masked items.
 
-    Users go in blocks; where a block does not fit into the GPU's memory it is halved, for good.
+    Users are ranked in blocks; a block that does not fit into the GPU's memory halves the size of all later ones.
     """
 
     def __init__(self, users: np.ndarray, masked: sp.csr_matrix, device: torch.device | str = "cpu") -> None:
-        """Take the (R,) user indices to rank for and the (U, I) items to leave out per user."""
+        """Take the indices (R,) of users to rank for and the items (U, I) to exclude per user."""
         rows = sp.csr_matrix(masked[users])
         self.n_items = rows.shape[1]
         self.users = torch.as_tensor(users, dtype=torch.int64, device=device)
-        entries = _BLOCK_ENTRIES if self.users.device.type == "cpu" else _CUDA_BLOCK_ENTRIES
+        entries = BLOCK_ENTRIES if self.users.device.type == "cpu" else CUDA_BLOCK_ENTRIES
         self.block = max(1, entries // max(1, self.n_items))
         self.columns = torch.as_tensor(rows.indices, dtype=torch.int64, device=device)
         self.rows = torch.as_tensor(np.repeat(np.arange(len(users)), np.diff(rows.indptr)), device=device)
@@ -36,7 +41,7 @@ class Ranking:
     def top(self, users: Tensor, items: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (items, scores) of the k best per chosen user, (R, k) int64 and float32, best first.
 
-        Equal scores are ordered by lower item. Where fewer than k items are left the item is -1, the score -inf.
+        Equal scores are ordered by lower item. After the last item of a shorter list, items are -1 and scores -inf.
 
         Args:
             users, items: (U, D) and (I, D) embeddings on this ranking's device.
@@ -45,7 +50,7 @@ class Ranking:
         return self.top_by(lambda rows: users[rows] @ items.T, k)
 
     def top_by(self, score: Callable[[Tensor], Tensor], k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return what `top` does for any function from user indices (b,) to fresh scores (b, I) on this device."""
+        """Return the same as `top` for any function from user indices (b,) to new scores (b, I) on this device."""
         width = min(k, self.n_items)
         best = np.full((len(self.users), k), -1, np.int64)
         values = np.full((len(self.users), k), -np.inf, np.float32)
@@ -65,68 +70,34 @@ class Ranking:
                 if self.block == 1:
                     raise
                 self.block = -(-(stop - start) // 2)
-                log.warning("out of memory while ranking; going on with blocks of %d users", self.block)
+                log.warning("out of memory while ranking; continuing with blocks of %d users", self.block)
                 continue
             yield start, *found
             start = stop
 
     def _best(self, score: Callable[[Tensor], Tensor], start: int, stop: int, k: int) -> tuple[Tensor, Tensor]:
-        scores = score(self.users[start:stop])
+        rows = self.users[start:stop]
+        # A block below the multiple is one that memory was too small for.
+        padding = rows[-1:].expand(-len(rows) % ROW_MULTIPLE if self.block >= ROW_MULTIPLE else 0)
+        scores = score(torch.cat([rows, padding]))[: len(rows)]
         part = slice(self.offsets[start], self.offsets[stop])
         scores[self.rows[part] - start, self.columns[part]] = -torch.inf
         indices, top = top_k(scores, k)
         return indices.masked_fill_(top == -torch.inf, -1), top
 
 
-def hit_matrix(recommended: np.ndarray, truth: sp.csr_matrix) -> np.ndarray:
-    """Return which of the (U, K) recommended items are in the user's truth, a (U, I) matrix; -1 never is. Bool (U, K)."""
-    truth = sp.csr_matrix(truth, copy=True)
-    truth.eliminate_zeros()
-    truth.sum_duplicates()
-    n_users, n_items = truth.shape
-    if len(recommended) != n_users:
-        raise ValueError(f"{len(recommended)} users have recommendations, {n_users} have a row of truth")
-    if recommended.size and recommended.max() >= n_items:
-        raise ValueError(f"item {recommended.max()} is recommended, but there are {n_items} items")
-    known = np.repeat(np.arange(n_users, dtype=np.int64), np.diff(truth.indptr)) * n_items + truth.indices
-    if not len(known):
-        return np.zeros(recommended.shape, bool)
-    keys = np.arange(n_users, dtype=np.int64)[:, None] * n_items + recommended
-    place = np.minimum(np.searchsorted(known, keys), len(known) - 1)
-    return (known[place] == keys) & (recommended >= 0)
-
-
-def recall(hits: np.ndarray, n_truth: np.ndarray, k: int) -> np.ndarray:
-    """recall@k per user: hits among the first k over the size of the truth; 0 where there is no truth."""
-    return hits[:, :k].sum(1) / np.maximum(n_truth, 1)
-
-
-def ndcg(hits: np.ndarray, n_truth: np.ndarray, k: int) -> np.ndarray:
-    """ndcg@k per user: sum_j hit_j / log2(j + 1) for ranks j <= k, over that of min(k, n_truth) hits in front."""
-    discount = 1 / np.log2(np.arange(2, k + 2))
-    ideal = np.concatenate([[1.0], np.cumsum(discount)])
-    length = np.minimum(n_truth, k)
-    # Summed in rank order, not by a matrix product, whose rounding depends on a user's place among the others.
-    gain = (hits[:, :k] * discount[: hits.shape[1]]).cumsum(1)[:, -1]
-    return gain / np.where(length > 0, ideal[length], 1.0)
-
-
-MONITORS = {"recall": recall, "ndcg": ndcg}
-
-
 class Validation:
-    """One split's users, truth and masks, ready to score embeddings again and again."""
+    """Users, truth and masks of one split, to score embeddings by one metric after every epoch."""
 
     def __init__(
         self, truth: sp.csr_matrix, masked: sp.csr_matrix, monitor: str, device: torch.device | str = "cpu"
     ) -> None:
-        """Take (U, I) truth and masked items and the metric's name, such as recall@20.
+        """Take truth and masked items, (U, I) each, and a metric at a cut-off, such as recall@20.
 
         Raises:
             ValueError: no user has any truth.
         """
-        name, k = monitor.split("@")
-        self.metric, self.k = MONITORS[name], int(k)
+        self.metric, self.k = metric_class(monitor), int(monitor.partition("@")[2])
         self.n_truth = np.diff(truth.indptr)
         users = np.flatnonzero(self.n_truth)
         if not len(users):
@@ -135,10 +106,10 @@ class Validation:
         self.ranking = Ranking(users, masked, device)
 
     def score(self, users: Tensor, items: Tensor) -> float:
-        """Return the metric's mean over the users that have truth, for (U, D) and (I, D) embeddings."""
+        """Return the mean of the metric over the users that have truth, for embeddings (U, D) and (I, D)."""
         return self.score_by(lambda rows: users[rows] @ items.T)
 
     def score_by(self, score: Callable[[Tensor], Tensor]) -> float:
         """Return the same for any function from user indices (b,) to scores (b, I)."""
         best, _ = self.ranking.top_by(score, self.k)
-        return float(self.metric(hit_matrix(best, self.truth), self.n_truth, self.k).mean())
+        return float(self.metric.values(hit_matrix(best, self.truth), self.n_truth, self.k).mean())

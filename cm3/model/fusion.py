@@ -27,7 +27,8 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
     t = torch.as_tensor(t, dtype=a.dtype, device=a.device).unsqueeze(-1)
     # An accelerator would have to be waited for before it is known.
     if a.device.type == "cpu" and a.shape == b.shape and _easy(a, b):
-        return _Arc.apply(a, b, t.expand(*a.shape[:-1], 1))
+        found: Tensor = _Arc.apply(a, b, t.expand(*a.shape[:-1], 1))
+        return found
     return _careful_slerp(a, b, t)
 
 

@@ -24,7 +24,7 @@ __all__ = [
 
 
 class SparseMatrix(nn.Module):
-    """A constant (N, K) float32 matrix in rows of compressed indices; moves between devices with its owner."""
+    """A constant (N, K) float32 matrix in CSR format, as buffers that move between devices with the module."""
 
     offsets: Tensor
     columns: Tensor
@@ -32,7 +32,7 @@ class SparseMatrix(nn.Module):
 
     def __init__(self, matrix: sp.csr_matrix) -> None:
         super().__init__()
-        # A copy: sorting would reorder columns that it shares with the caller's matrix, but not the caller's values.
+        # A copy: sorting in place would reorder the index array of the caller's matrix, but not its values.
         matrix = sp.csr_matrix(matrix, dtype=np.float32, copy=True)
         matrix.sum_duplicates()
         self.shape = matrix.shape
@@ -44,8 +44,8 @@ class SparseMatrix(nn.Module):
     def product(self, x: Tensor) -> Tensor:
         """Return the dense (N, D) product with `x` (K, D), outside autograd.
 
-        On the CPU the sum of weighted rows is what an embedding bag computes, and its kernel is several times
-        faster than torch's own sparse product; each row is summed in one order, so the result is deterministic.
+        On the CPU an embedding bag sums the weighted rows; its kernel is several times faster than torch's sparse
+        product. Each row is summed in a fixed order, so the result is deterministic.
         """
         if x.device.type == "cpu":
             if not len(self.columns):
@@ -83,8 +83,8 @@ def item_item_matrix(
     """Return S = sum_m w_m S_m, (I, I): S_m holds 1 / k at each of an item's k neighbours.
 
     Args:
-        neighbours: per modality, item and neighbour indices of equal length; an item without rows has no vector
-            in that modality, and its other modalities then carry the whole weight.
+        neighbours: per modality, item and neighbour indices of equal length. An item without rows has no vector
+            in that modality; the weights of its other modalities are then scaled to sum 1.
         weights: w_m per modality.
         n_items: I.
     """
@@ -104,9 +104,10 @@ def item_item_matrix(
 def propagate(adjacency: SparseMatrix, x: Tensor, layers: int) -> Tensor:
     """Return sum_{l=0..layers} A^l x for a symmetric A (N, N) and x (N, D).
 
-    By Horner's rule, and as A is symmetric the gradient is the same sum over the gradient: no layer is kept.
+    By Horner's rule. A is symmetric, so the gradient is the same sum over the incoming gradient; no layer is stored.
     """
-    return _Propagation.apply(x, adjacency, layers)
+    found: Tensor = _Propagation.apply(x, adjacency, layers)
+    return found
 
 
 class _Propagation(torch.autograd.Function):
@@ -129,17 +130,18 @@ def _horner(adjacency: SparseMatrix, x: Tensor, layers: int) -> Tensor:
 
 
 def propagate_to(adjacency: SparseMatrix, x: Tensor, layers: int, users: Tensor, n_users: int) -> tuple[Tensor, Tensor]:
-    """Return rows of `propagate`: those of `users` (n,), (n, D), and those of all nodes behind the users, (I, D).
+    """Return rows of `propagate`: those of `users` (n,), (n, D), and those of all items, (I, D).
 
-    A training step reads few users. Sums over layers are taken of the rows that are read, and the gradient starts from
-    them, so whole tables are passed over by the products with A alone.
+    A training step reads few users. Only the rows that it reads are summed over the layers, forward and backward, so
+    the products with A are the only passes over whole tables.
 
     Args:
         adjacency, x, layers: as in `propagate`; the first `n_users` nodes are the users.
-        users: indices, repeats allowed.
+        users: indices; repetitions are allowed.
         n_users: U.
     """
-    return _Rows.apply(x, adjacency, layers, users, n_users)
+    found: tuple[Tensor, Tensor] = _Rows.apply(x, adjacency, layers, users, n_users)
+    return found
 
 
 class _Rows(torch.autograd.Function):
@@ -170,8 +172,9 @@ class _Rows(torch.autograd.Function):
 
 
 def add_neighbours(matrix: SparseMatrix, transposed: SparseMatrix, x: Tensor, layers: int) -> Tensor:
-    """Return x + S^layers x for S (N, N), whose transpose is given for the gradient, and x (N, D)."""
-    return _Neighbours.apply(x, matrix, transposed, layers)
+    """Return x + S^layers x of S (N, N) and x (N, D); the gradient uses the transpose of S."""
+    found: Tensor = _Neighbours.apply(x, matrix, transposed, layers)
+    return found
 
 
 class _Neighbours(torch.autograd.Function):

@@ -16,23 +16,25 @@ from torch.nn import functional
 from cm3.common.arrays import blocks, mean_of_rows, zeros
 from cm3.common.errors import UserError
 from cm3.config import Model
+from cm3.model.fused_slerp import fused_slerp
 from cm3.model.fusion import lerp, reference_slerp, slerp, spherical_bezier
 from cm3.model.graph import SparseMatrix, add_neighbours, propagate, propagate_to, user_item_matrix
-from cm3.model.losses import alignment, calibrated_by, uniformity
+from cm3.model.losses import alignment
 from cm3.model.network import Embeddings, Loss, Network, backward
+from cm3.model.pair_potential import tiled_calibrated_uniformity, tiled_uniformity
 from cm3.model.sampling import Batch, derived_seed, mixing_parameters
 
 
 @dataclass(frozen=True)
 class FusedEmbeddings(Embeddings):
-    """What a forward gives: users (U, (M+1)d) and items (I, (M+1)d), not normalised, and fused (I, d) of unit norm."""
+    """Output of a forward pass: users (U, (M+1)d), items (I, (M+1)d), not normalised, and fused (I, d) of unit norm."""
 
     fused: Tensor
 
 
 @dataclass(frozen=True)
 class _StepEmbeddings:
-    users: list[Tensor]  # of each batch's spread users
+    users: list[Tensor]  # of each batch's distinct users
     items: Tensor
     fused: Tensor
 
@@ -70,12 +72,12 @@ class Modality(nn.Module):
 class CM3(Network):
     """CM3 over U users, I items and M >= 1 modalities (arXiv 2508.01226).
 
-    Each entity has M + 1 streams of width d, one per modality and one fused. Weights of users are drawn from
-    N(0, 2 / (U + d)), which sets how fast Adam turns them, as they are normalised before use.
+    Each user and item has M + 1 streams of width d, one per modality and one fused. Initial values of users are from
+    N(0, 2 / (U + d)); as they are normalised before use, their scale sets how fast Adam rotates them.
     """
 
-    parts = ("alignment", "user_uniformity", "item_uniformity")
-    shares = True
+    components = ("alignment", "user_uniformity", "item_uniformity")
+    supports_ddp = True
 
     def __init__(
         self, features: Sequence[Tensor], interactions: sp.csr_matrix, item_graph: sp.csr_matrix, settings: Model
@@ -95,19 +97,19 @@ class CM3(Network):
         self.adjacency = SparseMatrix(user_item_matrix(interactions))
         self.item_graph = SparseMatrix(item_graph)
         self.item_graph_transposed = SparseMatrix(item_graph.T.tocsr())
-        arc = {"safe": slerp, "reference": reference_slerp}[settings.slerp]
+        arc = {"safe": slerp, "fused": fused_slerp, "reference": reference_slerp}[settings.slerp]
         self.interpolate = lerp if settings.fusion == "linear" else arc
         if settings.fusion == "concat":
             self.mix = nn.Linear(len(features) * d, d)
 
     def forward(self, t: Tensor) -> FusedEmbeddings:
-        """Embed every user and item; `t` (I,) places each item on its fusion curve, 0.5 in evaluation."""
-        ego, fused = self._ego(t)
+        """Embed every user and item; `t` (I,) is the position of each item on its fusion curve, 0.5 in evaluation."""
+        ego, fused = self.ego_embeddings(t)
         users, items = propagate(self.adjacency, ego, self.settings.n_ui_layers).split([self.n_users, self.n_items])
         return FusedEmbeddings(self._weighted(users, self.stream_logits), self._with_neighbours(items), fused)
 
-    def _ego(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what propagation starts from, (U + I, (M+1)d), and the fused points, (I, d)."""
+    def ego_embeddings(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the embeddings before propagation, (U + I, (M+1)d), and the fused points, (I, d); `t` as in `forward`."""
         streams, points = zip(*(modality() for modality in self.modalities), strict=True)
         fused = self._fused(points, t)
         return UnitStreams.apply(self.users, torch.cat([*streams, fused], 1)), fused
@@ -123,7 +125,8 @@ class CM3(Network):
 
     def _weighted(self, users: Tensor, logits: Tensor) -> Tensor:
         weights = logits.softmax(1)
-        return (users.unflatten(1, (weights.shape[1], -1)) * weights[:, :, None]).flatten(1)
+        found: Tensor = (users.unflatten(1, (weights.shape[1], -1)) * weights[:, :, None]).flatten(1)
+        return found
 
     def _with_neighbours(self, items: Tensor) -> Tensor:
         if not self.settings.item_graph:
@@ -131,22 +134,24 @@ class CM3(Network):
         return add_neighbours(self.item_graph, self.item_graph_transposed, items, self.settings.n_mm_layers)
 
     def training_embeddings(self, seed: int) -> FusedEmbeddings:
-        """Return a forward whose t ~ Beta(alpha, alpha), one draw per item, come from `seed`."""
-        return self(self._mixing(seed))
+        """Return a forward pass with t ~ Beta(alpha, alpha), one value per item, sampled by `seed`."""
+        found: FusedEmbeddings = self(self.sample_t(seed))
+        return found
 
-    def _mixing(self, seed: int) -> Tensor:
+    def sample_t(self, seed: int) -> Tensor:
+        """Return a training step's positions on the fusion curves, (I,) from Beta(alpha, alpha)."""
         return mixing_parameters(self.settings.alpha, self.n_items, self.users.device, seed)
 
     def loss(self, embeddings: FusedEmbeddings, batch: Batch) -> Loss:
         """Return alignment + gamma (uniformity of users + calibrated uniformity of items) / 2 over a batch."""
-        return self._loss(_rows(embeddings.users, batch.spread_users.ids), embeddings.items, embeddings.fused, batch)
+        return self._loss(_rows(embeddings.users, batch.counted_users.ids), embeddings.items, embeddings.fused, batch)
 
     def backward(self, batches: Sequence[Batch], seed: int) -> Loss:
-        """Return the mean loss of `batches`, its gradient added to the parameters'; no more users are embedded than they hold."""
-        held = [batch.spread_users.ids for batch in batches]
+        """Return the mean loss of `batches`, its gradient added to the parameters'. Embeds only the users of the batches."""
+        held = [batch.counted_users.ids for batch in batches]
         if len(held) > 1 and sum(len(some) for some in held) >= self.n_users:
             return super().backward(batches, seed)
-        ego, fused = self._ego(self._mixing(seed))
+        ego, fused = self.ego_embeddings(self.sample_t(seed))
         ids = torch.cat(held)
         users, items = propagate_to(self.adjacency, ego, self.settings.n_ui_layers, ids, self.n_users)
         users, items = self._weighted(users, _rows(self.stream_logits, ids)), self._with_neighbours(items)
@@ -157,39 +162,42 @@ class CM3(Network):
         return self._loss(embeddings.users[n], embeddings.items, embeddings.fused, batch)
 
     def _loss(self, users: Tensor, items: Tensor, fused: Tensor, batch: Batch) -> Loss:
-        spread = batch.spread_items
+        negatives = batch.counted_negatives
         users = functional.normalize(users, dim=1)
-        # The pairs' own items and the spread ones in one gather, whose gradient is then one table.
-        held = functional.normalize(_rows(items, torch.cat([batch.items, spread.ids])), dim=1)
-        positive, others = held.split([len(batch.items), len(spread.ids)])
-        align = self._alignment(_rows(users, batch.spread_users.places), positive)
-        user_uniformity = uniformity(users, counts=batch.spread_users.counts, share=self.share)
+        # Positives and negatives in one gather, whose gradient is then one table.
+        held = functional.normalize(_rows(items, torch.cat([batch.items, negatives.ids])), dim=1)
+        positives, others = held.split([len(batch.items), len(negatives.ids)])
+        align = self._alignment(_rows(users, batch.counted_users.positions), positives)
+        user_uniformity = tiled_uniformity(users, counts=batch.counted_users.counts, shard=self.shard)
         if self.settings.calibration:
-            points = _rows(fused.detach() if self.settings.detach_similarity else fused, spread.ids)
+            points = _rows(fused.detach() if self.settings.detach_similarity else fused, negatives.ids)
             clamp = (self.settings.min_sim, self.settings.max_sim)
-            item_uniformity = calibrated_by(others, points, clamp, counts=spread.counts, share=self.share)
+            item_uniformity = tiled_calibrated_uniformity(
+                others, points, clamp, counts=negatives.counts, shard=self.shard
+            )
         else:
-            item_uniformity = uniformity(others, counts=spread.counts, share=self.share)
+            item_uniformity = tiled_uniformity(others, counts=negatives.counts, shard=self.shard)
         total = align + self.settings.gamma * (user_uniformity + item_uniformity) / 2
-        return Loss(total, dict(zip(self.parts, (align, user_uniformity, item_uniformity), strict=True)))
+        return Loss(total, dict(zip(self.components, (align, user_uniformity, item_uniformity), strict=True)))
 
     def _alignment(self, users: Tensor, items: Tensor) -> Tensor:
-        if self.share is None:
+        if self.shard is None:
             return alignment(users, items)
-        mine = self.share.pairs(len(users))
-        return self.share.sum((users[mine] - items[mine]).square().sum() / len(users))
+        mine = self.shard.pairs(len(users))
+        return self.shard.sum((users[mine] - items[mine]).square().sum() / len(users))
 
     @torch.no_grad()
     def embed(self) -> FusedEmbeddings:
-        """Return the embeddings that are evaluated: t = 0.5 for every item."""
-        return self(torch.full((self.n_items,), 0.5, device=self.users.device))
+        """Return the embeddings for evaluation: t = 0.5 for every item."""
+        found: FusedEmbeddings = self(torch.full((self.n_items,), 0.5, device=self.users.device))
+        return found
 
     @torch.no_grad()
     def curves(self) -> dict[str, float]:
         """Return the mean weight of each stream over the users, `stream_weight_NAME`, and `fused_cosine`.
 
-        That is the mean cosine between the fused points of two items, t = 0.5: near 1 they say nothing of an item any
-        more, and the calibration has come to the plain uniformity.
+        The latter is the mean cosine between the fused points of two items, t = 0.5. Near 1 all items have the same
+        point, and calibrated uniformity equals plain uniformity.
         """
         weights = self.stream_logits.softmax(1).mean(0).tolist()
         found = {f"stream_weight_{name}": value for name, value in zip(self.stream_names, weights, strict=True)}
@@ -201,7 +209,7 @@ class CM3(Network):
         return found
 
     def suspects(self) -> tuple[str, ...]:
-        """Name the reference's slerp where it is in use."""
+        """Return the setting of the reference's slerp where it is used."""
         return (
             ("model.slerp: reference, which is undefined for equal vectors (use safe)",)
             if self.settings.slerp == "reference"
@@ -210,24 +218,24 @@ class CM3(Network):
 
 
 def _rows(table: Tensor, ids: Tensor) -> Tensor:
-    # `embedding` sums repeated rows in one order in its backward, which indexing does not promise.
+    # `embedding` sums repeated rows in one order in its backward, which indexing does not guarantee.
     return functional.embedding(ids, table)
 
 
 class UnitStreams(torch.autograd.Function):
-    """Rows of normalised streams, (U + I, S d): of users (U, S, d), each stream made a unit vector; of items as given.
+    """Rows of streams, (U + I, S d): those of users (U, S, d) normalised stream by stream, those of items unchanged.
 
-    Tables of users are the largest there are: on the CPU they are gone through in parts that stay in the cache.
+    Tables of users are the largest tensors of the model: on the CPU they are processed in chunks that fit the cache.
     """
 
     @staticmethod
     def forward(ctx: Any, users: Tensor, items: Tensor) -> Tensor:
-        """Return the rows of both."""
+        """Return the rows of users, then of items."""
         out = items.new_empty(len(users) + len(items), items.shape[1])
         norms = users.new_empty(*users.shape[:2], 1)
-        for part in _parts(users):
-            torch.linalg.vector_norm(users[part], dim=2, keepdim=True, out=norms[part])
-            torch.div(users[part], norms[part].clamp_min_(_TINY), out=out[part].unflatten(1, users.shape[1:]))
+        for chunk in _chunks(users):
+            torch.linalg.vector_norm(users[chunk], dim=2, keepdim=True, out=norms[chunk])
+            torch.div(users[chunk], norms[chunk].clamp_min_(_TINY), out=out[chunk].unflatten(1, users.shape[1:]))
         out[len(users) :] = items
         ctx.save_for_backward(out, norms)
         return out
@@ -238,35 +246,35 @@ class UnitStreams(torch.autograd.Function):
         """Return (g - x <x, g>) / norm for the users."""
         out, norms = ctx.saved_tensors
         result = out.new_empty(len(norms), norms.shape[1], out.shape[1] // norms.shape[1])
-        for part in _parts(norms):
-            x, g = (table[part].unflatten(1, result.shape[1:]) for table in (out, grad))
+        for chunk in _chunks(norms):
+            x, g = (table[chunk].unflatten(1, result.shape[1:]) for table in (out, grad))
             along = (x * g).sum(2, keepdim=True)
-            torch.addcmul(g, x, along, value=-1, out=result[part]).div_(norms[part])
+            torch.addcmul(g, x, along, value=-1, out=result[chunk]).div_(norms[chunk])
         return result, grad[len(norms) :]
 
 
-_TINY = 1e-12  # least norm that is divided by, as in torch.nn.functional.normalize
+_TINY = 1e-12  # lower bound of a divisor, as in torch.nn.functional.normalize
 
 
-def _parts(users: Tensor) -> list[slice]:
+def _chunks(users: Tensor) -> list[slice]:
     size = 2048 if users.device.type == "cpu" else max(len(users), 1)
     return [slice(start, min(start + size, len(users))) for start in range(0, len(users), size)]
 
 
 def fill_missing(embedding: np.ndarray, ok: np.ndarray, missing: str, name: str) -> np.ndarray:
-    """Fill the rows of (I, d) features that are not ok, with the mean of the others (`mean`) or zero (`zero`), in place.
+    """Fill the rows of (I, d) features that are not ok with the mean of the others (`mean`) or zero (`zero`), in place.
 
     Raises:
-        UserError: no row is ok; `name` says of what.
+        UserError: no row is ok; `name` is the file's name in the message.
     """
     if not ok.any():
-        raise UserError(f"{name}: none of its {len(ok)} items has a vector; leave this modality out or mend its inputs")
+        raise UserError(f"{name}: none of its {len(ok)} items has a vector; leave this modality out or fix its inputs")
     if not ok.all():
         embedding[~ok] = mean_of_rows(embedding, ok) if missing == "mean" else 0
     return embedding
 
 
-def seeded(
+def build_model(
     features: Sequence[np.ndarray],
     interactions: sp.csr_matrix,
     item_graph: sp.csr_matrix,
@@ -274,9 +282,9 @@ def seeded(
     seed: int,
     precision: str = "float32",
 ) -> CM3:
-    """Return a CM3 whose initial weights depend on `seed` alone; torch's global generator is left as it was.
+    """Return a CM3 whose initial weights depend on `seed` alone; torch's global generator is not changed.
 
-    With `precision` bfloat16 it keeps its features in that type and multiplies them in it.
+    With `precision` bfloat16 the features are stored in that type, and so are the factors of their products.
     """
     given = [torch.from_numpy(x) if precision == "float32" else _bfloat16(x) for x in features]
     with torch.random.fork_rng(devices=[]):

@@ -1,4 +1,4 @@
-"""Batches of training pairs with the items that the uniformity loss spreads."""
+"""Batches of training pairs with sampled items, and the distinct users and items of each batch with their counts."""
 
 import itertools
 from collections.abc import Iterator
@@ -9,37 +9,46 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Contrast = Literal["negative", "positive", "uniform"]
+NegativeSampling = Literal["negative", "positive", "uniform"]
+"""How a pair's second item is chosen: not in the user's pairs, the pair's own, or any."""
 
 
 @dataclass(frozen=True)
-class Spread:
-    """Users or items that a uniformity loss spreads, (n,) ids; with counts, distinct ids and how often each stands.
+class CountedIds:
+    """The users or items of a batch.
 
-    `places` (B,) says where in `ids` each entry of the batch stands.
+    Attributes:
+        ids: (n,) the distinct ids; without counts, those of the batch as they are, repeated ones included.
+        counts: (n,) how often each occurs in the batch, or None.
+        positions: (B,) position in `ids` of each entry of the batch.
     """
 
     ids: Tensor
     counts: Tensor | None
-    places: Tensor
+    positions: Tensor
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Training pairs, users (B,) and items (B,), an item (B,) to contrast with each pair's own, and the users and items
-    that the uniformity losses spread."""
+    """Training pairs.
+
+    Attributes:
+        users, items: (B,) indices of the pairs.
+        negatives: (B,) one sampled item per pair.
+        counted_users, counted_negatives: users and negatives with repetitions counted, for the uniformity losses.
+    """
 
     users: Tensor
     items: Tensor
-    contrast: Tensor
-    spread_users: Spread
-    spread_items: Spread
+    negatives: Tensor
+    counted_users: CountedIds
+    counted_negatives: CountedIds
 
 
 class Sampler:
-    """Shuffles the training pairs anew each epoch and draws one contrast item per pair, on the device.
+    """Shuffles the training pairs anew each epoch and samples one item per pair, on the device.
 
-    Every draw depends on (seed, epoch) alone, so training can go on from any batch without a stored generator.
+    Every draw depends on (seed, epoch) alone, so training resumes at any batch without a stored generator.
     """
 
     def __init__(
@@ -49,7 +58,7 @@ class Sampler:
         n_items: int,
         *,
         batch_size: int,
-        contrast: Contrast,
+        negative_sampling: NegativeSampling,
         dedup_pairs: bool,
         seed: int,
     ) -> None:
@@ -59,17 +68,18 @@ class Sampler:
             users, items: the training pairs.
             n_items: I.
             batch_size: pairs per batch.
-            contrast: items to spread: not in the user's pairs (negative), the pairs' own (positive), any (uniform).
-            dedup_pairs: whether repeated ids of a batch are gathered into counts.
-            seed: of shuffling and drawing.
+            negative_sampling: items not in the user's pairs (negative), the pairs' own (positive), any (uniform).
+            dedup_pairs: whether repeated ids of a batch are replaced by counts.
+            seed: of shuffling and sampling.
 
         Raises:
-            ValueError: contrast is negative and some user has every item.
+            ValueError: negative_sampling is negative and some user has every item.
         """
         self.users, self.items, self.n_items = users, items, n_items
-        self.batch_size, self.contrast, self.dedup_pairs, self.seed = batch_size, contrast, dedup_pairs, seed
+        self.batch_size, self.dedup_pairs, self.seed = batch_size, dedup_pairs, seed
+        self.negative_sampling = negative_sampling
         self.seen = torch.unique(users * n_items + items)
-        if contrast == "negative":
+        if negative_sampling == "negative":
             most, user = torch.bincount(self.seen // n_items).max(0)
             if most >= n_items:
                 raise ValueError(f"user {int(user)} has interacted with all {n_items} items: no negative to sample")
@@ -84,13 +94,13 @@ class Sampler:
         generator = torch.Generator(self.users.device).manual_seed(derived_seed(self.seed, number))
         order = torch.randperm(len(self.users), generator=generator, device=self.users.device)
         users, items = self.users[order], self.items[order]
-        contrast = items if self.contrast == "positive" else self._draw(users, generator)
+        negatives = items if self.negative_sampling == "positive" else self._draw(users, generator)
         parts = zip(
             users.split(self.batch_size),
             items.split(self.batch_size),
-            contrast.split(self.batch_size),
-            spreads(users, self.batch_size, self.dedup_pairs),
-            spreads(contrast, self.batch_size, self.dedup_pairs),
+            negatives.split(self.batch_size),
+            count_by_batch(users, self.batch_size, self.dedup_pairs),
+            count_by_batch(negatives, self.batch_size, self.dedup_pairs),
             strict=True,
         )
         for part in itertools.islice(parts, first, None):
@@ -98,7 +108,7 @@ class Sampler:
 
     def _draw(self, users: Tensor, generator: torch.Generator) -> Tensor:
         drawn = self._uniform(len(users), generator)
-        if self.contrast == "uniform":
+        if self.negative_sampling == "uniform":
             return drawn
         taken = torch.nonzero(self._is_seen(users, drawn)).squeeze(1)
         while len(taken):
@@ -112,32 +122,36 @@ class Sampler:
 
     def _is_seen(self, users: Tensor, items: Tensor) -> Tensor:
         key = users * self.n_items + items
-        place = torch.searchsorted(self.seen, key).clamp_max_(len(self.seen) - 1)
-        return self.seen[place] == key
+        position = torch.searchsorted(self.seen, key).clamp_max_(len(self.seen) - 1)
+        found: Tensor = self.seen[position] == key
+        return found
 
 
-def spreads(ids: Tensor, batch_size: int, dedup_pairs: bool) -> list[Spread]:
-    """Return what each batch of (E,) ids spreads. All batches are counted at once: one wait for the device per epoch."""
+def count_by_batch(ids: Tensor, batch_size: int, dedup_pairs: bool) -> list[CountedIds]:
+    """Return the distinct ids of each batch of (E,) ids with counts; without `dedup_pairs`, all ids.
+
+    All batches are counted in one call, so a device is synchronised once per epoch.
+    """
     if not dedup_pairs:
-        return [Spread(part, None, torch.arange(len(part), device=ids.device)) for part in ids.split(batch_size)]
+        return [CountedIds(part, None, torch.arange(len(part), device=ids.device)) for part in ids.split(batch_size)]
     n = int(ids.max()) + 1
     batch = torch.arange(len(ids), device=ids.device).div(batch_size, rounding_mode="floor")
-    keys, places, counts = torch.unique(batch * n + ids, return_inverse=True, return_counts=True)
+    keys, positions, counts = torch.unique(batch * n + ids, return_inverse=True, return_counts=True)
     found = torch.bincount(keys // n)
-    places -= (found.cumsum(0) - found)[batch]
+    positions -= (found.cumsum(0) - found)[batch]
     sizes = found.tolist()
-    parts = zip((keys % n).split(sizes), counts.split(sizes), places.split(batch_size), strict=True)
-    return [Spread(*part) for part in parts]
+    parts = zip((keys % n).split(sizes), counts.split(sizes), positions.split(batch_size), strict=True)
+    return [CountedIds(*part) for part in parts]
 
 
 def derived_seed(*parts: int) -> int:
-    """Return a 63-bit seed that differs, and whose streams are independent, for different `parts`."""
-    # The length goes in too: trailing zeros alone would not change the sequence.
+    """Return a 63-bit seed; different `parts` give independent random streams."""
+    # The length is included: trailing zeros alone would not change the sequence.
     return int(np.random.SeedSequence((len(parts), *parts)).generate_state(1, np.uint64)[0] >> 1)
 
 
 def mixing_parameters(alpha: float, n: int, device: torch.device, seed: int) -> Tensor:
-    """Draw t ~ Beta(alpha, alpha) for `n` items on `device`, by `seed`; the global generators are left as they were."""
+    """Draw t ~ Beta(alpha, alpha) for `n` items on `device`, by `seed`; the global generators are not changed."""
     source = torch.device("cpu") if device.type == "mps" else device
     with torch.random.fork_rng(devices=[source] if source.type == "cuda" else []):
         # torch.manual_seed would seed the generators of all GPUs.

@@ -1,4 +1,4 @@
-"""One checkpoint file: tensors and, in its header, the loop's state as JSON. Never a pickle."""
+"""Checkpoints: one safetensors file with the tensors, and the loop's state as JSON in its header."""
 
 import contextlib
 import json
@@ -16,15 +16,15 @@ log = logging.getLogger(__name__)
 
 
 class Checkpoint:
-    """The last state of a run, in `folder`/last.safetensors, tied to what it was computed from."""
+    """The last state of a run, in `folder`/last.safetensors, with the fingerprint of its settings, code and inputs."""
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
-        """Take the folder and a digest of settings, code and inputs: a state of another digest is never resumed."""
+        """Take the folder and a digest of settings, code and inputs; a state with another digest is never loaded."""
         self.path = folder / "last.safetensors"
         self.fingerprint = fingerprint
 
     def save(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Replace the checkpoint, atomically: after a kill it is either the old one or the new one."""
+        """Replace the checkpoint atomically."""
         header = {"state": json.dumps({"fingerprint": self.fingerprint, **state}, allow_nan=False)}
         with atomic(self.path) as temporary:
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, header)
@@ -35,41 +35,41 @@ class Checkpoint:
             with safe_open(self.path, "pt") as file:
                 state = json.loads((file.metadata() or {})["state"])
                 if state.pop("fingerprint") != self.fingerprint:
-                    log.warning("%s: of other settings, code or inputs; starting afresh", self.path)
+                    log.warning("%s: other settings, code or inputs; starting from the beginning", self.path)
                     return None
                 return {name: file.get_tensor(name) for name in file.keys()}, state  # noqa: SIM118
         except FileNotFoundError:
             return None
         except (SafetensorError, KeyError, ValueError) as error:
-            log.warning("%s: unreadable (%s); starting afresh", self.path, error)
+            log.warning("%s: unreadable (%s); starting from the beginning", self.path, error)
             return None
 
-    def kept(self) -> str:
-        """Say where the last state lies, as a sentence with a space behind it; nothing where there is none."""
-        return f"The last good state is kept in {self.path}. " if self.path.exists() else ""
+    def location_note(self) -> str:
+        """Return a sentence with the path of the last state and a trailing space; empty where there is none."""
+        return f"The last good state is in {self.path}. " if self.path.exists() else ""
 
     def remove(self) -> None:
-        """Delete the checkpoint, what a killed writer left beside it, and the folder."""
+        """Delete the checkpoint, temporary files of a killed writer, and the folder."""
         with contextlib.suppress(OSError):
             for file in self.path.parent.glob(f"*{self.path.name}*"):
                 file.unlink()
             self.path.parent.rmdir()
 
 
-class Unkept(Checkpoint):
-    """A checkpoint that nobody keeps, for training that is not meant to be resumed."""
+class NullCheckpoint(Checkpoint):
+    """A checkpoint that stores nothing, for training that is not resumed."""
 
     def __init__(self) -> None:
         super().__init__(Path(), "")
 
     def save(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Keep nothing."""
+        """Do nothing."""
 
     def load(self) -> None:
-        """Return None: nothing is kept."""
+        """Return None: nothing is stored."""
 
-    def kept(self) -> str:
-        """Return nothing."""
+    def location_note(self) -> str:
+        """Return an empty string."""
         return ""
 
     def remove(self) -> None:

@@ -13,7 +13,7 @@ class Curves:
     """Writes each epoch's numbers to `folder`, for `tensorboard --logdir results`; None writes nothing."""
 
     def __init__(self, folder: Path | None, epoch: int = 1) -> None:
-        """Go on at `epoch`: later ones that a stopped run left are hidden; from epoch 1 the folder starts empty."""
+        """Continue at `epoch`: later epochs of a stopped run are hidden. At epoch 1 the folder is emptied."""
         self.writer: Any = None
         if folder is None:
             return
@@ -22,12 +22,14 @@ class Curves:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            log.info("no TensorBoard curves: the package tensorboard is not installed; history.csv holds the same")
+            log.info(
+                "no TensorBoard curves: the package tensorboard is not installed; history.csv has the same numbers"
+            )
             return
         self.writer = SummaryWriter(str(folder), purge_step=epoch)
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Write a row of the history at its epoch; what is not a number is left out."""
+        """Write the numbers of a row of the history at its epoch."""
         if self.writer is None:
             return
         for name, value in row.items():

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cm3.common.distributed import Share
+from cm3.common.distributed import ProcessShard
 from cm3.common.errors import UserError
 from cm3.config import Training
 from cm3.evaluation.ranking import Validation
@@ -21,18 +21,18 @@ from cm3.model.network import Embeddings, Loss, Network
 from cm3.model.sampling import Batch, Sampler, derived_seed
 from cm3.training.checkpoint import Checkpoint
 from cm3.training.curves import Curves
-from cm3.training.schedule import Stopping, lr_factor
+from cm3.training.schedule import GracefulStop, lr_factor
 from cm3.training.state import Best, State
 
 log = logging.getLogger(__name__)
 
-_REST = 9  # times as long as a checkpoint takes to write, until the next
+_REST = 9  # pause between checkpoints, in multiples of the time that writing one takes
 _LOG_SECONDS = 20.0
 
 
 @dataclass
 class Fitted:
-    """A finished run: the best epoch's parameters and embeddings, and how it got there."""
+    """A finished run: the best epoch's parameters and embeddings, and the history."""
 
     parameters: dict[str, Tensor]
     users: Tensor
@@ -51,47 +51,47 @@ def fit(
     checkpoint: Checkpoint,
     test: Validation | None = None,
     curves: Path | None = None,
-    share: Share | None = None,
+    shard: ProcessShard | None = None,
 ) -> Fitted:
     """Train until validation has not improved for `settings.patience` validations in a row, or epochs run out.
 
-    Goes on from the checkpoint if there is one; on the CPU the result is then bit for bit that of a run never stopped.
+    Resumes from the checkpoint if there is one; on the CPU the result is then bit-identical to an uninterrupted run.
 
     Args:
         model: initialised, on the device to train on.
         sampler: of the training pairs, on the same device.
-        validation: scores the monitored metric on the validation split.
+        validation: computes the monitored metric on the validation split.
         settings: how to train.
-        checkpoint: where the state is kept between batches.
-        test: scores the same metric on the test split each epoch; only for `select_on: test`.
+        checkpoint: stores the state between batches.
+        test: computes the same metric on the test split; only for `select_on: test`.
         curves: folder for TensorBoard's event files; None writes none.
-        share: of several processes that train together; the first one writes.
+        shard: this process's part, of several processes that train one model; the first one writes.
 
     Raises:
-        UserError: the loss is not finite; the message names the epoch, the batch, the culprit, and the checkpoint. Or
-            several processes train a model that one alone can.
-        SystemExit: SIGTERM asked to stop; the checkpoint is written.
+        UserError: the loss is not finite; the message names the epoch, the batch, the component or parameter, and the
+            checkpoint. Or several processes train a model that supports one process only.
+        SystemExit: SIGTERM requested a stop; the checkpoint is written.
     """
-    if share and not model.shares:
-        raise UserError("training.processes: this model is trained by one process; set it to 1")
-    model.share = share
-    first = share is None or share.rank == 0
-    run = _Run(model, sampler, validation, settings, checkpoint, test)
-    drawn = Curves(curves if settings.tensorboard and first else None, run.state.epoch)
+    if shard and not model.supports_ddp:
+        raise UserError("training.processes: this model supports one process only; set it to 1")
+    model.shard = shard
+    first = shard is None or shard.rank == 0
+    run = TrainingRun(model, sampler, validation, settings, checkpoint, test)
+    plotted = Curves(curves if settings.tensorboard and first else None, run.state.epoch)
     state, seconds, epochs_here = run.state, 0.0, 0
     stopped = run.finished()
-    with Stopping(heeds=first) as stopping:
+    with GracefulStop(enabled=first) as stop:
         while not stopped:
             started = time.monotonic()
-            last = run.epoch(stopping)
+            last = run.epoch(stop)
             run.validate(last)
             seconds, epochs_here = seconds + time.monotonic() - started, epochs_here + 1
             run.log_epoch(time.monotonic() - started)
-            drawn.add(state.history[-1])
+            plotted.add(state.history[-1])
             stopped = run.finished()
             state.epoch, state.step = state.epoch + 1, 0
-            run.save_if_due(stopping, bool(stopped))
-    drawn.close()
+            run.save_if_due(stop, bool(stopped))
+    plotted.close()
     parameters = {name: state.best_tensors[f"best.{name}"] for name, _ in model.named_parameters()}
     return Fitted(
         parameters,
@@ -104,8 +104,8 @@ def fit(
     )
 
 
-class _Run:
-    """One call of `fit`: the model with its optimiser, data and state."""
+class TrainingRun:
+    """The model with its optimiser, data and state, during one call of `fit`."""
 
     def __init__(
         self,
@@ -126,17 +126,17 @@ class _Run:
             fused=self.device.type in ("cpu", "cuda"),
         )
         self.steps = -(-sampler.n_batches // settings.batches_per_step)
-        parts = torch.zeros(self.steps, 1 + len(model.parts), device=self.device)
-        stored = State.load(checkpoint, model, self.optimiser, parts)
-        self.state = stored or State(parts)
+        losses = torch.zeros(self.steps, 1 + len(model.components), device=self.device)
+        stored = State.load(checkpoint, model, self.optimiser, losses)
+        self.state = stored or State(losses)
         if stored:
             log.info(
-                "going on from the checkpoint: epoch %d, after step %d of %d", stored.epoch, stored.step, self.steps
+                "resuming from the checkpoint: epoch %d, after step %d of %d", stored.epoch, stored.step, self.steps
             )
         self.saved, self.writing = time.monotonic(), 0.0
 
-    def epoch(self, stopping: Stopping) -> Embeddings | None:
-        """Take the epoch's steps, or those that are left; return the last step's embeddings where they are scored."""
+    def epoch(self, stop: GracefulStop) -> Embeddings | None:
+        """Take the remaining steps of the epoch; return the last step's embeddings where `eval_embeddings` wants them."""
         state, last = self.state, None
         first, started = state.step, time.monotonic()
         logged = started
@@ -154,8 +154,8 @@ class _Run:
                 left = (now - started) / (state.step - first) * (self.steps - state.step)
                 log.info("epoch %d: step %d of %d, %.0f s left in it", state.epoch, state.step, self.steps, left)
             if state.step < self.steps:
-                self.save_if_due(stopping)
-        self._require_finite_parts()
+                self.save_if_due(stop)
+        self._check_finite_losses()
         return last
 
     def _seed(self) -> int:
@@ -168,19 +168,19 @@ class _Run:
             group["lr"] = settings.lr * lr_factor(settings, state.epoch, state.step, self.steps)
         self.optimiser.zero_grad(set_to_none=True)
         loss = self.model.backward(batches, self._seed())
-        state.parts[state.step] = torch.stack([loss.total, *(loss.parts[name] for name in self.model.parts)])
+        state.losses[state.step] = torch.stack([loss.total, *(loss.components[name] for name in self.model.components)])
         if self.device.type == "cpu":
-            self._require_finite(loss)
-        if self.model.share:
-            self.model.share.sum_gradients(self.model.parameters())
+            self._check_finite(loss)
+        if self.model.shard:
+            self.model.shard.sum_gradients(self.model.parameters())
         if settings.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
         self.optimiser.step()
 
     def validate(self, last: Embeddings | None) -> None:
-        """Add the epoch to the history, and score it where a validation is due; `last` is scored in place of a forward."""
+        """Add the epoch to the history, with scores where a validation is due: of `last`, or else of a new forward pass."""
         state, settings, name = self.state, self.settings, self.settings.monitor
-        means = dict(zip(("loss", *self.model.parts), state.parts.cpu().double().mean(0).tolist(), strict=True))
+        means = dict(zip(("loss", *self.model.components), state.losses.cpu().double().mean(0).tolist(), strict=True))
         row: dict[str, Any] = {"epoch": state.epoch, **means, "grad_norm": self._gradient_norm(), **self.model.curves()}
         row |= {f"valid_{name}": None} | ({f"test_{name}": None} if self.test is not None else {})
         state.history.append(row)
@@ -189,8 +189,8 @@ class _Run:
         embeddings = last if last is not None else self.model.embed()
         users, items = embeddings.users.detach(), embeddings.items.detach()
         value, tested = self.validation.score(users, items), None
-        if self.model.share:
-            value = self.model.share.agree(value)
+        if self.model.shard:
+            value = self.model.shard.agree(value)
         if settings.round_valid is not None:
             value = round(value, settings.round_valid)
         row[f"valid_{name}"] = value
@@ -207,36 +207,37 @@ class _Run:
         return float(torch.nn.utils.get_total_norm(gradients))
 
     def finished(self) -> str:
-        """Return why training is over, or nothing."""
+        """Return why training is finished, or an empty string."""
         if self.state.stale >= self.settings.patience:
             return f"no better {self.settings.monitor} in {self.settings.patience} validations"
         if len(self.state.history) >= self.settings.epochs:
             return f"all {self.settings.epochs} epochs done"
         return ""
 
-    def save_if_due(self, stopping: Stopping, finished: bool = False) -> None:
-        """Write a checkpoint when it is time or the end, and heed a wish to stop."""
-        if not (finished or stopping.asked or self._due()):
+    def save_if_due(self, stop: GracefulStop, finished: bool = False) -> None:
+        """Write a checkpoint when one is due or at the end, and stop where that is requested."""
+        if not (finished or stop.requested or self._due()):
             return
-        self._require_finite_parts()
-        self._save()
-        if stopping.asked:
-            log.info("asked to stop; the checkpoint is written, the same command goes on from it")
+        self._check_finite_losses()
+        self.save()
+        if stop.requested:
+            log.info("stop requested; the checkpoint is written, the same command resumes from it")
             raise SystemExit(128 + signal.SIGTERM)
 
     def _due(self) -> bool:
         least = self.settings.checkpoint_seconds
         return time.monotonic() - self.saved >= (max(least, _REST * self.writing) if least else 0)
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Write a checkpoint; of several processes the first one does."""
         started = time.monotonic()
-        if not (self.model.share and self.model.share.rank):
+        if not (self.model.shard and self.model.shard.rank):
             self.state.save(self.checkpoint, self.model, self.optimiser)
         self.saved = time.monotonic()
         self.writing = self.saved - started
 
     def log_epoch(self, seconds: float) -> None:
-        """Say what the epoch brought."""
+        """Log the epoch's loss and scores."""
         state, row = self.state, self.state.history[-1]
         value, best = row[f"valid_{self.settings.monitor}"], state.best.valid
         log.info(
@@ -251,30 +252,32 @@ class _Run:
             seconds,
         )
 
-    def _require_finite_parts(self) -> None:
-        bad = torch.nonzero(~torch.isfinite(self.state.parts[: self.state.step]).all(1)).flatten().tolist()
+    def _check_finite_losses(self) -> None:
+        bad = torch.nonzero(~torch.isfinite(self.state.losses[: self.state.step]).all(1)).flatten().tolist()
         if bad:
-            values = self.state.parts[bad[0], 1:].tolist()
-            wrong = [name for name, value in zip(self.model.parts, values, strict=True) if not math.isfinite(value)]
+            values = self.state.losses[bad[0], 1:].tolist()
+            wrong = [
+                name for name, value in zip(self.model.components, values, strict=True) if not math.isfinite(value)
+            ]
             raise UserError(self._not_finite(wrong, bad[0]))
 
-    def _require_finite(self, loss: Loss) -> None:
+    def _check_finite(self, loss: Loss) -> None:
         if not torch.isfinite(loss.total):
-            wrong = [name for name, value in loss.parts.items() if not torch.isfinite(value)]
+            wrong = [name for name, value in loss.components.items() if not torch.isfinite(value)]
             raise UserError(self._not_finite(wrong, self.state.step))
 
     def _not_finite(self, wrong: list[str], step: int) -> str:
         state, named = self.state, list(self.model.named_parameters())
         culprits = [f"parameter {name}" for name, p in named if not torch.isfinite(p).all()]
         if not culprits and step == state.step:
-            self._save()
+            self.save()
         suspects = culprits or list(self.model.suspects())
         norms = ", ".join(f"{name} {float(p.detach().norm()):.4g}" for name, p in named)
         return (
             f"epoch {state.epoch}, batch {step * self.settings.batches_per_step + 1}: the loss is not finite, "
-            f"in {', '.join(wrong) or 'its sum'}; "
-            f"culprit: {', '.join(suspects) or 'none of the parameters; look at the features'}. "
-            f"Norms of the parameters: {norms}. {self.checkpoint.kept()}"
+            f"in {', '.join(wrong) or 'the sum of its components'}; "
+            f"cause: {', '.join(suspects) or 'not a parameter; check the features'}. "
+            f"Norms of the parameters: {norms}. {self.checkpoint.location_note()}"
             "Lower training.lr or check the features, and run again."
         )
 

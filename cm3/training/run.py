@@ -1,4 +1,4 @@
-"""What every training stage shares: neighbours to read, validation to score, results and facts to write."""
+"""Code of all training stages: read neighbours, validate, write results and facts."""
 
 import csv
 import logging
@@ -28,7 +28,7 @@ def read_neighbours(path: Path, knn_k: int, n_items: int) -> tuple[np.ndarray, n
     """Return item, neighbour (int64) and score (float32) of a similarity file's rows.
 
     Raises:
-        UserError: it names an item that there is not, or an item has another number of neighbours than `knn_k`.
+        UserError: it names an item that does not exist, or an item has another number of neighbours than `knn_k`.
     """
     table = read_table(path, SIMILARITY)
     items, others = (table.column(name).to_numpy().astype(np.int64) for name in ("item", "neighbour"))
@@ -48,8 +48,9 @@ def read_neighbours(path: Path, knn_k: int, n_items: int) -> tuple[np.ndarray, n
 def validations(
     data: Interactions, masked: sp.csr_matrix, training: Training, device: torch.device, path: Path
 ) -> tuple[Validation, Validation | None]:
-    """Return what scores the monitored metric, without the `masked` (U, I) items, on the validation split, and on the
-    test split where `training.select_on` wants it.
+    """Return the monitored metric on the validation split, and on the test split for `training.select_on: test`.
+
+    The `masked` (U, I) items are left out of the rankings.
 
     Raises:
         UserError: no row of `path`, the interactions, is in such a split.
@@ -91,10 +92,10 @@ def write_run(
 
 
 def write_parameters(parameters: dict[str, Tensor], metadata: dict[str, Any], path: Path) -> None:
-    """Write tensors and what they belong to as safetensors, atomically."""
+    """Write tensors with metadata as safetensors, atomically."""
     with atomic(path) as temporary:
         tensors = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
-        # One header entry only: the order of several is not fixed, and equal runs shall give equal bytes.
+        # One header entry only: the order of several is not fixed, and equal runs must give equal bytes.
         save_file(tensors, temporary, {"cm3": canonical_json(metadata)})
 
 

@@ -1,4 +1,4 @@
-"""The learning rate over a run, and the wish to stop."""
+"""The learning rate schedule, and the request to stop."""
 
 import math
 import signal
@@ -10,10 +10,10 @@ from cm3.config import Training
 
 
 def lr_factor(settings: Training, epoch: int, batch: int, batches: int) -> float:
-    """Return what the learning rate is multiplied by at a step; it depends on the step alone, so runs can go on.
+    """Return the factor of the learning rate at a step. It depends on the step alone, so runs can resume.
 
     Warm-up rises linearly over the first `warmup_epochs`; `cosine` then falls to 0 at the last of `epochs`,
-    `exponential` by the factor `lr_decay` an epoch, `constant` not at all.
+    `exponential` by the factor `lr_decay` an epoch; `constant` is 1.
 
     Args:
         epoch: from 1.
@@ -27,30 +27,33 @@ def lr_factor(settings: Training, epoch: int, batch: int, batches: int) -> float
         length = max(settings.epochs - settings.warmup_epochs, 1)
         return 0.5 * (1 + math.cos(math.pi * min((progress - settings.warmup_epochs) / length, 1)))
     if settings.schedule == "exponential":
-        return settings.lr_decay ** (progress - settings.warmup_epochs)
+        found: float = settings.lr_decay ** (progress - settings.warmup_epochs)
+        return found
     return 1.0
 
 
-class Stopping:
-    """Whether SIGTERM has asked to stop: a context manager that takes the first one as a wish, the next as an order.
+class GracefulStop:
+    """Context manager that turns the first SIGTERM into a request to stop; the second one terminates.
 
-    One that does not heed it leaves the decision to another process, which ends this one.
+    Attributes:
+        requested: a SIGTERM has arrived.
     """
 
-    asked = False
+    requested = False
 
-    def __init__(self, heeds: bool = True) -> None:
-        self.heeds = heeds
+    def __init__(self, enabled: bool = True) -> None:
+        """With `enabled` false the first SIGTERM is ignored: another process decides, and ends this one."""
+        self.enabled = enabled
 
-    def __enter__(self) -> "Stopping":
-        # Signals can be handled in the main thread alone; elsewhere somebody else does it.
+    def __enter__(self) -> "GracefulStop":
+        # Signals can be handled in the main thread only.
         self._main = threading.current_thread() is threading.main_thread()
         if self._main:
-            self._before: Any = signal.signal(signal.SIGTERM, self._ask)
+            self._before: Any = signal.signal(signal.SIGTERM, self._request)
         return self
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = self.heeds
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = self.enabled
         signal.signal(signal.SIGTERM, self._before)
 
     def __exit__(

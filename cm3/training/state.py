@@ -1,4 +1,4 @@
-"""Where a training run stands: what a checkpoint holds, and how a run goes on from it."""
+"""The state of a training run: what a checkpoint stores and restores."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -12,7 +12,7 @@ from cm3.training.checkpoint import Checkpoint
 
 @dataclass
 class Best:
-    """The epoch that scored best in validation."""
+    """The epoch with the best validation score."""
 
     epoch: int = 0
     valid: float | None = None
@@ -21,16 +21,16 @@ class Best:
 
 @dataclass
 class State:
-    """The loop's place, what it has seen, and the best epoch's parameters and embeddings.
+    """Position in the loop, history, and the best epoch's parameters and embeddings.
 
     Attributes:
-        epoch, step: the next to do, from 1 and from 0.
+        epoch, step: the next ones, from 1 and from 0.
         stale: validations since the best.
-        parts: (S, P) loss and its parts of the epoch's steps.
+        losses: (S, 1 + C) the loss and its C components at each step of the epoch.
         best_tensors: `best.NAME` of each parameter, `best_users`, `best_items`.
     """
 
-    parts: Tensor
+    losses: Tensor
     epoch: int = 1
     step: int = 0
     stale: int = 0
@@ -39,16 +39,18 @@ class State:
     best_tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def save(self, checkpoint: Checkpoint, model: Network, optimiser: torch.optim.Optimizer) -> None:
-        """Write all of it, the parameters and the optimiser's moments to the checkpoint."""
+        """Write the state, the parameters and the optimiser's moments to the checkpoint."""
         tensors = {f"model.{name}": p for name, p in model.named_parameters()}
         for index, values in optimiser.state_dict()["state"].items():
             tensors.update({f"optimiser.{index}.{name}": value for name, value in values.items()})
         counts = {"epoch": self.epoch, "step": self.step, "stale": self.stale, "best": asdict(self.best)}
-        checkpoint.save({**tensors, **self.best_tensors, "parts": self.parts}, {**counts, "history": self.history})
+        checkpoint.save({**tensors, **self.best_tensors, "parts": self.losses}, {**counts, "history": self.history})
 
     @staticmethod
-    def load(checkpoint: Checkpoint, model: Network, optimiser: torch.optim.Optimizer, parts: Tensor) -> "State | None":
-        """Return what the checkpoint holds, with parameters and moments put back; None where there is none."""
+    def load(
+        checkpoint: Checkpoint, model: Network, optimiser: torch.optim.Optimizer, losses: Tensor
+    ) -> "State | None":
+        """Return the checkpoint's state and restore parameters and moments; None where there is no checkpoint."""
         stored = checkpoint.load()
         if stored is None:
             return None
@@ -62,6 +64,6 @@ class State:
                 _, index, key = name.split(".")
                 whole["state"].setdefault(int(index), {})[key] = value
         optimiser.load_state_dict(whole)
-        best_tensors = {name: value.to(parts.device) for name, value in tensors.items() if name.startswith("best")}
+        best_tensors = {name: value.to(losses.device) for name, value in tensors.items() if name.startswith("best")}
         counts["best"] = Best(**counts["best"])
-        return State(parts.copy_(tensors["parts"]), **counts, best_tensors=best_tensors)
+        return State(losses.copy_(tensors["parts"]), **counts, best_tensors=best_tensors)

@@ -1,4 +1,4 @@
-"""Stage `train`: fit CM3 to the training interactions, stop early by validation, export the best epoch."""
+"""Stage `train`: fit CM3 to the training interactions with early stopping, and export the best epoch."""
 
 import logging
 import sys
@@ -10,21 +10,22 @@ import torch
 
 from cm3.common.cli import stage
 from cm3.common.device import select_device, set_threads
-from cm3.common.distributed import Share, joined, launch, started_by_torchrun
+from cm3.common.distributed import ProcessShard, launch, process_group
 from cm3.common.errors import UserError
 from cm3.common.files import sha256_of
 from cm3.common.interactions import Interactions, read_interactions
 from cm3.common.keys import key_of
 from cm3.common.strict import validate
 from cm3.common.tables import read_features
+from cm3.common.torchrun import started_by_torchrun
 from cm3.config import WARM, Model, Training, modality_weights
 from cm3.model.graph import item_item_matrix
-from cm3.model.model import fill_missing, seeded
+from cm3.model.model import build_model, fill_missing
 from cm3.model.sampling import Sampler, derived_seed
 from cm3.training.checkpoint import Checkpoint
 from cm3.training.loop import fit
 from cm3.training.run import read_neighbours, run_facts, validations, write_run
-from cm3.training.warm_start import require_untold, warm_start
+from cm3.training.warm_start import check_no_leakage, warm_start
 
 log = logging.getLogger("cm3.training.train")
 
@@ -44,28 +45,28 @@ def train(
     users_output: Path,
     items_output: Path,
     code: str = "",
-    share: Share | None = None,
+    shard: ProcessShard | None = None,
     warm: Mapping[str, Path] | None = None,
 ) -> dict[str, Any]:
     """Train and write the model (safetensors), its history (CSV) and the embeddings of users and items (Parquet).
 
-    Checkpoints lie in `checkpoints/` beside the model until all is written; the same call goes on from there.
+    Checkpoints are in `checkpoints/` next to the model until all outputs are written; the same call resumes from them.
 
     Args:
         interactions, items, users: the tables of the prepared data set.
         features, similarity: files by modality.
         modalities: order of the control points of the fusion.
         model, training: settings.
-        code: digest of the code, part of what a checkpoint is tied to.
-        share: of several processes that train together (`cm3.common.distributed.joined`); the first one writes.
-        warm: an earlier run to start from, files by the names of `cm3.config.WARM`.
+        code: version of the code, part of the checkpoint's fingerprint.
+        shard: of several processes that train one model (`cm3.common.distributed.process_group`); the first one writes.
+        warm: files of an earlier run to start from, by the names in `cm3.config.WARM`.
 
     Returns:
         Facts for the stage's record.
 
     Raises:
-        UserError: inputs that do not fit together, no validation interactions, an earlier run that learnt from what is
-            validated or tested now, or a loss that is not finite.
+        UserError: inputs that do not match, no validation interactions, an earlier run that was trained on interactions
+            of the validation or test split, or a loss that is not finite.
     """
     inputs = [interactions, items, users, *(files[m] for m in modalities for files in (features, similarity))]
     for path in (warm or {}).values():
@@ -84,13 +85,13 @@ def train(
     weights = modality_weights(model, modalities)
     neighbours = [read_neighbours(similarity[m], model.knn_k, len(data.item_ids))[:2] for m in modalities]
     graph = item_item_matrix(neighbours, [weights[m] for m in modalities], len(data.item_ids))
-    network = seeded(filled, observed, graph, model, training.seed, training.precision).to(device)
-    del vectors, filled, neighbours, graph  # what the network needs of them it holds, perhaps in fewer bytes
+    network = build_model(filled, observed, graph, model, training.seed, training.precision).to(device)
+    del vectors, filled, neighbours, graph  # the network has its own copies, perhaps in fewer bytes
     network.stream_names = [*modalities, "fused"]
     started = {}
     if warm:
         tables = (warm[name] for name in ("interactions", "items", "users"))
-        require_untold(data, read_interactions(*tables), warm["vectors"])
+        check_no_leakage(data, read_interactions(*tables), warm["vectors"])
         started = {"warm_start": warm_start(network, data.user_ids, warm["model"], warm["vectors"])}
         log.info("starting from %s: %s", warm["model"], started["warm_start"])
     n_parameters = sum(p.numel() for p in network.parameters())
@@ -105,8 +106,8 @@ def train(
     valid, test = validations(data, observed, training, device, interactions)
     sampler = _sampler(data, model, training, device)
     curves = model_output.parent / "tensorboard"
-    fitted = fit(network, sampler, valid, training, checkpoint, test, curves, share)
-    if share and share.rank:
+    fitted = fit(network, sampler, valid, training, checkpoint, test, curves, shard)
+    if shard and shard.rank:
         return {}
     write_run(
         fitted,
@@ -129,7 +130,7 @@ def _sampler(data: Interactions, model: Model, training: Training, device: torch
             items,
             len(data.item_ids),
             batch_size=training.batch_size,
-            contrast=model.uniformity_items,
+            negative_sampling=model.uniformity_items,
             dedup_pairs=model.dedup_pairs,
             seed=derived_seed(training.seed, 1),
         )
@@ -143,17 +144,17 @@ def main() -> None:
     """
     with stage("cm3.training.train") as call:
         spec, outputs = call.spec, call.outputs
-        speed = {name: call.runtime[name] for name in Training.runtime_fields if name in call.runtime}
+        runtime = {name: call.runtime[name] for name in Training.runtime_fields if name in call.runtime}
         by_kind = {
             kind: {m: call.inputs[f"{kind}.{m}"] for m in spec["modalities"]} for kind in ("features", "similarity")
         }
-        training = validate(Training, {**spec["training"], **speed}, "training")
+        training = validate(Training, {**spec["training"], **runtime}, "training")
         if training.processes > 1 and not started_by_torchrun():
             launch(training.processes, "cm3.training.train", sys.argv[1:])
             return
         threads = call.runtime.get("threads")
         set_threads(threads and max(1, threads // training.processes))
-        with joined(select_device(training.device)) as share:
+        with process_group(select_device(training.device)) as shard:
             facts = train(
                 interactions=call.inputs["interactions"],
                 items=call.inputs["items"],
@@ -168,7 +169,7 @@ def main() -> None:
                 users_output=outputs["users"],
                 items_output=outputs["items"],
                 code=call.code,
-                share=share,
+                shard=shard,
                 warm={name: call.inputs[f"warm.{name}"] for name in WARM} if training.warm_start else None,
             )
         call.record.update(facts)

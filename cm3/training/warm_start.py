@@ -1,4 +1,4 @@
-"""Starting from an earlier model, trained on less data."""
+"""Warm start: initial parameters from an earlier run on less data."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,12 +19,12 @@ _BY_USER = ("users", "stream_logits")
 
 @torch.no_grad()
 def warm_start(network: CM3, user_ids: Sequence[str], model: Path, users: Path) -> dict[str, int]:
-    """Put an earlier run's parameters in place of the initial ones; users that it did not know keep theirs.
+    """Replace the initial parameters by those of an earlier run; users that it did not have keep their initial ones.
 
-    Items have no parameters of their own but their features, so new items need nothing.
+    Items have features and no parameters of their own, so new items need nothing.
 
     Args:
-        network: as `cm3.model.model.seeded` gives it.
+        network: as returned by `cm3.model.model.build_model`.
         user_ids: the U ids of its users, in order.
         model, users: `model.safetensors` and `user_embeddings.parquet` of the earlier run.
 
@@ -45,7 +45,7 @@ def warm_start(network: CM3, user_ids: Sequence[str], model: Path, users: Path) 
         if old is None or not fits:
             held = "nothing" if old is None else f"{list(old.shape)}"
             raise UserError(
-                f"{model}: holds {held} for {name}, where this model has {list(shape)}; start from a run with the same "
+                f"{model}: has {held} for {name}, but this model needs {list(shape)}; start from a run with the same "
                 "model settings, modalities and extractors, or leave training.warm_start out"
             )
         if name in _BY_USER:
@@ -55,21 +55,21 @@ def warm_start(network: CM3, user_ids: Sequence[str], model: Path, users: Path) 
     return {"known_users": len(known), "new_users": len(user_ids) - len(known)}
 
 
-def require_untold(data: Interactions, earlier: Interactions, vectors: Path) -> None:
-    """Refuse an earlier run that was trained on what validation and test now ask for: they would recall, not predict.
+def check_no_leakage(data: Interactions, earlier: Interactions, vectors: Path) -> None:
+    """Raise if the earlier run was trained on interactions that are now in the validation or test split.
 
     Args:
-        data, earlier: the interactions at hand, and those that the earlier run learnt from; matched by ids.
-        vectors: `user_embeddings.parquet` of the earlier run, whose users those of `earlier` must be.
+        data, earlier: the interactions of this run, and those of the earlier run; matched by ids.
+        vectors: `user_embeddings.parquet` of the earlier run, whose users must be those of `earlier`.
 
     Raises:
-        UserError: some of them were, or the tables are not those that the earlier run learnt from.
+        UserError: some of them were, or the tables are not those of the earlier run.
     """
     folder = vectors.parent
     if earlier.user_ids != _user_ids(vectors):
         raise UserError(
-            f"training.warm_start: the tables in {folder} have other users than {vectors.name}; copy those that the run "
-            "learnt from, as they were before new data came"
+            f"training.warm_start: the tables in {folder} have other users than {vectors.name}; copy the tables "
+            "that the run was trained on, from before the new data"
         )
     places = []
     for now, then in ((data.user_ids, earlier.user_ids), (data.item_ids, earlier.item_ids)):
@@ -78,11 +78,11 @@ def require_untold(data: Interactions, earlier: Interactions, vectors: Path) -> 
     users, items = (place[rows] for place, rows in zip(places, earlier.pairs("train"), strict=True))
     there = (users >= 0) & (items >= 0)
     held = data.matrix("valid", "test")
-    told = int(held[users[there], items[there]].sum()) if there.any() else 0
-    if told:
+    leaked = int(held[users[there], items[there]].sum()) if there.any() else 0
+    if leaked:
         raise UserError(
-            f"training.warm_start: the run in {folder} was trained on {told} of the {held.nnz} interactions that "
-            f"validation and test ask for now; keep the earlier split by split.keep: {folder} of the dataset"
+            f"training.warm_start: the run in {folder} was trained on {leaked} of the {held.nnz} interactions of "
+            f"the validation and test splits; keep the earlier split by split.keep: {folder} of the dataset"
         )
 
 
@@ -95,9 +95,10 @@ def _read(model: Path, users: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
     except (SafetensorError, ValueError, OSError) as error:
         raise UserError(f"training.warm_start: {model}, {users}: not an earlier run's files ({error})") from None
     if len(tensors.get("users", ())) != len(ids):
-        raise UserError(f"training.warm_start: {model} is of other users than {users}; copy both from one run")
+        raise UserError(f"training.warm_start: {model} has other users than {users}; copy both from one run")
     return tensors, {name: row for row, name in enumerate(ids)}
 
 
 def _user_ids(vectors: Path) -> list[str]:
-    return pq.read_table(vectors, columns=["user_id"], partitioning=None).column("user_id").to_pylist()
+    found: list[str] = pq.read_table(vectors, columns=["user_id"], partitioning=None).column("user_id").to_pylist()
+    return found

@@ -8,7 +8,8 @@ from typing import Any
 from PIL import Image
 
 from cm3.common.errors import UserError
-from extractors.caption.base import Answer, Captioned, Captioner, Prompted, readable
+from extractors.caption.base import Answer, Captioned, Captioner, readable
+from extractors.caption.prompt import Prompted
 from extractors.extractor import Advance, silent
 from extractors.runtime.prefetch import chunks
 from extractors.weights.pretrained import load_part

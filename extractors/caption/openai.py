@@ -1,48 +1,53 @@
-"""Images to captions by asking an OpenAI-compatible server: vLLM on another machine, or a service."""
+"""Captions from an OpenAI-compatible server: vLLM on another machine, or a service."""
 
 import asyncio
 import base64
 import io
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from PIL import Image
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from cm3.common.strict import Float
-from extractors.caption.base import PROMPT, Answer, Captioned, Captioner, CaptionSpec, Prompted, readable
+from extractors.caption.base import PROMPT, Answer, Captioned, Captioner, CaptionSpec, readable
+from extractors.caption.prompt import Prompted
 from extractors.extractor import Advance, silent
 from extractors.runtime.prefetch import default_workers
+from extractors.spec import Cost
 from extractors.text.item_text import clean
 
 if TYPE_CHECKING:
-    import aiohttp
+    import openai
+
+    from extractors.caption.openai_client import Completion
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 Numbered = Iterator[tuple[int, Prompted]]
-"""Inputs with their rows."""
+"""Inputs with their row numbers."""
 
 _CHAT = "/chat/completions"
 _HIDDEN = "(not shown)"
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
-_QUALITY = 90
-_LETTERS_PER_TOKEN = 40  # more than any tokenizer's: an answer beyond is not what was asked for
-_NAMES_KEPT = 20
+_JPEG_QUALITY = 90
+_LETTERS_PER_TOKEN = 40  # more than any tokenizer's: a longer answer ignored max_tokens
+_MAX_NAMES = 20
 
 
 def _without_secrets(value: Any) -> Any:
-    # An error quotes the value that it refuses, and this one may hold a password.
+    # Error messages quote the refused value, and this one may hold a password.
     return _HIDDEN if isinstance(value, str) and any(mark in value for mark in "@?#") else value
 
 
 def _base_of(value: str) -> str:
     if value == _HIDDEN:
-        raise ValueError("no user, password or ?query in it: the key comes from the environment, see api_key_env")
+        raise ValueError("remove user, password and ?query: the key comes from the environment, see api_key_env")
     try:
         parts = urlsplit(value.strip())
         known = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 80) > 0
@@ -64,14 +69,17 @@ def _name_of_variable(value: str) -> str:
     return value
 
 
-# The last one comes first.
+# pydantic applies the last validator first.
 Address = Annotated[str, AfterValidator(_base_of), BeforeValidator(_without_secrets)]
 VariableName = Annotated[str, AfterValidator(_name_of_variable), BeforeValidator(_named_or_hidden)]
 
 
 class ServerCaptionSpec(CaptionSpec):
-    """A captioner on a server: any that speaks OpenAI's chat completions. It is sent the images and item texts."""
+    """Captions from any server with OpenAI's chat completions, which receives the images and item texts."""
 
+    version: ClassVar[int | None] = 1
+    libraries: ClassVar[tuple[str, ...]] = ("pillow",)
+    cost: ClassVar[Cost] = Cost(1500, 0, 1)
     runtime_fields: ClassVar[frozenset[str]] = CaptionSpec.runtime_fields | {
         "url",
         "api_key_env",
@@ -118,64 +126,66 @@ class ServerCaptioner(Captioner):
     device = "server"
 
     def __init__(self, spec: ServerCaptionSpec) -> None:
-        from extractors.caption.openai_client import ChatServer
+        from extractors.caption.openai_client import ChatClient
+        from extractors.caption.openai_retry import CircuitBreaker
 
         self.spec: ServerCaptionSpec = spec
-        self.server = ChatServer(
-            spec.url, spec.api_key_env, spec.concurrency, spec.timeout, spec.attempts, spec.patience
-        )
+        self._client = ChatClient(spec.url, spec.api_key_env, spec.concurrency, spec.timeout)
+        self._breaker = CircuitBreaker(self._client, spec.attempts, spec.patience)
         self._models: set[str] = set()
         self._fingerprints: set[str] = set()
-        served = _in_loop(self.server.models())
+        served = _run_async(self._client.models(spec.attempts))
         if served and spec.model not in served:
             log.warning("%s: lists %s, not %s", spec.url, ", ".join(sorted(served)[:5]), spec.model)
         self._root: str = served.get(spec.model, "")
 
     def facts(self) -> dict[str, Any]:
-        """Return the model by the name that it was asked for and those that it answered by, prompt and decoding."""
+        """Return the requested model, the models that answered, the prompt and the decoding."""
         name = self.spec.model if self.spec.revision is None else f"{self.spec.model}@{self.spec.revision}"
-        told = {
+        answered_by = {
             "models": sorted(self._models),
             "fingerprints": sorted(self._fingerprints),
             "roots": [self._root] if self._root else [],
         }
-        return self.spec.facts(name) | {"answered_by": told}
+        return self.spec.facts(name) | {"answered_by": answered_by}
 
     def run(self, inputs: Iterable[Prompted], advance: Advance = silent) -> Captioned:
-        """Caption images in their order, however many are asked for at once; what gets no answer is failed.
+        """Caption images and return the captions in input order; images without an answer are failed.
 
         Raises:
-            UserError: it is no use to go on: wrong address or key, or the server is out of order.
+            UserError: no request can succeed: wrong address or key, or the server is down.
         """
-        return Captioned.of(_in_loop(self._run(inputs, advance)))
+        return Captioned.of(_run_async(self._run(inputs, advance)))
 
     async def _run(self, inputs: Iterable[Prompted], advance: Advance) -> list[Answer]:
         loop = asyncio.get_running_loop()
         loop.set_default_executor(ThreadPoolExecutor(max(1, default_workers(self.spec.workers))))
         answers: dict[int, Answer] = {}
-        async with self.server.session() as session:
+        self._breaker.reset_clock()
+        async with self._client.session() as session:
             early = await self._ask_all(session, enumerate(inputs), answers, advance)
-            if early and not self.server.answered:  # too few items to tell a sick server by
-                await self.server.prove(session, self._harmless(), len(early))
-            if early:  # they came while the server was not in order yet
+            if early and not self._breaker.answered:  # too few items to tell a broken server by
+                white = self._request(_data_url(Image.new("RGB", (224, 224), "white")), PROMPT)
+                await self._breaker.require_working(session, white, len(early))
+            if early:  # they failed before the server was ready
                 await self._ask_all(session, iter(early), answers, advance)
         return [answers[row] for row in sorted(answers)]
 
     async def _ask_all(
-        self, session: "aiohttp.ClientSession", inputs: Numbered, answers: dict[int, Answer], advance: Advance
+        self, session: "openai.AsyncOpenAI", inputs: Numbered, answers: dict[int, Answer], advance: Advance
     ) -> list[tuple[int, Prompted]]:
-        """Fill in the answers by row, and return the inputs that failed before the server gave its first good answer."""
-        from extractors.caption.openai_replies import RefusedError
+        """Fill in the answers by row, and return the inputs that failed before the server's first completion."""
+        from extractors.caption.openai_client import RejectedError
 
         early: list[tuple[int, Prompted]] = []
 
         async def work() -> None:
-            for row, one in inputs:  # shared: whoever is free takes the next one
+            for row, one in inputs:  # shared by all workers
                 try:
                     answers[row] = answer = await self._answer(session, one)
-                except RefusedError as refusal:
-                    answers[row] = answer = Answer("", reason=str(refusal))
-                    if refusal.early:
+                except RejectedError as error:
+                    answers[row] = answer = Answer("", reason=str(error))
+                    if error.early:
                         early.append((row, one))
                         continue
                 advance(1, **{"ok" if answer.text else "failed": 1})
@@ -189,21 +199,17 @@ class ServerCaptioner(Captioner):
             await asyncio.gather(*workers, return_exceptions=True)
         return early
 
-    async def _answer(self, session: "aiohttp.ClientSession", one: Prompted) -> Answer:
-        image, reason = await asyncio.to_thread(self._data_url, one.image)
+    async def _answer(self, session: "openai.AsyncOpenAI", one: Prompted) -> Answer:
+        image, reason = await asyncio.to_thread(self._encode, one.image)
         if image is None:
             return Answer("", reason=reason)
-        reply = await self.server.ask(session, self._request(image, one.prompt))
-        self._note(reply.model, reply.fingerprint)
-        if len(reply.text) > _LETTERS_PER_TOKEN * self.spec.max_new_tokens:
-            return Answer(
-                "", reply.tokens, reason=f"the answer has {len(reply.text)} letters, not the tokens asked for"
-            )
-        return Answer(clean(reply.text), reply.tokens, reply.cut)
-
-    def _harmless(self) -> dict[str, Any]:
-        """Return a request that has nothing in it that could be refused."""
-        return self._request(_as_url(Image.new("RGB", (224, 224), "white")), PROMPT)
+        completion = await self._breaker.complete(session, self._request(image, one.prompt))
+        self._record_model(completion)
+        letters = len(completion.text)
+        if letters > _LETTERS_PER_TOKEN * self.spec.max_new_tokens:
+            reason = f"the answer has {letters} letters, more than {self.spec.max_new_tokens} tokens can hold"
+            return Answer("", completion.tokens, reason=reason)
+        return Answer(clean(completion.text), completion.tokens, completion.cut)
 
     def _request(self, image: str, prompt: str) -> dict[str, Any]:
         content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": prompt}]
@@ -215,34 +221,35 @@ class ServerCaptioner(Captioner):
             "seed": 0,
         }
 
-    def _data_url(self, data: bytes) -> tuple[str | None, str]:
-        """Return an image as a data URL, or the reason why it can't be decoded.
+    def _encode(self, data: bytes) -> tuple[str | None, str]:
+        """Return an image as a data URL, or None and the reason why it can't be decoded.
 
-        It is encoded anew: the server gets the pixels that a local model would be shown, and none of the file's notes
-        on where, when and by whom it was taken.
+        Encoding anew gives the server the pixels that a local model would get, without the file's metadata (place, time,
+        camera).
         """
         image = readable(data, self.spec.max_pixels)
         if isinstance(image, str):
             return None, image
-        return _as_url(image), ""
+        return _data_url(image), ""
 
-    def _note(self, model: str, fingerprint: str) -> None:
-        if model and model not in self._models and len(self._models) < _NAMES_KEPT:
+    def _record_model(self, completion: "Completion") -> None:
+        model, fingerprint = completion.model, completion.fingerprint
+        if model and model not in self._models and len(self._models) < _MAX_NAMES:
             if self._models:
                 log.warning("%s: %r answers now, before it was %s", self.spec.url, model, sorted(self._models))
             self._models.add(model)
-        if fingerprint and len(self._fingerprints) < _NAMES_KEPT:
+        if fingerprint and len(self._fingerprints) < _MAX_NAMES:
             self._fingerprints.add(fingerprint)
 
 
-def _as_url(image: Image.Image) -> str:
+def _data_url(image: Image.Image) -> str:
     file = io.BytesIO()
-    image.save(file, "JPEG", quality=_QUALITY, subsampling=0)
+    image.save(file, "JPEG", quality=_JPEG_QUALITY, subsampling=0)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")
 
 
-def _in_loop(work: Any) -> Any:
-    """Run a coroutine to its end, also where a notebook's event loop runs already."""
+def _run_async(work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine to its end, also inside a notebook's running event loop."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

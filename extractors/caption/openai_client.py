@@ -1,231 +1,266 @@
-"""A client of an OpenAI-compatible server that waits, tries again, and gives up for a reason that it tells."""
+"""Client of an OpenAI-compatible server: one request gives a completion or one of four kinds of failure."""
 
 import asyncio
-import json
 import logging
+import math
 import os
-import random
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import ssl
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-import aiohttp
+import httpx2
+import openai
 
 from cm3.common.errors import UserError
-from extractors.caption.openai_replies import BadError, RefusedError, Replies, Reply, WaitError
+from cm3.common.http import is_offline, retry_after
 
-log = logging.getLogger(__name__)
-
-PAUSE, LONGEST_PAUSE = 0.5, 60.0
-"""Seconds before the second try, doubled each time, and the most."""
-FAILED_IN_A_ROW = 20
-"""Failed requests without a good answer between them that cast doubt on the server; at the beginning they end the job."""
-_HOLDS, _WAITS = 8, 30  # a request that is told to wait holds up the others at first, and may fail in the end
-_LONGEST_BODY = 1 << 20
+MAX_BODY = 1 << 20
+"""Bytes of the longest response that is read."""
+_MAX_QUOTE = 200  # characters of a server's text in one message
+_MIN_KEY = 8  # shorter keys are placeholders ("EMPTY", "x"), and their letters occur in every sentence
 _LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
+_HEADERS = frozenset({"host", "accept", "connection", "content-type", "content-length", "user-agent", "authorization"})
+_FATAL = {
+    402: "the account has to be paid for",
+    403: "the key lacks permission",
+    404: "there is no such model or no such address; url ends in /v1 with most servers",
+    405: "this address serves no chat completions",
+}
+
+# One line per request otherwise.
+logging.getLogger("httpx2").setLevel(logging.WARNING)
 
 
-@dataclass
-class ChatServer:
-    """A server at `url`, shared by all requests of a job: one that is told to wait makes all of them wait.
+class TransientError(Exception):
+    """This attempt got no completion; another one may."""
+
+
+class UnavailableError(Exception):
+    """The server asks for a pause, or does not accept connections.
 
     Attributes:
-        url: the base, such as http://127.0.0.1:8000/v1.
-        key_env: name of the environment variable that may hold the key. The key is in no message.
-        timeout: seconds for one answer.
-        attempts: bad answers to one request until it is given up, if the server still answers others.
-        patience: seconds without any good answer after which the job ends.
+        wait: seconds that the server asks for, 0 where it names none.
     """
 
-    url: str
-    key_env: str
-    concurrency: int
-    timeout: float
-    attempts: int
-    patience: float
-    _known: Mapping[str, Any] | None = field(default=None, init=False, repr=False)
-    _failed: int = field(default=0, init=False)
-    _held_until: float = field(default=0.0, init=False)
-    _good_at: float = field(default=0.0, init=False)
+    def __init__(self, reason: str, wait: float = 0.0) -> None:
+        super().__init__(reason)
+        self.wait = wait
 
-    def __post_init__(self) -> None:
-        key = os.environ.get(self.key_env, "").strip()
-        if not all("!" <= letter <= "~" for letter in key):
+
+class RejectedError(Exception):
+    """The server does not answer this request, however often it is sent.
+
+    Attributes:
+        early: no other request was answered so far, so the server may be at fault.
+    """
+
+    def __init__(self, reason: str, early: bool = False) -> None:
+        super().__init__(reason)
+        self.early = early
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A chat completion.
+
+    Attributes:
+        tokens: generated tokens, 0 if the server does not report them.
+        cut: whether the text ended at the limit of tokens.
+        model, fingerprint: the model and system fingerprint that the server reports.
+    """
+
+    text: str
+    tokens: int
+    cut: bool
+    model: str
+    fingerprint: str
+
+
+class ChatClient:
+    """An OpenAI-compatible server.
+
+    Retries are not made here: the package's `max_retries` pauses one request only, retries no empty answer, and ignores
+    Retry-After over two minutes (see `extractors.caption.openai_retry`).
+
+    Args:
+        url: the base URL, such as http://127.0.0.1:8000/v1.
+        key_env: name of the environment variable that may hold the API key. The key appears in no message.
+        concurrency: connections at once.
+        timeout: seconds for one answer.
+
+    Raises:
+        UserError: the variable holds no API key, or the machine is offline and the server is another machine.
+    """
+
+    def __init__(self, url: str, key_env: str, concurrency: int, timeout: float) -> None:
+        self.url, self.key_env, self.concurrency, self.timeout = url, key_env, concurrency, timeout
+        self._key = os.environ.get(key_env, "").strip()
+        if not all("!" <= letter <= "~" for letter in self._key):
             raise UserError(
-                f"the environment variable {self.key_env} holds no API key: blanks or odd letters are in it"
+                f"the environment variable {key_env} holds no API key: it contains blanks or non-ASCII letters"
             )
-        self._replies = Replies(self.url, self.key_env, key)
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
-        parts = urlsplit(self.url)
+        parts = urlsplit(url)
         local = parts.hostname in _LOCAL
-        if os.environ.get("CM3_OFFLINE", "") not in ("", "0") and not local:
-            raise UserError(f"CM3_OFFLINE is set, so {self.url} is not asked; only a server on this machine would be")
-        # Not by aiohttp's trust_env: it would take a password from ~/.netrc in place of the key.
+        if is_offline() and not local:
+            raise UserError(f"CM3_OFFLINE is set, so {url} is not asked; only a server on this machine would be")
         direct = local or proxy_bypass(parts.hostname or "")
         self._proxy = None if direct else getproxies().get(parts.scheme)
 
-    @property
-    def answered(self) -> bool:
-        """Whether the server gave one good answer so far."""
-        return self._known is not None
-
-    def session(self) -> aiohttp.ClientSession:
-        """Return connections to the server, to be used in one event loop. Its clock of silence starts anew."""
-        self._good_at = time.monotonic()
-        return aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=self.concurrency),
-            timeout=aiohttp.ClientTimeout(total=self.timeout),
-            headers=self._headers,
+    def session(self) -> openai.AsyncOpenAI:
+        """Return connections for one event loop, to be closed with `async with`."""
+        http = openai.DefaultAsyncHttpxClient(
+            proxy=self._proxy,
+            trust_env=False,
+            verify=ssl.create_default_context(),
+            follow_redirects=False,  # a redirect would send images to a host that the config does not name
+            limits=httpx2.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency),
+            timeout=None,
+            event_hooks={"request": [self._drop_headers], "response": [_bound_body]},
         )
+        return openai.AsyncOpenAI(base_url=self.url, api_key=self._key or "none", max_retries=0, http_client=http)
 
-    async def models(self) -> dict[str, str]:
-        """Return the names that the server says that it serves, each with what is behind it ("" where it doesn't tell).
+    async def models(self, attempts: int) -> dict[str, str]:
+        """Return the names of the served models, each with the weights behind it ("" if the server does not say).
 
         Raises:
-            UserError: nobody answers at the address, or the key is refused.
+            UserError: no server at the address, or the key is refused.
         """
         async with self.session() as session:
-            for attempt in range(1, self.attempts + 1):
-                try:
-                    status, _, body = await self._fetch(session, "GET", "/models")
-                    break
-                except (BadError, WaitError) as fault:
-                    if attempt == self.attempts:
-                        raise UserError(
-                            f"{self.url}: no captioning server answers there ({fault}); start it, or correct url"
-                        ) from None
-                    await asyncio.sleep(_pause(attempt))
-        if status == 401:
-            raise self._replies.no_key(body)
-        try:
-            listed, line = json.loads(body)["data"] if status == 200 else [], self._replies.line
-            return {line(str(one["id"])): line(str(one.get("root") or "")) for one in listed}
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            return {}
-
-    async def ask(self, session: aiohttp.ClientSession, request: Mapping[str, Any]) -> Reply:
-        """Return the completion of a request for one.
-
-        Raises:
-            RefusedError: the server will not or cannot answer this one, though it answers others.
-            UserError: it is no use to go on: wrong address or key, or the server is out of order.
-        """
-        bad = waits = refused = 0
-        cleared = False  # whether the server was found in order after this request's last failure but one
-        while True:
-            await self._until_allowed()
+            patient = session.with_options(max_retries=attempts - 1, timeout=self.timeout)
             try:
-                reply = await self._once(session, request)
-            except WaitError as told:
-                if told.wait > self.patience:
-                    raise self._replies.stop(f"{told}, and wants to be left alone for {told.wait:.0f} s") from None
-                waits += 1
-                pause, spent, reason = max(told.wait, _pause(waits)), waits > _WAITS, f"{told}, {waits} times"
-                if waits <= _HOLDS:
-                    self._hold(reason, pause)
-            except BadError as fault:
-                bad += 1
-                pause, spent, reason = _pause(bad), bad >= self.attempts, f"{fault}, {bad} times"
-            except RefusedError as refusal:
-                refused += 1
-                pause, spent, reason = _pause(refused), True, str(refusal)
-                if self._known is not None and self._failed < FAILED_IN_A_ROW:
-                    self._failed += 1
-                    raise
-            else:
-                self._known = request
-                return reply
-            if spent:
-                if cleared:
-                    raise RefusedError(reason)
-                cleared = await self._in_order(session, reason)
-                if cleared:  # perhaps only since a moment ago: the request gets its last chance
-                    continue
-            if self._silence() > max(self.patience, 2 * self.timeout) and not await self._still_answers(session):
-                raise self._replies.stop(f"no good answer for {self._silence():.0f} s, the last was: {reason}")
-            await asyncio.sleep(pause)
+                listed: Any = (await patient.get("/models", cast_to=httpx2.Response)).json()
+                return {self.quote(str(one["id"])): self.quote(str(one.get("root") or "")) for one in listed["data"]}
+            except openai.AuthenticationError as error:
+                raise self._key_error(error) from None
+            except (openai.APIConnectionError, TransientError) as error:
+                reason = self._connection_error(error) if isinstance(error, openai.APIConnectionError) else error
+                if isinstance(reason, UserError):
+                    raise reason from None
+                raise UserError(
+                    f"{self.url}: no captioning server answers at this address ({reason}); start it, or correct url"
+                ) from None
+            except (openai.APIStatusError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                return {}  # not every server lists its models
 
-    async def prove(self, session: aiohttp.ClientSession, request: Mapping[str, Any], failed: int) -> None:
-        """Find out by a harmless request whether a server that answered nothing so far is in order.
+    async def complete(self, session: openai.AsyncOpenAI, request: Mapping[str, Any]) -> Completion:
+        """Send one chat completion request.
 
         Raises:
-            UserError: it is not.
+            TransientError: time-out, HTTP 5xx, 408 or 425, a broken, empty or oversized answer.
+            UnavailableError: HTTP 429, 503 with Retry-After, no connection.
+            RejectedError: HTTP 400 and the like.
+            UserError: no request can succeed: HTTP 401 to 405, a redirect, a used up quota, no valid certificate.
         """
         try:
-            await self.ask(session, request)
-        except RefusedError as reason:
-            raise self._replies.stop(
-                f"{failed} requests got no caption, and neither did one for a plain white image: {reason}"
-            ) from None
-
-    async def _once(self, session: aiohttp.ClientSession, request: Mapping[str, Any]) -> Reply:
-        reply = self._replies.reply(*await self._fetch(session, "POST", "/chat/completions", request))
-        self._failed, self._good_at = 0, time.monotonic()
-        return reply
-
-    async def _in_order(self, session: aiohttp.ClientSession, reason: str) -> bool:
-        """Return whether the server answers what it answered before, so that a fault is the failed request's own.
-
-        Raises:
-            RefusedError: it answered nothing so far, so that there is nothing to ask.
-            UserError: and it had many chances.
-        """
-        if self._known is not None:
-            return await self._still_answers(session)
-        self._failed += 1
-        if self._failed >= FAILED_IN_A_ROW:
-            raise self._replies.stop(f"the first {self._failed} requests got no caption, the last one: {reason}")
-        raise RefusedError(reason, early=True)
-
-    async def _still_answers(self, session: aiohttp.ClientSession) -> bool:
-        try:
-            return self._known is not None and bool(await self._once(session, self._known))
-        except (BadError, WaitError, RefusedError):
-            return False
-
-    async def _until_allowed(self) -> None:
-        while (left := self._held_until - time.monotonic()) > 0:
-            await asyncio.sleep(left)
-
-    def _hold(self, reason: str, seconds: float) -> None:
-        # All requests, because a server that is full or away is so for each of them. A request that is told to wait for
-        # ever is at fault itself, and holds up nobody after some time.
-        now = time.monotonic()
-        if self._held_until <= now:
-            log.warning("%s: %s; all requests wait for %.1f s", self.url, reason, seconds)
-        self._held_until = max(self._held_until, now + seconds)
-
-    def _silence(self) -> float:
-        return time.monotonic() - self._good_at
-
-    async def _fetch(
-        self, session: aiohttp.ClientSession, method: str, path: str, request: Mapping[str, Any] | None = None
-    ) -> tuple[int, Mapping[str, str], bytes]:
-        try:
-            # A redirect is not followed: it would send images to a host that nobody named.
-            async with session.request(
-                method, self.url + path, json=request, allow_redirects=False, proxy=self._proxy
-            ) as response:
-                body = b""
-                async for part in response.content.iter_chunked(1 << 16):
-                    body += part
-                    if len(body) > _LONGEST_BODY:
-                        raise BadError(f"an answer of over {_LONGEST_BODY} bytes")
-                return response.status, response.headers, body
+            async with asyncio.timeout(self.timeout):  # httpx limits each read, not the whole answer
+                # Not chat.completions.create, which takes twice the time to check the request and build typed answers.
+                response = await session.post("/chat/completions", cast_to=httpx2.Response, body=request)
         except TimeoutError:
-            raise BadError(f"no answer in {self.timeout:g} s") from None
-        except aiohttp.ClientConnectorError as error:
-            told = self._replies.line(str(error))
-            if isinstance(error, aiohttp.ClientSSLError):
-                raise UserError(f"{self.url}: no safe connection ({told})") from None
-            raise WaitError(told) from None
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise BadError(self._replies.line(f"{type(error).__name__}: {error}")) from None
+            raise TransientError(f"no answer in {self.timeout:g} s") from None
+        except openai.APIStatusError as error:
+            raise self._status_error(error) from None
+        except openai.APIConnectionError as error:
+            raise self._connection_error(error) from None
+        except UnicodeEncodeError as error:  # half of a surrogate pair in an item's text
+            raise RejectedError(f"the prompt is not valid Unicode ({error.reason})") from None
+        try:
+            answer = response.json()
+            choice = answer["choices"][0]
+            text, end = choice["message"]["content"], choice.get("finish_reason")
+            tokens = (answer.get("usage") or {}).get("completion_tokens")
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise TransientError(f"the answer is no chat completion ({self.quote(response.text)})") from None
+        if not isinstance(text, str) or not text.strip():
+            raise TransientError(f"the answer is empty (finish_reason {self.quote(str(end))})")
+        return Completion(
+            text=self._without_key(text),
+            tokens=tokens if isinstance(tokens, int) and 0 <= tokens < 1 << 31 else 0,
+            cut=end == "length",
+            model=self._name(answer.get("model")),
+            fingerprint=self._name(answer.get("system_fingerprint")),
+        )
+
+    def fatal(self, reason: str) -> UserError:
+        """Return the error that ends the job."""
+        return UserError(
+            f"{self.url}: {reason}. Finished shards are kept: fix the server or the settings, and run the same command again"
+        )
+
+    def quote(self, text: str) -> str:
+        """Return text from the server as one short, printable line without the key."""
+        line = " ".join(self._without_key(text[: 1 << 14]).split()) or "empty"
+        printable = "".join(letter if letter.isprintable() else "?" for letter in line)
+        return printable if len(printable) <= _MAX_QUOTE else f"{printable[:_MAX_QUOTE]}..."
+
+    def _name(self, value: Any) -> str:
+        return self.quote(value) if isinstance(value, str) and value.strip() else ""
+
+    def _without_key(self, text: str) -> str:
+        return text.replace(self._key, "***") if len(self._key) >= _MIN_KEY else text
+
+    async def _drop_headers(self, request: httpx2.Request) -> None:
+        # The package adds this machine's platform, and headers from OPENAI_* variables that may be another service's.
+        for name in set(request.headers) - _HEADERS:
+            del request.headers[name]
+        request.headers["Authorization"] = f"Bearer {self._key}"
+        if not self._key:
+            del request.headers["Authorization"]
+
+    def _key_error(self, error: openai.APIStatusError) -> UserError:
+        variable = f"the environment variable {self.key_env}"
+        why = f"the key in {variable} is refused" if self._key else f"a key is required, and {variable} holds none"
+        return UserError(f"{self.url}: HTTP 401, {why} ({self._message(error)})")
+
+    def _message(self, error: openai.APIStatusError) -> str:
+        body = error.body
+        return self.quote(str(body.get("message") or error.response.text if isinstance(body, dict) else body or ""))
+
+    def _status_error(self, error: openai.APIStatusError) -> Exception:
+        status, reason = error.status_code, f"HTTP {error.status_code} ({self._message(error)})"
+        if status == 401:
+            return self._key_error(error)
+        if status in _FATAL or "insufficient_quota" in error.response.text:
+            return self.fatal(f"{reason}, {_FATAL.get(status, 'the quota is used up')}")
+        if 300 <= status < 400:
+            return self.fatal(f"HTTP {status}, a redirect, which is not followed; correct url")
+        wait = retry_after(error.response.headers.get("Retry-After", ""), longest=math.inf)
+        if status == 429 or (status == 503 and wait):
+            return UnavailableError(reason, wait)
+        return TransientError(reason) if status >= 500 or status in (408, 425) else RejectedError(reason)
+
+    def _connection_error(self, error: BaseException) -> Exception:
+        kind = error.__cause__
+        while (cause := error.__cause__ or error.__context__) is not None:
+            error = cause  # httpx's own message is only "All connection attempts failed"
+        reason = self.quote(f"{type(error).__name__}: {error}")
+        if isinstance(error, ssl.SSLError):
+            return UserError(f"{self.url}: no secure connection ({reason})")
+        if isinstance(kind, httpx2.ConnectError):
+            return UnavailableError(f"cannot connect ({reason})")
+        return TransientError(reason)
 
 
-def _pause(failures: int) -> float:
-    # Jitter, so that requests that failed together don't come back together.
-    return float(min(PAUSE * 2 ** min(failures - 1, 20), LONGEST_PAUSE) * random.uniform(1, 1.5))
+class _BoundedStream(httpx2.AsyncByteStream):
+    def __init__(self, stream: httpx2.AsyncByteStream) -> None:
+        self._stream = stream
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        size = 0
+        async for part in self._stream:
+            size += len(part)
+            if size > MAX_BODY:
+                raise TransientError(f"an answer of over {MAX_BODY} bytes")
+            yield part
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+async def _bound_body(response: httpx2.Response) -> None:
+    if response.headers.get("Content-Encoding", "identity") != "identity":  # its size is known only once it is expanded
+        raise TransientError("a compressed answer, which was not asked for")
+    if isinstance(response.stream, httpx2.AsyncByteStream):
+        response.stream = _BoundedStream(response.stream)

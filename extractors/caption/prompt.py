@@ -16,7 +16,7 @@ from cm3.common.tables import ITEMS, read_table
 from extractors.image.item_images import read_images
 from extractors.runtime.cache import DIGEST
 from extractors.runtime.source import Source
-from extractors.spec import ExtractorSpec
+from extractors.spec import BackendSpec
 from extractors.text import item_text
 
 PROMPT_FIELDS: tuple[str, ...] = get_args(item_text.Field)
@@ -31,7 +31,7 @@ class Prompted:
     prompt: str
 
 
-class PromptedSpec(ExtractorSpec):
+class PromptedSpec(BackendSpec):
     """The fields of what shows a model each image together with a prompt."""
 
     prompt: str = Field(min_length=1, description="What the model is asked; " + HOLDS)

@@ -5,10 +5,19 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from cm3.common.device import select_device
 from extractors.caption.base import Answer, CaptionSpec
 from extractors.caption.local import IMAGES_PER_BATCH, KIND, Asked, BatchCaptioner, chat_of, name_of, processor_of
-from extractors.runtime.cpu_estimate import LARGE, check_effort, hours, parameters_of, seconds_per_parameter, tokens_of
-from extractors.runtime.device import Batch, resolve_device
+from extractors.runtime.batch import Batch
+from extractors.runtime.cpu_estimate import (
+    LARGE,
+    check_cpu_hours,
+    hours,
+    parameters_of,
+    seconds_per_parameter,
+    tokens_of,
+)
+from extractors.spec import Cost
 from extractors.text.item_text import clean
 from extractors.weights.hub import model_path
 from extractors.weights.pretrained import load_model, on_device
@@ -20,6 +29,9 @@ _SERVER = "let a server that has one do it (backend: openai-caption, see docs/ca
 class TransformersCaptionSpec(CaptionSpec, ModelSpec):
     """A captioner: a vision-language model whose captions a text extractor then encodes."""
 
+    version: ClassVar[int | None] = 1
+    libraries: ClassVar[tuple[str, ...]] = ("torch", "torchvision", "transformers", "tokenizers", "pillow")
+    cost: ClassVar[Cost] = Cost(6000, 32000, 0.2)
     runtime_fields: ClassVar[frozenset[str]] = CaptionSpec.runtime_fields | ModelSpec.runtime_fields | {"allow_slow"}
     neutralised: ClassVar[bool] = False  # sanitize_control_tokens does it without a change of the text
 
@@ -27,19 +39,19 @@ class TransformersCaptionSpec(CaptionSpec, ModelSpec):
     precision: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="Number format of the model's arithmetic."
     )
-    allow_slow: bool = Field(False, description="Caption on a processor even where that takes hours.")
+    allow_slow: bool = Field(False, description="Caption on a CPU even if it takes hours.")
 
-    def warn_of_effort(self, items: int) -> None:
-        """Tell the estimated hours of a large model on a processor.
+    def check_cpu_time(self, items: int) -> None:
+        """Log the estimated hours of a large model on a CPU.
 
         Raises:
             UserError: they are many, and allow_slow is not set.
         """
         parameters = parameters_of(model_path(self))
-        if resolve_device(self.device) == "cpu" and parameters >= LARGE:
+        if select_device(self.device, "device").type == "cpu" and parameters >= LARGE:
             tokens, speed = tokens_of(self.max_pixels, self.prompt), seconds_per_parameter(self.precision)
             estimate = hours(parameters, items, tokens, self.max_new_tokens, speed)
-            check_effort(parameters, items, estimate, self.allow_slow, _SERVER)
+            check_cpu_hours(parameters, items, estimate, self.allow_slow, _SERVER)
 
     def load(self) -> "TransformersCaptioner":
         """Load the model."""
@@ -53,7 +65,7 @@ class TransformersCaptioner(BatchCaptioner):
         from transformers import AutoModelForImageTextToText
 
         self.spec: TransformersCaptionSpec = spec
-        self.device = resolve_device(spec.device)
+        self.device = select_device(spec.device, "device").type
         folder = model_path(spec)
         self.processor = processor_of(spec, folder)
         model = load_model(AutoModelForImageTextToText, spec, folder, KIND, use_safetensors=True)

@@ -9,6 +9,7 @@ from cm3.common.errors import UserError
 from cm3.common.strict import Float
 from extractors.caption.base import Answer, CaptionSpec
 from extractors.caption.local import Asked, BatchCaptioner, chat_of, name_of, processor_of
+from extractors.spec import Cost
 from extractors.text.item_text import clean
 from extractors.weights.hub import model_path
 from extractors.weights.spec import ModelSpec
@@ -20,6 +21,9 @@ _IMAGES_AT_ONCE = 256
 class VllmCaptionSpec(CaptionSpec, ModelSpec):
     """A captioner through vLLM: transformers-caption's models on a GPU, many times as fast. vLLM is not installed here."""
 
+    version: ClassVar[int | None] = 1
+    libraries: ClassVar[tuple[str, ...]] = ("vllm", "torch", "transformers", "tokenizers", "pillow")
+    cost: ClassVar[Cost] = Cost(8000, 32000, 2)
     runtime_fields: ClassVar[frozenset[str]] = (
         CaptionSpec.runtime_fields
         | ModelSpec.runtime_fields
@@ -33,6 +37,10 @@ class VllmCaptionSpec(CaptionSpec, ModelSpec):
     gpu_memory_utilization: Float = Field(0.9, gt=0, le=1, description="Part of the GPU's memory that vLLM takes.")
     max_model_len: int = Field(4096, gt=0, description="Tokens of image, prompt and caption together.")
     tensor_parallel_size: int = Field(1, gt=0, description="GPUs that share the model.")
+
+    def gpus(self) -> int:
+        """Return the number of GPUs that share the model."""
+        return self.tensor_parallel_size if self.uses_gpu() else 0
 
     def load(self) -> "VllmCaptioner":
         """Start the engine."""

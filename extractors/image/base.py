@@ -1,4 +1,4 @@
-"""What image encoders share: decode and preprocess in threads, forward in batches."""
+"""Base of image encoders: decoding and preprocessing in threads, forward passes in batches."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,10 +10,12 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
+from cm3.common.device import select_device
 from cm3.common.image_decode import UnreadableError, decode
 from extractors.extractor import Advance, Encoded, Extractor, collect, silent
 from extractors.image.item_images import image_of, read_images
-from extractors.runtime.device import Batch, arithmetic, resolve_device
+from extractors.runtime.batch import Batch
+from extractors.runtime.precision import arithmetic
 from extractors.runtime.prefetch import chunks, default_workers, map_ahead
 from extractors.runtime.source import Source
 from extractors.weights.spec import ModelSpec
@@ -21,7 +23,7 @@ from extractors.weights.spec import ModelSpec
 if TYPE_CHECKING:
     import torch
 
-# On a processor the activations of a few images stay in its cache; 16 at once are slower by a third.
+# On a CPU the activations of a few images fit into its cache; batches of 16 are slower by a third.
 _IMAGES_PER_BATCH = {"cpu": 4, "mps": 64, "cuda": 256}
 
 
@@ -47,30 +49,30 @@ class ArchitectureSpec(ImageModelSpec):
 
     hub_field: ClassVar[str] = "hub"
 
-    model: str | None = Field(None, description="The architecture's name, or a path, which means weights.")
+    model: str | None = Field(None, description="Name of the architecture, or a local path, equivalent to weights.")
     hub: str | None = Field(None, description="Hub repository (owner/name) of the weights.")
 
 
 class ImageModel(Extractor[bytes]):
-    """A loaded image encoder. Subclasses set `model` and `dim` and say how an image becomes a tensor."""
+    """A loaded image encoder. Subclasses set `model` and `dim` and implement `prepare` and `forward`."""
 
     def __init__(self, spec: ImageModelSpec) -> None:
         self.spec = spec
-        self.device = resolve_device(spec.device)
+        self.device = select_device(spec.device, "device").type
         self.batch = Batch(spec.batch_size or _IMAGES_PER_BATCH[self.device])
-        # On a CPU decoding ahead would take the cores from the forward pass; on a GPU it hides behind it.
+        # On a CPU prefetching would compete with the forward pass for cores; on a GPU it runs in parallel to it.
         self.lookahead = 0 if self.device == "cpu" else 3
 
     @abstractmethod
     def prepare(self, image: Image.Image) -> "torch.Tensor":
-        """Return one RGB image as the tensor that `forward` takes a stack of. Runs in threads."""
+        """Return an RGB image as a tensor; `forward` gets a stack of them. Runs in threads."""
 
     @abstractmethod
     def forward(self, stack: "torch.Tensor") -> "torch.Tensor":
         """Return (n, d) vectors of a stack of n prepared images on the device."""
 
     def measured_dim(self) -> int:
-        """Return d, found by encoding one white image."""
+        """Return d, measured by encoding a white image."""
         return int(self._encode([self.prepare(Image.new("RGB", (64, 64), "white"))]).shape[1])
 
     def input_of(self, item: Mapping[str, Any]) -> bytes | None:
@@ -78,7 +80,7 @@ class ImageModel(Extractor[bytes]):
         return image_of(item)
 
     def run(self, inputs: Iterable[bytes], advance: Advance = silent) -> Encoded:
-        """Encode images; those that can't be decoded are failed with the reason."""
+        """Encode images; those that cannot be decoded are failed, with the reason."""
         vectors: dict[int, np.ndarray] = {}
         errors: dict[int, str] = {}
         first = 0

@@ -1,4 +1,4 @@
-"""Images to vectors without any weights: colour, texture and shape of what stands out from the background."""
+"""Image descriptor without trained weights: colour, texture and shape of the foreground."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,28 +16,31 @@ from extractors.image import descriptor_features
 from extractors.image.item_images import image_of, read_images
 from extractors.runtime.prefetch import chunks, map_ahead, process_pool
 from extractors.runtime.source import Source
-from extractors.spec import ExtractorSpec
+from extractors.spec import BackendSpec, Cost
 
 SIDE = 128
-"""Longest side in pixels to which images are reduced first."""
+"""Longest side in pixels after the initial resize."""
 
 BLOCKS = {"colour": 0.7, "layout": 0.5, "texture": 0.7, "gradients": 1.5, "silhouette": 1.0}
-"""Parts and the lengths to which they are scaled: their squares are the parts' shares in a cosine."""
+"""Blocks of the vector and the length of each: their squares are the weights of the blocks in a cosine."""
 
 _CHUNK = 32
 _POOL_PAYS_FROM = 256
 
 
-class DescriptorSpec(ExtractorSpec):
-    """A weight-free image extractor: nothing to download, no GPU."""
+class DescriptorSpec(BackendSpec):
+    """An image descriptor without trained weights: no download, no GPU."""
 
+    version: ClassVar[int | None] = 1
+    libraries: ClassVar[tuple[str, ...]] = ("numpy", "pillow", "scikit-image")
+    cost: ClassVar[Cost] = Cost(1000, 0, 50)
     modalities: ClassVar[tuple[str, ...]] = ("image",)
 
     modality: Literal["image"] = Field(description="Always image.")
     backend: Literal["descriptor"] = Field(description="Describe images by colour, texture and shape.")
 
     def model_identity(self) -> dict[str, Any]:
-        """Return the version of the library that computes the parts."""
+        """Return the version of the library that computes the blocks."""
         return {"scikit_image_version": metadata.version("scikit-image")}
 
     def needs(self) -> set[str]:
@@ -45,7 +48,7 @@ class DescriptorSpec(ExtractorSpec):
         return {"items", "manifest"}
 
     def uses_gpu(self) -> bool:
-        """Return False: it has no model."""
+        """Return False: there is no model."""
         return False
 
     def read(self, inputs: Mapping[str, Path]) -> Source[bytes]:
@@ -69,15 +72,15 @@ class DescriptorExtractor(Extractor[bytes]):
         return image_of(item)
 
     def facts(self) -> dict[str, Any]:
-        """Return the size that images are reduced to and the blocks' weights."""
+        """Return the size of the resized images and the lengths of the blocks."""
         return {"preprocessing": {"side": SIDE, "blocks": BLOCKS}}
 
     def run(self, inputs: Iterable[bytes], advance: Advance = silent) -> Encoded:
-        """Describe images, in worker processes where there are enough of them."""
+        """Describe images, in worker processes if there are many; those that cannot be decoded are failed, with the reason."""
         vectors: dict[int, np.ndarray] = {}
         errors: dict[int, str] = {}
         count = 0
-        # Processes only where asked for, as a job does: they would import a caller's unguarded script again.
+        # Processes only if `workers` is set, as jobs do: they would import an unguarded script of the caller again.
         for described in _in_processes(inputs, self.spec.workers or 1):
             for one in described:
                 if isinstance(one, str):
@@ -91,7 +94,7 @@ class DescriptorExtractor(Extractor[bytes]):
 
 
 def _in_processes(images: Iterable[bytes], workers: int) -> Iterator[list[np.ndarray | str]]:
-    """Yield chunks of descriptions in order; few images are described right here, where no process need start."""
+    """Yield chunks of descriptions in order; few images are described in this process."""
     iterator = iter(images)
     first = list(itertools.islice(iterator, _POOL_PAYS_FROM))
     groups = chunks(itertools.chain(first, iterator), lambda: _CHUNK)
@@ -124,5 +127,6 @@ def describe(image: Image.Image) -> np.ndarray:
         block = getattr(descriptor_features, name)(part)
         norm = np.linalg.norm(block)
         blocks.append(block * (length / norm) if norm > 0 else block)
-    vector = np.concatenate(blocks)
-    return (vector / np.linalg.norm(vector)).astype(np.float32)
+    vector: np.ndarray = np.concatenate(blocks)
+    unit: np.ndarray = vector / np.linalg.norm(vector)
+    return unit.astype(np.float32)

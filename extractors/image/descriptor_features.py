@@ -1,4 +1,4 @@
-"""An image's colour, layout, texture, gradients and silhouette as numbers: the parts of the weight-free descriptor."""
+"""Blocks of the image descriptor: colour, layout, texture, gradients and silhouette."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ LBP = ((8, 1), (16, 2))
 
 @dataclass(frozen=True)
 class Foreground:
-    """What stands out from a plain background, cut to its bounding box; the whole image where nothing does.
+    """Foreground of an image with a plain background, cropped to its bounding box; else the whole image.
 
     Attributes:
         lab: (h, w, 3) float32 in CIE Lab.
@@ -31,7 +31,7 @@ class Foreground:
 
 
 def foreground(rgb: np.ndarray) -> Foreground:
-    """Return the foreground of an (H, W, 3) uint8 image: what differs from the median colour of its frame."""
+    """Return the foreground of an (H, W, 3) uint8 image: pixels that differ from the median colour of the border."""
     from skimage.color import rgb2lab
 
     lab = rgb2lab(rgb).astype(np.float32)
@@ -79,7 +79,8 @@ def texture(part: Foreground) -> np.ndarray:
     for points, radius in LBP:
         patterns = local_binary_pattern(lightness, points, radius, "uniform").astype(np.int64)
         parts.append(np.bincount(patterns[part.mask], minlength=points + 2) / part.mask.sum())
-    return np.sqrt(np.concatenate(parts))
+    roots: np.ndarray = np.sqrt(np.concatenate(parts))
+    return roots
 
 
 def gradients(part: Foreground) -> np.ndarray:
@@ -88,7 +89,9 @@ def gradients(part: Foreground) -> np.ndarray:
 
     lightness = np.where(part.mask, part.lab[..., 0], part.background[0])
     square = _shrunk(_square(lightness, float(part.background[0])), CROP)
-    return np.sqrt(hog(square, orientations=8, pixels_per_cell=(8, 8), cells_per_block=(8, 8)))
+    histogram = hog(square, orientations=8, pixels_per_cell=(8, 8), cells_per_block=(8, 8))
+    roots: np.ndarray = np.sqrt(histogram)
+    return roots
 
 
 def silhouette(part: Foreground) -> np.ndarray:

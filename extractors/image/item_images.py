@@ -1,4 +1,4 @@
-"""The images of items, as the images stage left them: a manifest and shards of original bytes."""
+"""Images of items, read from the output of the images stage: a manifest and shards of original bytes."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -55,5 +55,5 @@ def read_images(items: Path, manifest: Path) -> Source[bytes]:
 def _stream(manifest: Path, wanted: np.ndarray, shard: np.ndarray, place: np.ndarray) -> Iterator[bytes]:
     for row, (item, data) in zip(wanted, images_at(manifest, wanted, shard, place), strict=True):
         if item != row:
-            raise UserError(f"{manifest}: the shards are out of step with it; delete the images folder and run again")
+            raise UserError(f"{manifest}: does not match the image shards; delete the images folder and run again")
         yield data

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from PIL import Image
 from pydantic import Field, model_validator
@@ -11,7 +11,8 @@ from pydantic import Field, model_validator
 from cm3.common.errors import UserError
 from cm3.common.strict import Float, nearest
 from extractors.image.base import ArchitectureSpec, ImageModel
-from extractors.runtime.device import torch_dtype
+from extractors.runtime.precision import torch_dtype
+from extractors.spec import Cost
 from extractors.weights.hub import checked_path
 from extractors.weights.pickles import pickled_in
 from extractors.weights.pretrained import loaded, on_device
@@ -26,21 +27,29 @@ _ASSUMED: dict[str, Any] = {
     "interpolation": "bicubic",
     "resize_mode": "shortest",
 }
-"""OpenAI's preprocessing, which open_clip takes where nothing says other."""
+"""OpenAI's preprocessing: open_clip's default."""
 
 
 class OpenClipSpec(ArchitectureSpec):
-    """An image extractor out of open_clip: the image tower of a CLIP model."""
+    """The image tower of a CLIP model of open_clip."""
+
+    version: ClassVar[int | None] = 1
+    libraries: ClassVar[tuple[str, ...]] = ("open_clip_torch", "torch", "torchvision", "pillow")
+    cost: ClassVar[Cost] = Cost(2500, 3000, 20)
 
     backend: Literal["open_clip"] = Field(description="Encode images with the image tower of an open_clip model.")
     force_quick_gelu: bool = Field(
-        False, description="The activation that OpenAI's weights were trained with; set it for local copies of them."
+        False, description="Use the QuickGELU activation, as for local copies of OpenAI's weights."
     )
-    mean: list[Float] | None = Field(None, min_length=3, max_length=3, description="Per channel, of values in 0..1.")
-    std: list[Float] | None = Field(None, min_length=3, max_length=3, description="Per channel, of values in 0..1.")
-    interpolation: Literal["bilinear", "bicubic"] | None = Field(None, description="Filter of the resize.")
+    mean: list[Float] | None = Field(
+        None, min_length=3, max_length=3, description="Per channel, for pixel values between 0 and 1."
+    )
+    std: list[Float] | None = Field(
+        None, min_length=3, max_length=3, description="Per channel, for pixel values between 0 and 1."
+    )
+    interpolation: Literal["bilinear", "bicubic"] | None = Field(None, description="Resize filter.")
     resize_mode: Literal["shortest", "longest", "squash"] | None = Field(
-        None, description="How an image becomes square: cut, pad or squeeze."
+        None, description="How images become square: crop (shortest), pad (longest) or stretch (squash)."
     )
 
     @model_validator(mode="after")
@@ -51,9 +60,9 @@ class OpenClipSpec(ArchitectureSpec):
         return self
 
     def model_identity(self) -> dict[str, Any]:
-        """Return the sha256 of local weights, and what a description beside a file of them changes."""
+        """Return the sha256 of local weights, and the preprocessing that a description next to the file changes."""
         found, path = super().model_identity(), self.weights_path
-        described = described_beside(path) if path is not None and path.is_file() else None
+        described = description_next_to(path) if path is not None and path.is_file() else None
         return found | ({"described": described} if described else {})
 
     def load(self) -> "OpenClipExtractor":
@@ -62,7 +71,7 @@ class OpenClipSpec(ArchitectureSpec):
 
 
 class OpenClipExtractor(ImageModel):
-    """A loaded open_clip model; its preprocessing is the one that belongs to the weights."""
+    """A loaded open_clip model with the preprocessing of its weights."""
 
     def __init__(self, spec: OpenClipSpec) -> None:
         import open_clip
@@ -73,7 +82,7 @@ class OpenClipExtractor(ImageModel):
         name, file = _source(spec, folder)
         settings = _settings(spec, file)
         try:
-            # Weights are required: without them open_clip only warns and goes on with random ones.
+            # This function requires weights: others only warn and continue with random ones.
             model, preprocess = open_clip.create_model_from_pretrained(
                 name, None if file is None else str(file), weights_only=True, **settings
             )
@@ -91,35 +100,35 @@ class OpenClipExtractor(ImageModel):
 
     def prepare(self, image: Image.Image) -> "torch.Tensor":
         """Return a (3, side, side) float tensor: resized, cropped and normalised."""
-        return self.preprocess(image)
+        prepared: torch.Tensor = self.preprocess(image)
+        return prepared
 
     def forward(self, stack: "torch.Tensor") -> "torch.Tensor":
         """Return (n, d) image embeddings in the space shared with text."""
-        return self.model.encode_image(stack.to(torch_dtype(self.spec.precision)))
+        vectors: torch.Tensor = self.model.encode_image(stack.to(torch_dtype(self.spec.precision)))
+        return vectors
 
 
 def _source(spec: OpenClipSpec, path: Path) -> tuple[str, Path | None]:
-    """Return open_clip's name of the model, and its file of weights where the name doesn't say."""
+    """Return open_clip's name of the model, and the file of weights unless the name implies it."""
     import open_clip
 
     if path.is_dir() and (spec.model is None or (path / _CONFIG).is_file()):
         return f"local-dir:{path}", None
     if spec.model not in open_clip.list_models():
         known = open_clip.list_models()
-        raise UserError(
-            f"model = {spec.model!r}: open_clip knows no such architecture{nearest(str(spec.model), known)}"
-        )
+        raise UserError(f"model = {spec.model!r}: open_clip has no such architecture{nearest(str(spec.model), known)}")
     return str(spec.model), _weights_in(path) if path.is_dir() else path
 
 
 def _settings(spec: OpenClipSpec, file: Path | None) -> dict[str, Any]:
-    """Return open_clip's arguments for activation and preprocessing: of the spec, a description, or the architecture.
+    """Return open_clip's arguments for activation and preprocessing: from the spec, a description or the architecture.
 
     Raises:
-        UserError: a file of weights whose architecture is known with several kinds of preprocessing.
+        UserError: the known weights of the architecture use several kinds of preprocessing.
     """
     given = spec.model_dump(include=set(_ASSUMED), exclude_none=True)
-    described = None if file is None else described_beside(file)
+    described = None if file is None else description_next_to(file)
     if file is not None and described is None:
         given = _of_architecture(spec, file, given) | given
     described = described or {}
@@ -128,7 +137,7 @@ def _settings(spec: OpenClipSpec, file: Path | None) -> dict[str, Any]:
 
 
 def _of_architecture(spec: OpenClipSpec, file: Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the preprocessing that all known weights of the spec's architecture and activation were trained with."""
+    """Return the preprocessing that all known weights of the architecture and activation share."""
     import open_clip
 
     tags = [
@@ -144,20 +153,20 @@ def _of_architecture(spec: OpenClipSpec, file: Path, given: Mapping[str, Any]) -
         elif values:
             found[field] = values[0][1]
     if several:
-        told = "; ".join(f"{field}: {values}" for field, values in several.items())
+        choices = "; ".join(f"{field}: {values}" for field, values in several.items())
         raise UserError(
-            f"{file}: weights of {spec.model} want different preprocessing by what they were trained with ({told}), "
-            f"and the file alone doesn't tell. Put the {_CONFIG} that was published with it beside it, or set "
-            f"{', '.join(several)} as its model card says"
+            f"{file}: the preprocessing of {spec.model} depends on how the weights were trained ({choices}), and the "
+            f"file does not contain it. Put the {_CONFIG} that was published with it into the same folder, or set "
+            f"{', '.join(several)} according to its model card"
         )
     return found
 
 
-def described_beside(file: Path) -> dict[str, Any] | None:
-    """Return what open_clip_config.json beside weights says otherwise than open_clip assumes; None without one.
+def description_next_to(file: Path) -> dict[str, Any] | None:
+    """Return the settings of open_clip_config.json next to the weights that differ from open_clip's defaults; None without one.
 
     Raises:
-        UserError: it is no such description.
+        UserError: the file is not such a description.
     """
     path = file.parent / _CONFIG
     if not path.is_file():
@@ -180,5 +189,5 @@ def _weights_in(folder: Path) -> Path:
     files = sorted(folder.glob("*.safetensors")) or pickled_in(folder)
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
-        raise UserError(f"{folder}: has several files of weights ({names}); set weights to the one that is meant")
+        raise UserError(f"{folder}: has several files of weights ({names}); set weights to one of them")
     return files[0]

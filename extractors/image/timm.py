@@ -4,7 +4,7 @@ import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from PIL import Image
 from pydantic import Field, model_validator
@@ -12,7 +12,8 @@ from pydantic import Field, model_validator
 from cm3.common.errors import UserError
 from cm3.common.strict import Float
 from extractors.image.base import ArchitectureSpec, ImageModel
-from extractors.runtime.device import torch_dtype
+from extractors.runtime.precision import torch_dtype
+from extractors.spec import Cost
 from extractors.weights.hub import checked_path
 from extractors.weights.pretrained import loaded, on_device
 
@@ -23,19 +24,38 @@ _PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "cro
 
 
 class TimmSpec(ArchitectureSpec):
-    """An image extractor out of timm."""
+    """A timm model without its classifier."""
 
-    backend: Literal["timm"] = Field(description="Encode images with a timm model, its classifier removed.")
+    version: ClassVar[int | None] = 1
+    libraries: ClassVar[tuple[str, ...]] = ("timm", "torch", "torchvision", "pillow")
+    cost: ClassVar[Cost] = Cost(2500, 1500, 20)
+
+    backend: Literal["timm"] = Field(description="Encode images with a timm model without its classifier.")
     model_kwargs: dict[str, str | int | float | bool] = Field(
         {}, description="Further arguments of timm.create_model, such as pad_type: same."
     )
-    input_size: int | None = Field(None, gt=0, description="Side of the square input in pixels.")
-    mean: list[Float] | None = Field(None, min_length=3, max_length=3, description="Per channel, of values in 0..1.")
-    std: list[Float] | None = Field(None, min_length=3, max_length=3, description="Per channel, of values in 0..1.")
-    interpolation: Literal["bilinear", "bicubic", "lanczos"] | None = Field(None, description="Filter of the resize.")
-    crop_pct: Float | None = Field(None, gt=0, le=1, description="Side of the crop over the side of the resized image.")
+    input_size: int | None = Field(None, gt=0, description="Side of the square input in pixels; default: the model's.")
+    mean: list[Float] | None = Field(
+        None,
+        min_length=3,
+        max_length=3,
+        description="Per channel, for pixel values between 0 and 1; default: the model's.",
+    )
+    std: list[Float] | None = Field(
+        None,
+        min_length=3,
+        max_length=3,
+        description="Per channel, for pixel values between 0 and 1; default: the model's.",
+    )
+    interpolation: Literal["bilinear", "bicubic", "lanczos"] | None = Field(
+        None, description="Resize filter; default: the model's."
+    )
+    crop_pct: Float | None = Field(
+        None, gt=0, le=1, description="Side of the crop divided by the side of the resized image; default: the model's."
+    )
     crop_mode: Literal["center", "squash", "border"] | None = Field(
-        None, description="How an image becomes square: cut, squeeze or pad."
+        None,
+        description="How images become square: crop (center), stretch (squash) or pad (border); default: the model's.",
     )
 
     @model_validator(mode="after")
@@ -51,10 +71,11 @@ class TimmSpec(ArchitectureSpec):
 
 
 class TimmExtractor(ImageModel):
-    """A loaded timm model without its classifier; its preprocessing is the model's own unless the spec says other."""
+    """A loaded timm model without its classifier; the spec may override the model's own preprocessing."""
 
     def __init__(self, spec: TimmSpec) -> None:
-        from timm.data import create_transform, resolve_data_config
+        from timm.data.config import resolve_data_config
+        from timm.data.transforms_factory import create_transform
 
         super().__init__(spec)
         path = checked_path(spec)
@@ -87,10 +108,10 @@ class TimmExtractor(ImageModel):
         self.dim = loaded(self.measured_dim, kind, spec, path)
 
     def measured_dim(self) -> int:
-        """Return d, found by encoding one white image.
+        """Return d, measured by encoding a white image.
 
         Raises:
-            UserError: the model takes no images of that size.
+            UserError: the model does not support images of that size.
         """
         try:
             return super().measured_dim()
@@ -106,24 +127,26 @@ class TimmExtractor(ImageModel):
 
     def prepare(self, image: Image.Image) -> "torch.Tensor":
         """Return a (3, side, side) uint8 tensor: resized and cropped."""
-        return self.transform(image)
+        prepared: torch.Tensor = self.transform(image)
+        return prepared
 
     def forward(self, stack: "torch.Tensor") -> "torch.Tensor":
         """Return (n, d) pooled features."""
         import torch
 
         pixels = ((stack.float() - self.mean) / self.std).to(torch_dtype(self.spec.precision))
-        return self.model(pixels.contiguous(memory_format=torch.channels_last))
+        vectors: torch.Tensor = self.model(pixels.contiguous(memory_format=torch.channels_last))
+        return vectors
 
 
 def _build(spec: TimmSpec, path: Path) -> Any:
-    """Return the model without its classifier; every other tensor of it was found in the checkpoint."""
+    """Return the model without its classifier; all its other tensors come from the checkpoint."""
     import timm
     from safetensors import SafetensorError
 
     name = spec.model or str(path)
     if not path.is_dir() and not timm.is_model(name):
-        raise UserError(f"model = {name!r}: timm knows no such architecture{_nearest_architecture(name)}")
+        raise UserError(f"model = {name!r}: timm has no such architecture{_nearest_architecture(name)}")
     try:
         model = _from_folder(path, spec) if path.is_dir() else _from_file(name, path, spec)
         model.reset_classifier(0)
@@ -133,7 +156,7 @@ def _build(spec: TimmSpec, path: Path) -> Any:
 
 
 def _from_folder(folder: Path, spec: TimmSpec) -> Any:
-    """Return the model that a folder as on the hub describes: config.json and model.safetensors."""
+    """Return the model of a folder in the format of the hub: config.json and model.safetensors."""
     import timm
 
     architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architecture"]
@@ -145,7 +168,7 @@ def _from_folder(folder: Path, spec: TimmSpec) -> Any:
 
 
 def _from_file(name: str, file: Path, spec: TimmSpec) -> Any:
-    """Return the model `name` with the weights of a file, with or without a classifier of any width in it."""
+    """Return the model `name` with the weights of a file, which may hold a classifier of any width."""
     import timm
 
     classifier = getattr(timm.get_pretrained_cfg(name), "classifier", None) or ()

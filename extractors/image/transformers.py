@@ -1,14 +1,15 @@
-"""Images to vectors with a vision model of transformers: CLIP, SigLIP, DINOv2, ViT and their kin."""
+"""Image encoders of transformers: CLIP, SigLIP, DINOv2, ViT and similar models."""
 
 import json
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from PIL import Image
 from pydantic import Field
 
 from cm3.common.errors import UserError
 from extractors.image.base import ImageModel, ImageModelSpec
-from extractors.runtime.device import torch_dtype
+from extractors.runtime.precision import torch_dtype
+from extractors.spec import Cost
 from extractors.weights.hub import checked_path
 from extractors.weights.pretrained import load_model, load_part, loaded, on_device
 from extractors.weights.spec import CodeSpec
@@ -33,13 +34,17 @@ _PREPROCESSING = (
 
 
 class TransformersVisionSpec(ImageModelSpec, CodeSpec):
-    """An image extractor out of any vision model that transformers knows, or the image tower of a CLIP or SigLIP."""
+    """Any vision model of transformers, or the image tower of a CLIP or SigLIP."""
+
+    version: ClassVar[int | None] = 1
+    libraries: ClassVar[tuple[str, ...]] = ("torch", "torchvision", "transformers", "pillow")
+    cost: ClassVar[Cost] = Cost(2500, 3000, 20)
 
     backend: Literal["transformers-vision"] = Field(description="Encode images with a vision model of transformers.")
     pooling: Literal["model", "cls", "mean"] = Field(
         "model",
-        description="model: the vector that the model itself makes (in a CLIP, the one that is compared with texts); "
-        "cls: the class token; mean: of the patches.",
+        description="model: the model's own image embedding (of a CLIP, the one compared with text embeddings); "
+        "cls: the class token; mean: the mean of the patch tokens.",
     )
 
     def load(self) -> "TransformersVisionExtractor":
@@ -48,7 +53,7 @@ class TransformersVisionSpec(ImageModelSpec, CodeSpec):
 
 
 class TransformersVisionExtractor(ImageModel):
-    """A loaded vision model; its preprocessing is the one in its own folder, in torchvision's arithmetic."""
+    """A loaded vision model with the preprocessing of its own folder, computed by torchvision."""
 
     spec: TransformersVisionSpec
 
@@ -60,26 +65,26 @@ class TransformersVisionExtractor(ImageModel):
         self.processor = load_part(
             AutoImageProcessor, spec, folder, "a vision model with preprocessor_config.json", backend="torchvision"
         )
-        # A head that pools is missing from many checkpoints of classifiers, and is not used with another pooling.
+        # Many checkpoints of classifiers lack a pooling head; other kinds of pooling do not use it.
         unused = () if spec.pooling == "model" else ("pooler.", "head.", "visual_projection.")
         model = load_model(_auto(folder) or AutoModel, spec, folder, "a vision model", unused)
         self.projected = spec.pooling == "model" and hasattr(model, "get_image_features")
         if spec.pooling != "model":
             model = getattr(model, "vision_model", model)
         elif self.projected and hasattr(model, "text_model"):
-            model.text_model = None  # it would only take memory
+            model.text_model = None  # unused: frees its memory
         self.model = on_device(model, self.device, "a vision model", spec, folder)
         shapes = {tuple(self.prepare(Image.new("RGB", size, "white")).shape) for size in ((64, 64), (96, 48))}
         if len(shapes) > 1:
             raise UserError(
-                f"{folder}: its preprocessing leaves images in different sizes, which don't fit into one batch; "
+                f"{folder}: its preprocessing gives images of different sizes, which cannot be batched; "
                 "set do_center_crop, or a size with height and width, in a copy of its preprocessor_config.json"
             )
         kind = f"an image encoder that takes pixels alone ({type(model).__name__})"
         self.dim = loaded(self.measured_dim, kind, spec, folder)
 
     def facts(self) -> dict[str, Any]:
-        """Return architecture, pooling and the preprocessing in use."""
+        """Return architecture, pooling and preprocessing."""
         own = json.loads(self.processor.to_json_string())
         used = {key: own[key] for key in _PREPROCESSING if own.get(key) is not None}
         return {
@@ -94,10 +99,11 @@ class TransformersVisionExtractor(ImageModel):
 
     def prepare(self, image: Image.Image) -> "torch.Tensor":
         """Return a (3, height, width) float tensor: resized, cropped and normalised."""
-        return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
+        prepared: torch.Tensor = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
+        return prepared
 
     def forward(self, stack: "torch.Tensor") -> "torch.Tensor":
-        """Return (n, d) vectors, pooled as the spec says."""
+        """Return (n, d) pooled vectors."""
         pixels = stack.to(torch_dtype(self.spec.precision))
         if self.projected:
             return _own(self.model.get_image_features(pixel_values=pixels))
@@ -120,9 +126,9 @@ class TransformersVisionExtractor(ImageModel):
         return states[:, 0]
 
     def _patches(self, stack: "torch.Tensor") -> int:
-        """Return how many tokens stand for patches: those before them stand for the class, or for nothing (registers).
+        """Return the number of patch tokens, which class and register tokens precede.
 
-        Models that merge patches on their way have fewer tokens than that, and none that stands for a class.
+        Models that merge patches have fewer tokens than that, and no class token.
         """
         size = getattr(self.model.config, "patch_size", 1)
         height, width = (size, size) if isinstance(size, int) else size
@@ -130,7 +136,7 @@ class TransformersVisionExtractor(ImageModel):
 
 
 def _auto(folder: Any) -> Any:
-    """Return the class of an image tower that was saved with its projection, which AutoModel would leave out."""
+    """Return the class of an image tower saved with its projection, which AutoModel would drop; else None."""
     import transformers
 
     named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
@@ -138,10 +144,11 @@ def _auto(folder: Any) -> Any:
 
 
 def _own(output: Any) -> "torch.Tensor":
-    """Return the (n, d) vectors that a model itself makes of images."""
+    """Return a model's own (n, d) image embeddings."""
     vectors = getattr(output, "image_embeds", None)
     if vectors is None:
         vectors = getattr(output, "pooler_output", None)
     if vectors is None:
-        raise UserError("pooling = 'model': the model makes no vector of its own; set pooling: cls or mean")
-    return vectors.flatten(1)
+        raise UserError("pooling = 'model': the model has no image embedding of its own; set pooling: cls or mean")
+    flat: torch.Tensor = vectors.flatten(1)
+    return flat

@@ -1,4 +1,4 @@
-"""Images and texts to one vector: hidden states of a vision-language model, without words in between."""
+"""Joint image-text embeddings: pooled hidden states of a vision-language model."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
@@ -7,15 +7,25 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
+from cm3.common.device import select_device
 from cm3.common.errors import UserError
 from extractors.caption.base import MAX_ASPECT, readable
 from extractors.caption.local import IMAGES_PER_BATCH, KIND, chat_of, processor_of
 from extractors.caption.prompt import HOLDS, Prompted, PromptedSpec
 from extractors.extractor import Advance, Encoded, Extractor, collect, silent
 from extractors.image.item_images import image_of
-from extractors.runtime.cpu_estimate import LARGE, check_effort, hours, parameters_of, seconds_per_parameter, tokens_of
-from extractors.runtime.device import Batch, arithmetic, resolve_device
+from extractors.runtime.batch import Batch
+from extractors.runtime.cpu_estimate import (
+    LARGE,
+    check_cpu_hours,
+    hours,
+    parameters_of,
+    seconds_per_parameter,
+    tokens_of,
+)
+from extractors.runtime.precision import arithmetic
 from extractors.runtime.prefetch import chunks
+from extractors.spec import Cost
 from extractors.text.pooling import pool
 from extractors.weights.hub import checked_path, model_path
 from extractors.weights.pretrained import load_model, loaded, on_device
@@ -25,8 +35,11 @@ PROMPT = "{title}\nSummarise this product in one word:"
 
 
 class TransformersMllmSpec(PromptedSpec, CodeSpec):
-    """A vision-language model as an encoder: it reads an image and a prompt, and its hidden states are the vector."""
+    """A vision-language model as an encoder: hidden states for an image and a prompt, pooled to one vector."""
 
+    version: ClassVar[int | None] = 1
+    libraries: ClassVar[tuple[str, ...]] = ("torch", "torchvision", "transformers", "tokenizers", "pillow")
+    cost: ClassVar[Cost] = Cost(6000, 32000, 1)
     runtime_fields: ClassVar[frozenset[str]] = CodeSpec.runtime_fields | {"allow_slow"}
     shard_items: ClassVar[int | None] = 256
 
@@ -34,27 +47,28 @@ class TransformersMllmSpec(PromptedSpec, CodeSpec):
     backend: Literal["transformers-mllm"] = Field(description="Pool hidden states of a vision-language model.")
     precision: Literal["float32", "autocast", "bfloat16"] = Field(
         "bfloat16",
-        description="Number format of the model's arithmetic; autocast: bfloat16 where it is sound, else float32.",
+        description="Number format; autocast: float32 weights, products in bfloat16, norms and sums in float32.",
     )
-    prompt: str = Field(PROMPT, min_length=1, description="What the model reads after the image; " + HOLDS)
-    layer: int = Field(-1, description="Whose hidden states: -1 is the last layer, 0 what enters the first.")
+    prompt: str = Field(PROMPT, min_length=1, description="Text after the image; " + HOLDS)
+    layer: int = Field(-1, description="Layer of the hidden states: -1 is the last layer, 0 the input of the first.")
     pooling: Literal["mean", "last"] = Field(
-        "last", description="The last token, which has seen all others, or the mean of all, those of the image too."
+        "last",
+        description="last: the last token, which attends to all others; mean: all tokens, those of the image included.",
     )
     normalise: bool = Field(True, description="Scale vectors to unit length.")
-    allow_slow: bool = Field(False, description="Encode on a processor even where that takes hours.")
+    allow_slow: bool = Field(False, description="Allow encoding on a CPU that takes hours.")
 
-    def warn_of_effort(self, items: int) -> None:
-        """Tell the estimated hours of a large model on a processor.
+    def check_cpu_time(self, items: int) -> None:
+        """Log the estimated hours of a large model on a CPU.
 
         Raises:
-            UserError: they are many, and allow_slow is not set.
+            UserError: more than an hour, and allow_slow is not set.
         """
         parameters = parameters_of(model_path(self))
-        if resolve_device(self.device) == "cpu" and parameters >= LARGE:
+        if select_device(self.device, "device").type == "cpu" and parameters >= LARGE:
             speed = seconds_per_parameter("float32" if self.precision == "float32" else "bfloat16")
             estimate = hours(parameters, items, tokens_of(self.max_pixels, self.prompt), 0, speed)
-            check_effort(parameters, items, estimate, self.allow_slow)
+            check_cpu_hours(parameters, items, estimate, self.allow_slow)
 
     def load(self) -> "TransformersMllmExtractor":
         """Load the model."""
@@ -62,18 +76,18 @@ class TransformersMllmSpec(PromptedSpec, CodeSpec):
 
 
 class TransformersMllmExtractor(Extractor[Prompted]):
-    """A loaded vision-language model without the head that writes words."""
+    """A loaded vision-language model without its language head."""
 
     def __init__(self, spec: TransformersMllmSpec) -> None:
         from transformers import AutoModelForImageTextToText
 
         self.spec = spec
-        self.device = resolve_device(spec.device)
+        self.device = select_device(spec.device, "device").type
         folder = checked_path(spec)
         self.processor = processor_of(spec, folder)
         model = load_model(AutoModelForImageTextToText, spec, folder, KIND, unused=("lm_head.",))
         self.model = on_device(model.base_model, self.device, KIND, spec, folder)
-        # A model that cannot be had without its head gives its last states among the hidden ones only.
+        # A model that cannot be loaded without its head returns its last states only among the hidden states.
         self.last = spec.layer == -1 and self.model is not model
         layers = self.model.config.get_text_config().num_hidden_layers
         if not -layers - 1 <= spec.layer <= layers:
@@ -83,7 +97,7 @@ class TransformersMllmExtractor(Extractor[Prompted]):
         self.dim = loaded(lambda: self._encode([(white, spec.prompt_of({}))]).shape[1], KIND, spec, folder)
 
     def facts(self) -> dict[str, Any]:
-        """Return architecture, prompt, pooling and preprocessing in use."""
+        """Return architecture, prompt, pooling and preprocessing."""
         return {
             "model": type(self.model).__name__,
             "prompt": self.spec.prompt,
@@ -103,7 +117,7 @@ class TransformersMllmExtractor(Extractor[Prompted]):
         return None if image is None else Prompted(image, self.spec.prompt_of(item))
 
     def run(self, inputs: Iterable[Prompted], advance: Advance = silent) -> Encoded:
-        """Encode images with their prompts; images that can't be decoded are failed with the reason."""
+        """Encode images with their prompts; images that cannot be decoded are failed, with the reason."""
         vectors: dict[int, np.ndarray] = {}
         errors: dict[int, str] = {}
         first = 0

@@ -1,4 +1,4 @@
-"""Vectors that were computed elsewhere, looked up by item id: Parquet, .npy with ids, Amazon's and MicroLens' files."""
+"""Vectors computed elsewhere, looked up by item id: Parquet, .npy with ids, files of Amazon and MicroLens."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,7 +17,7 @@ from cm3.common.tables import FAILED, MISSING, OK
 from extractors.extractor import Advance, Encoded, Extractor, no_vectors, silent
 from extractors.precomputed.row_ids import RowIds, read_row_ids
 from extractors.runtime.source import Source, read_ids
-from extractors.spec import ExtractorSpec
+from extractors.spec import BackendSpec, Cost
 from extractors.weights.digests import digest_of
 
 Vectors = Iterator[tuple[pa.Array, np.ndarray]]
@@ -28,38 +28,41 @@ _ID_BYTES = 10
 _ROWS = 1024
 
 
-class PrecomputedSpec(ExtractorSpec):
+class PrecomputedSpec(BackendSpec):
     """Vectors from a file, of any modality."""
 
-    runtime_fields: ClassVar[frozenset[str]] = ExtractorSpec.runtime_fields | {"path", "ids"}
+    version: ClassVar[int | None] = 1
+    libraries: ClassVar[tuple[str, ...]] = ("numpy", "pyarrow")
+    cost: ClassVar[Cost] = Cost(1500, 0, 500, bytes_per_item=2 * 4 * 4096)
+    runtime_fields: ClassVar[frozenset[str]] = BackendSpec.runtime_fields | {"path", "ids"}
     shard_items: ClassVar[int | None] = None
-    keeps: ClassVar[bool] = False
+    cached: ClassVar[bool] = False
 
-    backend: Literal["precomputed"] = Field(description="Look vectors up by item id in a file made elsewhere.")
+    backend: Literal["precomputed"] = Field(description="Look up vectors by item id in a file made elsewhere.")
     path: str | None = Field(
-        None, description="The file; identified by content, it may move. Without it the data set's own file is taken."
+        None, description="The file, identified by its content. Default: the file published with the dataset."
     )
     ids: str | None = Field(
         None,
-        description="For .npy: a text file with one item id per row of the array, or MMRec's i_id_mapping.csv, which "
-        "gives each id's row. Vectors that were published with the data set bring their own.",
+        description="For .npy: a text file with one item id per row of the array, or MMRec's i_id_mapping.csv. Not for "
+        "vectors published with the dataset, which have their own ids.",
     )
     format: Literal["parquet", "npy", "amazon-b", "microlens"] | None = Field(
         None,
-        description="By default as the file's suffix says: .parquet, .npy, .b. microlens: an .npy file without ids "
-        "whose rows are the videos 1, 2, 3, ...",
+        description="Default: by the suffix .parquet, .npy or .b. microlens: an .npy file without ids, whose rows are the "
+        "videos 1, 2, 3, ...",
     )
-    id_column: str = Field("item_id", description="For Parquet: the column of ids.")
-    vector_column: str = Field("embedding", description="For Parquet: the column of vectors, lists of equal length.")
-    dim: int = Field(4096, gt=0, description="For .b files: numbers per vector.")
+    id_column: str = Field("item_id", description="For Parquet: column of item ids.")
+    vector_column: str = Field("embedding", description="For Parquet: column of vectors, lists of equal length.")
+    dim: int = Field(4096, gt=0, description="For .b files: length of the vectors.")
 
     @model_validator(mode="after")
     def _format_is_known(self) -> "PrecomputedSpec":
         if self.kind is None:
             raise ValueError(
-                f"format: {self.path or 'a file of the data set'} needs one of parquet, npy, amazon-b, microlens"
+                f"format: {self.path or 'a file of the dataset'} needs one of parquet, npy, amazon-b, microlens"
             )
-        # Vectors that were published with a data set bring their ids; of those that a path names, they must be given.
+        # Vectors published with a dataset have their own ids; for a file named by `path` they must be given.
         if self.ids is not None and self.kind != "npy":
             raise ValueError("ids: the file of ids belongs to an .npy file")
         if self.ids is None and self.kind == "npy" and self.path is not None:
@@ -71,11 +74,11 @@ class PrecomputedSpec(ExtractorSpec):
 
     @property
     def kind(self) -> str | None:
-        """The format, given or told by the suffix."""
+        """The format: as configured, else by the suffix."""
         return self.format or (_SUFFIXES.get(Path(self.path).suffix) if self.path else None)
 
     def model_identity(self) -> dict[str, Any]:
-        """Return the sha256 of the files. The data set's own file is an input of the job instead."""
+        """Return the sha256 of the files. The file published with a dataset is an input of the job instead."""
         found: dict[str, Any] = {"format": self.kind}
         for name, path in (("vectors_sha256", self.path), ("ids_sha256", self.ids)):
             if path is not None:
@@ -86,11 +89,11 @@ class PrecomputedSpec(ExtractorSpec):
         return found
 
     def needs(self) -> set[str]:
-        """Return items, and vectors where the file is one of the data set's."""
+        """Return items, and vectors for the file published with a dataset."""
         return {"items"} if self.path else {"items", "vectors"}
 
     def uses_gpu(self) -> bool:
-        """Return False: it only reads."""
+        """Return False: there is no model."""
         return False
 
     def read(self, inputs: Mapping[str, Path]) -> Source[str]:
@@ -101,15 +104,15 @@ class PrecomputedSpec(ExtractorSpec):
         """Return the extractor of the file.
 
         Raises:
-            UserError: no file is named, by `path` or as the stage's input `vectors`.
+            UserError: neither `path` nor the stage's input `vectors` names a file.
         """
         if self.path is None:
-            raise UserError("path: no file of vectors is named; set path, or hand the stage --input vectors=FILE")
+            raise UserError("path: no file of vectors; set path, or call the stage with --input vectors=FILE")
         return PrecomputedExtractor(self, Path(expand(self.path)))
 
 
 class PrecomputedExtractor(Extractor[str]):
-    """A file of vectors, read in a stream; only those of the items asked for are kept."""
+    """A file of vectors, read as a stream; only the vectors of the requested items are stored."""
 
     def __init__(self, spec: PrecomputedSpec, path: Path) -> None:
         self.spec, self.path = spec, path
@@ -129,40 +132,40 @@ class PrecomputedExtractor(Extractor[str]):
         return {"format": self.spec.kind}
 
     def run(self, inputs: Iterable[str], advance: Advance = silent) -> Encoded:
-        """Return the vectors of the ids; those that the file lacks are missing.
+        """Return the vectors of the ids; ids that are not in the file are missing.
 
         Raises:
-            UserError: an id stands twice in the file with different vectors, or the file is malformed.
+            UserError: an id is duplicated in the file with different vectors, or the file is malformed.
         """
         ids = pa.array(list(inputs), pa.string()).cast(pa.binary())
-        # Each id once, in order of appearance: its place among the vectors that are kept.
+        # Each id once, in order of appearance: its row among the found vectors.
         wanted = ids.dictionary_encode()
-        kept = no_vectors(len(wanted.dictionary), self.dim, MISSING)
-        for found, vectors in self._chunks():
-            self._keep(kept, wanted.dictionary, found, vectors)
+        found = no_vectors(len(wanted.dictionary), self.dim, MISSING)
+        for names, vectors in self._chunks():
+            self._copy(found, wanted.dictionary, names, vectors)
         rows = wanted.indices.to_numpy()
         repeats = len(wanted.dictionary) < len(rows)
-        result = Encoded(embedding=kept.embedding[rows], status=kept.status[rows]) if repeats else kept
+        result = Encoded(embedding=found.embedding[rows], status=found.status[rows]) if repeats else found
         result.errors = {int(row): f"not in {self.path.name}" for row in np.flatnonzero(result.status == MISSING)}
         advance(len(ids), ok=len(ids) - len(result.errors), missing=len(result.errors))
         return result
 
-    def _keep(self, kept: Encoded, wanted: pa.Array, found: pa.Array, vectors: np.ndarray) -> None:
-        """Copy those vectors of a chunk that are wanted to their places."""
-        place = pc.index_in(found, value_set=wanted)
-        there = place.is_valid().to_numpy(zero_copy_only=False)
-        rows = np.flatnonzero(there)
+    def _copy(self, found: Encoded, wanted: pa.Array, names: pa.Array, vectors: np.ndarray) -> None:
+        """Copy the wanted vectors of a chunk to their rows."""
+        place = pc.index_in(names, value_set=wanted)
+        wanted_here = place.is_valid().to_numpy(zero_copy_only=False)
+        rows = np.flatnonzero(wanted_here)
         if not len(rows):
             return
-        places = place.filter(pa.array(there)).to_numpy()
+        places = place.filter(pa.array(wanted_here)).to_numpy()
         first = np.unique(places, return_index=True)[1]
-        fresh = first[kept.status[places[first]] != OK]
-        kept.embedding[places[fresh]] = vectors[rows[fresh]]
-        kept.status[places[fresh]] = OK
+        fresh = first[found.status[places[first]] != OK]
+        found.embedding[places[fresh]] = vectors[rows[fresh]]
+        found.status[places[fresh]] = OK
         for again in np.setdiff1d(np.arange(len(rows)), fresh):
-            if not np.array_equal(kept.embedding[places[again]], vectors[rows[again]], equal_nan=True):
-                name = found[int(rows[again])].as_py().decode(errors="replace")
-                raise UserError(f"{self.path}: id {name!r} stands twice with different vectors; keep one of them")
+            if not np.array_equal(found.embedding[places[again]], vectors[rows[again]], equal_nan=True):
+                name = names[int(rows[again])].as_py().decode(errors="replace")
+                raise UserError(f"{self.path}: id {name!r} is duplicated with different vectors; keep one of them")
 
     def _chunks(self) -> Vectors:
         if self.spec.kind == "parquet":
@@ -187,7 +190,7 @@ def _from_parquet(path: Path, id_column: str, vector_column: str) -> Vectors:
                     f"{path}: has no column {column!r}{nearest(column, names)}; set id_column, vector_column"
                 )
         # A features file of this pipeline holds zeros for items that had no input.
-        state = ["status"] if _has_states(file) else []
+        state = ["status"] if _has_statuses(file) else []
         dim: int | None = None
         for batch in file.iter_batches(_ROWS, columns=[id_column, vector_column, *state]):
             there = batch.column(vector_column).is_valid()
@@ -214,8 +217,8 @@ def _from_parquet(path: Path, id_column: str, vector_column: str) -> Vectors:
                 yield kept.column(id_column).cast(pa.string()).cast(pa.binary()), values.reshape(-1, dim)
 
 
-def _has_states(file: pq.ParquetFile) -> bool:
-    """Return whether a column `status` tells ok, missing and failed, as this pipeline does; others say active or sold."""
+def _has_statuses(file: pq.ParquetFile) -> bool:
+    """Return whether a column `status` holds ok, missing and failed, as in this pipeline, not other words such as sold."""
     field = file.schema_arrow.field("status") if "status" in file.schema_arrow.names else None
     kind = None if field is None else field.type
     kind = kind.value_type if isinstance(kind, pa.DictionaryType) else kind
@@ -229,7 +232,7 @@ def _has_states(file: pq.ParquetFile) -> bool:
 
 
 def _from_npy(path: Path, ids: RowIds | None) -> Vectors:
-    """Read an array row by row; without ids, row i is of the item i + 1, as MicroLens' authors write it."""
+    """Read an array in chunks; without ids, row i belongs to item i + 1, as in MicroLens."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
@@ -250,8 +253,8 @@ def _from_amazon(path: Path, dim: int) -> Vectors:
     size = path.stat().st_size
     if size % record.itemsize:
         raise UserError(
-            f"{path}: {size} bytes are not whole records of {record.itemsize} ({_ID_BYTES} of id, {dim} float32); "
-            "the download is cut short, or dim is wrong"
+            f"{path}: {size} bytes are not a multiple of the record size {record.itemsize} ({_ID_BYTES} of id, {dim} float32); "
+            "the download is incomplete, or dim is wrong"
         )
     with path.open("rb") as file:
         while data := file.read(_ROWS * record.itemsize):

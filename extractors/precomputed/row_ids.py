@@ -1,4 +1,4 @@
-"""Which item each row of an .npy array belongs to: told by a file beside it, never by the order of items."""
+"""Item ids of the rows of an .npy array, read from a separate file; never assumed from the order of the items."""
 
 import csv
 import gzip
@@ -27,14 +27,14 @@ class RowIds:
     """The ids of an array's rows, as UTF-8 bytes.
 
     Attributes:
-        path: the file that they come from.
+        path: the file of ids.
     """
 
     path: Path
     names: Sequence[bytes]
 
     def check(self, vectors: Path, rows: int) -> None:
-        """Raise a UserError unless the array has a row for each id and no other."""
+        """Raise a UserError unless the array has exactly one row for each id."""
         if len(self.names) != rows:
             raise UserError(
                 f"{self.path}: {len(self.names)} ids, but {vectors} has {rows} rows; they must be of the same items"
@@ -74,16 +74,16 @@ def _of_mapping(path: Path, file: BinaryIO) -> list[bytes]:
         if not values:
             continue
         if len(values) != len(header) or not (values[number].isascii() and values[number].isdigit()):
-            raise UserError(f"{path}, line {reader.line_num}: is not an id and its {ROW}, a number from 0")
+            raise UserError(f"{path}, line {reader.line_num}: expected an id and its {ROW}, a number from 0")
         row = int(values[number])
         if row in names:
-            raise UserError(f"{path}, line {reader.line_num}: {ROW} {row} stands there again; every id has its own row")
+            raise UserError(f"{path}, line {reader.line_num}: {ROW} {row} is duplicated; every id has its own row")
         names[row] = values[name].encode()
     if sorted(names) != list(range(len(names))):
         gap = next(row for row in range(len(names)) if row not in names)
         raise UserError(
-            f"{path}: {len(names)} ids, but none has {ROW} {gap}; rows are numbered from 0 without a gap, so it cannot be "
-            "told which item a vector belongs to"
+            f"{path}: {len(names)} ids, but none has {ROW} {gap}; rows are numbered from 0 without a gap, so the "
+            "items of the vectors cannot be determined"
         )
     return [names[row] for row in range(len(names))]
 

@@ -1,1 +1,1 @@
-"""Running an extraction job: shards, cache, prefetch, device."""
+"""Jobs of extractors: shards, cache of outputs, prefetching, batches, precision."""

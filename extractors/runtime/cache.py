@@ -1,43 +1,61 @@
-"""What was encoded before, found by what the model was shown: an input that did not change is never encoded again."""
+"""Content-addressed cache of encoder outputs, keyed by the sha256 of the model input.
+
+Layout: `.cache/{stem of the output file}/{address}/*.parquet` in the folder of the output file. An address identifies
+everything besides the input that determines an output: settings, model identity, versions of backend and stage.
+Nothing is deleted automatically; `cached_outputs` lists what there is.
+"""
 
 import logging
-import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cm3.common.errors import UserError
+from cm3.common.keys import KEY_LENGTH, key_of
 from cm3.common.tables import OK
 
 log = logging.getLogger(__name__)
 
-FOLDER = ".kept"
+FOLDER = ".cache"
+EARLIER_FOLDER = ".kept"
+"""Name of the cache before release 0.2."""
 DIGEST = pa.binary(32)
 """sha256 of an input."""
 
 
-class Kept:
-    """Finished shards of earlier runs, in a hidden folder beside the output.
+def cache_address(identity: dict[str, Any], code: str) -> str:
+    """Return the address of outputs: a hash of an extractor's identity and of the versions of stage and backend."""
+    return key_of([identity, code])
 
-    Snakemake deletes a job's outputs before it runs the job, and knows nothing of this folder. Its name holds the key
-    of all that decides an output beside the input itself: model, settings, code, libraries. Files are added whole and
-    never changed; outputs of items that are gone stay, for they may come back.
+
+def cache_folder(output: Path, address: str) -> Path:
+    """Return the folder of the cached outputs of a features or captions file at an address."""
+    return output.parent / FOLDER / output.stem / address
+
+
+class OutputCache:
+    """Finished shards of earlier jobs of one output file.
+
+    Snakemake deletes a job's outputs before it runs the job, and does not know this folder. Files are added whole and
+    never changed. Outputs of items that were removed stay, because the items may come back.
     """
 
     def __init__(self, output: Path, address: str | None) -> None:
-        """Note which digests are there, 40 bytes each, and where; with no address nothing is found or kept."""
-        self.folder = None if address is None else output.parent / FOLDER / output.stem / address
+        """Read the digests of all cached inputs, 40 bytes each; without an address nothing is looked up or added."""
+        self._output = output
+        self.folder = None if address is None else cache_folder(output, address)
         self._paths: list[Path] = []
         digests, files, rows = [pa.array([], DIGEST)], [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
         for path in sorted(self.folder.glob("*.parquet")) if self.folder else ():
             try:
                 table = pq.read_table(path, columns=["digest", "status"], partitioning=None)
             except (OSError, pa.ArrowException) as error:
-                log.warning("%s cannot be read (%s); what it held is encoded again", path, error)
-                path.unlink(missing_ok=True)
+                log.warning("%s cannot be read (%s); its inputs are encoded again, and it can be deleted", path, error)
                 continue
             ok = np.flatnonzero(np.asarray(table.column("status").to_pylist()) == OK)
             digests.append(table.column("digest").combine_chunks().take(pa.array(ok)))
@@ -47,22 +65,24 @@ class Kept:
         self._digests, self._files, self._rows = pa.concat_arrays(digests), np.concatenate(files), np.concatenate(rows)
 
     def find(self, digests: pa.FixedSizeBinaryArray) -> np.ndarray:
-        """Return (N,) int64, where the output of each of N inputs is kept: for `tables`; -1 for none."""
-        # A second to import, and the configuration is read with this module but without looking anything up.
+        """Return (N,) int64 positions of the outputs of N inputs, for `read`; -1 where an input is not cached."""
+        # Takes a second to import, and the configuration is parsed with this module but without a lookup.
         import pyarrow.compute as pc
 
-        return pc.fill_null(pc.index_in(digests, value_set=self._digests), -1).to_numpy().astype(np.int64)
+        positions: np.ndarray = pc.fill_null(pc.index_in(digests, value_set=self._digests), -1).to_numpy()
+        return positions.astype(np.int64)
 
-    def tables(self, rows: np.ndarray, places: np.ndarray) -> Iterator[tuple[np.ndarray, pa.Table]]:
-        """Yield (rows, table) file by file: the outputs of `rows` (R,), which `find` placed at `places` (R,).
+    def read(self, rows: np.ndarray, positions: np.ndarray) -> Iterator[tuple[np.ndarray, pa.Table]]:
+        """Yield (rows, table) file by file: the outputs of `rows` (R,), which `find` located at `positions` (R,).
 
         Raises:
             UserError: a file is damaged.
         """
-        order = np.argsort(self._files[places], kind="stable")
-        rows, places = rows[order], places[order]
-        files, starts = np.unique(self._files[places], return_index=True)
-        for file, some, at in zip(files, np.split(rows, starts[1:]), np.split(places, starts[1:]), strict=False):
+        order = np.argsort(self._files[positions], kind="stable")
+        rows, positions = rows[order], positions[order]
+        files, starts = np.unique(self._files[positions], return_index=True)
+        parts = zip(files, np.split(rows, starts[1:]), np.split(positions, starts[1:]), strict=False)
+        for file, some, at in parts:
             path = self._paths[file]
             try:
                 table = pq.read_table(path, partitioning=None, page_checksum_verification=True)
@@ -70,39 +90,59 @@ class Kept:
                 raise UserError(f"{path}: cannot be read ({error}); delete it and run again") from error
             yield some, table.take(pa.array(self._rows[at]))
 
-    def adopt(self, shards: Path) -> None:
-        """Take over the finished shards of a job, for those who look after this; without an address, remove them."""
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for path in sorted(shards.glob("[0-9]*.parquet")):
-                path.replace(self.folder / f"{shards.name.rpartition('-')[2]}-{path.name}")
-        shutil.rmtree(shards, ignore_errors=True)
+    def add(self, shards: Path, address: str, work: str) -> None:
+        """Move the finished shards of a job into the cache.
 
-    def drop_others(self) -> None:
-        """Remove what the same output's earlier code or libraries made: call it when the output is written anew."""
-        for other in self.folder.parent.iterdir() if self.folder and self.folder.exists() else ():
-            if other != self.folder:
-                shutil.rmtree(other, ignore_errors=True)
+        Args:
+            shards: the job's folder of shards; it is removed.
+            address: address of their outputs, this cache's or another one's.
+            work: key of the job's inputs, which makes the file names unique.
+        """
+        folder = cache_folder(self._output, address)
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in sorted(shards.glob("[0-9]*.parquet")):
+            path.replace(folder / f"{work}-{path.name}")
 
 
-class Distinct:
-    """Rows grouped by equal inputs, of which one is encoded for all.
+@dataclass(frozen=True)
+class CachedOutputs:
+    """One folder of cached outputs.
 
     Attributes:
-        rows: (D,) the first row of each group, in the order given.
-        digests: (D,) their inputs' digests.
+        folder: the folder.
+        extractor: name of the extractor in the config.
+        key: key in the name of the output file.
+        address: `cache_address` of the outputs.
+        bytes: size of the files.
+        rows: number of outputs.
     """
 
-    def __init__(self, rows: np.ndarray, digests: pa.FixedSizeBinaryArray) -> None:
-        """Group `rows` (R,) by the `digests` (N,) of all rows."""
-        encoded = digests.take(pa.array(rows)).dictionary_encode()
-        # Numbered by first appearance.
-        group = encoded.indices.to_numpy()
-        self.rows, self.digests = rows[np.unique(group, return_index=True)[1]], encoded.dictionary
-        order = np.argsort(group, kind="stable")
-        self._rows, self._group = rows[order], group[order]
+    folder: Path
+    extractor: str
+    key: str
+    address: str
+    bytes: int
+    rows: int
 
-    def members(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the rows (R,) of the groups start to stop, and each one's group (R,) counted from start."""
-        first, last = np.searchsorted(self._group, [start, stop])
-        return self._rows[first:last], self._group[first:last] - start
+
+def cached_outputs(processed: Path) -> list[CachedOutputs]:
+    """Return all folders of cached encoder outputs below `processed`, those of releases before 0.2 included."""
+    found = []
+    for kind in ("captions", "features/*"):
+        for name in (FOLDER, EARLIER_FOLDER):
+            for folder in sorted(processed.glob(f"*/{kind}/{name}/*/*/")):
+                files = list(folder.glob("*.parquet"))
+                extractor, _, key = folder.parent.name.rpartition("-")
+                if len(key) != KEY_LENGTH:
+                    continue
+                size = sum(path.stat().st_size for path in files)
+                rows = sum(_rows(path) for path in files)
+                found.append(CachedOutputs(folder, extractor, key, folder.name, size, rows))
+    return found
+
+
+def _rows(path: Path) -> int:
+    try:
+        return int(pq.read_metadata(path).num_rows)
+    except (OSError, pa.ArrowException):
+        return 0  # a damaged file: its size counts, its rows do not

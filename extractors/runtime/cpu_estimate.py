@@ -1,4 +1,4 @@
-"""How long a large vision-language model would take on a processor, told before it starts."""
+"""Estimated time of a large vision-language model on a CPU, reported before the model is loaded."""
 
 import json
 import logging
@@ -12,14 +12,14 @@ from cm3.common.errors import UserError
 log = logging.getLogger(__name__)
 
 LARGE = 1_000_000_000
-"""Parameters from which a model is slow enough on a processor for an estimate."""
+"""Number of parameters from which a model is slow enough on a CPU for an estimate."""
 
-BEARABLE_HOURS = 1.0
-_PIXELS_PER_TOKEN = 784  # Qwen2.5-VL: a token stands for 28 x 28 pixels
+MAX_HOURS = 1.0
+_PIXELS_PER_TOKEN = 784  # Qwen2.5-VL: one token per 28 x 28 pixels
 
 
 def parameters_of(folder: Path) -> int:
-    """Return the number of parameters in a folder's safetensors files, read from their headers alone."""
+    """Return the number of parameters in a folder's safetensors files, from their headers."""
     total = 0
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as file:
@@ -29,12 +29,12 @@ def parameters_of(folder: Path) -> int:
 
 
 def tokens_of(pixels: int, prompt: str) -> int:
-    """Return about how many tokens an image and a prompt make."""
+    """Return the approximate number of tokens of an image and a prompt."""
     return pixels // _PIXELS_PER_TOKEN + len(prompt) // 4
 
 
 def seconds_per_parameter(precision: str) -> tuple[float, float]:
-    """Return this processor's seconds per parameter and token: for a prompt read at once, and for a token written."""
+    """Return this CPU's seconds per parameter and token, for prompt tokens and for generated tokens."""
     import torch
 
     dtype = getattr(torch, precision)
@@ -54,27 +54,27 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def hours(parameters: int, items: int, prompt_tokens: int, new_tokens: int, speed: tuple[float, float]) -> float:
-    """Return the hours for captioning `items` images one by one at `seconds_per_parameter` (two values)."""
-    reading, writing = speed
-    return items * parameters * (prompt_tokens * reading + new_tokens * writing) / 3600
+    """Return the hours for `items` images one by one, at the two speeds that `seconds_per_parameter` returns."""
+    prompt_speed, generation_speed = speed
+    return items * parameters * (prompt_tokens * prompt_speed + new_tokens * generation_speed) / 3600
 
 
-def check_effort(parameters: int, items: int, estimate: float, allow_slow: bool, instead: str = "") -> None:
-    """Warn of the estimated hours; refuse where they are many and not allowed.
+def check_cpu_hours(parameters: int, items: int, estimate: float, allow_slow: bool, instead: str = "") -> None:
+    """Log a warning with the estimated hours; raise if they are too many and not allowed.
 
     Args:
-        instead: one more way out, for the message, with a comma and a space behind it.
+        instead: another option for the error message, ending in a comma and a space.
 
     Raises:
-        UserError: more than an hour, and the spec doesn't say allow_slow.
+        UserError: more than MAX_HOURS without allow_slow.
     """
-    told = (
-        f"a model of {parameters / 1e9:.1f} billion parameters on this processor needs about {estimate:.1f} "
+    estimated = (
+        f"a model of {parameters / 1e9:.1f} billion parameters on this CPU needs about {estimate:.1f} "
         f"hours for {items} items"
     )
-    if estimate > BEARABLE_HOURS and not allow_slow:
+    if estimate > MAX_HOURS and not allow_slow:
         raise UserError(
-            f"{told}. Run it on a machine with a GPU, {instead}take a smaller model, leave this modality out of the "
-            "experiment, or set allow_slow: true to wait for it"
+            f"{estimated}. Run it on a machine with a GPU, {instead}take a smaller model, leave this modality out of the "
+            "experiment, or set allow_slow: true"
         )
-    log.warning(told)
+    log.warning(estimated)

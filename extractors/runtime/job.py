@@ -1,4 +1,4 @@
-"""What the extract and caption stages share: from a stage's call to finished shards, provenance and the record."""
+"""Runs one extractor over a dataset: cache lookup, shards, provenance and record, for the extract and caption stages."""
 
 import hashlib
 import logging
@@ -15,27 +15,28 @@ import pyarrow as pa
 
 from cm3.common.cli import Call, versions
 from cm3.common.errors import UserError
-from cm3.common.keys import key_of
 from cm3.common.progress import Progress
 from cm3.common.tables import FAILED, MISSING, OK
 from extractors.extractor import Model
-from extractors.runtime.cache import Distinct, Kept
+from extractors.registry import parse_extractor
+from extractors.runtime.cache import OutputCache, cache_address, cache_folder
+from extractors.runtime.earlier_cache import adopt_earlier, earlier_addresses
+from extractors.runtime.library_versions import VersionCounts, installed_versions
 from extractors.runtime.shards import Shards, notes_of, with_notes
 from extractors.runtime.source import Source, require_some
-from extractors.spec import ExtractorSpec, parse_extractor
+from extractors.runtime.unique_inputs import UniqueInputs
+from extractors.spec import BackendSpec
 
 log = logging.getLogger(__name__)
 
-FAILURES_TOLD = 20
-# They write files or run jobs, and have no part in what a model answers.
-_NOT_OF_MODELS = {"pyarrow", "snakemake"}
+FAILURES_RECORDED = 20
 
 
-def spec_of(call: Call) -> tuple[str, ExtractorSpec]:
+def spec_of(call: Call) -> tuple[str, BackendSpec]:
     """Return the extractor's name and spec from a stage's --spec and --runtime.
 
     Raises:
-        UserError: what the plan says that the model is (`identity`) is not what is on this machine.
+        UserError: the model on this machine is not the one that the job was planned with (`identity`).
     """
     name = call.spec.get("name", "extractor")
     runtime = {key: value for key, value in call.runtime.items() if key != "threads"}
@@ -51,58 +52,67 @@ def spec_of(call: Call) -> tuple[str, ExtractorSpec]:
         if key in found and found[key] != planned:
             raise UserError(
                 f"extractors.{name}: {key} is {found[key]!r} here, but the job was planned with {planned!r}; "
-                "the model changed in between, run the same command again"
+                "the model has changed since; run the same command again"
             )
     return name, spec
 
 
 class Job:
-    """One extractor over all items of a data set, in shards, its model loaded once and only if there is work.
+    """One extractor over all items of a dataset, in shards; its model is loaded once, and only if there is work.
 
-    What an earlier job of the same model, settings, code and libraries made of an input is taken from `Kept`, and of
-    several equal inputs one is encoded for all. Without a digest of the code nothing is kept.
+    Outputs of inputs that an earlier job with the same model, settings and versions encoded come from the cache. Of
+    several equal inputs one is encoded for all. Without versions of the code (`code`) nothing is cached.
 
     Attributes:
-        source: the items' inputs.
-        status, errors: by row, filled in while `tables` runs.
+        source: inputs of the items.
+        status, errors: by row, filled in by `tables`.
     """
 
     def __init__(
-        self, spec: ExtractorSpec, inputs: Mapping[str, Path], output: Path, name: str, code: str, threads: int | None
+        self, spec: BackendSpec, inputs: Mapping[str, Path], output: Path, name: str, code: str, threads: int | None
     ) -> None:
         self.spec, self.name, self.code, self.threads = spec, name, code, threads
         self.source: Source[Any] = spec.read(inputs)
         require_some(self.source, name, spec.modality)
         self.identity = spec.identity()
-        libraries = {library: version for library, version in versions().items() if library not in _NOT_OF_MODELS}
-        address = key_of([self.identity, code, libraries])
-        self._find_work(output, address)
+        self.address = cache_address(self.identity, code)
+        self.caches = bool(code) and spec.cached
+        earlier = earlier_addresses(spec.backend, self.identity, code) if self.caches else []
+        adopt_earlier(output, earlier, cache_folder(output, self.address))
+        self._find_work(output)
         leftovers = list(self.shards.leftovers())
-        for folder, same in leftovers:
-            # Of a job that was killed before its inputs changed: what it has finished still holds for those that didn't.
-            self.kept.adopt(folder) if same else shutil.rmtree(folder)
+        for folder, address, work in leftovers:
+            # A job was interrupted before its inputs changed, or ran at another version.
+            self._store(folder, self.address if address in earlier else address, work)
         if leftovers:
-            self._find_work(output, address)
+            self._find_work(output)
         self.status, self.errors = self.source.status.copy(), dict(self.source.errors)
         self._model: Model[Any] | None = None
         self._facts: dict[str, Any] = {}
         self._record: dict[str, Any] = {}
+        self._versions = VersionCounts()
 
-    def _find_work(self, output: Path, address: str) -> None:
-        """Settle which rows' outputs are kept, and which inputs are to be encoded in which shards."""
-        self.kept = Kept(output, address if self.code and self.spec.keeps else None)
+    def _find_work(self, output: Path) -> None:
+        """Determine which rows are cached, and divide the other inputs into shards."""
+        self.cache = OutputCache(output, self.address if self.caches else None)
         rows = self.source.rows
-        places = self.kept.find(self.source.digests)[rows]
-        self._there, self._places = rows[places >= 0], places[places >= 0]
-        self.work = Distinct(rows[places < 0], self.source.digests)
+        positions = self.cache.find(self.source.digests)[rows]
+        self._cached, self._positions = rows[positions >= 0], positions[positions >= 0]
+        self.work = UniqueInputs(rows[positions < 0], self.source.digests)
         inputs = hashlib.sha256(b"".join(self.work.digests.to_pylist())).hexdigest()
-        self.shards = Shards(output, address, [inputs, self.spec.items_per_shard()])
+        self.shards = Shards(output, self.address, [inputs, self.spec.items_per_shard()])
+
+    def _store(self, folder: Path, address: str, work: str) -> None:
+        """Move a folder of shards into the cache; remove it where nothing is cached."""
+        if self.caches:
+            self.cache.add(folder, address, work)
+        shutil.rmtree(folder, ignore_errors=True)
 
     def tables(self) -> Iterator[tuple[np.ndarray, pa.Table]]:
-        """Yield (rows, table) per file of kept outputs, then per shard; the table has output, status and error.
+        """Yield (rows, table) per cache file, then per shard; the table has output, status and error.
 
         Raises:
-            UserError: the model is not to be had, its output is not to be kept, or not one input came through.
+            UserError: the model cannot be loaded, its output is invalid, or every input failed.
         """
         rows = self.work.rows
         counts: dict[str, int] = {}
@@ -124,13 +134,19 @@ class Job:
                     "status": pa.array(result.status.tolist(), pa.string()),
                     "error": pa.array([result.errors.get(row) for row in range(len(part))], pa.string()),
                 }
-                notes = {"facts": self._model.facts(), "device": self._model.device, "counts": result.counts}
+                notes = {
+                    "facts": self._model.facts(),
+                    "device": self._model.device,
+                    "counts": result.counts,
+                    "library_versions": installed_versions(self.spec.libraries),
+                }
                 return with_notes(pa.table(columns), notes)
 
             without_input = self.status != OK
             progress.advance(int(without_input.sum()), **_counts(self.status[without_input]))
-            for some, table in self.kept.tables(self._there, self._places):
+            for some, table in self.cache.read(self._cached, self._positions):
                 notes = notes_of(table)
+                self._versions.add(notes.get("library_versions"), len(some))
                 progress.advance(len(some), ok=len(some))
                 yield some, table
             for part, table, before in self.shards.run(rows, self.spec.items_per_shard(), work):
@@ -140,19 +156,19 @@ class Job:
                 done += len(part)
                 table = table.take(pa.array(groups))
                 self.status[same] = table.column("status").to_pylist()
-                told = zip(same.tolist(), table.column("error").to_pylist(), strict=True)
-                self.errors |= {row: error for row, error in told if error}
-                # The model has told of those that it has worked on.
+                self._versions.add(notes.get("library_versions"), int((self.status[same] == OK).sum()))
+                failed = zip(same.tolist(), table.column("error").to_pylist(), strict=True)
+                self.errors |= {row: error for row, error in failed if error}
+                # The model itself reports progress on the rows that it encodes.
                 silent = same if before else np.setdiff1d(same, part)
                 progress.advance(len(silent), **_counts(self.status[silent]))
                 repeated += 0 if before else len(silent)
                 yield same, table
         if not (self.status == OK).any():
-            # Nothing in them is worth keeping, and with them the same command would end here without another try.
+            # With these shards, which hold failures only, the same command would end here without another attempt.
             self.shards.discard()
             reason = next(iter(self.errors.values()), "unknown")
-            total = len(self.source.rows)
-            raise UserError(f"{self.name}: not one of {total} inputs came through, first reason: {reason}")
+            raise UserError(f"{self.name}: all {len(self.source.rows)} inputs failed, first reason: {reason}")
         seconds = max(time.perf_counter() - start - loading, 1e-9)
         self._facts = notes["facts"]
         self._record = {
@@ -166,13 +182,13 @@ class Job:
         }
 
     def _load(self, items: int) -> Model[Any]:
-        # Threads that spin while they wait take the processors from other jobs: on shared cores this costs a factor
-        # of 2 to 4. It works only before torch is imported.
+        # Threads that spin while they wait take the CPUs from other jobs: on shared cores this costs a factor of 2 to 4.
+        # Must be set before torch is imported.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        # Libraries log each file that they open; a user wants the lines of this project.
+        # Libraries log each file that they open.
         logging.disable(logging.INFO)
         try:
-            self.spec.warn_of_effort(items)
+            self.spec.check_cpu_time(items)
             model = self.spec.load()
         finally:
             logging.disable(logging.NOTSET)
@@ -182,28 +198,30 @@ class Job:
         return model
 
     def provenance(self) -> dict[str, Any]:
-        """Return where the output comes from; nothing in it depends on when or how fast it was made."""
+        """Return the metadata of the output file; nothing in it depends on when or how fast it was made."""
         return {
             "extractor": self.name,
             "spec": self.spec.settings(),
             "identity": self.identity,
             "dtype": self.spec.dtype,
             **self._facts,
-            "versions": versions(),
+            "library_versions": self._versions.rows(),
+            "versions": versions(self.spec.libraries),
             "code": self.code,
         }
 
     def finish(self) -> dict[str, Any]:
-        """Keep what the shards hold, for the output is written, and return the record: counts, first failures, speed.
+        """Move the shards into the cache, once the output is written; return the record: counts, first failures, speed.
 
-        Of the record, kept + encoded + repeated are the items with an input: made before, shown to the model, and equal
-        to one that was. What else the model counts, such as truncated texts, is of the encoded ones.
+        kept + encoded + repeated are the items with an input: found in the cache, encoded, and equal to an encoded one.
+        Other counts, such as truncated_texts, are of the encoded ones. library_versions has the rows made with each
+        version of the backend's libraries.
         """
-        self.kept.adopt(self.shards.folder)
-        self.kept.drop_others()
+        if self.shards.folder.exists():
+            self._store(self.shards.folder, self.address, self.shards.work)
         without = len(self.status) - len(self.source.rows)
         log.info(
-            "%s: %s items: %s kept, %s encoded%s%s",
+            "%s: %s items: %s cached, %s encoded%s%s",
             self.name,
             *(f"{count:,}" for count in (len(self.status), self._record["kept"], self._record["encoded"])),
             f", {self._record['repeated']:,} equal to one of these" if self._record["repeated"] else "",
@@ -213,14 +231,19 @@ class Job:
         for row in failed[:3]:
             log.warning("%s: item %s failed: %s", self.name, self.source.item_ids[row], self.errors.get(row))
         if self._record.get("truncated_texts"):
-            log.warning("%s: %d texts were longer than the model reads", self.name, self._record["truncated_texts"])
+            log.warning("%s: %d texts were truncated to max_length", self.name, self._record["truncated_texts"])
+        versions_of_rows = self._versions.rows()
+        if mixed := self._versions.several():
+            rows = ", ".join(f"{name} ({versions_of_rows[name]:,} items)" for name in mixed)
+            log.warning("%s: the outputs come from different library versions: %s", self.name, rows)
         return {
             "items": len(self.status),
             "counts": {state: int((self.status == state).sum()) for state in (OK, MISSING, FAILED)},
             "failures": [
                 {"item_id": self.source.item_ids[row], "reason": self.errors.get(row, "")}
-                for row in failed[:FAILURES_TOLD]
+                for row in failed[:FAILURES_RECORDED]
             ],
+            "library_versions": versions_of_rows,
             **self._record,
         }
 

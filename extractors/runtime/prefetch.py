@@ -1,4 +1,4 @@
-"""Work on inputs in chunks by a pool of threads or processes, in order, a bounded number of chunks ahead."""
+"""Bounded prefetching: apply a function to chunks of inputs in a pool of threads or processes, in order."""
 
 import itertools
 import multiprocessing
@@ -16,7 +16,7 @@ R = TypeVar("R")
 
 
 def chunks(inputs: Iterable[T], size: Callable[[], int]) -> Iterator[list[T]]:
-    """Yield lists of at most size() consecutive inputs; the size may change on the way."""
+    """Yield lists of at most size() consecutive inputs; size() is called for every list."""
     iterator = iter(inputs)
     while chunk := list(itertools.islice(iterator, size())):
         yield chunk
@@ -25,7 +25,7 @@ def chunks(inputs: Iterable[T], size: Callable[[], int]) -> Iterator[list[T]]:
 def map_ahead(
     pool: Executor, function: Callable[[T], R], groups: Iterable[list[T]], lookahead: int
 ) -> Iterator[list[R]]:
-    """Yield the results of each group in order, while up to `lookahead` later groups are under way."""
+    """Yield the results of each group in order, while up to `lookahead` later groups are processed."""
     waiting: deque[list[Future[R]]] = deque()
     for group in groups:
         waiting.append([pool.submit(function, value) for value in group])
@@ -36,13 +36,13 @@ def map_ahead(
 
 
 def process_pool(workers: int) -> ProcessPoolExecutor:
-    """Return a pool of fresh processes that end when their parent is gone, even when it was killed."""
+    """Return a pool of new processes that end with their parent, even if it is killed."""
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent)
 
 
 def _follow_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -54,7 +54,7 @@ def _end_with_parent() -> None:
 
 
 def default_workers(workers: int | None) -> int:
-    """Return the number of workers: as configured, else one per processor that this process may use."""
+    """Return the number of workers: as configured, else one per CPU that this process may use."""
     if workers is not None:
         return workers
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

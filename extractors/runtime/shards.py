@@ -1,4 +1,4 @@
-"""Finished parts of a stage's output, kept until the whole is written: a killed job redoes only what is unfinished."""
+"""Shards: finished parts of an output file, stored until the whole file is written, so that a killed job resumes."""
 
 import json
 import logging
@@ -18,34 +18,40 @@ log = logging.getLogger(__name__)
 
 
 class Shards:
-    """A hidden folder beside an output file, tied to all that its content depends on."""
+    """A hidden folder next to an output file, tied by its name to everything that its content depends on.
+
+    Attributes:
+        folder: the folder.
+        work: key of the inputs and of how they are divided into shards.
+    """
 
     def __init__(self, output: Path, address: str, work: Any) -> None:
         """Name the folder.
 
         Args:
             output: the file that the shards become.
-            address: key of what decides an output beside its input.
-            work: which inputs go into which shard.
+            address: address of the outputs in the cache.
+            work: the inputs of each shard, as JSON values.
         """
-        self._output = output
-        self._prefix = f".{output.name}.shards-{address}-"
-        self.folder = output.parent / f"{self._prefix}{key_of(work)}"
+        self._parent, self._prefix = output.parent, f".{output.name}.shards-"
+        self.work = key_of(work)
+        self.folder = self._parent / f"{self._prefix}{address}-{self.work}"
 
-    def leftovers(self) -> Iterator[tuple[Path, bool]]:
-        """Yield the folders that other jobs for this output left, and whether their shards are of the same address."""
-        for other in sorted(self._output.parent.glob(f".{self._output.name}.shards-*")):
+    def leftovers(self) -> Iterator[tuple[Path, str, str]]:
+        """Yield the folders that other jobs for this output file left, each with its address and work."""
+        for other in sorted(self._parent.glob(f"{self._prefix}*-*")):
             if other != self.folder:
-                yield other, other.name.startswith(self._prefix)
+                address, _, work = other.name.removeprefix(self._prefix).partition("-")
+                yield other, address, work
 
     def discard(self) -> None:
-        """Remove what is finished, so that the next job starts anew."""
+        """Remove the finished shards, so that the next job starts from the beginning."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def run(
         self, rows: np.ndarray, size: int | None, work: Callable[[np.ndarray], pa.Table]
     ) -> Iterator[tuple[np.ndarray, pa.Table, bool]]:
-        """Yield (rows of a shard, its table, whether it was finished before), shard by shard.
+        """Yield (rows of a shard, its table, whether an earlier job finished it), shard by shard.
 
         Args:
             rows: all rows to work on, in order.
@@ -57,7 +63,7 @@ class Shards:
         paths = [self.folder / f"{number:06d}.parquet" for number in range(len(parts))]
         finished = [path.exists() for path in paths]
         if any(finished):
-            log.info("%d of %d shards are finished from before", sum(finished), len(parts))
+            log.info("resuming: %d of %d shards are finished", sum(finished), len(parts))
         for part, path, before in zip(parts, paths, finished, strict=True):
             if not before:
                 with atomic(path) as temporary:
@@ -68,10 +74,11 @@ class Shards:
 
 
 def with_notes(table: pa.Table, notes: dict[str, Any]) -> pa.Table:
-    """Return a shard's table with facts about how it came to be."""
+    """Return a shard's table with notes on how it was made, as schema metadata."""
     return table.replace_schema_metadata({b"notes": json.dumps(notes, sort_keys=True).encode()})
 
 
 def notes_of(table: pa.Table) -> dict[str, Any]:
-    """Return what `with_notes` stored."""
-    return json.loads((table.schema.metadata or {})[b"notes"])
+    """Return the notes that `with_notes` stored."""
+    notes: dict[str, Any] = json.loads((table.schema.metadata or {})[b"notes"])
+    return notes

@@ -1,4 +1,4 @@
-"""What a stage's input tables hold for an extractor: one input per item, or the reason why there is none."""
+"""Inputs of a model, read from a job's tables: one input per item, or the reason for its absence."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
@@ -18,16 +18,16 @@ T = TypeVar("T")
 
 @dataclass
 class Source(Generic[T]):
-    """The inputs of N items, streamed in an order that is cheap to read.
+    """The inputs of N items, streamed in an order that is fast to read.
 
     Attributes:
         item_ids: N ids, in the order of items.parquet.
-        status: (N,) str: ok where there is an input; else missing or failed.
+        status: (N,) str: ok if there is an input; else missing or failed.
         errors: reasons by row, for rows that are not ok.
-        rows: the ok rows in the order in which they stream.
-        stream: yields the inputs of the rows asked for, a part of `rows` in its order.
-        digests: (N,) sha256 of what the model is shown of each item, 32 bytes; null where there is nothing. Neither the
-            item's id nor its row is in it: equal inputs, equal digests.
+        rows: the ok rows, in the order of reading.
+        stream: function of a part of `rows`, in that order, that yields their inputs.
+        digests: (N,) sha256 of each input, 32 bytes; null without an input. Equal inputs have equal digests, whatever the
+            item's id and row.
     """
 
     item_ids: list[str]
@@ -46,19 +46,19 @@ def digests_of(texts: Iterable[str | None]) -> pa.FixedSizeBinaryArray:
 
 
 def read_ids(items: Path) -> Source[str]:
-    """Return the item ids themselves as inputs: what precomputed vectors are looked up by."""
+    """Return the item ids themselves as inputs: keys of precomputed vectors."""
     ids: list[str] = read_table(items, ITEMS, ["item_id"]).column("item_id").to_pylist()
     status = np.full(len(ids), OK, dtype=object)
     return Source(ids, status, np.arange(len(ids)), lambda rows: (ids[row] for row in rows), digests_of(ids))
 
 
 def statuses(present: Iterable[bool]) -> np.ndarray:
-    """Return (N,) ok where something is present, else missing."""
-    return np.array([OK if there else MISSING for there in present], dtype=object)
+    """Return (N,) statuses: ok where an input is present, else missing."""
+    return np.array([OK if one else MISSING for one in present], dtype=object)
 
 
 def require_some(source: Source[T], name: str, modality: str) -> None:
-    """Raise if not one item has an input.
+    """Raise if no item has an input.
 
     Raises:
         UserError: with the counts and the first reasons.
@@ -66,7 +66,7 @@ def require_some(source: Source[T], name: str, modality: str) -> None:
     if len(source.rows) == 0:
         reasons = "; ".join(f"{source.item_ids[row]}: {error}" for row, error in list(source.errors.items())[:3])
         raise UserError(
-            f"{name}: not one of {len(source.item_ids)} items has an input for {modality} vectors "
+            f"{name}: none of {len(source.item_ids)} items has an input for {modality} vectors "
             f"({int((source.status == MISSING).sum())} missing, {len(source.errors)} failed{': ' * bool(reasons)}{reasons}). "
-            "Mend the data, or leave this modality out of the experiment"
+            "Fix the data, or leave this modality out of the experiment"
         )

@@ -1,4 +1,4 @@
-"""What text encoders share: the text of an item, and batches of about equal numbers of tokens."""
+"""Base of text encoders: texts of items, and batches with about equal numbers of tokens."""
 
 import sys
 from abc import abstractmethod
@@ -9,18 +9,19 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
+from cm3.common.device import select_device
 from cm3.common.errors import UserError
 from extractors.extractor import Advance, Encoded, Extractor, collect, silent
-from extractors.runtime.device import Batch, resolve_device
+from extractors.runtime.batch import Batch
 from extractors.runtime.source import Source
 from extractors.text import item_text
 from extractors.weights.hub import quiet
 from extractors.weights.spec import CodeSpec
 
 USUAL_LIMIT = 512
-"""Longest text in tokens of a model that names no limit."""
+"""Token limit of models that do not define one."""
 NO_LIMIT = sys.maxsize
-"""Longest text in tokens of a model that has no positions, and cuts nothing."""
+"""Token limit of models without positions, which truncate nothing."""
 
 _TOKENS_PER_BATCH = {"cpu": 2048, "mps": 16_384, "cuda": 65_536}
 _TEXTS_AT_ONCE = 256
@@ -33,33 +34,37 @@ class TextModelSpec(CodeSpec):
 
     modality: Literal["text"] = Field(description="Always text.")
     fields: list[item_text.Field] = Field(
-        list(item_text.FIELDS), min_length=1, description="Item fields that make the text, in this order."
+        list(item_text.FIELDS), min_length=1, description="Item fields that the text is made of, in this order."
     )
-    prompt: str | None = Field(None, description="Put before each text; by default the model's own default prompt.")
-    max_length: int | None = Field(None, gt=0, description="Longest text in tokens; by default the model's own limit.")
+    prompt: str | None = Field(None, description="Text before each item text; default: the model's own default prompt.")
+    max_length: int | None = Field(
+        None, gt=0, description="Longer texts are truncated to so many tokens; default: the model's limit."
+    )
     normalise: bool = Field(True, description="Scale vectors to unit length.")
-    truncate_dim: int | None = Field(None, gt=0, description="Keep the first so many dimensions (Matryoshka models).")
+    truncate_dim: int | None = Field(
+        None, gt=0, description="Truncate vectors to the first dimensions (Matryoshka models)."
+    )
 
     @model_validator(mode="after")
     def _fields_once(self) -> "TextModelSpec":
         if len(set(self.fields)) < len(self.fields):
-            raise ValueError(f"fields names a field twice: {self.fields}")
+            raise ValueError(f"duplicate field in fields: {self.fields}")
         return self
 
     def read(self, inputs: Mapping[str, Path]) -> Source[str]:
-        """Return the captions where the stage is given captions, else the texts of the items."""
+        """Return the captions if the job has captions as input, else the texts of the items."""
         if "captions" in inputs:
             return item_text.read_captions(inputs["items"], inputs["captions"])
         return item_text.read_texts(inputs["items"], self.fields)
 
 
 class TextModel(Extractor[str]):
-    """A loaded text encoder. Subclasses set `tokenizer`, `prompt` and `limit`, then call `ready`, and say `forward`.
+    """A loaded text encoder. Subclasses set `tokenizer`, `prompt` and `limit`, call `ready`, and implement `forward`.
 
     Attributes:
-        tokenizer: of transformers, unless a subclass counts tokens itself.
-        prompt: what stands before each text.
-        limit: longest text in tokens, special tokens included; the rest is cut.
+        tokenizer: a tokenizer of transformers, unless a subclass overrides `counted`.
+        prompt: text before each item text.
+        limit: maximum number of tokens, special tokens included; longer texts are truncated.
         tokens: batch size in tokens, padding included.
     """
 
@@ -69,16 +74,16 @@ class TextModel(Extractor[str]):
 
     def __init__(self, spec: TextModelSpec) -> None:
         self.spec = spec
-        self.device = resolve_device(spec.device)
+        self.device = select_device(spec.device, "device").type
 
     def ready(self, full: int | None) -> None:
-        """Settle batches and the dimension.
+        """Set the batch size and the dimension.
 
         Args:
-            full: dimensions of the model's vectors before truncation; None: found by encoding a word.
+            full: dimension of the vectors before truncation; None: measured by encoding a word.
 
         Raises:
-            UserError: the vectors are to be cut to more dimensions than they have.
+            UserError: truncate_dim exceeds the dimension.
         """
         size, cut = self.spec.batch_size, self.spec.truncate_dim
         self.tokens = Batch(_TOKENS_PER_BATCH[self.device] if size is None else size * min(self.limit, USUAL_LIMIT))
@@ -88,23 +93,22 @@ class TextModel(Extractor[str]):
 
     @abstractmethod
     def forward(self, texts: Sequence[str]) -> np.ndarray:
-        """Return (n, dim) float32 vectors of n texts, the prompt not yet before them, in one forward pass."""
+        """Return (n, dim) float32 vectors of n texts, given without the prompt, in one forward pass."""
 
     def input_of(self, item: Mapping[str, Any]) -> str | None:
         """Return the item's text, made of the spec's fields."""
-        return item_text.text_of(item, self.spec.fields)
+        return item_text.item_text(item, self.spec.fields)
 
     def run(self, inputs: Iterable[str], advance: Advance = silent) -> Encoded:
-        """Encode texts, longest first, in batches of about equal numbers of tokens; the order is restored.
+        """Encode texts, longest first, in batches with about equal numbers of tokens; return them in input order.
 
-        Texts without a single token that the model knows are failed. Counts `truncated_texts`: those longer than the
-        limit, whose end the model does not see.
+        Texts without any known token are failed. Counts `truncated_texts`, texts longer than the limit.
         """
         texts = list(inputs)
         lengths = self._lengths(texts)
         errors = {int(row): "the text has no token that the model knows" for row in np.flatnonzero(lengths == 0)}
         vectors: dict[int, np.ndarray] = {}
-        # The longest first: what doesn't fit into memory shows at once, and padding stays small.
+        # Longest first: running out of memory shows at the start, and there is little padding.
         order = np.argsort(-np.minimum(lengths, self.limit), kind="stable")[: len(texts) - len(errors)]
         start = 0
         while start < len(order):
@@ -127,7 +131,7 @@ class TextModel(Extractor[str]):
     def _lengths(self, texts: Sequence[str]) -> np.ndarray:
         """Return (n,) token counts before truncation, special tokens included."""
         lengths: list[int] = []
-        # Texts that are too long are counted and reported instead.
+        # Texts that are too long are counted and reported by this pipeline.
         with quiet("transformers.tokenization_utils_base"):
             for start in range(0, len(texts), _TEXTS_AT_ONCE):
                 prompted = [self.prompt + text for text in texts[start : start + _TEXTS_AT_ONCE]]
@@ -135,20 +139,20 @@ class TextModel(Extractor[str]):
         return np.array(lengths, dtype=np.int64)
 
     def counted(self, texts: Sequence[str]) -> list[int]:
-        """Return the tokens of n texts, none cut."""
+        """Return the numbers of tokens of n texts without truncation."""
         return [len(ids) for ids in self.tokenizer(texts, truncation=False, padding=False)["input_ids"]]
 
 
 def positions_of(model: Any, max_length: int | None) -> int | None:
-    """Return how many tokens a model of transformers has positions for, None where they don't end.
+    """Return the number of positions of a transformers model, None if unlimited.
 
     Raises:
-        UserError: max_length is more.
+        UserError: max_length exceeds it.
     """
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions: int | None = getattr(model.config, "max_position_embeddings", None)
     if positions is None or positions < 0:
         return None
-    # RoBERTa's kin number positions from behind the padding's id.
+    # RoBERTa and similar models number positions after the padding id.
     first = getattr(getattr(model, "embeddings", None), "padding_idx", None)
     positions -= 0 if first is None else first + 1
     if max_length is not None and max_length > positions:

@@ -1,4 +1,4 @@
-"""The text of an item, made of its fields; items without any text are missing."""
+"""Texts of items, assembled from their fields; items without any text are missing."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -13,40 +13,40 @@ from extractors.runtime.source import Source, digests_of, statuses
 
 Field = Literal["title", "brand", "categories", "description", "features", "details"]
 FIELDS: tuple[Field, ...] = ("title", "brand", "categories", "description", "features")
-"""The template: these fields in this order, a line each, lists joined by commas, empty ones left out."""
+"""Default fields of the text: one line per field in this order, lists joined by commas, empty fields omitted."""
 
-# Spaces of every kind, and the control characters that no tokenizer has a use for.
+# Whitespace, and control characters, which no tokenizer uses.
 _BLANK = re.compile(r"[\s\x00-\x1f\x7f]+")
 
 
 def clean(value: Any) -> str:
-    """Return a field's value as one line: blanks and control characters collapsed, lists joined by commas."""
+    """Return a field's value as one line: whitespace and control characters collapsed, lists joined by commas."""
     if value is None:
         return ""
     if isinstance(value, str):
-        # Half a surrogate pair is not text, and no tokenizer takes it.
+        # Tokenizers do not accept lone surrogates.
         return _BLANK.sub(" ", value.encode("utf-8", "replace").decode("utf-8")).strip()
     if isinstance(value, Iterable):
         return ", ".join(text for text in map(clean, value) if text)
     return clean(str(value))
 
 
-def text_of(item: Mapping[str, Any], fields: Iterable[str] = FIELDS) -> str | None:
-    """Return an item's text: its fields in the order given, one line each; None if all of them are empty."""
+def item_text(item: Mapping[str, Any], fields: Iterable[str] = FIELDS) -> str | None:
+    """Return an item's text: one line per field in the given order; None if all fields are empty."""
     return "\n".join(text for text in (clean(item.get(field)) for field in fields) if text) or None
 
 
 def read_texts(items: Path, fields: list[Field]) -> Source[str]:
     """Return the texts of items.parquet as inputs."""
     table = read_table(items, ITEMS, ["item_id", *fields])
-    return _source(table.column("item_id").to_pylist(), [text_of(row, fields) for row in table.to_pylist()])
+    return _source(table.column("item_id").to_pylist(), [item_text(row, fields) for row in table.to_pylist()])
 
 
 def read_captions(items: Path, captions: Path) -> Source[str]:
-    """Return the captions of captions.parquet as inputs, matched by id; a caption that failed stays failed.
+    """Return the captions of captions.parquet as inputs; a failed caption is a failed input.
 
     Raises:
-        UserError: the captions are of other items.
+        UserError: the captions belong to other items.
     """
     ids: list[str] = read_table(items, ITEMS, ["item_id"]).column("item_id").to_pylist()
     table = read_table(captions, CAPTIONS)

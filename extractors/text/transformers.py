@@ -1,14 +1,15 @@
-"""Texts to vectors with any encoder of transformers: its last hidden states, pooled."""
+"""Text encoders of transformers: pooled last hidden states."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
 from cm3.common.errors import UserError
-from extractors.runtime.device import arithmetic
+from extractors.runtime.precision import arithmetic
+from extractors.spec import Cost
 from extractors.text.base import USUAL_LIMIT, TextModel, TextModelSpec, positions_of
 from extractors.text.pooling import TokenPooling, pool
 from extractors.weights.hub import checked_path
@@ -18,17 +19,22 @@ if TYPE_CHECKING:
     import torch
 
 _UNSET = 1_000_000
-"""Tokenizers without a limit name an astronomical one."""
+"""Tokenizers without a limit report a larger one."""
 
 
 class TransformersTextSpec(TextModelSpec):
-    """A text extractor out of any encoder or decoder that transformers knows."""
+    """Any text encoder or decoder of transformers."""
+
+    version: ClassVar[int | None] = 1
+    libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "tokenizers")
+    cost: ClassVar[Cost] = Cost(2500, 4000, 10)
 
     backend: Literal["transformers-text"] = Field(description="Pool the last hidden states of a transformers model.")
     pooling: TokenPooling = Field(
-        "mean", description="Of the last hidden states: their mean, the first (cls), the last, or the maximum of each."
+        "mean",
+        description="Pooling of the last hidden states: mean, first token (cls), last token, or maximum per dimension.",
     )
-    prompt: str | None = Field(None, description="Put before each text.")
+    prompt: str | None = Field(None, description="Text before each item text.")
 
     def load(self) -> "TransformersTextExtractor":
         """Load the model."""
@@ -36,7 +42,7 @@ class TransformersTextSpec(TextModelSpec):
 
 
 class TransformersTextExtractor(TextModel):
-    """A loaded transformers model; of an encoder-decoder only the encoder."""
+    """A loaded transformers model; of an encoder-decoder model, the encoder."""
 
     spec: TransformersTextSpec
 
@@ -47,7 +53,7 @@ class TransformersTextExtractor(TextModel):
         folder = checked_path(spec)
         self.tokenizer = load_part(AutoTokenizer, spec, folder, "a text model with a tokenizer")
         self._padded_right(folder)
-        # The head that pools is not used, and many checkpoints lack it.
+        # The pooling head is not used, and many checkpoints lack it.
         model = load_model(AutoModel, spec, folder, "a text encoder", unused=("pooler.",))
         if getattr(model.config, "is_encoder_decoder", False):
             model = model.get_encoder()
@@ -58,7 +64,7 @@ class TransformersTextExtractor(TextModel):
         self.ready(loaded(lambda: self._states(["a"])[0].shape[-1], kind, spec, folder))
 
     def facts(self) -> dict[str, Any]:
-        """Return architecture, pooling, token limit and prompt in use."""
+        """Return architecture, pooling, token limit and prompt."""
         return {
             "model": type(self.model).__name__,
             "pooling": self.spec.pooling,
@@ -77,7 +83,7 @@ class TransformersTextExtractor(TextModel):
         return vectors.cpu().numpy()
 
     def _states(self, texts: Sequence[str]) -> "tuple[torch.Tensor, torch.Tensor]":
-        """Return (n, tokens, width) last hidden states and the (n, tokens) mask of what is text."""
+        """Return (n, tokens, width) last hidden states and the (n, tokens) attention mask."""
         import torch
 
         batch = self.tokenizer(
@@ -93,19 +99,17 @@ class TransformersTextExtractor(TextModel):
         return output.last_hidden_state, batch["attention_mask"]
 
     def _padded_right(self, folder: Path) -> None:
-        """Let the tokenizer pad behind the text: there, positions count from 0 and a decoder sees no padding."""
+        """Let the tokenizer pad on the right, so that positions start at 0 and a decoder sees no padding."""
         tokenizer = self.tokenizer
         tokenizer.padding_side = "right"
         if tokenizer.pad_token is None:
-            # The mask hides padding, so that any token will do.
+            # The mask hides padding, so any token can be used.
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         if tokenizer.pad_token is None:
-            raise UserError(
-                f"{folder}: its tokenizer names no token to pad with; set pad_token in tokenizer_config.json"
-            )
+            raise UserError(f"{folder}: its tokenizer has no padding token; set pad_token in tokenizer_config.json")
 
     def _token_limit(self) -> int:
-        """Return the longest text in tokens: as the spec says, else as tokenizer and positions allow."""
+        """Return the token limit: max_length, else that of tokenizer and positions."""
         positions = positions_of(self.model, self.spec.max_length)
         if self.spec.max_length is not None:
             return self.spec.max_length

@@ -1,4 +1,4 @@
-"""sha256 of weight files and folders, remembered so that planning a workflow doesn't read gigabytes each time."""
+"""Cached sha256 of files and folders of weights, so that planning a workflow does not read gigabytes each time."""
 
 import contextlib
 import hashlib
@@ -10,28 +10,28 @@ from cm3.common.files import atomic, sha256_of
 from extractors.weights.pickles import pickled_in
 
 MODEL_FILES = frozenset({".safetensors", ".json", ".txt", ".model", ".jinja", ".spm", ".bpe", ".vocab"})
-"""Suffixes of what a model folder is loaded from; readmes and exports to other runtimes are not."""
+"""Suffixes of the files that a model is loaded from; readmes and exports to other runtimes are not."""
 
 CODE = ".py"
-"""Suffix of the code that some models bring along."""
+"""Suffix of the code that some models include."""
 
 _SETTLED_SECONDS = 2.0
 
 
 def cache_folder() -> Path:
-    """Return where digests are remembered: $CM3_CACHE, else cm3 in the user's cache folder."""
+    """Return the folder of cached digests: in $CM3_CACHE, else in cm3 in the user's cache folder."""
     base = os.environ.get("CM3_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "cm3"
     return Path(base).expanduser() / "digests"
 
 
 def digest_of(path: Path, code: bool = False) -> str:
-    """Return the sha256 of a file, or of a model folder's names and contents. The path itself doesn't matter.
+    """Return the sha256 of a file, or of a model folder's names and contents. The path itself does not count.
 
     A file is read once per (path, size, modification time); touching or moving it gives the same digest.
 
     Args:
-        path: a file, or a folder as a model is loaded from.
-        code: whether the folder's Python files count.
+        path: a file, or a folder that a model is loaded from.
+        code: whether Python files in the folder count.
     """
     if path.is_file():
         return _file_digest(path)
@@ -53,7 +53,7 @@ def _file_digest(path: Path) -> str:
         if len(remembered) == 64:
             return remembered
     digest = sha256_of(path)
-    # A file written a moment ago may change again within the clock's granularity: don't remember it yet.
+    # A file written just now may change again within the granularity of the clock: do not cache its digest yet.
     if time.time() - state.st_mtime > _SETTLED_SECONDS:
         with contextlib.suppress(OSError), atomic(entry) as temporary:
             temporary.write_text(digest, encoding="ascii")

@@ -1,10 +1,11 @@
-"""The folder or file that a model loads from: pinned hub snapshot, local path, or installed package."""
+"""Location of a model's weights: snapshot of a hub repository, local path, or installed package."""
 
 import contextlib
 import importlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from cm3.common.errors import UserError
 from extractors.weights.digests import CODE, MODEL_FILES
@@ -12,15 +13,15 @@ from extractors.weights.pickles import NAMES, check_weights
 from extractors.weights.spec import ModelSpec
 
 PATTERNS = sorted([*(f"*{suffix}" for suffix in MODEL_FILES), "[0-9]_*/pytorch_model.bin"])
-"""What is taken from a hub repository: safetensors, plain text, and the small modules behind a text encoder, which
-older repositories have pickled. Pickles of a whole model only where there are no safetensors, code only if trusted."""
+"""Files downloaded from a hub repository: safetensors, plain text, and pickles of the small modules after a text encoder.
+Pickles of a whole model are downloaded only without safetensors, code only if trusted."""
 
 
 def checked_path(spec: ModelSpec) -> Path:
-    """Return the local file or folder of the model; loading its weights runs no code out of them.
+    """Return the local file or folder of the model; loading its weights runs no code.
 
     Raises:
-        UserError: nothing is there, the hub is offline, or the weights are pickled and hold more than tensors.
+        UserError: the weights do not exist, the hub is offline, or they are pickled and hold more than tensors.
     """
     path = model_path(spec)
     check_weights(path)
@@ -28,10 +29,10 @@ def checked_path(spec: ModelSpec) -> Path:
 
 
 def model_path(spec: ModelSpec) -> Path:
-    """Return the local file or folder of the model, downloaded first where it comes from a hub.
+    """Return the local file or folder of the model; download it if it comes from a hub.
 
     Raises:
-        UserError: nothing is there, or the hub is offline and the model was not downloaded before.
+        UserError: the weights do not exist, or the hub is offline and the model was not downloaded before.
     """
     if spec.weights_path is not None:
         if not spec.weights_path.exists():
@@ -47,8 +48,8 @@ def model_path(spec: ModelSpec) -> Path:
             ) from error
     commit = spec.commit()
     if spec.repository is None or commit is None:
-        raise ValueError("a ModelSpec names a place for its weights")
-    patterns = [*PATTERNS, f"*{CODE}"] if spec.brings_code else PATTERNS
+        raise ValueError("a ModelSpec names a location of its weights")
+    patterns = [*PATTERNS, f"*{CODE}"] if spec.runs_own_code else PATTERNS
     folder = _snapshot(spec.repository, commit, patterns, spec.local_files_only)
     if not any(folder.glob("*.safetensors")):
         folder = _snapshot(spec.repository, commit, [*patterns, *NAMES], spec.local_files_only)
@@ -59,7 +60,7 @@ def _snapshot(repository: str, revision: str, patterns: list[str], local_files_o
     from huggingface_hub import snapshot_download
 
     try:
-        # HF_HUB_OFFLINE and the token are honoured by the library itself.
+        # The library itself reads HF_HUB_OFFLINE and the token.
         return Path(
             snapshot_download(repository, revision=revision, allow_patterns=patterns, local_files_only=local_files_only)
         )
@@ -73,22 +74,23 @@ def _snapshot(repository: str, revision: str, patterns: list[str], local_files_o
 
 
 def without_bars() -> None:
-    """Keep transformers from drawing a bar while it reads weights, which takes seconds and fills the log."""
+    """Disable the progress bar of transformers, which fills the log while weights are loaded."""
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
+    library: Any = transformers_logging
+    library.disable_progress_bar()
 
 
 @contextlib.contextmanager
 def quiet(logger: str) -> Iterator[None]:
-    """Keep a library from warning of what is reported here in other words, or refused."""
-    talker = logging.getLogger(logger)
-    level = talker.level
-    talker.setLevel(logging.ERROR)
+    """Suppress warnings of a library about conditions that this pipeline reports or refuses itself."""
+    library = logging.getLogger(logger)
+    level = library.level
+    library.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        talker.setLevel(level)
+        library.setLevel(level)
 
 
 def _first_line(error: Exception) -> str:

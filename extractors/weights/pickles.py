@@ -1,4 +1,4 @@
-"""Weights that are pickled: a pickle may hold code, so it is read only where torch reads tensors from it and nothing else."""
+"""Pickled weights: accepted only if torch finds tensors and nothing else, because a pickle may hold code."""
 
 import zipfile
 from pathlib import Path
@@ -7,14 +7,14 @@ from cm3.common.errors import UserError
 
 SUFFIXES = frozenset({".bin", ".pt", ".pth"})
 _INSTEAD = {"pytorch_model*.bin": "model*.safetensors", "open_clip_pytorch_model.bin": "open_clip_*.safetensors"}
-"""Pickled weights in a model folder, and beside which files the libraries don't read them."""
+"""Pickled weights in a model folder -> files that the libraries prefer to them."""
 
 NAMES = tuple(_INSTEAD)
-"""A folder's other pickles, such as training_args.bin, are never read."""
+"""Names of pickled weights; other pickles, such as training_args.bin, are never read."""
 
 
 def pickled_in(folder: Path) -> list[Path]:
-    """Return the pickled weights below a model folder that a model is loaded from: safetensors beside them go first."""
+    """Return the pickled weights below a folder that a model is loaded from; safetensors in the same folder take precedence."""
     return sorted(
         path
         for name, instead in _INSTEAD.items()
@@ -24,16 +24,16 @@ def pickled_in(folder: Path) -> list[Path]:
 
 
 def check_weights(path: Path) -> None:
-    """Look whether a file or folder of weights can be loaded without running code out of it.
+    """Check that a file or folder of weights can be loaded without running code.
 
     Raises:
-        UserError: it holds no weights, or pickled ones that hold more than tensors.
+        UserError: there are no weights, or a pickle holds more than tensors.
     """
     if path.is_file():
         if path.suffix in SUFFIXES:
             _check_pickle(path)
         elif path.suffix != ".safetensors":
-            raise UserError(f"weights = {str(path)!r}: weights are a .safetensors file, or a pickle of tensors alone")
+            raise UserError(f"weights = {str(path)!r}: weights must be a .safetensors file or a pickle of tensors")
         return
     pickles = pickled_in(path)
     if not pickles and not any(path.rglob("*.safetensors")):
@@ -50,6 +50,6 @@ def _check_pickle(path: Path) -> None:
     except Exception as error:  # whatever a stranger's pickle makes the reader raise
         reason = str(error).strip().partition("\n")[0][:200]
         raise UserError(
-            f"{path}: a pickle that holds more than tensors may run any code, so it is refused ({reason}). "
-            "Take a revision with safetensors, or convert the weights where you trust them"
+            f"{path}: a pickle with more than tensors can run any code, so it is refused ({reason}). "
+            "Take a revision with safetensors, or convert the weights if you trust them"
         ) from error

@@ -1,4 +1,4 @@
-"""The commit that stands for a hub id without a revision: found once, written down, and used from then on."""
+"""Commits of hub repositories without a configured revision: looked up once, recorded, and used from then on."""
 
 import functools
 import logging
@@ -18,17 +18,17 @@ NAME = ".revisions.json"
 
 
 def record_path() -> Path:
-    """Return the file of commits by hub id: with the data where the working folder has some, else in the user's cache."""
+    """Return the file of commits by hub id: in processed/ if it exists, else in the user's cache."""
     return (DATA if DATA.is_dir() else cache_folder().parent) / NAME
 
 
 def commit_of(repository: str, local_files_only: bool = False) -> str:
-    """Return the commit of a hub repository that the config does not pin, the same one in every run.
+    """Return the commit of a hub repository without a configured revision, the same in every run.
 
-    The first call asks the hub, or takes what was downloaded before; later ones read the record and load no library.
+    The first call asks the hub, or uses an earlier download; later calls read the record and import no library.
 
     Raises:
-        UserError: the hub can't be asked and nothing was downloaded before; says what to do.
+        UserError: the hub cannot be reached and nothing was downloaded before.
     """
     record = record_path()
     commit = _recorded(record).get(repository)
@@ -38,7 +38,7 @@ def commit_of(repository: str, local_files_only: bool = False) -> str:
             commits = _recorded(record)
             commit = commits.setdefault(repository, commit)
             write_json(record, dict(sorted(commits.items())))
-    _warn(repository, commit, record.absolute())
+    warn_once(repository, commit, record.absolute())
     return commit
 
 
@@ -67,21 +67,21 @@ def _found(repository: str, local_files_only: bool) -> str:
         except Exception as error:  # the hub client raises errors of many libraries; all mean: no answer
             reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     try:
-        # The folder of what was downloaded as the newest is named after its commit.
+        # The folder of the newest download is named after its commit.
         return Path(snapshot_download(repository, local_files_only=True)).name
     except Exception as error:
         raise UserError(
-            f"{repository}: no revision is set, the hub can't be asked for the newest ({reason}), and nothing was "
+            f"{repository}: no revision is set, the hub cannot be asked for the newest ({reason}), and nothing was "
             "downloaded before. Set revision to a commit (40 hex digits; the model's page lists them under "
             "'Files and versions' > 'History'), or weights to a local folder"
         ) from error
 
 
 @functools.cache
-def _warn(repository: str, commit: str, record: Path) -> None:
+def warn_once(repository: str, commit: str, record: Path) -> None:
     log.warning(
-        "%s has no revision in the config; %s is used, as written down in %s. Pin it, so that it is the same "
-        "everywhere: revision: %s",
+        "%s has no revision in the config; using %s, as recorded in %s. Pin it, so that it is the same everywhere: "
+        "revision: %s",
         repository,
         commit,
         record,

@@ -1,4 +1,4 @@
-"""The profiles say what they claim, Snakemake takes them, and the container holds the pinned environment."""
+"""Profiles are consistent and accepted by Snakemake; the container has the pinned environment."""
 
 import os
 import re
@@ -37,25 +37,25 @@ def dry_run(shop: Checkout, name: str, **environment: str) -> str:
 
 
 @pytest.mark.parametrize("name", ["slurm", "workstation"])
-def test_snakemake_takes_the_profile(shop: Checkout, name: str):
+def test_snakemake_accepts_the_profile(shop: Checkout, name: str):
     assert re.search(r"^total +11$", dry_run(shop, name), re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", PROFILES)
-def test_a_profile_that_takes_the_place_of_the_default_repeats_its_settings(name: str):
+def test_profiles_repeat_the_settings_of_the_default(name: str):
     kept = {key: value for key, value in profile("default").items() if key != "resources"}
     assert kept.items() <= profile(name).items()
 
 
 @pytest.mark.parametrize("name", ["slurm", "kubernetes"])
-def test_cluster_profiles_limit_no_gpus_and_retry_at_the_command_line_level(name: str):
+def test_cluster_profiles_set_no_gpu_limit_and_retry_jobs(name: str):
     # A limit on gpu would let one job at a time have one, and clamp what a single job may ask for.
     assert "gpu" not in profile(name).get("resources", {})
     assert profile(name)["retries"] >= 2
     assert not re.search(r"^ +retries:", "".join(p.read_text() for p in rule_files()), re.MULTILINE)
 
 
-def test_the_groups_are_those_of_rules_that_exist_and_the_same_on_every_cluster():
+def test_groups_name_existing_rules_and_agree_across_clusters():
     rules = set(
         re.findall(r"^(?:rule|use rule \w+ as) (\w+)", "".join(p.read_text() for p in rule_files()), re.MULTILINE)
     )
@@ -73,14 +73,14 @@ def rule_files() -> list[Path]:
 
 
 @pytest.mark.parametrize("path", rule_files(), ids=lambda path: path.stem)
-def test_every_rule_that_runs_a_stage_says_what_it_needs(path: Path):
+def test_every_stage_rule_states_memory_and_time(path: Path):
     for rule in re.split(r"^rule ", path.read_text(), flags=re.MULTILINE)[1:]:
         if "python -m " in rule:
             assert "mem_mb=needs.mem_mb(" in rule and "runtime=needs.runtime(" in rule, rule.split(":")[0]
 
 
 class EmptyBucket(BaseHTTPRequestHandler):
-    """An object storage that has nothing: enough for a plan."""
+    """An empty object storage: enough for a dry run."""
 
     def answer(self) -> None:
         self.send_response(404)
@@ -90,7 +90,7 @@ class EmptyBucket(BaseHTTPRequestHandler):
     do_GET = do_HEAD = answer  # noqa: N815
 
     def log_message(self, *arguments) -> None:
-        """Say nothing."""
+        """Keep the test output clean."""
 
 
 @pytest.fixture
@@ -101,8 +101,8 @@ def storage() -> Iterator[str]:
         server.shutdown()
 
 
-def test_on_kubernetes_every_file_lies_below_the_storage_prefix(shop: Checkout, storage: str):
-    said = dry_run(
+def test_kubernetes_files_are_below_the_storage_prefix(shop: Checkout, storage: str):
+    output = dry_run(
         shop,
         "kubernetes",
         SNAKEMAKE_STORAGE_S3_ENDPOINT_URL=storage,
@@ -111,11 +111,11 @@ def test_on_kubernetes_every_file_lies_below_the_storage_prefix(shop: Checkout, 
     )
     prefix = profile("kubernetes")["default-storage-prefix"]
     files = [
-        name for line in re.findall(r"^ +(?:input|output): (.+)$", said, re.MULTILINE) for name in line.split(", ")
+        name for line in re.findall(r"^ +(?:input|output): (.+)$", output, re.MULTILINE) for name in line.split(", ")
     ]
     assert len(files) > 20
     assert all(name.startswith(f"{prefix}/") for name in files)
-    assert re.search(r"^total +11$", said, re.MULTILINE)
+    assert re.search(r"^total +11$", output, re.MULTILINE)
 
 
 def test_the_dockerfile_is_clean():
@@ -125,7 +125,7 @@ def test_the_dockerfile_is_clean():
     assert linted.returncode == 0, linted.stdout
 
 
-def test_the_image_installs_the_pins_of_the_python_that_conda_has():
+def test_the_container_has_the_pins_and_the_python_of_conda():
     dockerfile = (ROOT / "Dockerfile").read_text()
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     (python,) = (
@@ -138,6 +138,6 @@ def test_the_image_installs_the_pins_of_the_python_that_conda_has():
     assert copied == kept == {"requirements.txt", "requirements-cluster.txt", "constraints.txt"}
 
 
-def test_a_run_without_containers_knows_nothing_of_the_image(shop: Checkout):
-    said = shop.run("-n", "--verbose", METRICS)
-    assert "apptainer" not in said.lower().replace("apptainer-", "")
+def test_a_run_without_containers_ignores_the_image(shop: Checkout):
+    output = shop.dry_run("--verbose", METRICS)
+    assert "apptainer" not in output.lower().replace("apptainer-", "")

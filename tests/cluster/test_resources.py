@@ -1,4 +1,4 @@
-"""What a job asks a cluster for follows the data and the model, and grows by the attempt."""
+"""Memory and time requests of jobs: they follow the data and the model, and grow with each attempt."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +15,6 @@ from snakemake.iocontainers import InputFiles
 
 from workflow.plan.config import load_config
 from workflow.plan.resources import LONGEST_MINUTES, Need, Needs
-from workflow.plan.runs import Plan
 
 CONFIG: dict[str, Any] = {
     "datasets": {
@@ -70,13 +69,13 @@ CONFIG: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def needs() -> Needs:
-    return Needs(Plan(load_config(CONFIG), ROOT))
+    return Needs(load_config(CONFIG))
 
 
 def ask(
     needs: Needs, stage: str, wildcards: dict[str, str], files: dict[str, str] | None = None, attempt: int = 1
 ) -> Need:
-    """Ask as Snakemake does: by the functions that stand in the rule, with its own list of files."""
+    """Return the request as Snakemake computes it: by the functions in the rule, with its own list of files."""
     given_files = InputFiles(fromdict=files or {})
     arguments = (SimpleNamespace(**wildcards), given_files, attempt)
     return Need(needs.mem_mb(stage)(*arguments), needs.runtime(stage)(*arguments))
@@ -91,7 +90,7 @@ def table(path: Path, rows: int, dim: int = 0) -> str:
     return str(path)
 
 
-def test_a_bigger_data_set_asks_for_more_before_anything_is_there(needs: Needs):
+def test_larger_datasets_request_more_before_files_exist(needs: Needs):
     for stage in ("train", "evaluate"):
         small, large = (ask(needs, stage, {"experiment": name}) for name in ("baby", "electronics"))
         assert large.mem_mb > small.mem_mb and large.minutes >= small.minutes
@@ -99,7 +98,7 @@ def test_a_bigger_data_set_asks_for_more_before_anything_is_there(needs: Needs):
     assert large.mem_mb > small.mem_mb
 
 
-def test_the_captioner_asks_for_its_parameters(needs: Needs):
+def test_captioners_request_memory_for_their_parameters(needs: Needs):
     seven, three, remote = (
         ask(needs, "caption", {"dataset": "baby", "extractor": name}) for name in ("qwen", "small", "server")
     )
@@ -109,25 +108,25 @@ def test_the_captioner_asks_for_its_parameters(needs: Needs):
     assert seven.minutes == pytest.approx(7050 / 0.2 / 60, rel=0.05)
 
 
-def test_captions_are_encoded_by_the_text_model(needs: Needs):
+def test_encoding_captions_costs_what_the_text_model_costs(needs: Needs):
     wildcards = {"dataset": "baby", "extractor": "qwen"}
     encoding = ask(needs, "extract", wildcards, {"items_": "none", "captions": "none"})
     assert encoding == ask(needs, "extract", {"dataset": "baby", "extractor": "minilm"}, {"items_": "none"})
 
 
-def test_local_weights_count_by_their_size(tmp_path: Path):
+def test_local_weights_count_by_file_size(tmp_path: Path):
     weights = tmp_path / "weights"
     weights.mkdir()
     (weights / "config.json").write_text("{}")
     with (weights / "model.safetensors").open("wb") as file:
         file.truncate(10**9)
     spec = {"modality": "text", "backend": "transformers-text", "weights": str(weights)}
-    local = Needs(Plan(load_config(CONFIG | {"extractors": CONFIG["extractors"] | {"local": spec}}), ROOT))
+    local = Needs(load_config(CONFIG | {"extractors": CONFIG["extractors"] | {"local": spec}}))
     need = ask(local, "extract", {"dataset": "baby", "extractor": "local"})
     assert need.mem_mb == pytest.approx(2500 + 2 * 1000 + 70, abs=100)
 
 
-def test_rows_and_widths_are_read_from_the_tables_that_are_there(needs: Needs, tmp_path: Path):
+def test_rows_and_widths_are_read_from_existing_tables(needs: Needs, tmp_path: Path):
     wildcards = {"dataset": "shop", "extractor": "looks"}
     narrow = table(tmp_path / "narrow.parquet", 3000, 16)
     wide = table(tmp_path / "wide.parquet", 3000, 4096)
@@ -136,7 +135,7 @@ def test_rows_and_widths_are_read_from_the_tables_that_are_there(needs: Needs, t
     assert asked[1] - asked[0] == pytest.approx(3 * 3000 * 4080 * 4 / 1e6, abs=100)
 
 
-def test_what_was_measured_fits_in_what_is_asked_for(needs: Needs, tmp_path: Path):
+def test_requests_exceed_measured_memory(needs: Needs, tmp_path: Path):
     """benchmarks/RESULTS.md: similarity of 63,001 x 384 takes 940 MB, of 63,001 x 4096 2.9 GB; a MiniLM job 1.26 GB."""
     for dim, measured in ((384, 940), (1024, 1400)):
         features = table(tmp_path / f"{dim}.parquet", 20_000, dim)
@@ -146,18 +145,18 @@ def test_what_was_measured_fits_in_what_is_asked_for(needs: Needs, tmp_path: Pat
     assert ask(needs, "train", {"experiment": "electronics"}).mem_mb > 3000
 
 
-def test_training_asks_for_the_time_of_its_epochs(needs: Needs):
+def test_training_requests_the_time_of_its_epochs(needs: Needs):
     assert ask(needs, "train", {"experiment": "short"}).minutes < 60
     assert ask(needs, "train", {"experiment": "electronics"}).minutes == LONGEST_MINUTES
 
 
-def test_a_closed_form_asks_for_no_epochs_and_ease_for_its_matrix(needs: Needs):
+def test_closed_forms_request_no_epochs_and_ease_its_matrix(needs: Needs):
     popular, knn, ease = (ask(needs, "train", {"experiment": name}) for name in ("popular", "knn", "ease"))
     assert popular.minutes == knn.minutes == 30 < ease.minutes == pytest.approx(30 + 63001**3 / 1e11 / 60, abs=1)
     assert ease.mem_mb - knn.mem_mb == pytest.approx(24 * 63001**2 / 1e6, abs=100)
 
 
-def test_evaluation_asks_for_the_item_weights_that_are_there_or_will_be(needs: Needs, tmp_path: Path):
+def test_evaluation_requests_memory_for_item_weights(needs: Needs, tmp_path: Path):
     def asked(name: str, weights: Path) -> int:
         return ask(needs, "evaluate", {"experiment": name}, {"weights": str(weights)}).mem_mb
 
@@ -168,19 +167,19 @@ def test_evaluation_asks_for_the_item_weights_that_are_there_or_will_be(needs: N
     assert asked("knn", tmp_path / "weights") - asked("knn", tmp_path / "none") == pytest.approx(1500, abs=100)
 
 
-def test_a_split_is_judged_by_the_ratings_that_prepare_left(needs: Needs, tmp_path: Path):
+def test_split_requests_follow_the_prepared_ratings(needs: Needs, tmp_path: Path):
     small = table(tmp_path / "ratings.parquet", 1000)
     assert ask(needs, "split", {"dataset": "electronics"}, {"ratings": small}).mem_mb == 1100
     assert ask(needs, "split", {"dataset": "electronics"}).mem_mb > 1300
 
 
-def test_publishing_copies_and_does_not_hold_what_it_copies(needs: Needs, tmp_path: Path):
+def test_publishing_requests_little_for_large_files(needs: Needs, tmp_path: Path):
     with (tmp_path / "model").open("wb") as file:
         file.truncate(10**10)
     assert ask(needs, "publish", {"experiment": "ease"}, {"model": str(tmp_path / "model")}).mem_mb == 1000
 
 
-def test_a_table_of_ones_own_is_held_whatever_its_format(needs: Needs, tmp_path: Path):
+def test_user_tables_count_whole_in_any_format(needs: Needs, tmp_path: Path):
     for name, source in (("log.parquet", "own"), ("log.jsonl.gz", "own"), ("reviews.jsonl.gz", "baby")):
         with (tmp_path / name).open("wb") as file:
             file.truncate(10**9)
@@ -188,7 +187,7 @@ def test_a_table_of_ones_own_is_held_whatever_its_format(needs: Needs, tmp_path:
         assert (need.mem_mb >= 7000) == (source == "own"), name
 
 
-def test_a_large_compressed_table_asks_for_memory_and_reviews_are_streamed(needs: Needs, tmp_path: Path):
+def test_compressed_tables_need_memory_and_reviews_do_not(needs: Needs, tmp_path: Path):
     asked = {}
     for name in ("ratings.csv.gz", "reviews.json.gz"):
         with (tmp_path / name).open("wb") as file:
@@ -198,14 +197,14 @@ def test_a_large_compressed_table_asks_for_memory_and_reviews_are_streamed(needs
 
 
 @given(memory=st.floats(1, 1e6), minutes=st.floats(0.1, 1e6), attempt=st.integers(1, 5))
-def test_every_attempt_asks_for_as_much_again(memory: float, minutes: float, attempt: int):
+def test_each_attempt_requests_as_much_again(memory: float, minutes: float, attempt: int):
     first, nth = Need(memory, minutes).for_attempt(1), Need(memory, minutes).for_attempt(attempt)
     assert (nth.mem_mb, nth.minutes) == (attempt * first.mem_mb, attempt * first.minutes)
     assert memory <= first.mem_mb < memory + 100 and first.mem_mb % 100 == 0
     assert min(minutes, LONGEST_MINUTES) <= first.minutes <= min(minutes, LONGEST_MINUTES) + 1
 
 
-def test_every_rule_names_a_stage_that_is_known(needs: Needs):
+def test_every_rule_names_a_known_stage(needs: Needs):
     named = {
         part.split('"')[1]
         for path in (ROOT / "workflow/rules").glob("*.smk")

@@ -1,4 +1,4 @@
-"""The whole DAG on a real SLURM of one node, as docs/cluster.md tells it, with a job cancelled in the middle."""
+"""The whole workflow on a real SLURM of one node, as in docs/cluster.md, with a job cancelled while it runs."""
 
 import copy
 import json
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import slurm_node
 from checkout import SMALL, Checkout
+from repository import ROOT
 from slurm_node import SlurmNode
 
 METRICS = "results/shop/metrics.json"
@@ -32,13 +33,13 @@ def node() -> Iterator[SlurmNode]:
 
 @dataclass
 class Campaign:
-    """What was seen of one run of the whole sample.
+    """The record of one run of the whole sample.
 
     Attributes:
         checkout: where it ran.
         output: what Snakemake printed.
         jobs: by SLURM's id, the fields of `scontrol show job`, after all have ended.
-        queued: cpus, memory, time limit and generic resources that `squeue` told of training while it ran.
+        queued: cpus, memory, time limit, generic resources and state that `squeue` reported of training while it ran.
         cancelled: the id of the job that was cancelled.
     """
 
@@ -95,7 +96,7 @@ def campaign(node: SlurmNode, tmp_path_factory: pytest.TempPathFactory) -> Campa
     return Campaign(checkout, log.read_text(), node.jobs(), queued.split("|"), training["JobId"])
 
 
-def test_the_sample_ends_in_metrics_and_only_the_cancelled_job_did_not_complete(campaign: Campaign):
+def test_the_sample_completes_despite_a_cancelled_job(campaign: Campaign):
     metrics = json.loads((campaign.checkout.folder / METRICS).read_text())
     assert 0 <= metrics["test"]["recall@10"] <= 1
     states = {job["JobId"]: job["JobState"] for job in campaign.jobs.values()}
@@ -103,7 +104,7 @@ def test_the_sample_ends_in_metrics_and_only_the_cancelled_job_did_not_complete(
     assert set(states.values()) == {"COMPLETED"}
 
 
-def test_short_jobs_went_together_and_each_long_one_alone(campaign: Campaign):
+def test_short_jobs_are_grouped_and_long_ones_are_not(campaign: Campaign):
     assert len(campaign.of("generate", "prepare")) == 1
     assert len(campaign.of("split")) == 1
     assert len(campaign.of("images")) == 1
@@ -113,18 +114,18 @@ def test_short_jobs_went_together_and_each_long_one_alone(campaign: Campaign):
     assert len(campaign.jobs) == 8
 
 
-def test_training_went_on_from_its_checkpoint_with_more_memory_and_time(campaign: Campaign):
+def test_training_resumes_with_more_memory_and_time(campaign: Campaign):
     first, second = campaign.of("train")
     assert (first["JobId"], second["JobState"]) == (campaign.cancelled, "COMPLETED")
     assert megabytes(second) == 2 * megabytes(first)
     assert minutes(second["TimeLimit"]) == 2 * minutes(first["TimeLimit"])
     (log,) = campaign.checkout.folder.glob("logs/shop/train-*.log")
-    assert re.search(r"going on from the checkpoint: epoch \d+", log.read_text())
+    assert re.search(r"resuming from the checkpoint: epoch \d+", log.read_text())
 
 
-def test_requests_are_those_of_the_rules(campaign: Campaign):
+def test_slurm_gets_the_requests_of_the_rules(campaign: Campaign):
     asked = {"mem_mb": [], "runtime": []}
-    dry = campaign.checkout.run("-n", "--forceall", METRICS)
+    dry = campaign.checkout.dry_run("--forceall", METRICS)
     for block in dry.split("rule ")[1:]:
         if block.startswith("train:"):
             for name, values in asked.items():
@@ -137,20 +138,20 @@ def test_requests_are_those_of_the_rules(campaign: Campaign):
     assert campaign.queued[4] == "RUNNING"
 
 
-def test_a_gpu_is_asked_for_by_models_and_the_search_for_neighbours_and_by_nothing_else(campaign: Campaign):
+def test_only_models_and_the_neighbour_search_request_a_gpu(campaign: Campaign):
     wanted = {job["JobId"] for job in campaign.jobs.values() if "gpu:1" in str(job)}
-    # The descriptor takes none, but goes along with the search among its vectors.
+    # The descriptor needs none, but is in a group with the neighbour search among its vectors.
     assert wanted == {job["JobId"] for job in (*campaign.of("train"), *campaign.of("extract", "similarity"))}
 
 
-def test_a_group_asks_for_the_sum_of_times_and_the_most_of_memory(campaign: Campaign):
+def test_a_group_requests_summed_time_and_maximal_memory(campaign: Campaign):
     (group,) = campaign.of("generate", "prepare")
     # On a fresh data set: generate 2000 MB and 30 minutes, prepare 1500 and 15.
     assert megabytes(group) == 2000
     assert minutes(group["TimeLimit"]) == 30 + 15
 
 
-def test_what_ran_on_the_cluster_is_up_to_date_on_this_machine(campaign: Campaign):
+def test_outputs_of_the_cluster_are_up_to_date_locally(campaign: Campaign):
     assert campaign.checkout.planned(METRICS) == {}
 
 
@@ -162,20 +163,20 @@ with own_gpus(1) as gpus:
 """
 
 
-def test_the_schedulers_gpu_is_the_one_that_a_stage_takes(node: SlurmNode, tmp_path: Path):
+def test_a_stage_uses_the_gpu_that_slurm_allocated(node: SlurmNode, tmp_path: Path):
     (tmp_path / "hold.py").write_text(HOLD)
-    command = f"PYTHONPATH={slurm_node.ROOT} {sys.executable} {tmp_path}/hold.py"
-    told = {}
+    command = f"PYTHONPATH={ROOT} {sys.executable} {tmp_path}/hold.py"
+    held = {}
     for name, option in (("with", "--gpus=1"), ("without", "--gpus=0")):
         output = tmp_path / f"{name}.txt"
         node.ask("sbatch", "--wait", option, "--mem=100", f"--output={output}", f"--wrap={command}")
-        told[name] = output.read_text().split()
-    assert told["with"] == ["held", "0", "0"]
-    # No GPU was allotted: none is taken, whatever the machine has.
-    assert told["without"][:1] == ["held"] and "0" not in told["without"]
+        held[name] = output.read_text().split()
+    assert held["with"] == ["held", "0", "0"]
+    # No GPU was allocated: none is used, whatever the machine has.
+    assert held["without"][:1] == ["held"] and "0" not in held["without"]
 
 
-def test_a_cluster_that_was_taken_down_leaves_nothing():
+def test_a_stopped_cluster_leaves_nothing_behind():
     with slurm_node.one_node() as other:
         other.ask("sbatch", "--mem=100", "--output=/dev/null", "--wrap=sleep 600")
         slurm_node.until(lambda: "RUNNING" in str(other.jobs()), 60)

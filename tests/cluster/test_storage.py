@@ -22,13 +22,13 @@ def bucket() -> Iterator[Any]:
     storage = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     storage.start()
     host, port = storage.get_host_and_port()
-    told = {"endpoint_url": f"http://{host}:{port}", "access_key": "key", "secret_key": "secret"}
+    settings = {"endpoint_url": f"http://{host}:{port}", "access_key": "key", "secret_key": "secret"}
     with pytest.MonkeyPatch.context() as environment:
-        for name, value in told.items():
+        for name, value in settings.items():
             environment.setenv(f"SNAKEMAKE_STORAGE_S3_{name.upper()}", value)
         client = boto3.resource(
             "s3",
-            endpoint_url=told["endpoint_url"],
+            endpoint_url=settings["endpoint_url"],
             aws_access_key_id="key",
             aws_secret_access_key="secret",
             region_name="us-east-1",
@@ -71,7 +71,7 @@ def read(bucket: Any, path: str) -> Any:
     return json.loads(stored(bucket)[path].get()["Body"].read())
 
 
-def test_results_are_in_the_bucket_and_nowhere_else(finished: Checkout, bucket: Any):
+def test_results_are_in_the_bucket_only(finished: Checkout, bucket: Any):
     found = stored(bucket)
     assert set(TARGETS) <= found.keys()
     assert {"raw/shop/meta.json.gz", "processed/shop/items.parquet", "results/compared/comparison.csv"} <= found.keys()
@@ -92,7 +92,7 @@ def test_nothing_runs_again(finished: Checkout):
     assert finished.planned(*options(), *TARGETS) == {}
 
 
-def test_nothing_of_the_storage_is_told_as_where_things_are(finished: Checkout, bucket: Any):
+def test_reported_folders_are_those_of_the_plan(finished: Checkout, bucket: Any):
     compared = read(bucket, "results/compared/comparison.json")
     assert all(cell["folder"].startswith("results/") for cell in compared["cells"])
     assert "storage/s3" not in json.dumps(compared)

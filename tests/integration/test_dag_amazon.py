@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from checkout import Checkout
 
-from cm3.datasets.config import parse_dataset
+from cm3.datasets.registry import parse_dataset
 from cm3.datasets.sample.generate import make_sample
 
 METRICS = "results/shop/metrics.json"
@@ -51,7 +51,7 @@ def write_shop(root: Path, url: str) -> None:
     files.mkdir()
     sample = parse_dataset("shop", {"source": "sample", "users": 120, "items": 60, "corrupt_pictures": 1}, "")
     reviews, meta = files / "reviews_Shop_5.json.gz", files / "meta_Shop.json.gz"
-    make_sample(sample.sample_spec(), reviews, meta, root / "pictures.sha256", root / "truth.parquet")
+    make_sample(sample.generate_spec(), reviews, meta, root / "pictures.sha256", root / "truth.parquet")
     lines = gzip.decompress(meta.read_bytes()).decode().replace("http://images.example.com/", f"{url}/images/")
     meta.write_bytes(gzip.compress(lines.encode()))
     asins = sorted({json.loads(line)["asin"] for line in gzip.decompress(reviews.read_bytes()).splitlines()})
@@ -97,7 +97,7 @@ def config(url: str) -> dict:
     }
 
 
-def test_files_and_images_are_fetched_once_and_the_published_vectors_serve(server, tmp_path: Path):
+def test_files_images_and_published_vectors_are_fetched_once(server, tmp_path: Path):
     url, asked = server
     checkout = Checkout(tmp_path / "checkout", config(url))
     planned = checkout.planned(METRICS)
@@ -129,7 +129,7 @@ def test_files_and_images_are_fetched_once_and_the_published_vectors_serve(serve
     assert checkout.planned(METRICS, "results/paper/metrics.json") == {}
 
 
-def test_without_a_network_it_says_which_file_to_put_where(server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_offline_it_names_the_file_to_provide_and_its_place(server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     url, asked = server
     before = len(asked)
     monkeypatch.setenv("CM3_OFFLINE", "1")

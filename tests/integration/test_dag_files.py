@@ -120,7 +120,7 @@ def test_one_modality_is_enough(shop: Checkout):
         assert stage["peak_memory_mb"] > 10
 
 
-def test_three_more_modalities_with_captions_that_name_what_images_show(shop: Checkout, vlm: Path, tmp_path: Path):
+def test_three_more_modalities_with_captions_of_the_images(shop: Checkout, vlm: Path, tmp_path: Path):
     checkout = shop.clone(tmp_path / "copy")
     checkout.configure(config(vlm, text="words", image="looks", caption="teller", sound="sound"))
     planned = checkout.planned(METRICS)
@@ -173,7 +173,7 @@ def start_training(checkout: Checkout) -> subprocess.Popen[str]:
     return process
 
 
-def test_a_run_stopped_by_ctrl_c_goes_on_with_the_same_command(shop: Checkout, tmp_path: Path):
+def test_a_run_stopped_by_ctrl_c_resumes(shop: Checkout, tmp_path: Path):
     checkout = shop.clone(tmp_path / "copy")
     longer = config(None, image="looks")
     longer["experiments"]["mine"]["training"]["epochs"] = 400
@@ -189,7 +189,7 @@ def test_a_run_stopped_by_ctrl_c_goes_on_with_the_same_command(shop: Checkout, t
     assert json.loads((checkout.folder / METRICS).read_text())["training"]["epochs"] == 400
 
 
-def test_two_runs_in_one_folder_do_not_meet(shop: Checkout, tmp_path: Path):
+def test_a_second_run_in_the_same_folder_is_refused(shop: Checkout, tmp_path: Path):
     checkout = shop.clone(tmp_path / "copy")
     longer = config(None, image="looks")
     longer["experiments"]["mine"]["training"] |= {"epochs": 4000, "patience": 4000}
@@ -211,7 +211,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_told_and_loses_nothing(shop: Checkout, tmp_path: Path, case: str):
+def test_bad_input_is_reported_and_loses_no_results(shop: Checkout, tmp_path: Path, case: str):
     file, values, message = BAD[case]
     checkout = shop.clone(tmp_path / "copy")
     before = {p: sha256_of(p) for p in (checkout.folder / "results/mine").glob("[!.]*.*") if p.is_file()}

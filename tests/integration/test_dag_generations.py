@@ -20,6 +20,8 @@ from cm3.common.tables import ITEMS, MANIFEST, read_table
 IMAGES = re.compile(rb"https?://[a-z.-]*(?:images-amazon|media-amazon)\.com/")
 COLOURS = ("red", "green", "blue", "yellow", "noise")
 
+pytestmark = pytest.mark.spread
+
 
 class Shop:
     """A loopback server of published files and of an image for nearly every address."""

@@ -1,32 +1,29 @@
 """Exactly what has changed runs again, and nothing else: real snakemake runs and dry runs on a small shop."""
 
 import copy
+import json
 import os
 import shutil
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from checkout import SMALL, Checkout
+from checkout import METRICS, SMALL, Checkout
 
-METRICS = "results/shop/metrics.json"
+from cm3.common.files import read_json
+from workflow.plan.migrate import DIGESTS, MARK
+
+pytestmark = pytest.mark.spread
 AFTER_IMAGE = {"extract": 1, "similarity": 1, "train": 1, "evaluate": 1, "publish": 1}
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
-    """A checkout whose experiment has run to the end; tests work on copies of it."""
-    checkout = Checkout(tmp_path_factory.mktemp("dag") / "finished")
-    checkout.run(METRICS)
-    return checkout
-
-
 @pytest.fixture
-def checkout(finished: Checkout, tmp_path: Path) -> Iterator[Checkout]:
+def checkout(finished_checkout: Checkout, tmp_path: Path) -> Checkout:
     """A copy of the finished checkout that a test may change."""
-    yield finished.clone(tmp_path / "copy")
+    return finished_checkout.clone(tmp_path / "copy")
 
 
 def changed(**paths: Any) -> dict[str, Any]:
@@ -66,18 +63,6 @@ def test_a_fresh_checkout_beside_the_same_data_runs_nothing(checkout: Checkout, 
     assert fresh.planned(METRICS) == {"evaluate": 1, "publish": 1}
 
 
-def test_comments_docstrings_and_layout_of_code_run_nothing(checkout: Checkout):
-    for package in ("cm3", "extractors", "sources", "stages", "workflow"):
-        for path in (checkout.folder / package).glob("*.py"):
-            text = path.read_text()
-            if text.startswith('"""'):
-                text = (
-                    '"""Said in other words.\n\nAnd more of them.\n"""\n' + text.partition('"""')[2].partition('"""')[2]
-                )
-            path.write_text(f"{text}\n\n# a remark at the end\n")
-    assert checkout.planned(METRICS) == {}
-
-
 def test_the_order_of_keys_runs_nothing(checkout: Checkout):
     def reversed_keys(value: Any) -> Any:
         if isinstance(value, dict):
@@ -97,7 +82,7 @@ def test_a_new_experiment_or_extractor_nearby_runs_nothing(checkout: Checkout):
     assert checkout.planned(METRICS) == {}
 
 
-def test_a_swapped_image_extractor_runs_only_the_image_side_and_back_only_publishes(checkout: Checkout):
+def test_a_swapped_image_extractor_runs_the_image_side_only(checkout: Checkout):
     checkout.configure(changed(experiments__shop__modalities={"text": "words", "image": "coarse"}))
     assert checkout.planned(METRICS) == AFTER_IMAGE
     before = (checkout.folder / METRICS).read_bytes()
@@ -144,27 +129,75 @@ def test_knn_k_runs_the_graphs_onwards(checkout: Checkout):
     assert checkout.planned(METRICS) == {"similarity": 2, "train": 1, "evaluate": 1, "publish": 1}
 
 
-def test_the_split_seed_runs_the_split_onwards_without_extraction(checkout: Checkout):
+def test_the_split_seed_runs_the_split_onwards(checkout: Checkout):
     checkout.configure(changed(datasets__shop__split={"seed": 9}))
     assert checkout.planned(METRICS) == {"split": 1, "train": 1, "evaluate": 1, "publish": 1}
 
 
 @pytest.mark.parametrize(
-    ("file", "rules"),
+    ("old", "new", "rules"),
     [
-        ("extractors/image/descriptor.py", AFTER_IMAGE),
-        ("extractors/text/sentence_transformers.py", AFTER_IMAGE),
-        ("cm3/model/losses.py", {"train": 1, "evaluate": 1, "publish": 1}),
-        ("cm3/evaluation/metrics.py", {"evaluate": 1, "publish": 1}),
-        ("cm3/evaluation/evaluate.py", {"evaluate": 1, "publish": 1}),
-        ("cm3/datasets/splits.py", {"split": 1, "train": 1, "evaluate": 1, "publish": 1}),
-        ("workflow/publish.py", {"publish": 1}),
-        ("extractors/image/open_clip.py", {}),
-        ("cm3/datasets/files/reader.py", {}),
-        ("cm3/common/progress.py", {}),
+        ('"split": Stage("cm3.datasets.label", 1', 2, {"split": 1, "train": 1, "evaluate": 1, "publish": 1}),
+        (
+            '"similarity": Stage("cm3.similarity.stage", 1',
+            2,
+            {"similarity": 2, "train": 1, "evaluate": 1, "publish": 1},
+        ),
+        ('"train": Stage("cm3.training.train", 1', 2, {"train": 1, "evaluate": 1, "publish": 1}),
+        ('"evaluate": Stage("cm3.evaluation.evaluate", 1', 2, {"evaluate": 1, "publish": 1}),
+        ('"publish": Stage("workflow.publish", 1', 2, {"publish": 1}),
+        ('"caption": Stage("extractors.caption.stage", 1', 2, {}),
+        ('"train-baseline": Stage("cm3.baselines.train", 1', 2, {}),
     ],
 )
-def test_edited_code_runs_its_stage_onwards(checkout: Checkout, file: str, rules: dict[str, int]):
-    path = checkout.folder / file
-    path.write_text(path.read_text() + "\n\nADDED = 1\n")
+def test_a_raised_version_runs_its_stage_onwards(checkout: Checkout, old: str, new: int, rules: dict[str, int]):
+    checkout.edit("cm3/common/stages.py", old, f"{old[:-1]}{new}")
     assert checkout.planned(METRICS) == rules
+
+
+def test_edited_code_commands_and_environments_run_nothing_under_the_same_version(checkout: Checkout):
+    for package in ("cm3", "extractors", "workflow"):
+        for path in (checkout.folder / package).rglob("*.py"):
+            path.write_text(path.read_text() + "\n\nADDED = 1\n")
+    for path in (checkout.folder / "workflow/rules").glob("*.smk"):
+        path.write_text(path.read_text().replace("exec python -m", "exec  python -m"))
+    with (checkout.folder / "environment.yml").open("a") as file:
+        file.write("# a remark\n")
+    assert checkout.planned(METRICS) == {}
+
+
+def test_what_release_0_1_made_runs_nothing_unless_its_code_was_edited(checkout: Checkout):
+    records = checkout.folder / "processed/.snakemake-metadata"
+    (records / MARK).unlink()
+    digests = {version: digests[0] for version, digests in read_json(DIGESTS).items()}
+    for path in records.rglob("*"):
+        if path.is_file():
+            record = read_json(path)
+            identity, version = record["params"][0].strip("'").split(", version ")
+            edited = record["rule"] == "split"
+            record["params"] = [f"'{identity}, code {'f' * 16 if edited else digests[version]}'"]
+            path.write_text(json.dumps(record | {"code": "exec python -m elsewhere"}))
+    assert checkout.planned("processed/shop/items.parquet", "processed/shop/images/manifest.parquet") == {}
+    assert checkout.planned(METRICS) == {"split": 1, "train": 1, "evaluate": 1, "publish": 1}
+
+
+def test_pruning_deletes_what_nothing_uses_and_reruns_nothing(checkout: Checkout):
+    def prune(*options: str) -> str:
+        command = [sys.executable, "-m", "workflow.prune", *options]
+        return subprocess.run(command, cwd=checkout.folder, capture_output=True, text=True, check=True).stdout
+
+    assert "Nothing is unused under config/config.yaml" in prune("--delete")
+    checkout.configure(changed(experiments__shop__modalities={"text": "words"}))
+    listed = prune()
+    assert "Nothing was deleted" in listed and "features/image/looks-" in listed and "results/shop/runs/" in listed
+    checkout.configure(SMALL)
+    assert checkout.planned(METRICS) == {}
+    checkout.configure(changed(experiments__shop__modalities={"text": "words"}))
+    assert prune("--delete").partition("\n")[2] == listed.partition("\n")[2].rpartition("\nNothing")[0] + "\n"
+    assert not list((checkout.folder / "processed/shop/features/image").glob("looks-*"))
+    assert checkout.planned(METRICS) == {"train": 1, "evaluate": 1, "publish": 1}
+    # Published results stay; without them, what was deleted is made again.
+    checkout.configure(SMALL)
+    assert checkout.planned(METRICS) == {}
+    (checkout.folder / METRICS).unlink()
+    assert checkout.planned(METRICS) == AFTER_IMAGE

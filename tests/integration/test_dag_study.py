@@ -15,7 +15,7 @@ from checkout import SMALL, Checkout
 from cm3.common.tables import read_features
 
 PAGE = "results/compared/comparison.html"
-AFTER = {"cells": 1, "study": 1, "study_page": 1}
+AFTER = {"study_runs": 1, "study": 1, "study_page": 1}
 
 
 def config(gammas: tuple[float, ...] = (0.9,), seeds: tuple[int, ...] = (1, 2), *more: str) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def test_a_cell_is_made_again_by_the_command_beside_it(finished: Checkout, tmp_p
 
 def test_a_run_that_the_config_does_not_ask_for_is_refused(finished: Checkout):
     output = finished.run("-n", f"results/shop/runs/{'0' * 12}/evaluation.json", check=False)
-    assert "a run of other settings cannot be made from these" in output
+    assert "a run of other settings cannot be made from it" in output
 
 
 def test_an_experiment_of_a_study_is_published_like_any_other(finished: Checkout, tmp_path: Path):

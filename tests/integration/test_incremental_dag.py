@@ -121,7 +121,7 @@ def test_a_tenth_more_products_cost_a_tenth_of_the_work(tmp_path: Path, bert: Pa
             "teller": (OLD, NEW, 0),
             "caption": (OLD + NEW, 0, 0),
         }
-        assert "looks: 44 items: 40 kept, 4 encoded" in output and "44 items: 40 kept, 4 searched" in output
+        assert "looks: 44 items: 40 cached, 4 encoded" in output and "44 items: 40 kept, 4 searched" in output
         assert len(server.asked) == OLD + NEW and searched(grown)["looks"] == searched(grown)["words"] == NEW
         assert grown.planned(METRICS) == {}
 

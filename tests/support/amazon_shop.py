@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from cm3.common.tables import ITEMS, read_table
-from cm3.datasets.config import parse_dataset
 from cm3.datasets.prepare import prepare
+from cm3.datasets.registry import parse_dataset
 
 CATEGORY = {"amazon-2014": "Baby", "amazon-2018": "Gift_Cards", "amazon-2023": "Baby_Products"}
 

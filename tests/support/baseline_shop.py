@@ -5,13 +5,15 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from cm3.baselines.config import MODELS, baseline_settings
+from cm3.baselines.base import Baseline, parse_baseline
 from cm3.baselines.inputs import Inputs, read_inputs
 from cm3.baselines.train import train
 from cm3.common.interactions import Interactions, read_interactions
 from cm3.config import Evaluation, Training
 from cm3.evaluation.evaluate import evaluate
+from cm3.model_registry import spec_classes
 
+BASELINES = {name: spec for name, spec in spec_classes().items() if issubclass(spec, Baseline)}
 EMBEDDINGS = {
     "history_output": "history.csv",
     "users_output": "user_embeddings.parquet",
@@ -42,16 +44,16 @@ PATIENT = {"bm3": {"epochs": 80, "patience": 60}}
 
 
 def settings(name: str, **changes: Any) -> Any:
-    dim = {"embedding_dim": 16} if "embedding_dim" in MODELS[name].model_fields else {}
-    return baseline_settings({"name": name} | dim | SMALL.get(name, {}) | changes)
+    dim = {"embedding_dim": 16} if "embedding_dim" in BASELINES[name].model_fields else {}
+    return parse_baseline({"name": name} | dim | SMALL.get(name, {}) | changes)
 
 
 def modalities(name: str) -> tuple[str, ...]:
-    return ("text", "image") if MODELS[name].modalities == "required" else ()
+    return ("text", "image") if BASELINES[name].reads_features else ()
 
 
 def outputs(name: str) -> dict[str, str]:
-    return {"model_output": "model.safetensors"} | (EMBEDDINGS if MODELS[name].exports == "embeddings" else {})
+    return {"model_output": "model.safetensors"} | (EMBEDDINGS if BASELINES[name].exports == "embeddings" else {})
 
 
 def fit(shop: dict[str, Path], folder: Path, name: str, training: dict[str, Any] | None = None, **changes: Any) -> Any:
@@ -63,7 +65,7 @@ def fit(shop: dict[str, Path], folder: Path, name: str, training: dict[str, Any]
         training=Training(**TRAINING | PATIENT.get(name, {}) | (training or {})),
         modalities=modalities(name),
         features={m: shop[f"features.{m}"] for m in modalities(name)},
-        similarity={m: shop[f"similarity.{m}"] for m in modalities(name)} if MODELS[name].graphs else {},
+        similarity={m: shop[f"similarity.{m}"] for m in modalities(name)} if BASELINES[name].reads_item_graphs else {},
         **{output: folder / file for output, file in outputs(name).items()},
     )
 
@@ -79,7 +81,7 @@ def scored(
     shop: dict[str, Path], folder: Path, name: str, k: int = 10
 ) -> tuple[dict[str, float], dict[str, list[str]]]:
     """Return the test metrics and each test user's recommendations, best first, from the files of a fitted model."""
-    if MODELS[name].exports == "embeddings":
+    if BASELINES[name].exports == "embeddings":
         paths = {f"{kind}_embeddings": folder / f"{kind}_embeddings.parquet" for kind in ("user", "item")}
     else:
         paths = {"weights": folder / "model.safetensors"}

@@ -20,7 +20,7 @@ from fixtures_extractors import COLOURS, plain, write_images, write_items
 from PIL import Image
 
 import extractors
-from extractors.caption import openai_client
+from extractors.caption import openai_retry
 from extractors.caption.openai import ServerCaptioner, ServerCaptionSpec
 
 MODEL = "colour-teller"
@@ -181,8 +181,8 @@ def serving(
 
 @pytest.fixture(autouse=True)
 def no_time_to_lose(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openai_client, "PAUSE", 0.01)
-    monkeypatch.setattr(openai_client, "LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr(openai_retry, "PAUSE", 0.01)
+    monkeypatch.setattr(openai_retry, "LONGEST_PAUSE", 0.05)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from forked_snakemake import forked_snakemake
 from repository import ROOT
 
 CODE = (
@@ -23,7 +24,7 @@ CODE = (
     "config",
     "environment.yml",
 )
-DATA = ("raw", "processed", "results")
+METRICS = "results/shop/metrics.json"
 
 SMALL: dict[str, Any] = {
     "datasets": {"shop": {"source": "sample", "users": 150, "items": 80, "seed": 1, "kcore": 3}},
@@ -44,9 +45,9 @@ SMALL: dict[str, Any] = {
 }
 
 
-def heed_ctrl_c() -> None:
-    """Undo what a background job inherits from its shell: SIGINT ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def environment() -> dict[str, str]:
+    """Return the environment of a Snakemake that finds its code in its own folder."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
 class Checkout:
@@ -63,29 +64,32 @@ class Checkout:
                 shutil.copy2(source, folder / name)
         self.configure(config)
 
+    @classmethod
+    def at(cls, folder: Path) -> "Checkout":
+        """Return the checkout that is in `folder` already."""
+        checkout = cls.__new__(cls)
+        checkout.folder = folder
+        return checkout
+
     def configure(self, config: dict[str, Any]) -> None:
         """Replace config.yaml."""
         (self.folder / "config/config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
 
     def clone(self, folder: Path) -> "Checkout":
         """Return a whole copy, data and Snakemake's state included, times preserved."""
-        other = Checkout.__new__(Checkout)
-        other.folder = folder
         shutil.copytree(self.folder, folder, symlinks=True)
-        return other
+        return Checkout.at(folder)
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """Start `snakemake --cores 2 ARGUMENTS` in a process group of its own."""
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         return subprocess.Popen(
             [sys.executable, "-m", "snakemake", "--cores", "2", *arguments],
             cwd=self.folder,
-            env=environment,
+            env=environment(),
             start_new_session=True,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            preexec_fn=heed_ctrl_c,
         )
 
     def run(self, *arguments: str, check: bool = True) -> str:
@@ -98,9 +102,18 @@ class Checkout:
             assert process.returncode != 0, output
         return output
 
+    def dry_run(self, *arguments: str) -> str:
+        """Run `snakemake --cores 2 -n ARGUMENTS` and return what it printed."""
+        printed = self.folder / ".snakemake/dry-run.log"
+        printed.parent.mkdir(exist_ok=True)
+        status = forked_snakemake(self.folder, ["--cores", "2", "-n", *arguments], environment(), printed)
+        output = printed.read_text()
+        assert status == 0, output
+        return output
+
     def planned(self, *arguments: str) -> dict[str, int]:
         """Return which rules a dry run would run, and how often each."""
-        output = self.run("-n", *arguments)
+        output = self.dry_run(*arguments)
         counts = re.search(r"^job +count\n-+ +-+\n(.*?)^total ", output, re.DOTALL | re.MULTILINE)
         if counts is None:
             assert "Nothing to be done" in output, output

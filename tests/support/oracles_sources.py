@@ -17,8 +17,8 @@ import pyarrow as pa
 from PIL import Image
 
 from cm3.common.tables import ITEMS, write_table
-from cm3.datasets.config import parse_dataset
 from cm3.datasets.prepare import prepare
+from cm3.datasets.registry import parse_dataset
 
 
 def kcore_oracle(pairs: Sequence[tuple[int, int]], k: int) -> list[bool]:

@@ -1,7 +1,7 @@
 """A SLURM of one node for a test: munged, slurmctld and slurmd from Debian's packages, without systemd or a database.
 
-All that it writes lies in one folder under /tmp; nothing under /etc or /var is read or touched, and its ports are free
-ones, so that it stands beside a real installation and beside another copy of itself.
+Everything it writes is in one folder under /tmp; nothing under /etc or /var is read or changed, and its ports are free
+ones, so that it can run next to a real installation and next to another copy of itself.
 """
 
 import contextlib

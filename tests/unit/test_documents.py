@@ -1,6 +1,7 @@
-"""Links resolve, documented commands are ones that the tools take, and the files that others read are well-formed."""
+"""Links resolve, the tools accept the documented commands, and files that other programs read are well-formed."""
 
 import importlib.util
+import os
 import re
 import shlex
 import subprocess
@@ -103,17 +104,51 @@ def test_the_citation_names_this_version_and_the_paper():
     assert re.search(rf"^## {re.escape(project['version'])}\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
 
 
-def test_the_workflow_catalog_finds_what_it_wants():
+def test_the_workflow_catalog_finds_what_it_reads():
     usage = yaml.safe_load((ROOT / ".snakemake-workflow-catalog.yml").read_text())["usage"]
     ways = usage["software-stack-deployment"]
-    assert ways["conda"] and ways["singularity"] and usage["report"] is True
+    assert ways["conda"] and ways["apptainer"] and ways["report"] is True
+    # The spelling of earlier versions of the catalog says the same.
+    assert ways["singularity"] == ways["apptainer"] and ways["singularity+conda"] == ways["apptainer+conda"]
+    assert usage["report"] is ways["report"]
     for name in ("workflow/Snakefile", "config/README.md", "environment.yml", "LICENSE", "README.md"):
         assert (ROOT / name).is_file(), name
     assert re.search(r"^container:", (ROOT / "workflow/Snakefile").read_text(), re.MULTILINE)
 
 
+def steps(workflow: str, job: str) -> list[str]:
+    """The commands that a job of a GitHub workflow runs."""
+    jobs = yaml.safe_load((ROOT / f".github/workflows/{workflow}.yml").read_text())["jobs"]
+    return [step["run"] for step in jobs[job]["steps"] if "run" in step]
+
+
 def test_continuous_integration_runs_what_a_contributor_runs():
-    job = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["ci"]
-    assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
-    assert (ROOT / ".ci/run").stat().st_mode & 0o111
-    assert subprocess.run(["bash", "-n", ROOT / ".ci/run"]).returncode == 0
+    assert steps("ci", "everything") == [".ci/run"]
+    assert steps("ci", "unit") == ["./run test unit"]
+    for script in (".ci/run", "run"):
+        assert (ROOT / script).stat().st_mode & 0o111
+        assert subprocess.run(["bash", "-n", ROOT / script]).returncode == 0
+    called = re.findall(r"^\./run .*$", (ROOT / ".ci/run").read_text(), re.MULTILINE)
+    assert called == ["./run test", "./run lint"]
+
+
+def test_a_release_checks_the_version_of_this_repository(tmp_path: Path):
+    check = steps("release", "build")[0]
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    for tag, passes in ((f"v{version}", True), (f"v{version}1", False)):
+        done = subprocess.run(["bash", "-e", "-c", check], cwd=ROOT, env=os.environ | {"GITHUB_REF_NAME": tag})
+        assert (done.returncode == 0) is passes, tag
+
+
+def test_commit_hooks_are_the_linters_that_run_lint_calls():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    tools = {hook["entry"].split()[0].removeprefix(".venv/bin/") for hook in hooks}
+    lint = re.search(r"^    lint\)(.*?);;", (ROOT / "run").read_text(), re.MULTILINE | re.DOTALL)[1]
+    assert tools == {"ruff", "mypy", "lint-imports", "snakefmt"} <= set(lint.split())
+
+
+def test_parts_of_the_suite_have_the_same_names_everywhere():
+    markers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["markers"]
+    parts = [marker.partition(":")[0] for marker in markers][:5]
+    assert " | ".join(parts) in (ROOT / "run").read_text()
+    assert ", ".join(parts[:4]) in (ROOT / "CONTRIBUTING.md").read_text()

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import tomllib
 
 import yaml
 from packaging.requirements import Requirement
@@ -48,3 +49,19 @@ def test_no_tracked_file_names_a_registry():
     )
     found = subprocess.run(["git", "grep", "-nIE", pattern], cwd=ROOT, capture_output=True, text=True)
     assert found.returncode in (1, 128), found.stdout
+
+
+def test_pins_are_in_the_ranges_of_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    files = {
+        "requirements.txt": [*project["dependencies"], *extras["extract"], *extras["reports"], *extras["workflow"]],
+        "requirements-cluster.txt": extras["cluster"],
+        "requirements-dev.txt": extras["dev"],
+    }
+    for file, listed in files.items():
+        ranges = {one.name.lower().replace("_", "-"): one.specifier for one in map(Requirement, listed)}
+        ranges.pop(project["name"], None)
+        direct = {name: version.removeprefix("==") for name, (version,) in pins(file).items()}
+        assert direct.keys() == ranges.keys(), file
+        assert not [name for name, version in direct.items() if version not in ranges[name]], file

@@ -1,17 +1,19 @@
 """The whole configuration as one strict model: datasets, extractors and experiments, checked against each other."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import Field
 
 from cm3.common.errors import UserError
 from cm3.common.strict import Strict, nearest, validate
-from cm3.datasets.base_config import Dataset
-from cm3.datasets.config import parse_dataset
-from extractors.spec import ExtractorSpec, parse_extractor
+from cm3.datasets.registry import parse_dataset
+from cm3.datasets.spec import SourceSpec
+from extractors.registry import parse_extractor
+from extractors.spec import BackendSpec
 from workflow.plan.experiments import Experiment, ExperimentSection, inherit, parse_settings
 from workflow.plan.studies import Study, parse_study
 
@@ -23,30 +25,40 @@ Parsed = TypeVar("Parsed")
 class Sections(Strict):
     """The top level of config.yaml."""
 
-    datasets: dict[str, dict[str, Any]] = Field(description="where interactions, items and images come from")
+    datasets: dict[str, dict[str, Any]] = Field(description="sources of interactions, items and images")
     extractors: dict[str, dict[str, Any]] = Field(description="models that turn items into vectors")
-    experiments: dict[str, dict[str, Any]] = Field(description="a dataset, its modalities, a model and its training")
+    experiments: dict[str, dict[str, Any]] = Field(
+        description="combinations of a dataset, extractors, a model and its training"
+    )
     studies: dict[str, dict[str, Any]] = Field(default_factory=dict, description="experiments to compare")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Config:
-    """The checked configuration. Every name in an experiment or study exists and fits."""
+    """The checked configuration. Every name that an experiment or study refers to exists and is of the right kind.
 
-    datasets: Mapping[str, Dataset]
-    extractors: Mapping[str, ExtractorSpec]
+    Two configurations are never equal, so that functions can be cached by configuration.
+
+    Attributes:
+        files: the files that `--configfile` names, for the commands that results state.
+    """
+
+    datasets: Mapping[str, SourceSpec]
+    extractors: Mapping[str, BackendSpec]
     experiments: Mapping[str, Experiment]
     studies: Mapping[str, Study]
+    files: Sequence[Path] = ()
 
 
-def load_config(raw: Any) -> Config:
+def load_config(raw: Any, files: Sequence[Path] = ()) -> Config:
     """Check the configuration as a whole.
 
     Args:
-        raw: what config.yaml holds.
+        raw: the content of config.yaml.
+        files: the files that `--configfile` names.
 
     Raises:
-        UserError: every fault found, a line each: the key's path, the value, and the nearest valid name.
+        UserError: all faults, one per line: path of the key, value, and the nearest valid name.
     """
     sections = validate(Sections, raw, "")
     faults: list[str] = []
@@ -64,7 +76,7 @@ def load_config(raw: Any) -> Config:
                 )
             if spec.dtype != "float32":
                 faults.append(
-                    f"extractors.{name}.dtype = {spec.dtype!r}: captions are text, and the encoder makes vectors of them; "
+                    f"extractors.{name}.dtype = {spec.dtype!r}: captions are text; their vectors come from the encoder; "
                     f"set it on {encoder!r}"
                 )
 
@@ -89,18 +101,19 @@ def load_config(raw: Any) -> Config:
     def parse_comparison(name: str, data: dict[str, Any], where: str) -> Study | None:
         if name in sections.experiments:
             raise UserError(
-                f"{where}: there is an experiment {name!r}, too, and both would write to results/{name}; rename one"
+                f"{where}: an experiment has the same name, and both would write to results/{name}; rename one"
             )
         named = data.get("experiments")
         refused = sections.experiments.keys() - experiments.keys()
         if isinstance(named, list) and any(isinstance(n, str) and n in refused for n in named):
-            return None  # what is wrong with that experiment is told already
+            return None  # the fault of that experiment is already reported
         return parse_study(data, experiments, where)
 
     studies = _parse_each("studies", sections.studies, parse_comparison, faults)
     if faults:
         raise UserError("\n".join(faults))
-    return Config(datasets, extractors, experiments, {name: study for name, study in studies.items() if study})
+    checked = {name: study for name, study in studies.items() if study}
+    return Config(datasets, extractors, experiments, checked, files)
 
 
 def _parse_each(
@@ -113,7 +126,7 @@ def _parse_each(
     for name, data in entries.items():
         where = f"{section}.{name}"
         if not _NAME.fullmatch(name):
-            faults.append(f"{where}: a name is made of letters, digits, - and _, as it becomes part of a path")
+            faults.append(f"{where}: use letters, digits, - and _ only, because the name becomes part of a path")
             continue
         try:
             parsed[name] = parse(name, data, where)

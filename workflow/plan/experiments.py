@@ -6,85 +6,89 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator
 
-from cm3.baselines.config import PATIENCE
 from cm3.common.errors import UserError
 from cm3.common.strict import Strict, nearest, validate
-from cm3.config import PRESETS, Evaluation, Training, modality_weights
-from workflow.plan.models import CM3, NAMES, ModelSettings, Traits, name_of, parse_model, traits
+from cm3.config import Evaluation, Training
+from cm3.model_registry import DEFAULT_MODEL, MODELS, named_spec, spec_class, spec_classes
+from cm3.model_spec import CLOSED_FORM_TRAINING, ModelSpec, Weighted, modality_weights
 
 Kind = Literal["gaussian", "shuffled", "constant"]
-"""What `extractors.control` can put in place of features."""
+"""Controls of `extractors.control` that replace features."""
 
-CLOSED_FORM = frozenset({"monitor", "device"})
-"""What a model in closed form takes of `training`."""
-
-CM3_ALONE = frozenset({"precision", "processes", "warm_start"})
-"""What of `training` only CM3 heeds."""
+PRESETS = tuple(dict.fromkeys(preset for spec in spec_classes().values() for preset in spec.presets))
+"""Names of the presets of all models."""
 
 
 class ExperimentSection(Strict):
     """One entry of `experiments`."""
 
-    like: str | None = Field(None, description="another experiment, whose values stand where this one gives none")
+    like: str | None = Field(
+        None, description="name of another experiment, whose values are used for keys that this one does not set"
+    )
     dataset: str = Field(description="a name under datasets")
     modalities: dict[str, str] = Field(
         default_factory=dict,
-        description="modality -> extractor, in the order of fusion; none for models that read no features",
+        description="modality -> extractor, in the order of fusion; empty for models that read no features",
     )
     control: Kind | dict[str, Kind] | None = Field(
         None,
-        description="in place of all features, or of a modality's: gaussian noise of equal norms, the rows shuffled, or a "
-        "constant vector; drawn from training.seed, and the item graphs built anew",
+        description="control that replaces the features of all modalities, or of some by modality: gaussian noise of equal "
+        "norms, shuffled rows, or a constant vector; drawn with training.seed; item graphs are rebuilt from it",
     )
-    preset: Literal["default", "official"] = Field("default", description="where unset values come from")
+    preset: str = Field(
+        "default",
+        description="values of unset keys: default, or official, which repeats the reference implementation of CM3",
+        json_schema_extra={"enum": list(PRESETS)},
+    )
     model: dict[str, Any] = Field(
-        default_factory=dict, description="name of the model (cm3 by default), and overrides of its settings"
+        default_factory=dict, description="name of the model (cm3 by default) and its settings"
     )
-    training: dict[str, Any] = Field(default_factory=dict, description="overrides of the preset's training")
-    evaluation: dict[str, Any] = Field(default_factory=dict, description="overrides of the preset's evaluation")
+    training: dict[str, Any] = Field(default_factory=dict, description="settings of training, over those of the preset")
+    evaluation: dict[str, Any] = Field(
+        default_factory=dict, description="settings of evaluation, over those of the preset"
+    )
 
     @field_validator("control", mode="before")
     @classmethod
     def _known_kinds(cls, value: Any) -> Any:
         for kind in value.values() if isinstance(value, dict) else [value]:
             if isinstance(kind, str) and kind not in get_args(Kind):
-                raise ValueError(f"there is no control {kind!r}{nearest(kind, get_args(Kind))}")
+                raise ValueError(f"no control {kind!r}{nearest(kind, get_args(Kind))}")
         return value
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A checked experiment: the preset's values with the section's own over them."""
+    """A checked experiment: the values of its section over those of the preset.
+
+    Attributes:
+        modalities: extractor by modality, in the order of fusion.
+        controls: control by modality, for those whose features are replaced.
+    """
 
     dataset: str
     modalities: Mapping[str, str]
     preset: str
-    model: ModelSettings
+    model: ModelSpec
     training: Training
     evaluation: Evaluation
     controls: Mapping[str, Kind] = field(default_factory=dict)
-    """What stands in place of a modality's features."""
 
     @property
     def model_name(self) -> str:
-        """The name that the config gives the model."""
-        return name_of(self.model)
-
-    @property
-    def traits(self) -> Traits:
-        """What the model reads and leaves behind."""
-        return traits(self.model_name)
+        """Name of the model in the config."""
+        return self.model.name
 
     def control(self, modality: str) -> str:
-        """Return the control of a modality as file names carry it, '' where its own features are read."""
+        """Return the control of a modality as in file names; '' for a modality that keeps its features."""
         kind = self.controls.get(modality)
         if kind is None or kind == "constant":
             return kind or ""
         return f"{kind}-{self.training.seed}"
 
     def training_identity(self) -> dict[str, Any]:
-        """Return the training settings that decide the model."""
-        if self.traits.trains:
+        """Return the training settings that change the trained model."""
+        if self.model.trains:
             return self.training.identity()
         return {"monitor": self.training.monitor}
 
@@ -94,14 +98,14 @@ class Experiment:
 
 
 def inherit(name: str, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return an entry of `experiments` with what it does not set taken from the one that it is `like`.
+    """Return an entry of `experiments` with the keys that it does not set from the entry that `like` names.
 
-    `model`, `training` and `evaluation` are taken key by key, all else whole. From an entry with another model, neither
-    preset nor model settings are taken, nor its patience, nor what this model has no use for of modalities, controls and
-    training.
+    `model`, `training` and `evaluation` are inherited key by key, other sections whole. From an entry with another model,
+    the preset and the model settings are not inherited, nor training settings with a default of the model's own, nor
+    modalities, controls and training settings that the model does not support.
 
     Raises:
-        UserError: no such entry, or entries that are like each other.
+        UserError: no such entry, or a circle of entries.
     """
     lineage = [name]
     while (like := entries[lineage[-1]].get("like")) is not None:
@@ -118,16 +122,17 @@ def inherit(name: str, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, An
 
 
 def _laid_over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    model = _model(own).get("name", _model(base).get("name", CM3))
-    taken = dict(base)
-    if model != _model(base).get("name", CM3):
-        taken = {key: value for key, value in base.items() if key not in ("model", "preset")}
-        if model in NAMES:
-            taken = _of_use(taken, model)
-    merged = {**taken, **own}
+    before = _model(base).get("name", DEFAULT_MODEL)
+    model = _model(own).get("name", before)
+    inherited = dict(base)
+    if model != before:
+        inherited = {key: value for key, value in base.items() if key not in ("model", "preset")}
+        if model in MODELS:
+            inherited = _supported(inherited, spec_class(model), spec_class(before) if before in MODELS else None)
+    merged = {**inherited, **own}
     for key in ("model", "training", "evaluation"):
-        if isinstance(taken.get(key), dict) and isinstance(own.get(key), dict):
-            merged[key] = {**taken[key], **own[key]}
+        if isinstance(inherited.get(key), dict) and isinstance(own.get(key), dict):
+            merged[key] = {**inherited[key], **own[key]}
     return merged
 
 
@@ -136,77 +141,89 @@ def _model(section: Mapping[str, Any]) -> Mapping[str, Any]:
     return model if isinstance(model, dict) else {}
 
 
-def _of_use(section: Mapping[str, Any], model: str) -> dict[str, Any]:
-    useless = () if traits(model).content else ("modalities", "control")
-    kept = {key: value for key, value in section.items() if key not in useless}
+def _supported(section: Mapping[str, Any], model: type[ModelSpec], before: type[ModelSpec] | None) -> dict[str, Any]:
+    unused = () if model.reads_features else ("modalities", "control")
+    kept = {key: value for key, value in section.items() if key not in unused}
     if isinstance(kept.get("training"), dict):
-        # Models plateau for unlike times: another one's patience would stop this one too early, or late.
+        # A value chosen for one model, such as its patience, would stop another one too early or too late.
+        own = {*model.training_defaults, *(before.training_defaults if before else ())}
         kept["training"] = {
-            key: value for key, value in kept["training"].items() if key != "patience" and not _unheeded(key, model)
+            key: value for key, value in kept["training"].items() if key not in own and model.supports(key)
         }
     return kept
 
 
-def _unheeded(key: str, model: str) -> str:
-    """Return why a model does not heed a key of `training`, or nothing."""
-    if not traits(model).trains and key not in CLOSED_FORM:
-        return f"{model} is computed in closed form and does not train; of this section it takes {' and '.join(sorted(CLOSED_FORM))} only"
-    return f"{CM3} alone heeds it, but the model is {model}" if model != CM3 and key in CM3_ALONE else ""
-
-
 def parse_settings(section: ExperimentSection, where: str) -> Experiment:
-    """Return a section's experiment. Whether its dataset and extractors exist is for the caller to check.
+    """Return the experiment of a section. The caller checks that its dataset and extractors exist.
 
     Raises:
-        UserError: an unknown model or key, an impossible value, or settings that the model has no use for.
+        UserError: an unknown model, preset or key, an impossible value, or settings that the model does not support.
     """
-    model = parse_model(section.model, section.preset, f"{where}.model")
-    name = name_of(model)
-    if section.preset != "default" and name != CM3:
-        raise UserError(f"{where}.preset = {section.preset!r}: this preset is of {CM3}, but the model is {name}")
-    base = PRESETS[section.preset]
-    patience = {"patience": PATIENCE} if name != CM3 and traits(name).trains else {}
+    spec = named_spec(section.model, f"{where}.model")
+    preset = _preset(spec, section.preset, where)
+    defaults = {**spec.training_defaults, **preset.get("training", {})}
     chosen = Experiment(
         section.dataset,
         section.modalities,
         section.preset,
-        model,
-        _training(name, {**base["training"], **patience, **section.training}, f"{where}.training"),
-        validate(Evaluation, {**base["evaluation"], **section.evaluation}, f"{where}.evaluation"),
+        validate(spec, {**preset.get("model", {}), **section.model}, f"{where}.model"),
+        _training(spec, {**defaults, **section.training}, f"{where}.training"),
+        validate(Evaluation, {**preset.get("evaluation", {}), **section.evaluation}, f"{where}.evaluation"),
         _controls(section, where),
     )
     check(chosen, where)
     return chosen
 
 
+def _preset(spec: type[ModelSpec], preset: str, where: str) -> Mapping[str, Mapping[str, Any]]:
+    if preset in spec.presets:
+        return spec.presets[preset]
+    path = f"{where}.preset = {preset!r}"
+    if preset not in PRESETS:
+        raise UserError(f"{path}: unknown preset{nearest(preset, PRESETS)}")
+    others = [name for name, other in spec_classes().items() if preset in other.presets]
+    raise UserError(f"{path}: a preset of {', '.join(others)}, but the model is {_name(spec)}")
+
+
+def _name(spec: type[ModelSpec]) -> str:
+    return str(spec.model_fields["name"].default)
+
+
 def check(experiment: Experiment, where: str) -> None:
     """Check that an experiment's parts fit each other.
 
     Raises:
-        UserError: modalities that the model lacks or has no use for, weights of other modalities, or a cosine of a model
-            that has no embeddings.
+        UserError: modalities that the model lacks or does not read, weights of other modalities, or a cosine score of a
+            model without embeddings.
     """
-    name, modalities = experiment.model_name, dict(experiment.modalities)
+    model, name, modalities = experiment.model, experiment.model_name, dict(experiment.modalities)
     path = f"{where}.modalities = {modalities}"
-    if experiment.traits.content and not modalities:
+    if model.reads_features and not modalities:
         raise UserError(f"{path}: {name} reads features and needs at least 1 modality, such as {{text: EXTRACTOR}}")
-    if modalities and not experiment.traits.content:
-        raise UserError(f"{path}: {name} reads no features; leave its modalities out")
-    if experiment.evaluation.score == "cosine" and not experiment.traits.embeddings:
+    if modalities and not model.reads_features:
+        raise UserError(f"{path}: {name} reads no features; remove its modalities")
+    if experiment.evaluation.score == "cosine" and model.exports != "embeddings":
         raise UserError(
-            f"{where}.evaluation.score = 'cosine': {name} leaves item weights and no embeddings to take it of; set dot"
+            f"{where}.evaluation.score = 'cosine': {name} exports item weights and no embeddings; set score to dot"
         )
-    model: Any = experiment.model
-    if hasattr(model, "modality_weights"):
+    if isinstance(model, Weighted):
         modality_weights(model, list(modalities), f"{where}.model")
 
 
-def _training(model: str, given: Mapping[str, Any], where: str) -> Training:
+def _training(spec: type[ModelSpec], given: Mapping[str, Any], where: str) -> Training:
     chosen = validate(Training, dict(given), where)
     for key in given:
-        if why := _unheeded(key, model):
-            raise UserError(f"{where}.{key}: {why}")
+        if not spec.supports(key):
+            raise UserError(f"{where}.{key}: {_unsupported(spec, key)}")
     return chosen
+
+
+def _unsupported(spec: type[ModelSpec], key: str) -> str:
+    if not spec.trains:
+        supported = " and ".join(sorted(CLOSED_FORM_TRAINING))
+        return f"{_name(spec)} is computed in closed form and does not train; it supports only {supported}"
+    others = [name for name, other in spec_classes().items() if other.trains and other.supports(key)]
+    return f"not supported by {_name(spec)}, only by {', '.join(others)}"
 
 
 def _controls(section: ExperimentSection, where: str) -> dict[str, Kind]:

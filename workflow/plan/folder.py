@@ -1,4 +1,4 @@
-"""A digest of a folder's files by content, cheap when little has changed since last time."""
+"""Digest of the contents of a folder; only new and changed files are read."""
 
 import hashlib
 import os
@@ -13,8 +13,8 @@ CACHE = Path(".snakemake/folder-digests")
 def digest_of_folder(folder: Path) -> str:
     """Return 64 hex digits over the names and contents of all files under `folder`.
 
-    Contents are read only of files whose size or modification time is new; a touched file is read again and found
-    to be the same. The known digests lie in `.snakemake/folder-digests`.
+    A file is read only if its size or modification time is new; a touched file is read again and has the same digest.
+    The digests of files are cached in `.snakemake/folder-digests`.
 
     Raises:
         UserError: the folder does not exist.

@@ -1,4 +1,4 @@
-"""Where the plan's files lie for a job, when an object storage keeps them."""
+"""Root folder of a job's files if they are in an object storage."""
 
 from collections.abc import Mapping
 
@@ -6,14 +6,14 @@ from cm3.common.errors import UserError
 
 
 def root_of(given: Mapping[str, str], planned: Mapping[str, str]) -> str:
-    """Return what stands before the plan's paths in those that a job was given: the storage's folder, "." without one.
+    """Return the prefix of a job's paths before the planned paths: the folder of the storage, "." without a storage.
 
     Args:
-        given: a job's input files by name, as its rule has them.
-        planned: the plan's path of those whose root is asked for.
+        given: input files of the job by name.
+        planned: their paths without a storage; all are among `given`.
 
     Raises:
-        UserError: files below different roots, or under other names.
+        UserError: the files are below different roots or have other paths.
     """
     root = None
     for name, path in planned.items():
@@ -21,7 +21,7 @@ def root_of(given: Mapping[str, str], planned: Mapping[str, str]) -> str:
         found = at.removesuffix(path)
         if not at.endswith(path) or root not in (None, found):
             raise UserError(
-                f"{at}: is not {path} below the root of the other files; keep all of a study in one storage"
+                f"{at}: is not {path} below the root of the other files; store all files of a study in one storage"
             )
         root = found
     return root or "."

@@ -10,9 +10,10 @@ from pydantic import Field, field_validator
 from cm3.common.errors import UserError
 from cm3.common.keys import canonical_json
 from cm3.common.strict import Strict, nearest, validate
+from cm3.evaluation.registry import METRICS
 from workflow.plan.experiments import Experiment, check
 
-METRICS = ("recall", "ndcg", "precision", "hitrate", "mrr", "map")
+DEFAULT_METRICS = ("recall", "ndcg")
 SECTIONS = ("model", "training")
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -24,21 +25,23 @@ class StudySection(Strict):
 
     experiments: list[str] = Field(min_length=1, description="names under experiments, of one dataset")
     seeds: list[Seed] = Field(
-        [1, 2, 3, 4, 5], min_length=1, description="each experiment is trained once with each of them as training.seed"
+        [1, 2, 3, 4, 5],
+        min_length=1,
+        description="values of training.seed; each experiment is trained once with each of them",
     )
     grids: dict[str, dict[str, Values]] = Field(
         default_factory=dict,
-        description="experiment -> key -> values, as model.gamma: [0.5, 0.9]; every combination is trained, and the "
-        "best by mean validation score over the seeds is compared",
+        description="experiment -> key -> values, such as model.gamma: [0.5, 0.9]; every combination is trained, and the "
+        "one with the best mean validation score over the seeds is compared",
     )
     reference: str | None = Field(
-        None, description="the experiment that each other one is tested against; null: all pairs are tested"
+        None, description="experiment that every other one is tested against; null: all pairs are tested"
     )
     metrics: list[str] | None = Field(
         None,
         min_length=1,
-        description="what is tested, such as recall@20; null: recall and ndcg at each cut-off that all "
-        "experiments have, the monitored one first",
+        description="metrics to test, such as recall@20; null: recall and ndcg at the cut-offs of all "
+        "experiments, the monitored one first",
     )
 
     @field_validator("experiments", "seeds", "metrics")
@@ -46,13 +49,13 @@ class StudySection(Strict):
     def _once(cls, value: list[Any] | None) -> list[Any] | None:
         for entry in value or ():
             if value and value.count(entry) > 1:
-                raise ValueError(f"{entry!r} stands here twice")
+                raise ValueError(f"duplicate value: {entry!r}")
         return value
 
 
 @dataclass(frozen=True)
 class Point:
-    """An experiment with the values of one combination of its grid; without a grid, there is one without values."""
+    """An experiment at one combination of its grid's values; an experiment without a grid has one point without values."""
 
     values: Mapping[str, Any]
     experiment: Experiment
@@ -60,7 +63,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Study:
-    """A checked study: `points` holds every experiment's combinations, in the order of the config."""
+    """A checked study; `points` has the grid points of each experiment, in the order of the configuration."""
 
     points: Mapping[str, Sequence[Point]]
     seeds: Sequence[int]
@@ -68,7 +71,7 @@ class Study:
     metrics: Sequence[str]
 
     def settings(self, experiment: str) -> list[tuple[Point, int, Experiment]]:
-        """Return (grid point, seed, settings) of each of an experiment's cells."""
+        """Return (grid point, seed, settings) of each run of an experiment."""
         return [(p, seed, p.experiment.with_seed(seed)) for p in self.points[experiment] for seed in self.seeds]
 
 
@@ -81,7 +84,7 @@ def parse_study(data: Mapping[str, Any], experiments: Mapping[str, Experiment], 
         where: the key path of the section.
 
     Raises:
-        UserError: one line per fault: unknown names and keys, impossible values, experiments that cannot be compared.
+        UserError: one line per fault: unknown names and keys, invalid values, experiments that are not comparable.
     """
     section = validate(StudySection, data, where)
     faults = [
@@ -121,13 +124,13 @@ def _incomparable(experiments: Mapping[str, Experiment], where: str) -> list[str
                 values.append(value)
             if values[0] != values[1]:
                 faults.append(
-                    f"{where}.experiments: {first} has {what} {values[0]!r} and {name} {values[1]!r}; only what is equal in it can be compared"
+                    f"{where}.experiments: {first} has {what} {values[0]!r} and {name} {values[1]!r}; experiments are comparable only if it is equal"
                 )
     return faults
 
 
 def _expand(experiment: Experiment, grid: Mapping[str, Sequence[Any]], where: str) -> list[Point]:
-    """Return a point for every combination of the grid's values, each checked like an experiment of its own."""
+    """Return a point for every combination of the grid's values, each checked like an experiment."""
     for path in grid:
         _check_path(experiment, path, where)
     points: dict[str, Point] = {}
@@ -140,7 +143,7 @@ def _expand(experiment: Experiment, grid: Mapping[str, Sequence[Any]], where: st
             continue
         key = canonical_json(point.values)
         if key in points:
-            faults[f"{where}: a value stands twice: {key}"] = None
+            faults[f"{where}: duplicate grid point: {key}"] = None
         points[key] = point
     if faults:
         raise UserError("\n".join(faults))
@@ -157,14 +160,14 @@ def _check_path(experiment: Experiment, path: str, where: str) -> None:
     if path == "training.seed":
         raise UserError(f"{where}.{path}: seeds are not chosen by validation; list them in the study's seeds")
     if path == "training.monitor":
-        raise UserError(f"{where}.{path}: points are chosen by what is monitored; set it in the experiment")
+        raise UserError(f"{where}.{path}: grid points are chosen by the monitored metric; set it in the experiment")
     if path == "model.name":
         raise UserError(f"{where}.{path}: another model is another experiment; add one to the study")
-    if section == "training" and not experiment.traits.trains:
+    if section == "training" and not experiment.model.trains:
         raise UserError(f"{where}.{path}: {experiment.model_name} is computed in closed form and does not train")
     valid = settings.model_fields.keys() - settings.runtime_fields
     if key in settings.runtime_fields:
-        raise UserError(f"{where}.{path}: changes speed only; there is nothing to choose by validation")
+        raise UserError(f"{where}.{path}: changes speed only, so validation cannot choose it")
     if key not in valid:
         raise UserError(
             f"{where}.{path}: unknown key of {experiment.model_name}{nearest(path, [f'{section}.{name}' for name in valid])}"
@@ -193,15 +196,15 @@ def _metrics(
     evaluations = [experiment.evaluation for experiment in experiments.values()]
     shared = {k for k in evaluations[0].ks if all(k in other.ks and k <= other.top_n for other in evaluations)}
     if not shared:
-        faults.append(f"{where}.experiments: they have no cut-off of evaluation.ks in common, up to evaluation.top_n")
+        faults.append(f"{where}.experiments: they have no common cut-off in evaluation.ks up to evaluation.top_n")
     if given is None:
-        # The first is the headline: at the cut-off that training monitors, where it is one of them.
+        # The first metric is the main one: at the cut-off that training monitors, if it is among them.
         monitored = {int(experiment.training.monitor.partition("@")[2]) for experiment in experiments.values()}
-        return [f"{name}@{k}" for k in sorted(shared, key=lambda k: (k not in monitored, -k)) for name in METRICS[:2]]
+        return [
+            f"{name}@{k}" for k in sorted(shared, key=lambda k: (k not in monitored, -k)) for name in DEFAULT_METRICS
+        ]
     valid = [f"{name}@{k}" for k in sorted(shared) for name in METRICS]
     for metric in given:
         if metric not in valid:
-            faults.append(
-                f"{where}.metrics = {metric!r}: not a metric that all its experiments have{nearest(metric, valid)}"
-            )
+            faults.append(f"{where}.metrics = {metric!r}: not a metric of all its experiments{nearest(metric, valid)}")
     return list(given)

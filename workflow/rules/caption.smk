@@ -1,13 +1,8 @@
-# images to sentences
+# images and item texts to captions
 rule caption:
     input:
-        unpack(
-            lambda wildcards: named(
-                plan.caption_inputs(
-                    wildcards.dataset, wildcards.extractor, wildcards.key
-                )
-            )
-        ),
+        # items.parquet and the image manifest
+        unpack(files(features.caption_inputs)),
     output:
         captions="processed/{dataset}/captions/{extractor}-{key}.parquet",
         record="processed/{dataset}/captions/{extractor}-{key}.stage.json",
@@ -15,13 +10,13 @@ rule caption:
         "logs/{dataset}/caption-{extractor}-{key}.log",
     conda:
         "../../environment.yml"
-    threads: share_of_cores(lambda wildcards: plan.caption_gpus(wildcards.extractor))
+    threads: share_of_cores(features.caption_gpus)
     resources:
-        gpu=gpus(lambda wildcards: plan.caption_gpus(wildcards.extractor)),
+        gpu=gpus(features.caption_gpus),
         mem_mb=needs.mem_mb("caption"),
         runtime=needs.runtime("caption"),
     params:
-        identity=identity(lambda wildcards: plan.caption(wildcards.extractor)),
-        arguments=arguments(lambda wildcards: plan.caption(wildcards.extractor)),
+        identity=identity(features.caption),
+        arguments=arguments(features.caption),
     shell:
         "exec python -m extractors.caption.stage {params.arguments} --log {log:q}"

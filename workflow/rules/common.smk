@@ -1,3 +1,4 @@
+import inspect
 import shlex
 import sys
 from pathlib import Path
@@ -11,16 +12,20 @@ from cm3.common.errors import UserError
 from cm3.common.files import write_json
 from cm3.common.gpus import gpu_here
 from cm3.common.keys import canonical_json
+from workflow.plan import comparison, data, features, mmrec, pages, publish, runs
 from workflow.plan.config import load_config
-from workflow.plan.runs import Plan
+from workflow.plan.migrate import migrate_records
 from workflow.plan.resources import Needs
 from workflow.plan.storage import root_of
-from workflow.working_directory import (
-    RunLock,
-    keep_metadata_with_data,
-    lend_environment_to_jobs,
+from workflow.snakemake_internals import (
+    METADATA,
+    config_files,
+    resource_limit,
+    runs_elsewhere,
+    store_metadata_with_data,
 )
 from workflow.summary import print_summary
+from workflow.working_directory import RunLock, set_job_environment
 
 
 configfile:
@@ -30,14 +35,15 @@ configfile:
 
 
 try:
-    plan = Plan(load_config(config), ROOT, workflow.overwrite_configfiles)
+    settings = load_config(config, config_files(workflow))
 except UserError as error:
     raise WorkflowError(f"The configuration is refused:\n{error}") from None
 
-needs = Needs(plan)
+needs = Needs(settings)
 
-lend_environment_to_jobs(ROOT)
-keep_metadata_with_data()
+set_job_environment(ROOT)
+store_metadata_with_data()
+migrate_records(METADATA)
 run_lock = RunLock()
 
 
@@ -46,67 +52,77 @@ def one_of(names):
 
 
 wildcard_constraints:
-    dataset=one_of(plan.config.datasets),
-    extractor=one_of(plan.config.extractors),
-    experiment=one_of(plan.config.experiments),
-    study=one_of(plan.config.studies),
+    dataset=one_of(settings.datasets),
+    extractor=one_of(settings.extractors),
+    experiment=one_of(settings.experiments),
+    study=one_of(settings.studies),
     key="[0-9a-f]{12}",
     run="[0-9a-f]{12}",
     knn_k="[0-9]+",
 
 
-# `items` is a method of Snakemake's named lists, so the item table goes by `items_` within rules.
-def named(paths):
-    return {"items_" if name == "items" else name: path for name, path in paths.items()}
+# A function of workflow/plan for a rule: called with the configuration and the wildcards that its parameters name.
+def planned(function):
+    _, *names = inspect.signature(function).parameters
+    return lambda wildcards: function(
+        settings, *(getattr(wildcards, name) for name in names)
+    )
 
 
-# Where jobs run on this machine and it has no GPU, none is asked for: they then run side by side, as cores allow.
-def gpus(count):
-    def asked(wildcards):
-        elsewhere = workflow.non_local_exec_or_dryrun
-        return count(wildcards) if elsewhere or gpu_here() else 0
-
-    return asked
-
-
-# With several GPUs, as many jobs run at a time only if they share the cores as well.
-def share_of_cores(count):
-    def threads(wildcards):
-        available = workflow.global_resources
-        cores, held = (
-            available[name].value if name in available else None
-            for name in ("_cores", "gpu")
-        )
-        wanted = gpus(count)(wildcards)
-        if not (cores and held and wanted):
-            return 8
-        return max(1, min(8, cores * min(wanted, held) // held))
-
-    return threads
+# Input files by name. `items` is a method of Snakemake's named lists, so within rules the item table is `items_`.
+def files(function):
+    return lambda wildcards: {
+        "items_" if name == "items" else name: path
+        for name, path in planned(function)(wildcards).items()
+    }
 
 
-# A params function of wildcards alone is recorded, and a change of what it returns reruns the job; one that takes more
-# than wildcards is not. So a rule's `identity` decides, and its `arguments` may hold paths, devices and threads.
-def identity(describe):
-    return lambda wildcards: describe(wildcards).identity
+# A change of the identity reruns the job. Snakemake records the parameters whose functions take wildcards alone.
+def identity(function):
+    return lambda wildcards: planned(function)(wildcards).identity
 
 
-def arguments(describe):
+# The command line of a stage. Not recorded, because its function takes more than wildcards, so it can hold paths,
+# devices and threads.
+def arguments(function):
     def command_line(wildcards, input, output, threads, resources):
-        task = describe(wildcards)
-        held = {"threads": threads, "gpus": resources.get("gpu", 0)}
-        given = [
+        task = planned(function)(wildcards)
+        allotted = {"threads": threads, "gpus": resources.get("gpu", 0)}
+        options = [
             ("--spec", canonical_json(task.spec)),
-            ("--runtime", canonical_json(task.runtime | held)),
-            ("--code", task.code),
+            ("--runtime", canonical_json(task.runtime | allotted)),
+            ("--code", task.version),
+            *(("--library", name) for name in task.libraries),
         ]
-        for option, files in (("--input", input), ("--output", output)):
-            given += [
-                (option, f"{name.rstrip('_')}={path}") for name, path in files.items()
+        for option, paths in (("--input", input), ("--output", output)):
+            options += [
+                (option, f"{name.rstrip('_')}={path}") for name, path in paths.items()
             ]
-        return shlex.join(word for pair in given for word in pair)
+        return shlex.join(word for option in options for word in option)
 
     return command_line
+
+
+# GPUs of a job. None if jobs run on this machine and it has no GPU: they then run in parallel, as cores allow.
+def gpus(function):
+    def count(wildcards):
+        available = runs_elsewhere(workflow) or gpu_here()
+        return planned(function)(wildcards) if available else 0
+
+    return count
+
+
+# Threads of a job that can have a GPU: its share of the cores, so that as many jobs run at a time as there are GPUs.
+def share_of_cores(function):
+    def threads(wildcards):
+        cores = resource_limit(workflow, "_cores")
+        all_gpus = resource_limit(workflow, "gpu")
+        own_gpus = gpus(function)(wildcards)
+        if not (cores and all_gpus and own_gpus):
+            return 8
+        return max(1, min(8, cores * min(own_gpus, all_gpus) // all_gpus))
+
+    return threads
 
 
 onstart:
@@ -114,4 +130,4 @@ onstart:
 
 
 onsuccess:
-    print_summary(plan.config.experiments, plan.config.studies, run_lock.since)
+    print_summary(settings.experiments, settings.studies, run_lock.since)

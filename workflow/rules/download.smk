@@ -1,4 +1,4 @@
-# draw and write the embedded shop
+# draw the sample shop and write it as raw files
 rule generate:
     output:
         reviews="raw/{dataset}/reviews.json.gz",
@@ -9,28 +9,28 @@ rule generate:
     log:
         "logs/{dataset}/generate.log",
     wildcard_constraints:
-        dataset=one_of(plan.generated()),
+        dataset=one_of(data.generated(settings)),
     conda:
         "../../environment.yml"
     resources:
         mem_mb=needs.mem_mb("generate"),
         runtime=needs.runtime("generate"),
     params:
-        identity=identity(lambda wildcards: plan.generate(wildcards.dataset)),
-        arguments=arguments(lambda wildcards: plan.generate(wildcards.dataset)),
+        identity=identity(data.generate),
+        arguments=arguments(data.generate),
     shell:
         "exec python -m cm3.datasets.sample.generate {params.arguments} --log {log:q}"
 
 
-# fetch one published file, unless it is there: the record beside it is no output, or Snakemake would delete what
-# somebody put there by hand
+# download one published file, unless it exists: the record is no output, because Snakemake removes the outputs of a job
+# before it runs, and would remove a file that somebody else put there
 rule download:
     output:
         file="raw/{dataset}/{file}",
     log:
         "logs/{dataset}/download-{file}.log",
     wildcard_constraints:
-        dataset=one_of(plan.downloaded()),
+        dataset=one_of(data.downloaded(settings)),
         file="[^/]+(?<!\\.stage\\.json)",
     conda:
         "../../environment.yml"
@@ -38,12 +38,8 @@ rule download:
         mem_mb=needs.mem_mb("download"),
         runtime=needs.runtime("download"),
     params:
-        identity=identity(
-            lambda wildcards: plan.download(wildcards.dataset, wildcards.file)
-        ),
-        arguments=arguments(
-            lambda wildcards: plan.download(wildcards.dataset, wildcards.file)
-        ),
+        identity=identity(data.download),
+        arguments=arguments(data.download),
     shell:
         "exec python -m cm3.datasets.download.stage {params.arguments}"
         " --output record={output.file:q}.stage.json --log {log:q}"

@@ -1,7 +1,8 @@
-# rank all items and score the test split, once
+# embeddings to ranked items and metrics of the test split
 rule evaluate:
     input:
-        unpack(lambda wildcards: named(plan.tables(wildcards.experiment))),
+        # interactions, items and users of the experiment's dataset
+        unpack(files(runs.tables)),
         user_embeddings="results/{experiment}/runs/{run}/user_embeddings.parquet",
         item_embeddings="results/{experiment}/runs/{run}/item_embeddings.parquet",
     output:
@@ -12,7 +13,7 @@ rule evaluate:
     log:
         "logs/{experiment}/evaluate-{run}.log",
     wildcard_constraints:
-        experiment=one_of(plan.named(embeddings=True)),
+        experiment=one_of(runs.experiments_that_export(settings, "embeddings")),
     conda:
         "../../environment.yml"
     threads: 8
@@ -20,20 +21,16 @@ rule evaluate:
         mem_mb=needs.mem_mb("evaluate"),
         runtime=needs.runtime("evaluate"),
     params:
-        identity=identity(
-            lambda wildcards: plan.evaluate(wildcards.experiment, wildcards.run)
-        ),
-        arguments=arguments(
-            lambda wildcards: plan.evaluate(wildcards.experiment, wildcards.run)
-        ),
+        identity=identity(runs.evaluate),
+        arguments=arguments(runs.evaluate),
     shell:
         "exec python -m cm3.evaluation.evaluate {params.arguments} --log {log:q}"
 
 
-# the same, for models that score by weights between items
+# weights between items to ranked items and metrics of the test split
 use rule evaluate as evaluate_item_weights with:
     input:
-        unpack(lambda wildcards: named(plan.tables(wildcards.experiment))),
+        unpack(files(runs.tables)),
         weights="results/{experiment}/runs/{run}/model.safetensors",
     wildcard_constraints:
-        experiment=one_of(plan.named(embeddings=False)),
+        experiment=one_of(runs.experiments_that_export(settings, "item_weights")),

@@ -1,13 +1,8 @@
-# items to one modality's vectors
+# items to the features of one modality
 rule extract:
     input:
-        unpack(
-            lambda wildcards: named(
-                plan.extract_inputs(
-                    wildcards.dataset, wildcards.extractor, wildcards.key
-                )
-            )
-        ),
+        # items.parquet, and the image manifest, captions or published vectors that the extractor reads
+        unpack(files(features.extract_inputs)),
     output:
         features="processed/{dataset}/features/{modality}/{extractor}-{key}.parquet",
         record="processed/{dataset}/features/{modality}/{extractor}-{key}.stage.json",
@@ -15,13 +10,13 @@ rule extract:
         "logs/{dataset}/extract-{modality}-{extractor}-{key}.log",
     conda:
         "../../environment.yml"
-    threads: share_of_cores(lambda wildcards: plan.extract_gpus(wildcards.extractor))
+    threads: share_of_cores(features.extract_gpus)
     resources:
-        gpu=gpus(lambda wildcards: plan.extract_gpus(wildcards.extractor)),
+        gpu=gpus(features.extract_gpus),
         mem_mb=needs.mem_mb("extract"),
         runtime=needs.runtime("extract"),
     params:
-        identity=identity(lambda wildcards: plan.extract(wildcards.extractor)),
-        arguments=arguments(lambda wildcards: plan.extract(wildcards.extractor)),
+        identity=identity(features.extract),
+        arguments=arguments(features.extract),
     shell:
         "exec python -m extractors.extract {params.arguments} --log {log:q}"

@@ -1,11 +1,7 @@
-# gather and check product images
+# item table to stored and checked product images
 rule images:
     input:
-        unpack(
-            lambda wildcards: named(
-                plan.dataset(wildcards.dataset).image_inputs(wildcards.dataset)
-            )
-        ),
+        unpack(files(data.image_inputs)),
         items_="processed/{dataset}/items.parquet",
     output:
         manifest="processed/{dataset}/images/manifest.parquet",
@@ -19,7 +15,7 @@ rule images:
         mem_mb=needs.mem_mb("images"),
         runtime=needs.runtime("images"),
     params:
-        identity=identity(lambda wildcards: plan.images(wildcards.dataset)),
-        arguments=arguments(lambda wildcards: plan.images(wildcards.dataset)),
+        identity=identity(data.images),
+        arguments=arguments(data.images),
     shell:
         "exec python -m cm3.datasets.images.stage {params.arguments} --log {log:q}"

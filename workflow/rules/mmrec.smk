@@ -1,7 +1,7 @@
-# an experiment's data for MMRec
+# an experiment's tables to the layout of MMRec
 rule mmrec:
     input:
-        unpack(lambda wildcards: named(plan.mmrec_inputs(wildcards.experiment))),
+        unpack(files(mmrec.export_inputs)),
     output:
         inter="results/{experiment}/mmrec/{experiment}/{experiment}.inter",
         item_ids="results/{experiment}/mmrec/{experiment}/i_id_mapping.csv",
@@ -17,20 +17,16 @@ rule mmrec:
         mem_mb=needs.mem_mb("light"),
         runtime=needs.runtime("light"),
     params:
-        identity=identity(lambda wildcards: plan.mmrec(wildcards.experiment)),
-        arguments=arguments(lambda wildcards: plan.mmrec(wildcards.experiment)),
+        identity=identity(mmrec.export),
+        arguments=arguments(mmrec.export),
     shell:
         "exec python -m cm3.datasets.mmrec.export {params.arguments} --log {log:q}"
 
 
-# a modality's vectors for MMRec
+# the features of a modality to the layout of MMRec
 rule mmrec_vectors:
     input:
-        unpack(
-            lambda wildcards: named(
-                plan.mmrec_vectors_inputs(wildcards.experiment, wildcards.modality)
-            )
-        ),
+        unpack(files(mmrec.vectors_inputs)),
     output:
         vectors="results/{experiment}/mmrec/{experiment}/{modality}_feat.npy",
         missing="results/{experiment}/mmrec/{experiment}/{modality}_missing.csv",
@@ -45,7 +41,7 @@ rule mmrec_vectors:
         mem_mb=needs.mem_mb("control"),
         runtime=needs.runtime("control"),
     params:
-        identity=identity(lambda wildcards: plan.mmrec_vectors()),
-        arguments=arguments(lambda wildcards: plan.mmrec_vectors()),
+        identity=identity(mmrec.vectors),
+        arguments=arguments(mmrec.vectors),
     shell:
         "exec python -m cm3.datasets.mmrec.export_vectors {params.arguments} --log {log:q}"

@@ -1,11 +1,7 @@
-# raw files to k-cored tables
+# raw files to tables of users, items and ratings after k-core filtering
 rule prepare:
     input:
-        unpack(
-            lambda wildcards: named(
-                plan.dataset(wildcards.dataset).prepare_inputs(wildcards.dataset)
-            )
-        ),
+        unpack(files(data.prepare_inputs)),
     output:
         ratings="processed/{dataset}/ratings.parquet",
         items_="processed/{dataset}/items.parquet",
@@ -20,16 +16,17 @@ rule prepare:
         mem_mb=needs.mem_mb("prepare"),
         runtime=needs.runtime("prepare"),
     params:
-        identity=identity(lambda wildcards: plan.prepare(wildcards.dataset)),
-        arguments=arguments(lambda wildcards: plan.prepare(wildcards.dataset)),
+        identity=identity(data.prepare),
+        arguments=arguments(data.prepare),
     shell:
         "exec python -m cm3.datasets.prepare {params.arguments} --log {log:q}"
 
 
-# label interactions train, valid, test
+# ratings to interactions labelled train, valid and test
 rule split:
     input:
-        unpack(lambda wildcards: named(plan.split_inputs(wildcards.dataset))),
+        # ratings.parquet, and earlier tables where split.keep names some
+        unpack(files(data.split_inputs)),
     output:
         interactions="processed/{dataset}/interactions.parquet",
         record="processed/{dataset}/split.stage.json",
@@ -41,7 +38,7 @@ rule split:
         mem_mb=needs.mem_mb("split"),
         runtime=needs.runtime("split"),
     params:
-        identity=identity(lambda wildcards: plan.split(wildcards.dataset)),
-        arguments=arguments(lambda wildcards: plan.split(wildcards.dataset)),
+        identity=identity(data.split),
+        arguments=arguments(data.split),
     shell:
         "exec python -m cm3.datasets.label {params.arguments} --log {log:q}"

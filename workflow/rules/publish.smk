@@ -1,7 +1,8 @@
-# copy the run that the config selects
+# the selected run to the results of the experiment
 rule publish:
     input:
-        unpack(lambda wildcards: named(plan.publish_inputs(wildcards.experiment))),
+        # the files of the run, and the records of all stages before it
+        unpack(files(publish.publish_inputs)),
     output:
         metrics="results/{experiment}/metrics.json",
         per_user="results/{experiment}/per_user.parquet",
@@ -13,20 +14,20 @@ rule publish:
     log:
         "logs/{experiment}/publish.log",
     wildcard_constraints:
-        experiment=one_of(plan.named(embeddings=True)),
+        experiment=one_of(runs.experiments_that_export(settings, "embeddings")),
     conda:
         "../../environment.yml"
     resources:
         mem_mb=needs.mem_mb("publish"),
         runtime=needs.runtime("publish"),
     params:
-        identity=identity(lambda wildcards: plan.publish(wildcards.experiment)),
-        arguments=arguments(lambda wildcards: plan.publish(wildcards.experiment)),
+        identity=identity(publish.publish),
+        arguments=arguments(publish.publish),
     shell:
         "exec python -m workflow.publish {params.arguments} --log {log:q}"
 
 
-# the same, of models that have weights between items in place of embeddings
+# the same for models that have weights between items in place of embeddings
 use rule publish as publish_item_weights with:
     output:
         metrics="results/{experiment}/metrics.json",
@@ -34,4 +35,4 @@ use rule publish as publish_item_weights with:
         recommendations="results/{experiment}/recommendations.parquet",
         model="results/{experiment}/model.safetensors",
     wildcard_constraints:
-        experiment=one_of(plan.named(embeddings=False)),
+        experiment=one_of(runs.experiments_that_export(settings, "item_weights")),

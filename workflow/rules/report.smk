@@ -1,10 +1,10 @@
 report: "../report/workflow.rst"
 
 
-# an experiment as a page
+# the results of an experiment to a page
 rule experiment_page:
     input:
-        unpack(lambda wildcards: named(plan.report_inputs(wildcards.experiment))),
+        unpack(files(pages.experiment_page_inputs)),
     output:
         page=report(
             "results/{experiment}/report.html",
@@ -29,17 +29,13 @@ rule experiment_page:
         mem_mb=needs.mem_mb("light"),
         runtime=needs.runtime("light"),
     params:
-        identity=identity(
-            lambda wildcards: plan.page("cm3.reports.pages.experiment_page")
-        ),
-        arguments=arguments(
-            lambda wildcards: plan.page("cm3.reports.pages.experiment_page")
-        ),
+        identity=identity(pages.experiment_page),
+        arguments=arguments(pages.experiment_page),
     shell:
         "exec python -m cm3.reports.pages.experiment_page {params.arguments} --log {log:q}"
 
 
-# a study's comparison as a page
+# the comparison of a study to a page
 rule study_page:
     input:
         comparison="results/{study}/comparison.json",
@@ -67,7 +63,7 @@ rule study_page:
         mem_mb=needs.mem_mb("light"),
         runtime=needs.runtime("light"),
     params:
-        identity=identity(lambda wildcards: plan.page("cm3.reports.pages.study_page")),
-        arguments=arguments(lambda wildcards: plan.page("cm3.reports.pages.study_page")),
+        identity=identity(pages.study_page),
+        arguments=arguments(pages.study_page),
     shell:
         "exec python -m cm3.reports.pages.study_page {params.arguments} --log {log:q}"

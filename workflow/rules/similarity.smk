@@ -1,9 +1,7 @@
-# features without content, in place of the real ones
+# features to a control: noise, shuffled rows or a constant in their place
 rule control:
     input:
-        features=lambda wildcards: plan.features_path(
-            wildcards.dataset, wildcards.extractor, wildcards.key
-        ),
+        unpack(files(features.control_inputs)),
     output:
         features="processed/{dataset}/features/{modality}/{extractor}-{key}-{control}.parquet",
         record="processed/{dataset}/features/{modality}/{extractor}-{key}-{control}.stage.json",
@@ -17,25 +15,16 @@ rule control:
         mem_mb=needs.mem_mb("control"),
         runtime=needs.runtime("control"),
     params:
-        identity=identity(
-            lambda wildcards: plan.control(wildcards.modality, wildcards.control)
-        ),
-        arguments=arguments(
-            lambda wildcards: plan.control(wildcards.modality, wildcards.control)
-        ),
+        identity=identity(features.control),
+        arguments=arguments(features.control),
     shell:
         "exec python -m extractors.control {params.arguments} --log {log:q}"
 
 
-# vectors to each item's nearest items
+# features to the k nearest neighbours of each item
 rule similarity:
     input:
-        features=lambda wildcards: plan.features_path(
-            wildcards.dataset,
-            wildcards.extractor,
-            wildcards.key,
-            wildcards.control.removeprefix("-"),
-        ),
+        unpack(files(features.similarity_inputs)),
     output:
         similarity="processed/{dataset}/similarity/{extractor}-{key}{control}-k{knn_k}{variant}.parquet",
         record="processed/{dataset}/similarity/{extractor}-{key}{control}-k{knn_k}{variant}.stage.json",
@@ -46,26 +35,13 @@ rule similarity:
         variant="(-hnsw|-ivf)?(-mean)?",
     conda:
         "../../environment.yml"
-    threads:
-        share_of_cores(
-            lambda wildcards: plan.similarity_gpus(
-                wildcards.dataset, wildcards.extractor, wildcards.variant
-            )
-        )
+    threads: share_of_cores(features.similarity_gpus)
     resources:
-        gpu=gpus(
-            lambda wildcards: plan.similarity_gpus(
-                wildcards.dataset, wildcards.extractor, wildcards.variant
-            )
-        ),
+        gpu=gpus(features.similarity_gpus),
         mem_mb=needs.mem_mb("similarity"),
         runtime=needs.runtime("similarity"),
     params:
-        identity=identity(
-            lambda wildcards: plan.similarity(int(wildcards.knn_k), wildcards.variant)
-        ),
-        arguments=arguments(
-            lambda wildcards: plan.similarity(int(wildcards.knn_k), wildcards.variant)
-        ),
+        identity=identity(features.similarity),
+        arguments=arguments(features.similarity),
     shell:
         "exec python -m cm3.similarity.stage {params.arguments} --log {log:q}"

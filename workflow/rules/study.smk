@@ -1,20 +1,21 @@
-# which cells a study has, and where they lie below a root: too much for a command line
-rule cells:
+# settings of a study to the list of its runs and their files, which is too long for a command line
+rule study_runs:
     output:
         call="results/{study}/cells.json",
     log:
-        "logs/{study}/cells.log",
+        "logs/{study}/runs.log",
     localrule: True
     params:
-        identity=identity(lambda wildcards: plan.study(wildcards.study)),
+        identity=identity(comparison.compare),
     run:
-        write_json(output.call, plan.study_call(wildcards.study))
+        write_json(output.call, planned(comparison.compare_call)(wildcards))
 
 
-# all cells of a study to means, intervals and tests
+# runs of a study to means, intervals and tests
 rule study:
     input:
-        unpack(lambda wildcards: named(plan.study_inputs(wildcards.study))),
+        # the tables of the dataset, and of each run its metrics, recommendations and embeddings
+        unpack(files(comparison.compare_inputs)),
         call="results/{study}/cells.json",
     output:
         comparison="results/{study}/comparison.json",
@@ -29,9 +30,9 @@ rule study:
         mem_mb=needs.mem_mb("compare"),
         runtime=needs.runtime("compare"),
     params:
-        identity=identity(lambda wildcards: plan.study(wildcards.study)),
+        identity=identity(comparison.compare),
         root=lambda wildcards, input: root_of(
-            input, named(plan.study_inputs(wildcards.study))
+            input, files(comparison.compare_inputs)(wildcards)
         ),
     shell:
         "exec python -m cm3.reports.analysis.compare --call {input.call:q} --root {params.root:q}"

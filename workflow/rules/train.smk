@@ -1,11 +1,8 @@
-# features, graphs and interactions to a model and its embeddings
+# interactions, features and item graphs to a model and its embeddings
 rule train:
     input:
-        unpack(
-            lambda wildcards: named(
-                plan.train_inputs(wildcards.experiment, wildcards.run)
-            )
-        ),
+        # the tables of the dataset, features and graphs of each modality, and the earlier run of training.warm_start
+        unpack(files(runs.train_inputs)),
     output:
         model="results/{experiment}/runs/{run}/model.safetensors",
         history="results/{experiment}/runs/{run}/history.csv",
@@ -15,30 +12,27 @@ rule train:
     log:
         "logs/{experiment}/train-{run}.log",
     wildcard_constraints:
-        experiment=one_of(plan.named(embeddings=True)),
+        experiment=one_of(runs.experiments_that_export(settings, "embeddings")),
     conda:
         "../../environment.yml"
-    threads: share_of_cores(lambda wildcards: plan.train_gpus(wildcards.experiment))
+    threads: share_of_cores(runs.train_gpus)
     resources:
-        gpu=gpus(lambda wildcards: plan.train_gpus(wildcards.experiment)),
+        gpu=gpus(runs.train_gpus),
         mem_mb=needs.mem_mb("train"),
         runtime=needs.runtime("train"),
     params:
-        stage=lambda wildcards: plan.trainer(wildcards.experiment),
-        identity=identity(
-            lambda wildcards: plan.train(wildcards.experiment, wildcards.run)
-        ),
-        arguments=arguments(
-            lambda wildcards: plan.train(wildcards.experiment, wildcards.run)
-        ),
+        # takes the output as well, so that a renamed module reruns nothing
+        module=lambda wildcards, output: planned(runs.train_module)(wildcards),
+        identity=identity(runs.train),
+        arguments=arguments(runs.train),
     shell:
-        "exec python -m {params.stage} {params.arguments} --log {log:q}"
+        "exec python -m {params.module} {params.arguments} --log {log:q}"
 
 
-# interactions, and features for some, to weights between items
+# interactions, and features for some models, to weights between items
 use rule train as train_item_weights with:
     output:
         model="results/{experiment}/runs/{run}/model.safetensors",
         record="results/{experiment}/runs/{run}/train.stage.json",
     wildcard_constraints:
-        experiment=one_of(plan.named(embeddings=False)),
+        experiment=one_of(runs.experiments_that_export(settings, "item_weights")),

@@ -1,10 +1,10 @@
-"""Config of the Amazon reviews in the three generations in which they were published."""
+"""Settings of the Amazon review datasets of 2014, 2018 and 2023."""
 
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from cm3.datasets.published_config import Published, Url
+from cm3.datasets.published import PublishedSource, Url
 
 _IMAGE_HOSTS = (
     "ecx.images-amazon.com",
@@ -20,19 +20,23 @@ _UCSD = (
 )
 
 
-class _Amazon(Published):
+class _AmazonSpec(PublishedSource):
+    version = 1
+    libraries = ("orjson",)
+
     unknown_items: Literal["drop", "keep", "error"] = Field(
-        default="keep", description="as above; published counts include items that the metadata lack, hence the default"
+        default="keep",
+        description="As for every dataset. Default keep: the published counts include items without metadata.",
     )
 
     interactions: str
 
     def prepare_inputs(self, name: str) -> dict[str, str]:
-        """Return the files of interactions, by kind, and the metadata."""
+        """Return the interaction files by kind, and the metadata."""
         return {kind: self.place(name, kind) for kind in (*self.interaction_kinds(), "meta")}
 
     def interaction_kinds(self) -> tuple[str, ...]:
-        """Return which of `files` hold the interactions."""
+        """Return the keys of `files` with the interactions."""
         return (self.interactions,)
 
     def prepare_spec(self) -> dict[str, Any]:
@@ -44,28 +48,30 @@ class _Amazon(Published):
         return list(_IMAGE_HOSTS)
 
 
-class Amazon2014(_Amazon):
-    """A category of the Amazon reviews as published in 2014."""
+class Amazon2014Spec(_AmazonSpec):
+    """A category of the Amazon reviews of 2014."""
+
+    reader = "cm3.datasets.amazon.v2014:Reader"
 
     source: Literal["amazon-2014"]
     category: str = Field(
         pattern=r"^[A-Z][A-Za-z_]*$",
-        description="Baby, Sports_and_Outdoors, Clothing_Shoes_and_Jewelry, Electronics, ...",
+        description="Category in the file names: Baby, Sports_and_Outdoors, Clothing_Shoes_and_Jewelry, Electronics, ...",
     )
     interactions: Literal["ratings", "reviews"] = Field(
         default="ratings",
-        description="ratings_X.csv (all ratings), or reviews_X_5.json.gz (reviews, cut to the 5-core already)",
+        description="ratings: ratings_X.csv (all ratings); reviews: reviews_X_5.json.gz (reviews of the 5-core).",
     )
     mirrors: list[Url] = Field(
         default=[
             "https://snap.stanford.edu/data/amazon/productGraph",
             "http://snap.stanford.edu/data/amazon/productGraph",
         ],
-        description="roots of the 2014 tree, tried in order; by default at snap.stanford.edu",
+        description="Base URLs of the 2014 files, tried in order; default: snap.stanford.edu.",
     )
 
     def files(self) -> dict[str, str]:
-        """Return the files of the category; the image features are fetched only where an experiment asks for them."""
+        """Return the files of the category; image features are downloaded only if an experiment uses them."""
         return {
             "ratings": f"categoryFiles/ratings_{self.category}.csv",
             "reviews": f"categoryFiles/reviews_{self.category}_5.json.gz",
@@ -74,26 +80,28 @@ class Amazon2014(_Amazon):
         }
 
     def published_vectors(self, name: str, modality: str) -> dict[str, str]:
-        """Return the raw file of the 4096-d image vectors."""
+        """Return the file of the 4096-d image vectors."""
         return {"vectors": self.place(name, "image_features")} if modality == "image" else {}
 
 
-class Amazon2018(_Amazon):
-    """A category of the Amazon reviews as published in 2018."""
+class Amazon2018Spec(_AmazonSpec):
+    """A category of the Amazon reviews of 2018."""
+
+    reader = "cm3.datasets.amazon.v2018:Reader"
 
     source: Literal["amazon-2018"]
     category: str = Field(
         pattern=r"^[A-Z][A-Za-z_]*$",
-        description="All_Beauty, Gift_Cards, Sports_and_Outdoors, Clothing_Shoes_and_Jewelry, ...",
+        description="Category in the file names: All_Beauty, Gift_Cards, Sports_and_Outdoors, Clothing_Shoes_and_Jewelry, ...",
     )
     interactions: Literal["5core", "ratings", "reviews"] = Field(
         default="5core",
-        description="5core: X_5.json.gz (reviews, cut to the 5-core already); ratings: X.csv (all ratings); "
-        "reviews: X.json.gz (all reviews)",
+        description="5core: X_5.json.gz (reviews of the 5-core); ratings: X.csv (all ratings); reviews: X.json.gz (all "
+        "reviews).",
     )
     mirrors: list[Url] = Field(
         default=[*(f"{root}/amazon_v2" for root in _UCSD), "https://jmcauley.ucsd.edu/data/amazon_v2"],
-        description="roots of the 2018 tree, tried in order; by default three at ucsd.edu",
+        description="Base URLs of the 2018 files, tried in order; default: three at ucsd.edu.",
     )
 
     def files(self) -> dict[str, str]:
@@ -106,23 +114,25 @@ class Amazon2018(_Amazon):
         }
 
 
-class Amazon2023(_Amazon):
-    """A category of the Amazon reviews as published in 2023; items are parent ASINs."""
+class Amazon2023Spec(_AmazonSpec):
+    """A category of the Amazon reviews of 2023; items are parent ASINs."""
 
+    reader = "cm3.datasets.amazon.v2023:Reader"
     split_parts: ClassVar[tuple[str, ...]] = ("train", "valid", "test")
 
     source: Literal["amazon-2023"]
     category: str = Field(
-        pattern=r"^[A-Z][A-Za-z_]*$", description="Baby_Products, Sports_and_Outdoors, Electronics, ..."
+        pattern=r"^[A-Z][A-Za-z_]*$",
+        description="Category in the file names: Baby_Products, Sports_and_Outdoors, Electronics, ...",
     )
     interactions: Literal["5core", "5core-timestamp", "5core-last-out", "reviews"] = Field(
         default="5core",
-        description="5core: the published 5-core of ratings; 5core-timestamp, 5core-last-out: the same with the published "
-        "split by time or by each user's last two; reviews: all reviews",
+        description="5core: ratings of the published 5-core; 5core-timestamp, 5core-last-out: the same with the published "
+        "global-time or leave-one-out split; reviews: all reviews.",
     )
     mirrors: list[Url] = Field(
         default=[f"{root}/amazon_2023" for root in _UCSD],
-        description="roots of the 2023 tree, tried in order; by default two at ucsd.edu",
+        description="Base URLs of the 2023 files, tried in order; default: two at ucsd.edu.",
     )
 
     def files(self) -> dict[str, str]:
@@ -140,16 +150,16 @@ class Amazon2023(_Amazon):
         }
 
     def local_names(self) -> dict[str, str]:
-        """Return the names of `files` in one folder; those of the benchmark, equal in the published tree, get a prefix."""
+        """Return the names of `files` in one folder; benchmark files get a prefix, as their published names are equal."""
         benchmark = {kind: f"{kind.partition('.')[0]}.{path.rpartition('/')[2]}" for kind, path in self.files().items()}
         return super().local_names() | {kind: file for kind, file in benchmark.items() if kind.startswith("5core")}
 
     def interaction_kinds(self) -> tuple[str, ...]:
-        """Return which of `files` hold the interactions: three where they are split."""
+        """Return the keys of `files` with the interactions: three for a published split."""
         if self.has_labels():
             return tuple(f"{self.interactions}.{part}" for part in self.split_parts)
         return (self.interactions,)
 
     def has_labels(self) -> bool:
-        """Whether the interactions are those of a published split."""
+        """Return whether the interactions come with a published split."""
         return self.interactions in ("5core-timestamp", "5core-last-out")

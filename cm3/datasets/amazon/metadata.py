@@ -1,4 +1,4 @@
-"""Metadata of the Amazon products: the lines of wanted items are parsed, all others only searched for their id."""
+"""Reader of Amazon product metadata: lines of wanted items are parsed, other lines are only searched for the id."""
 
 import ast
 import json
@@ -12,10 +12,10 @@ from typing import Any
 import orjson
 
 from cm3.datasets.files.lines import line_blocks
-from cm3.datasets.reader import Faults, Item
+from cm3.datasets.reader import Item, MalformedLines
 from cm3.datasets.text import is_unicode
 
-# Lists of ids that nobody reads, and two thirds of a line of 2014: parsing takes a fifth of the time without them.
+# Unused lists of ids, two thirds of a line of 2014: parsing takes a fifth of the time without them.
 _RELATED = re.compile(rb"""'related': \{(?:'[a-z_]+': \[(?:'[0-9A-Z]{10}'(?:, )?)*\](?:, )?)*\}(?:, )?""")
 _JSON_ERRORS = (ValueError, RecursionError)
 _LITERAL_ERRORS = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
@@ -25,26 +25,26 @@ class Metadata:
     """One metadata file.
 
     Args:
-        path: one product a line, in JSON or as a Python literal, plain or gzip.
-        key: the field that holds the id, `asin` or `parent_asin`.
-        item: makes an Item of a parsed line.
-        malformed: share of lines that may be malformed.
+        path: one product per line, JSON or Python literal, plain or gzip.
+        key: field with the id, `asin` or `parent_asin`.
+        item: function from a parsed line to an Item.
+        malformed: largest accepted fraction of malformed lines.
     """
 
     def __init__(self, path: Path, key: str, item: Callable[[dict[str, Any]], Item], malformed: float) -> None:
         self.path, self.key, self.item, self.malformed = path, key, item, malformed
-        # As the published files write it, by the quotes that a line begins with: those within its texts are others, or
-        # stand behind a backslash. Whatever else a line may look like is parsed as a whole.
+        # The key as in the published files, by the first quote of a line: quotes inside texts are of the other kind or
+        # escaped with a backslash. Lines of any other form are parsed as a whole.
         self.markers = {b"{'": (f"'{key}': '".encode(),), b'{"': (f'"{key}": "'.encode(), f'"{key}":"'.encode())}
         self.notes: dict[str, int] = {}
 
     def ids(self) -> Iterator[list[str]]:
-        """Yield the ids of all lines, block by block; a line without one is malformed.
+        """Yield the ids of all lines in batches; a line without id is malformed.
 
         Raises:
             UserError: too many malformed lines, or a damaged file.
         """
-        faults, count = Faults(self.path, self.malformed), 0
+        faults, count = MalformedLines(self.path, self.malformed), 0
         for first, block in line_blocks(self.path):
             found = []
             for number, line in enumerate(block, first):
@@ -58,17 +58,17 @@ class Metadata:
         self.notes |= _noted(faults.check(count))
 
     def read(self, wanted: set[str]) -> dict[str, Item]:
-        """Return the wanted items. Of several lines of one id, each field is the first that is not empty.
+        """Return the wanted items by id. With several lines per id, each field is the first value that is not empty.
 
-        A wanted line that cannot be parsed, be it code, nesting without end or a number of a million digits, is
-        counted and gives an item without text and image.
+        A wanted line that cannot be parsed (code, too deep nesting, a number of a million digits) is counted, and the
+        item has neither text nor image.
         """
-        asked = {item_id.encode() for item_id in wanted}
+        encoded = {item_id.encode() for item_id in wanted}
         items: dict[str, Item] = {}
         unreadable = repeated = conflicting = 0
         for _, block in line_blocks(self.path):
             for line in block:
-                item_id = self._id(line, asked)
+                item_id = self._id(line, encoded)
                 if item_id is None or item_id not in wanted:
                     continue
                 record = parse(line)
@@ -88,19 +88,19 @@ class Metadata:
         }
         return items
 
-    def _id(self, line: bytes, asked: set[bytes] | None = None) -> str | None:
-        """Return the id of a line, None if it has none; with `asked`, lines of other ids may give None, too."""
+    def _id(self, line: bytes, wanted: set[bytes] | None = None) -> str | None:
+        """Return the id of a line or None; with `wanted`, lines of other ids may also give None."""
         for marker in self.markers.get(line[:2], ()):
             start = line.find(marker)
             if start < 0:
                 continue
             if line.find(marker, start + 1) >= 0:
-                break  # One of the two stands inside a text.
+                break  # One of the two is inside a text.
             start += len(marker)
             value = line[start : line.find(marker[-1:], start)]
             if b"\\" in value or not value:
                 break
-            if asked is not None and value not in asked:
+            if wanted is not None and value not in wanted:
                 return None
             return value.decode(errors="replace")
         record = parse(line)
@@ -109,7 +109,7 @@ class Metadata:
 
 
 class AmazonReader:
-    """What the readers of all generations share: the metadata. Spec: interactions, malformed."""
+    """Base of the Amazon readers: metadata. Spec: interactions, malformed."""
 
     def __init__(
         self, spec: dict[str, Any], inputs: dict[str, Path], key: str, item: Callable[[dict[str, Any]], Item]
@@ -128,7 +128,7 @@ class AmazonReader:
 
 
 def parse(line: bytes) -> dict[str, Any] | None:
-    """Return the record of a line of JSON or of a Python literal, None if it is neither. Nothing is ever evaluated."""
+    """Return the record of a line of JSON or of a Python literal, else None. Nothing is evaluated."""
     try:
         record = orjson.loads(line)
     except ValueError:
@@ -137,7 +137,7 @@ def parse(line: bytes) -> dict[str, Any] | None:
 
 
 def _parse_slowly(line: bytes) -> Any:
-    # Bytes that are no UTF-8 cost a letter and not the item.
+    # Bytes that are not UTF-8 are replaced.
     text = line.strip().decode(errors="replace")
     if text[:2] == '{"':
         try:
@@ -146,7 +146,7 @@ def _parse_slowly(line: bytes) -> Any:
             pass
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)  # of a stranger's text, not of our code
+            warnings.simplefilter("ignore", SyntaxWarning)  # about the data, not about our code
             return ast.literal_eval(_RELATED.sub(b"", line.strip()).decode(errors="replace"))
     except _LITERAL_ERRORS:
         return None

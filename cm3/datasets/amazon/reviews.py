@@ -1,4 +1,4 @@
-"""Interactions of the Amazon files: reviews in JSON lines, and tables of ratings."""
+"""Readers of Amazon interactions: reviews in JSON lines and CSV tables of ratings."""
 
 import json
 from bisect import bisect_right
@@ -14,9 +14,10 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
 from cm3.common.errors import UserError
-from cm3.datasets.files.lines import GZIP_ERRORS, line_blocks, open_bytes
+from cm3.datasets.download.gzip import GZIP_ERRORS
+from cm3.datasets.files.lines import line_blocks, open_bytes
 from cm3.datasets.files.times import plausible, seconds_of
-from cm3.datasets.reader import Faults, rows
+from cm3.datasets.reader import MalformedLines, interaction_table
 from cm3.datasets.text import is_unicode
 
 _CSV_BLOCK = 8 << 20
@@ -24,7 +25,7 @@ _LARGEST_RATING = float(np.finfo(np.float32).max)
 
 
 class Names(NamedTuple):
-    """What a file calls the four values of an interaction."""
+    """Field names of the four values of an interaction."""
 
     user: str
     item: str
@@ -33,15 +34,15 @@ class Names(NamedTuple):
 
 
 def read_reviews(path: Path, names: Names, malformed: float, notes: dict[str, int]) -> Iterator[pa.Table]:
-    """Yield the interactions of a file of reviews, one JSON object a line, plain or gzip.
+    """Yield the interactions of a file of reviews, one JSON object per line, plain or gzip.
 
-    Ids must be text that is not empty, ratings finite numbers, times Unix seconds or milliseconds; lines that are
-    not so are left out and counted in `notes`.
+    Ids must be non-empty texts, ratings finite numbers, times Unix seconds or milliseconds; other lines are skipped and
+    counted in `notes`.
 
     Raises:
-        UserError: more malformed lines than the share `malformed`, or a damaged file.
+        UserError: a larger fraction of malformed lines than `malformed`, or a damaged file.
     """
-    faults, count = Faults(path, malformed), 0
+    faults, count = MalformedLines(path, malformed), 0
     for first, block in line_blocks(path):
         count += len(block)
         table = _quick(block, names)
@@ -50,7 +51,7 @@ def read_reviews(path: Path, names: Names, malformed: float, notes: dict[str, in
 
 
 def _quick(block: Sequence[bytes], names: Names) -> pa.Table | None:
-    """Return the rows of a block in which every line is as it should be, else None."""
+    """Return the rows of a block in which every line is valid, else None."""
     try:
         reviews = [orjson.loads(line) for line in block]
         user, item, rating, time = (pa.array([review[name] for review in reviews]) for name in names)
@@ -66,10 +67,10 @@ def _quick(block: Sequence[bytes], names: Names) -> pa.Table | None:
     empty = pc.any(pc.or_(pc.equal(user, ""), pc.equal(item, ""))).as_py()
     if empty or not np.isfinite(ratings.to_numpy()).all() or not plausible(times).all():
         return None
-    return rows(user, item, ratings, pa.array(times))
+    return interaction_table(user, item, ratings, pa.array(times))
 
 
-def _line_by_line(first: int, block: Sequence[bytes], names: Names, faults: Faults) -> pa.Table:
+def _line_by_line(first: int, block: Sequence[bytes], names: Names, faults: MalformedLines) -> pa.Table:
     kept: list[tuple[str, str, float, int]] = []
     for number, line in enumerate(block, first):
         if not line.strip():
@@ -79,11 +80,11 @@ def _line_by_line(first: int, block: Sequence[bytes], names: Names, faults: Faul
         except ValueError as error:
             faults.add(number, str(error), line)
     user, item, rating, time = zip(*kept, strict=True) if kept else ((), (), (), ())
-    return rows(pa.array(user, pa.string()), pa.array(item, pa.string()), pa.array(rating), pa.array(time))
+    return interaction_table(pa.array(user, pa.string()), pa.array(item, pa.string()), pa.array(rating), pa.array(time))
 
 
 def _interaction(line: bytes, names: Names) -> tuple[str, str, float, int]:
-    """Return (user, item, rating, Unix seconds). Raises ValueError with what is wrong."""
+    """Return (user, item, rating, Unix seconds). Raises ValueError with the reason."""
     try:
         review = json.loads(line.decode(errors="replace"))
     except (ValueError, RecursionError):
@@ -120,16 +121,16 @@ def read_ratings(
     header: Sequence[str] | None = None,
     split: int | None = None,
 ) -> Iterator[pa.Table]:
-    """Yield the interactions of a csv file of ratings, plain or gzip; bad lines as in `read_reviews`.
+    """Yield the interactions of a csv file of ratings, plain or gzip; malformed lines as in `read_reviews`.
 
     Args:
-        header: the names of all columns, for a file whose first line is data already.
-        split: the published label of all of the file's interactions: 0, 1 or 2.
+        header: names of all columns, for a file without header line.
+        split: the published label of all interactions in the file: 0, 1 or 2.
 
     Raises:
         UserError: too many malformed lines, a missing column, or a damaged file.
     """
-    faults, count = Faults(path, malformed), 0
+    faults, count = MalformedLines(path, malformed), 0
     skipped: list[int] = []
 
     def refuse(row: Any) -> str:
@@ -141,11 +142,11 @@ def read_ratings(
         try:
             found = pa_csv.open_csv(
                 file,
-                # One thread, or line numbers would not be known.
+                # One thread, because the handler needs line numbers.
                 read_options=pa_csv.ReadOptions(
                     column_names=list(header) if header else None, block_size=_CSV_BLOCK, use_threads=False
                 ),
-                # No quotes: an odd one would swallow the lines after it.
+                # No quotes: an unclosed quote would include the following lines.
                 parse_options=pa_csv.ParseOptions(quote_char=False, invalid_row_handler=refuse),
                 convert_options=pa_csv.ConvertOptions(
                     include_columns=list(names), column_types=dict.fromkeys(names, pa.binary())
@@ -160,19 +161,19 @@ def read_ratings(
             if "Empty CSV" not in str(error):
                 raise UserError(f"{path}: not a table of ratings ({error})") from None
         except GZIP_ERRORS as error:
-            raise UserError(f"{path}: damaged gzip after line {count} ({error}); fetch the file again") from None
+            raise UserError(f"{path}: damaged gzip after line {count} ({error}); download the file again") from None
         except OSError as error:
-            raise UserError(f"{path}: cannot be read to its end ({error}); fetch the file again") from None
+            raise UserError(f"{path}: cannot be read to its end ({error}); download the file again") from None
     notes |= faults.check(count + len(skipped))
 
 
 def _line(skipped: Sequence[int], first: int, row: int) -> int:
-    """Return the line number of row `first` + `row`, a number that does not count the lines skipped before it."""
+    """Return the line number of row `first` + `row`; row numbers do not count the skipped lines."""
     row += first
     return row + bisect_right(range(len(skipped)), row, key=lambda place: skipped[place] - place)
 
 
-def _rated(batch: pa.RecordBatch, faults: Faults, split: int | None, line: Callable[[int], int]) -> pa.Table:
+def _rated(batch: pa.RecordBatch, faults: MalformedLines, split: int | None, line: Callable[[int], int]) -> pa.Table:
     user, item = (_texts(batch.column(place)) for place in (0, 1))
     rating, time = (_numbers(batch.column(place)) for place in (2, 3))
     with np.errstate(over="ignore"):
@@ -189,7 +190,7 @@ def _rated(batch: pa.RecordBatch, faults: Faults, split: int | None, line: Calla
         for row in np.flatnonzero(mask & ~bad):
             faults.add(line(int(row)), reason, b",".join(column[row].as_py() or b"" for column in batch.columns))
         bad |= mask
-    table = rows(user, item, pa.array(ratings), pa.array(seconds), split)
+    table = interaction_table(user, item, pa.array(ratings), pa.array(seconds), split)
     return table.filter(pa.array(~bad)) if bad.any() else table
 
 
@@ -202,8 +203,9 @@ def _texts(values: pa.Array) -> pa.Array:
 
 
 def _numbers(values: pa.Array) -> np.ndarray:
-    """Return (N,) float64, NaN where a value is no number."""
+    """Return (N,) float64, NaN where a value is not a number."""
     try:
-        return values.cast(pa.string()).cast(pa.float64()).to_numpy(zero_copy_only=False)
+        found: np.ndarray = values.cast(pa.string()).cast(pa.float64()).to_numpy(zero_copy_only=False)
+        return found
     except pa.ArrowInvalid:
         return np.asarray([_number(v) for v in values.to_pylist()], dtype=np.float64)

@@ -1,4 +1,4 @@
-"""Reader of the Amazon files of 2014: ratings or reviews, and metadata whose lines are Python literals."""
+"""Reader of the Amazon files of 2014: ratings or reviews, metadata as Python literals."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,11 +6,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from cm3.datasets.amazon.fields import number, rank, strings, texts
+from cm3.datasets.amazon.fields import price, rank, strings, texts
 from cm3.datasets.amazon.metadata import AmazonReader
 from cm3.datasets.amazon.reviews import Names, read_ratings, read_reviews
 from cm3.datasets.reader import Item
-from cm3.datasets.text import addresses
+from cm3.datasets.text import image_urls
 
 _REVIEW = Names("reviewerID", "asin", "overall", "unixReviewTime")
 _RATING = Names("user", "item", "rating", "timestamp")
@@ -31,13 +31,13 @@ class Reader(AmazonReader):
 
 
 def item_of(record: dict[str, Any]) -> Item:
-    """Return the item of a parsed line of metadata."""
+    """Return the item of a parsed metadata line."""
     return Item(
         title=" ".join(texts(record.get("title"))),
         brand=" ".join(texts(record.get("brand"))),
         categories=list(dict.fromkeys(texts(record.get("categories")))),
         description=" ".join(texts(record.get("description"))),
-        price=number(record.get("price")),
+        price=price(record.get("price")),
         sales_rank=rank(record.get("salesRank")),
-        image_urls=addresses(strings(record.get("imUrl"))),
+        image_urls=image_urls(strings(record.get("imUrl"))),
     )

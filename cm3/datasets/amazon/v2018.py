@@ -1,4 +1,4 @@
-"""Reader of the Amazon files of 2018: ratings or reviews, and metadata in two schemas, with markup and repeats."""
+"""Reader of the Amazon files of 2018: ratings or reviews, metadata in two schemas with markup and duplicates."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from cm3.datasets.amazon.fields import candidates, number, pairs, rank, strings, texts
+from cm3.datasets.amazon.fields import candidate_urls, pairs, price, rank, strings, texts
 from cm3.datasets.amazon.metadata import AmazonReader
 from cm3.datasets.amazon.reviews import Names, read_ratings, read_reviews
 from cm3.datasets.reader import Item
@@ -31,9 +31,9 @@ class Reader(AmazonReader):
 
 
 def item_of(record: dict[str, Any]) -> Item:
-    """Return the item of a parsed line of metadata, in the schema with `image` or with `imageURL` and `imageURLHighRes`.
+    """Return the item of a parsed metadata line, in the schema with `image` or with `imageURL` and `imageURLHighRes`.
 
-    Images in full size come first; a thumbnail's address tells that of the full size.
+    Full-size images come first; the URL of a full-size image follows from the URL of its thumbnail.
     """
     images = [url for name in ("imageURLHighRes", "imageURL", "image") for url in strings(record.get(name))]
     return Item(
@@ -43,7 +43,7 @@ def item_of(record: dict[str, Any]) -> Item:
         description=" ".join(dict.fromkeys(texts(record.get("description")))),
         features=list(dict.fromkeys(texts(record.get("feature") or record.get("features")))),
         details=pairs(record.get("details")),
-        price=number(record.get("price")),
+        price=price(record.get("price")),
         sales_rank=rank(record.get("rank")),
-        image_urls=candidates(images),
+        image_urls=candidate_urls(images),
     )

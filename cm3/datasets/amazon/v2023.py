@@ -1,4 +1,4 @@
-"""Reader of the Amazon files of 2023: reviews or published 5-cores, with their splits, and metadata by parent ASIN."""
+"""Reader of the Amazon files of 2023: reviews or published 5-cores with splits, metadata by parent ASIN."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,11 +7,11 @@ from typing import Any
 import orjson
 import pyarrow as pa
 
-from cm3.datasets.amazon.fields import number, pairs, strings, texts
+from cm3.datasets.amazon.fields import pairs, price, strings, texts
 from cm3.datasets.amazon.metadata import AmazonReader
 from cm3.datasets.amazon.reviews import Names, read_ratings, read_reviews
 from cm3.datasets.reader import Item
-from cm3.datasets.text import addresses
+from cm3.datasets.text import image_urls
 
 _NAMES = Names("user_id", "parent_asin", "rating", "timestamp")
 _LABELS = {"train": 0, "valid": 1, "test": 2}
@@ -26,7 +26,7 @@ class Reader(AmazonReader):
         super().__init__(spec, inputs, "parent_asin", item_of)
 
     def interactions(self) -> Iterator[pa.Table]:
-        """Read the reviews, the ratings, or the three parts of a published split in turn."""
+        """Read the reviews, the ratings, or the three files of a published split."""
         for name, path in self.inputs.items():
             if name == "meta":
                 continue
@@ -41,10 +41,10 @@ class Reader(AmazonReader):
 
 
 def item_of(record: dict[str, Any]) -> Item:
-    """Return the item of a parsed line of metadata.
+    """Return the item of a parsed metadata line.
 
-    The shop's name stands for the brand. Images: the variant MAIN before the others, of each the large size (500
-    pixels), then the high resolution; thumbnails only where there is nothing else.
+    The brand is the name of the store. Images: variant MAIN first; of each variant the large size (500 pixels), then the
+    high resolution; thumbnails only if there are no others.
     """
     details = record.get("details")
     if isinstance(details, str):
@@ -57,7 +57,7 @@ def item_of(record: dict[str, Any]) -> Item:
         description=" ".join(dict.fromkeys(texts(record.get("description")))),
         features=list(dict.fromkeys(texts(record.get("features")))),
         details=pairs(details),
-        price=number(record.get("price")),
+        price=price(record.get("price")),
         sales_rank=None,
         image_urls=_images(record.get("images")),
     )
@@ -71,12 +71,12 @@ def _parsed(text: str) -> Any:
 
 
 def _images(images: Any) -> list[str]:
-    if isinstance(images, dict):  # the same by columns: {"large": [...], "variant": [...]}
+    if isinstance(images, dict):  # stored by columns: {"large": [...], "variant": [...]}
         columns = {name: values for name, values in images.items() if isinstance(values, list)}
         length = max(map(len, columns.values()), default=0)
         images = [{name: v[n] for name, v in columns.items() if n < len(v)} for n in range(length)]
     variants = [image for image in images if isinstance(image, dict)] if isinstance(images, list) else []
     variants.sort(key=lambda image: image.get("variant") != "MAIN")
-    found = addresses(url for image in variants for size in _SIZES for url in strings(image.get(size)))
-    thumbnails = addresses(url for image in variants for url in strings(image.get("thumb")))
+    found = image_urls(url for image in variants for size in _SIZES for url in strings(image.get(size)))
+    thumbnails = image_urls(url for image in variants for url in strings(image.get("thumb")))
     return list(dict.fromkeys(found or thumbnails))[:_CANDIDATES]

@@ -1,10 +1,17 @@
-"""Integrity check of a gzip file: reads it to its end in constant memory."""
+"""Gzip files: errors, limits on the unpacked size, and a check of a whole file in constant memory."""
 
+import zlib
 from pathlib import Path
+from typing import Any
 
-from isal import igzip
+from isal import igzip, isal_zlib
 
-from cm3.datasets.files.lines import GZIP_ERRORS, UNPACKED_FREE, UNPACKED_RATIO
+GZIP_ERRORS: tuple[Any, ...] = (EOFError, zlib.error, isal_zlib.error, igzip.BadGzipFile)
+"""Exceptions of a damaged gzip stream."""
+UNPACKED_RATIO = 200
+"""Text unpacks to 3 to 30 times its gzip size; a file that unpacks to more than this is rejected as a gzip bomb ..."""
+UNPACKED_FREE = 1 << 30
+"""... unless its unpacked size in bytes is below this, as for a file of one repeated line."""
 
 _BLOCK = 1 << 20
 

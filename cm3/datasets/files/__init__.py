@@ -1,1 +1,1 @@
-"""Tables of your own: Parquet, CSV, TSV and JSON Lines."""
+"""The user's own tables: Parquet, CSV, TSV and JSON Lines."""

@@ -1,27 +1,32 @@
-"""Config of a user's own data."""
+"""Settings of the user's own tables."""
 
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from cm3.common.paths import expand
-from cm3.datasets.base_config import WithImages
 from cm3.datasets.files.tables_config import InteractionsFile, ItemsFile
 from cm3.datasets.images.config import Images
+from cm3.datasets.spec import SourceWithImages
 
 
-class Files(WithImages):
-    """A user's own data."""
+class FilesSpec(SourceWithImages):
+    """The user's own tables and images."""
+
+    version = 1
+    reader = "cm3.datasets.files.reader:Reader"
 
     source: Literal["files"]
-    interactions: InteractionsFile = Field(description="table of who bought, clicked or rated what")
-    items: ItemsFile | None = Field(
-        default=None, description="table of items; without it, items have neither text nor image"
+    interactions: InteractionsFile = Field(
+        description="Table of interactions: users and the items that they bought, clicked or rated."
     )
-    images: Images | None = Field(default=None, description="images; without it, items have none")
+    items: ItemsFile | None = Field(
+        default=None, description="Table of items; without it, items have neither text nor image."
+    )
+    images: Images | None = Field(default=None, description="Product images; without it, items have none.")
 
     @model_validator(mode="after")
-    def _images_can_be_found(self) -> "Files":
+    def _images_can_be_found(self) -> "FilesSpec":
         if self.images is None:
             return self
         named = self.items is not None and self.items.columns.image is not None
@@ -30,7 +35,7 @@ class Files(WithImages):
         if self.images.folder is not None and self.images.pattern is None and not named:
             raise ValueError("images.folder needs images.pattern, or items.columns.image with the column of file names")
         if self.images.folder is None and not self.images.hosts:
-            raise ValueError("images.hosts must list the hosts that images may be fetched from")
+            raise ValueError("images.hosts must list the hosts that images may be downloaded from")
         return self
 
     def prepare_inputs(self, name: str) -> dict[str, str]:
@@ -41,7 +46,7 @@ class Files(WithImages):
         return inputs
 
     def prepare_spec(self) -> dict[str, Any]:
-        """Return the spec of the prepare stage; paths are its inputs and not part of it."""
+        """Return the spec of the prepare stage; it does not include the paths of its inputs."""
         tables = {"interactions": self.interactions, "items": self.items}
         return {
             **super().prepare_spec(),
@@ -50,3 +55,7 @@ class Files(WithImages):
                 for name, table in tables.items()
             },
         }
+
+    def held_in_memory(self, path: str) -> bool:
+        """Return True: all formats are held in memory while they are parsed."""
+        return True

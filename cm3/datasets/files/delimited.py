@@ -1,4 +1,4 @@
-"""Lines of csv and tsv files, and quotes that are not closed: each swallows lines if nobody looks."""
+"""Strict reader of csv and tsv rows with line numbers, and detection of unclosed quotes, which would merge lines."""
 
 import csv
 import io
@@ -9,7 +9,8 @@ from typing import BinaryIO
 import numpy as np
 
 from cm3.common.errors import UserError
-from cm3.datasets.files.lines import GZIP_ERRORS, lines, open_bytes
+from cm3.datasets.download.gzip import GZIP_ERRORS
+from cm3.datasets.files.lines import lines, open_bytes
 
 _LONGEST_CELL = 1 << 24
 _BLOCK = 1 << 24
@@ -17,10 +18,10 @@ _QUOTE = b'"'
 
 
 def delimited_lines(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield (number of its first line, values) of the rows that are not blank; a quoted cell may go over many lines.
+    """Yield (number of the first line, values) of the rows that are not blank; a quoted cell may span several lines.
 
     Raises:
-        UserError: with the line: not UTF-8, damaged gzip, a cell too long, or quotes that do not hold a whole cell.
+        UserError: with the line: not UTF-8, damaged gzip, a cell that is too long, or invalid quotes.
     """
     csv.field_size_limit(_LONGEST_CELL)
     with open_bytes(path) as file:
@@ -39,10 +40,12 @@ def delimited_lines(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]
         except csv.Error as error:
             raise UserError(
                 f"{path}, line {first}: {error}. A cell that begins with a quote must end with one, and quotes within it "
-                'are doubled, as in "a 5"" mug"; mend the cell'
+                'are doubled, as in "a 5"" mug"; fix the cell'
             ) from None
         except GZIP_ERRORS as error:
-            raise UserError(f"{path}: damaged gzip after line {reader.line_num} ({error}); make it again") from None
+            raise UserError(
+                f"{path}: damaged gzip after line {reader.line_num} ({error}); create the file again"
+            ) from None
 
 
 def _first_bad_utf8(path: Path) -> int:
@@ -55,10 +58,10 @@ def _first_bad_utf8(path: Path) -> int:
 
 
 class QuoteCounter(io.RawIOBase):
-    """A file that counts the quotes as they are read.
+    """A file that counts the quotes that are read.
 
     Attributes:
-        quotes: how many there were.
+        quotes: number of quotes so far.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -77,17 +80,17 @@ class QuoteCounter(io.RawIOBase):
         return data
 
 
-def refuse_open_quotes(path: Path, delimiter: str, rows: int, quotes: int) -> None:
-    """Read a file again, row by row, if a reader that is lenient with quotes may have taken lines for parts of a cell.
+def check_quotes(path: Path, delimiter: str, rows: int, quotes: int) -> None:
+    """Read a file again with `delimited_lines` if a lenient reader may have merged lines because of an unclosed quote.
 
     Args:
-        rows: how many it found, the header included.
-        quotes: how many are in the file.
+        rows: number of rows that the lenient reader found, with the header.
+        quotes: number of quotes in the file.
 
     Raises:
         UserError: as `delimited_lines`.
     """
-    # Closed quotes are even in number; a cell over several lines makes fewer rows than there are lines.
+    # The number of closed quotes is even; a cell that spans several lines gives fewer rows than lines.
     if quotes % 2 or (quotes and _count_lines(path) != rows):
         for _ in delimited_lines(path, delimiter):
             pass

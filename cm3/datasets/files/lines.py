@@ -1,31 +1,26 @@
-"""Lines of large text files, plain or gzip, in constant memory whatever the file claims to be."""
+"""Lines of large text files, plain or gzip, in constant memory whatever the file's contents."""
 
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
-from isal import igzip, igzip_threaded, isal_zlib
+from isal import igzip_threaded
 
 from cm3.common.errors import UserError
 from cm3.common.gzip import is_gzip
+from cm3.datasets.download.gzip import GZIP_ERRORS, UNPACKED_FREE, UNPACKED_RATIO
 
 LONGEST_LINE = 32_000_000
-"""Bytes; a longer line is no line of a data set."""
-UNPACKED_RATIO = 200
-"""Text unpacks to 3 to 30 times its gzip size; a file that promises more is a bomb ..."""
-UNPACKED_FREE = 1 << 30
-"""... unless it is small unpacked, as a file of one repeated line is."""
+"""Bytes; a longer line is an error."""
 
 _BLOCK = 4 << 20
-GZIP_ERRORS: tuple[Any, ...] = (EOFError, zlib.error, isal_zlib.error, igzip.BadGzipFile)
 
 
 def open_bytes(path: Path) -> BinaryIO:
-    """Open a file for reading; gzip is told by its first bytes, not by its name, and unpacked by another thread.
+    """Open a file for reading; gzip is detected by content, not by name, and decompressed in another thread.
 
     Raises:
-        UserError: there is no such file.
+        UserError: the file does not exist.
     """
     try:
         packed = is_gzip(path)
@@ -35,37 +30,38 @@ def open_bytes(path: Path) -> BinaryIO:
 
 
 def line_blocks(path: Path) -> Iterator[tuple[int, list[bytes]]]:
-    """Yield (number of the first line, from 1; lines without their ends) of a few megabytes at a time.
+    """Yield (number of the first line, from 1; lines without their ends), a few megabytes at a time.
 
     Raises:
-        UserError: no such file; the gzip stream is damaged, cut short or a bomb; a line is longer than LONGEST_LINE.
+        UserError: the file does not exist; the gzip stream is damaged, truncated or a bomb; a line is longer than
+            LONGEST_LINE.
     """
-    most = max(UNPACKED_FREE, UNPACKED_RATIO * path.stat().st_size) if path.is_file() else 0
+    limit = max(UNPACKED_FREE, UNPACKED_RATIO * path.stat().st_size) if path.is_file() else 0
     number, read, rest = 1, 0, b""
     try:
         with open_bytes(path) as file:
             while block := file.read(_BLOCK):
                 read += len(block)
-                if read > most:
+                if read > limit:
                     raise UserError(
-                        f"{path}: unpacks to more than {UNPACKED_RATIO} times its size, which no text does; "
-                        "fetch the file again"
+                        f"{path}: unpacks to more than {UNPACKED_RATIO} times its size, which is not text; "
+                        "download the file again"
                     )
-                found = (rest + block).split(b"\n")
-                rest = found.pop()
+                complete = (rest + block).split(b"\n")
+                rest = complete.pop()
                 if len(rest) > LONGEST_LINE:
-                    raise UserError(f"{path}, line {number + len(found)}: is longer than {LONGEST_LINE} bytes")
-                if found:
-                    yield number, found
-                number += len(found)
+                    raise UserError(f"{path}, line {number + len(complete)}: is longer than {LONGEST_LINE} bytes")
+                if complete:
+                    yield number, complete
+                number += len(complete)
     except GZIP_ERRORS as error:
-        raise UserError(f"{path}: damaged gzip, in or after line {number} ({error}); fetch the file again") from None
+        raise UserError(f"{path}: damaged gzip, in or after line {number} ({error}); download the file again") from None
     if rest:
         yield number, [rest]
 
 
 def lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield (line number from 1, line without blanks around it); blank lines are left out.
+    """Yield (line number from 1, line without surrounding white space) of the lines that are not blank.
 
     Raises:
         UserError: as `line_blocks`.

@@ -1,4 +1,4 @@
-"""Reader of a user's own data: one table of interactions, one of items, columns mapped in the config."""
+"""Reader of the user's own tables of interactions and items, with configured column names."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -9,13 +9,13 @@ import pyarrow as pa
 from cm3.common.errors import UserError
 from cm3.common.strict import nearest
 from cm3.datasets.files.columns import Times, parse_ids, parse_ratings
-from cm3.datasets.files.tabular import NOT_UNICODE, read_columns, read_rows
-from cm3.datasets.reader import Item, rows
-from cm3.datasets.text import addresses, clean, is_unicode, leaves
+from cm3.datasets.files.tabular import LONE_SURROGATE, read_columns, read_rows
+from cm3.datasets.reader import Item, interaction_table
+from cm3.datasets.text import image_urls, is_unicode, leaves, plain_text
 
 
 class Reader:
-    """Reads `files` data sets. Spec: interactions {format, columns}, items {format, columns} or None."""
+    """Reads `files` datasets. Spec: interactions {format, columns}, items {format, columns} or None."""
 
     def __init__(self, spec: dict[str, Any], inputs: dict[str, Path]) -> None:
         self.spec, self.inputs = spec, inputs
@@ -26,13 +26,13 @@ class Reader:
         """Read the interactions table.
 
         Raises:
-            UserError: malformed file, empty id, a rating that is no finite number, an unreadable time; with the line.
+            UserError: with the line: malformed file, empty id, a rating that is not a finite number, an invalid time.
         """
         columns: dict[str, str | None] = self.spec["interactions"]["columns"]
         names = list(dict.fromkeys(name for name in columns.values() if name is not None))
         rating, timestamp, times = columns.get("rating"), columns.get("timestamp"), Times()
         for part in read_columns(self.inputs["interactions"], self.spec["interactions"]["format"], names):
-            yield rows(
+            yield interaction_table(
                 parse_ids(part, columns["user"] or ""),
                 parse_ids(part, columns["item"] or ""),
                 pa.array(parse_ratings(part, rating)) if rating else None,
@@ -40,7 +40,7 @@ class Reader:
             )
 
     def known_items(self) -> Iterable[list[str]] | None:
-        """Return the ids of the item table, or None without one."""
+        """Return the ids of the item table, None without one."""
         return [list(self._read_items())] if "items" in self.inputs else None
 
     def items(self, wanted: set[str]) -> dict[str, Item]:
@@ -69,10 +69,10 @@ class Reader:
             if not item_id:
                 raise UserError(f"{place}: {key} is empty; every item needs an id")
             if not is_unicode(item_id):
-                raise UserError(f"{place}: {key} = {item_id!r} {NOT_UNICODE}")
+                raise UserError(f"{place}: {key} = {item_id!r} {LONE_SURROGATE}")
             if item_id in table:
                 raise UserError(
-                    f"{place}: item id {item_id!r} stands there again, first at {places[item_id]}; keep one row an item"
+                    f"{place}: duplicate item id {item_id!r}, first at {places[item_id]}; keep one row per item"
                 )
             places[item_id] = place
             table[item_id] = Item(
@@ -81,13 +81,13 @@ class Reader:
                 categories=list(dict.fromkeys(_texts(row, fields["categories"]))),
                 description=" ".join(_texts(row, fields["description"])),
                 features=list(dict.fromkeys(_texts(row, fields["features"]))),
-                image_urls=addresses(text for name in fields["image"] for text in _flat(row.get(name))),
+                image_urls=image_urls(text for name in fields["image"] for text in _flat(row.get(name))),
             )
         return table
 
 
 def _texts(row: dict[str, Any], names: Sequence[str]) -> list[str]:
-    found = (clean(text) for name in names for text in _flat(row.get(name)))
+    found = (plain_text(text) for name in names for text in _flat(row.get(name)))
     return [text for text in found if text]
 
 

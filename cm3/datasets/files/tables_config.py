@@ -1,4 +1,4 @@
-"""Config of a user's own tables: where they are, in which format, and which column is what."""
+"""Settings of the user's own tables: path, format and column names."""
 
 from functools import cached_property
 from pathlib import Path
@@ -25,35 +25,39 @@ _Format = Literal["auto", "csv", "tsv", "jsonl", "parquet"]
 class InteractionColumns(Strict):
     """Column names of an interactions table."""
 
-    user: str = Field(default="user", min_length=1, description="user id")
-    item: str = Field(default="item", min_length=1, description="item id")
-    rating: str | None = Field(default=None, description="a number; left out where purchases or clicks have none")
-    timestamp: str | None = Field(default=None, description="Unix seconds, Unix milliseconds, or dates like 2020-09-16")
+    user: str = Field(default="user", min_length=1, description="User id.")
+    item: str = Field(default="item", min_length=1, description="Item id.")
+    rating: str | None = Field(default=None, description="Rating, a number; leave it out for purchases or clicks.")
+    timestamp: str | None = Field(
+        default=None, description="Time in Unix seconds, Unix milliseconds, or dates like 2020-09-16."
+    )
 
 
 class ItemColumns(Strict):
-    """Column names of an item table; a list of columns is joined in its order."""
+    """Column names of an item table; the columns of a list are joined in order."""
 
-    item_id: str = Field(default="item_id", min_length=1, description="id, the same as in the interactions")
-    title: Names | None = Field(default=None, description="title")
-    brand: Names | None = Field(default=None, description="brand")
-    categories: Names | None = Field(default=None, description="one category a column, or lists of them")
-    description: Names | None = Field(default=None, description="description")
-    features: Names | None = Field(default=None, description="selling points, one a column, or lists of them")
-    image: Names | None = Field(default=None, description="path in images.folder, or URLs")
+    item_id: str = Field(default="item_id", min_length=1, description="Item id, as in the interactions.")
+    title: Names | None = Field(default=None, description="Title.")
+    brand: Names | None = Field(default=None, description="Brand.")
+    categories: Names | None = Field(default=None, description="Categories: one per column, or lists.")
+    description: Names | None = Field(default=None, description="Description.")
+    features: Names | None = Field(default=None, description="Selling points: one per column, or lists.")
+    image: Names | None = Field(default=None, description="Path in images.folder, or URLs.")
 
 
 class TableFile(Strict):
     """A table in a file."""
 
-    path: str = Field(min_length=1, description="relative to the working directory or absolute; ~ and $VARIABLES work")
+    path: str = Field(
+        min_length=1, description="Path, absolute or relative to the working directory; ~ and $VARIABLES are expanded."
+    )
     format: _Format = Field(
-        default="auto", description="auto goes by the suffix: csv, tsv, jsonl, parquet; .gz may follow"
+        default="auto", description="File format; auto: by the suffix .csv, .tsv, .jsonl or .parquet, .gz may follow."
     )
 
     @cached_property
     def resolved_format(self) -> str:
-        """The format, told by the suffix where it is auto."""
+        """The format; `auto` is resolved by the suffix."""
         if self.format != "auto":
             return self.format
         suffixes = [s.lower() for s in Path(self.path).suffixes]
@@ -62,9 +66,7 @@ class TableFile(Strict):
     @model_validator(mode="after")
     def _known_format(self) -> "TableFile":
         if not self.resolved_format:
-            raise ValueError(
-                f"no format is known by the suffix of {self.path!r}; set format to csv, tsv, jsonl or parquet"
-            )
+            raise ValueError(f"unknown suffix in {self.path!r}; set format to csv, tsv, jsonl or parquet")
         return self
 
 

@@ -1,4 +1,4 @@
-"""Reading of csv, tsv, jsonl and parquet, plain or gzip, with errors that name the line."""
+"""Readers of csv, tsv, jsonl and parquet tables, plain or gzip; errors name the line."""
 
 import itertools
 import json
@@ -13,23 +13,24 @@ import pyarrow.parquet as pq
 
 from cm3.common.errors import UserError
 from cm3.common.strict import nearest
-from cm3.datasets.files.delimited import QuoteCounter, delimited_lines, refuse_open_quotes
-from cm3.datasets.files.lines import GZIP_ERRORS, lines, open_bytes
+from cm3.datasets.download.gzip import GZIP_ERRORS
+from cm3.datasets.files.delimited import QuoteCounter, check_quotes, delimited_lines
+from cm3.datasets.files.lines import lines, open_bytes
 from cm3.datasets.text import is_unicode
 
 _DELIMITER = {"csv": ",", "tsv": "\t"}
 _PART_ROWS, _PART_BYTES = 1 << 18, 1 << 24
 
-NOT_UNICODE = "holds half of a character, as of a text that was cut within one; mend the row"
+LONE_SURROGATE = "has half of a character, as in a truncated text; fix the row"
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Some columns of a part of a table file, and where its rows stand in the file.
+    """Columns of consecutive rows of a table file, with their position in the file.
 
     Attributes:
-        values: arrays of equal length by column name; text in csv, tsv and jsonl, the stored type in parquet.
-        first: rows of the file before this part.
+        values: arrays of equal length by column name; text for csv, tsv and jsonl, the stored type for parquet.
+        first: number of rows in the file before these.
     """
 
     path: Path
@@ -38,7 +39,7 @@ class Columns:
     first: int
 
     def place(self, row: int) -> str:
-        """Return "path, line N" of a row (0-based) of this part, for messages."""
+        """Return "path, line N" of a row, counted from 0, for messages."""
         row += self.first
         if self.format == "parquet":
             return f"{self.path}, row {row}"
@@ -49,10 +50,10 @@ class Columns:
 
 
 def read_columns(path: Path, format: str, names: Sequence[str]) -> Iterator[Columns]:
-    """Yield the columns `names` of a csv, tsv, jsonl or parquet file in parts that memory takes lightly.
+    """Yield the columns `names` of a csv, tsv, jsonl or parquet file in parts of bounded size.
 
     Raises:
-        UserError: absent or empty file, a column that it lacks (in jsonl: its first part), or a malformed line, named.
+        UserError: missing or empty file, missing column (in jsonl: missing in the first part), or malformed line.
     """
     if format == "parquet":
         parts = _parquet_parts(path, names)
@@ -65,7 +66,7 @@ def read_columns(path: Path, format: str, names: Sequence[str]) -> Iterator[Colu
         yield Columns(path, format, {name: table.column(name) for name in names}, first)
         first += len(table)
     if not first:
-        raise UserError(f"{path}: holds no rows" + (", only a header" if format in _DELIMITER else ""))
+        raise UserError(f"{path}: has no rows" + (", only a header" if format in _DELIMITER else ""))
 
 
 def _parquet_parts(path: Path, names: Sequence[str]) -> Iterator[pa.Table]:
@@ -98,7 +99,7 @@ def _not_unicode(part: Columns, columns: dict[str, list[str | None]]) -> UserErr
         for row, value in enumerate(values)
         if value is not None and not is_unicode(value)
     )
-    return UserError(f"{part.place(row)}: {name} = {value!r} {NOT_UNICODE}")
+    return UserError(f"{part.place(row)}: {name} = {value!r} {LONE_SURROGATE}")
 
 
 def _delimited_parts(path: Path, delimiter: str, names: Sequence[str]) -> Iterator[pa.Table]:
@@ -121,14 +122,14 @@ def _delimited_parts(path: Path, delimiter: str, names: Sequence[str]) -> Iterat
                     yield pa.Table.from_batches([batch])
         except (pa.ArrowInvalid, OSError, *GZIP_ERRORS) as error:
             raise _malformed(path, delimiter, len(found), error) from None
-    refuse_open_quotes(path, delimiter, rows, counter.quotes)
+    check_quotes(path, delimiter, rows, counter.quotes)
 
 
 def read_rows(path: Path, format: str, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield ("path, line N", row) of a table file; a row holds at least those of `names` that the line has.
+    """Yield ("path, line N", row) of a table file; a row has at least those of `names` that the line has.
 
     Raises:
-        UserError: as `read_columns`; in jsonl a column may be absent from some rows, but not from all.
+        UserError: as `read_columns`; in jsonl a column may be missing in some rows, but not in all.
     """
     if format == "parquet":
         for part in read_columns(path, format, names):
@@ -143,7 +144,7 @@ def read_rows(path: Path, format: str, names: Sequence[str]) -> Iterator[tuple[s
         next(rows)
         for number, values in rows:
             if len(values) != len(found):
-                raise UserError(f"{path}, line {number}: has {len(values)} values where the header names {len(found)}")
+                raise UserError(f"{path}, line {number}: has {len(values)} values, the header has {len(found)}")
             yield f"{path}, line {number}", dict(zip(found, values, strict=True))
 
 
@@ -188,21 +189,23 @@ def _header(path: Path, delimiter: str) -> list[str]:
     names = first[1]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise UserError(f"{path}, line {first[0]}: column {twice[0]!r} stands in the header twice")
+        raise UserError(f"{path}, line {first[0]}: duplicate column {twice[0]!r} in the header")
     return names
 
 
 def _require(path: Path, names: Sequence[str], found: Any) -> None:
     for name in names:
         if name not in found:
-            raise UserError(f"{path}: has no column {name!r}{nearest(name, found)}; mend the columns in the config")
+            raise UserError(
+                f"{path}: has no column {name!r}{nearest(name, found)}; fix the column names in the configuration"
+            )
 
 
 def _malformed(path: Path, delimiter: str, width: int, error: Exception) -> UserError:
     for number, values in delimited_lines(path, delimiter):
         if len(values) != width:
             shown = _excerpt(delimiter.join(values).encode())
-            return UserError(f"{path}, line {number}: has {len(values)} values where {width} are expected: {shown}")
+            return UserError(f"{path}, line {number}: has {len(values)} values, the header has {width}: {shown}")
     return UserError(f"{path}: {error}")
 
 

@@ -1,6 +1,5 @@
 """Stage: product images -> shards of their original bytes and a manifest with one row per item."""
 
-import importlib
 import logging
 import shutil
 from collections import Counter
@@ -12,9 +11,9 @@ import pyarrow as pa
 from cm3.common.cli import stage
 from cm3.common.progress import Progress
 from cm3.common.tables import FAILED, ITEMS, MANIFEST, MISSING, OK, read_table, write_table
-from cm3.datasets.config import FINDERS
 from cm3.datasets.images.shards import SHARD_BYTES, ShardWriter, fresh_folder, put_in_place
 from cm3.datasets.images.source import Find, Found, Search, Wanted
+from cm3.datasets.registry import image_source
 
 log = logging.getLogger("cm3.datasets.images.stage")
 
@@ -42,7 +41,7 @@ def collect_images(
         runtime: its images_runtime(), and threads for decoding.
         items: items.parquet.
         inputs: its image_inputs().
-        manifest: file to write; shards go beside it.
+        manifest: file to write; shards are written next to it.
         shard_bytes: at most so many bytes of images a shard (one image may be larger).
 
     Returns:
@@ -64,7 +63,7 @@ def collect_images(
     folder = manifest.parent
     fresh = fresh_folder(folder)
     search = Search(wanted, spec, runtime, inputs, folder, fresh)
-    find: Find = importlib.import_module(FINDERS[spec["find"]]).find
+    find: Find = image_source(spec["find"])
     rows: list[tuple[Any, ...]] = []
     sizes: dict[tuple[int, int], int] = {}
     kinds: Counter[str] = Counter()

@@ -1,12 +1,12 @@
-"""Reader of MicroLens: pairs of user and video, titles, categories, and where the covers are.
+"""Reader of MicroLens: pairs of user and video, titles, categories, URLs of covers.
 
-What is known of the files comes from their authors' repository (westlake-repl/MicroLens) and from code of others that
-reads them; the files themselves were not at hand when this was written. pairs.csv has the header user,item,timestamp,
-with times in milliseconds; pairs.tsv has a user, a tab and its videos with blanks between, in time order. Titles are
-`item,title`, with a header and quotes in 50k and without a header in 100k, where titles with commas may lack quotes;
-both are read. Covers are {item}.jpg in MicroLens-{size}_covers/, on the web and in the zip of that name. In the features
-of 100k, row i is of video i + 1: so does the authors' own script for the video features number them
-(video_feature_extraction_(from_lmdb).py), and of the others it is said by code of others.
+The formats are those in the authors' repository (westlake-repl/MicroLens) and in third-party code; the files themselves
+were not available when this was written. pairs.csv has the header user,item,timestamp, with times in milliseconds;
+pairs.tsv has a user, a tab and the user's videos separated by spaces, in time order. Titles are `item,title`, with a header
+and quotes in 50k and without a header in 100k, where titles with commas may lack quotes; both are read. Covers are
+{item}.jpg in MicroLens-{size}_covers/, on the web and in the zip of that name. In the features of 100k, row i belongs to
+video i + 1, as in the authors' script for video features (video_feature_extraction_(from_lmdb).py) and, for the other
+features, in third-party code.
 """
 
 import csv
@@ -20,44 +20,44 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 
 from cm3.datasets.files.lines import line_blocks, lines
-from cm3.datasets.reader import Faults, Item, rows
-from cm3.datasets.text import clean
+from cm3.datasets.reader import Item, MalformedLines, interaction_table
+from cm3.datasets.text import plain_text
 
 _HEADER = ("user", "item", "timestamp")
 _TIMES = (0, 4_102_444_800_000)
 """Milliseconds: 1970 to 2099."""
-_PIECE = 10_000
+_BATCH = 10_000
 
 
 class Reader:
-    """Reads `microlens` data sets. Inputs: csv or tsv, titles, categories where there are some."""
+    """Reads `microlens` datasets. Inputs: csv or tsv, titles, optionally categories."""
 
     def __init__(self, spec: dict[str, Any], inputs: dict[str, Path]) -> None:
         self.spec, self.inputs = spec, inputs
         self.notes: dict[str, int] = {}
 
     def interactions(self) -> Iterator[pa.Table]:
-        """Yield the pairs, with times in Unix seconds from csv and without any from tsv.
+        """Yield the pairs, from csv with times in Unix seconds, from tsv without times.
 
         Raises:
-            UserError: more malformed lines than the share `malformed`.
+            UserError: a larger fraction of malformed lines than `malformed`.
         """
         kind = self.spec["interactions"]
         read = _pairs_with_time if kind == "csv" else _pairs_by_user
         yield from read(self.inputs[kind], self.spec["malformed"], self.notes)
 
     def known_items(self) -> Iterator[list[str]]:
-        """Yield the ids of the titles, in pieces."""
-        piece: list[str] = []
+        """Yield the ids of the titles in batches."""
+        batch: list[str] = []
         for item_id, _ in self._read("titles"):
-            piece.append(item_id)
-            if len(piece) == _PIECE:
-                yield piece
-                piece = []
-        yield piece
+            batch.append(item_id)
+            if len(batch) == _BATCH:
+                yield batch
+                batch = []
+        yield batch
 
     def items(self, wanted: set[str]) -> dict[str, Item]:
-        """Return titles, categories and the URLs of covers; a video without a title has a cover nevertheless."""
+        """Return titles, categories and cover URLs; a video without title still has a cover."""
         titles = {item_id: text for item_id, text in self._read("titles") if item_id in wanted}
         categories = {}
         if "categories" in self.inputs:
@@ -72,9 +72,9 @@ class Reader:
         }
 
     def _read(self, kind: str) -> Iterator[tuple[str, str]]:
-        """Yield (id, clean text) of a table of ids and texts; lines without an id are left out and counted."""
+        """Yield (id, plain text) of a table of ids and texts; lines without id are skipped and counted."""
         path = self.inputs[kind]
-        faults, count = Faults(path, self.spec["malformed"]), 0
+        faults, count = MalformedLines(path, self.spec["malformed"]), 0
         item_id, text = "", ""
         for number, line in lines(path):
             count += 1
@@ -82,19 +82,19 @@ class Reader:
             first, comma, rest = decoded.partition(",")
             if comma and _is_id(first.strip().strip('"')):
                 if item_id:
-                    yield item_id, clean(_unquoted(text))
+                    yield item_id, plain_text(_unquoted(text))
                 item_id, text = first.strip().strip('"'), rest
             elif item_id and text.lstrip().startswith('"') and text.count('"') % 2:
-                text += " " + decoded  # a quoted text may go on in the next line
+                text += " " + decoded  # a quoted text may continue on the next line
             elif number > 1 or first.strip('"') != "item":
                 faults.add(number, "is not an id, a comma and a text", line)
         if item_id:
-            yield item_id, clean(_unquoted(text))
+            yield item_id, plain_text(_unquoted(text))
         self.notes |= {f"{kind}: {reason}": n for reason, n in faults.check(count).items()}
 
 
 def _pairs_with_time(path: Path, malformed: float, notes: dict[str, int]) -> Iterator[pa.Table]:
-    faults, count = Faults(path, malformed), 0
+    faults, count = MalformedLines(path, malformed), 0
     for first, block in line_blocks(path):
         if first == 1 and block[0].removeprefix(b"\xef\xbb\xbf").strip() == ",".join(_HEADER).encode():
             first, block = 2, block[1:]
@@ -105,7 +105,7 @@ def _pairs_with_time(path: Path, malformed: float, notes: dict[str, int]) -> Ite
 
 
 def _quick(found: Sequence[tuple[int, bytes]]) -> tuple[np.ndarray, ...] | None:
-    """Return users, items and milliseconds of lines that are all as they should be, else None."""
+    """Return users, items and milliseconds if all lines are valid, else None."""
     try:
         table = pa_csv.read_csv(
             io.BytesIO(b"\n".join(line for _, line in found)),
@@ -119,7 +119,7 @@ def _quick(found: Sequence[tuple[int, bytes]]) -> tuple[np.ndarray, ...] | None:
     return (user, item, time) if good and len(time) == len(found) else None
 
 
-def _line_by_line(found: Sequence[tuple[int, bytes]], faults: Faults) -> tuple[np.ndarray, ...]:
+def _line_by_line(found: Sequence[tuple[int, bytes]], faults: MalformedLines) -> tuple[np.ndarray, ...]:
     kept = []
     for number, line in found:
         values = line.strip().split(b",")
@@ -136,11 +136,13 @@ def _line_by_line(found: Sequence[tuple[int, bytes]], faults: Faults) -> tuple[n
 
 def _table(user: np.ndarray, item: np.ndarray, milliseconds: np.ndarray) -> pa.Table:
     text = pa.string()
-    return rows(pa.array(user).cast(text), pa.array(item).cast(text), timestamp=pa.array(milliseconds // 1000))
+    return interaction_table(
+        pa.array(user).cast(text), pa.array(item).cast(text), timestamp=pa.array(milliseconds // 1000)
+    )
 
 
 def _pairs_by_user(path: Path, malformed: float, notes: dict[str, int]) -> Iterator[pa.Table]:
-    faults, count = Faults(path, malformed), 0
+    faults, count = MalformedLines(path, malformed), 0
     for first, block in line_blocks(path):
         users: list[str] = []
         items: list[str] = []
@@ -155,7 +157,7 @@ def _pairs_by_user(path: Path, malformed: float, notes: dict[str, int]) -> Itera
                 continue
             users += [user] * len(videos)
             items += videos
-        yield rows(pa.array(users, pa.string()), pa.array(items, pa.string()))
+        yield interaction_table(pa.array(users, pa.string()), pa.array(items, pa.string()))
     notes |= faults.check(count)
 
 
@@ -164,7 +166,7 @@ def _is_id(text: str) -> bool:
 
 
 def _unquoted(text: str) -> str:
-    """Return a csv field that goes to the end of the line; one that is not properly quoted is taken as it stands."""
+    """Return a csv field that extends to the end of the line, unchanged if it is not properly quoted."""
     if not text.lstrip().startswith('"'):
         return text
     fields = next(csv.reader([text], skipinitialspace=True), [])

@@ -1,6 +1,5 @@
-"""Config of a folder in the layout of the MMRec toolbox: `data/{name}/` with {name}.inter, mappings and features."""
+"""Settings of a folder in the format of the MMRec toolbox: `data/{name}/` with {name}.inter, mappings and features."""
 
-import gzip
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -8,41 +7,46 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from cm3.common.errors import UserError
-from cm3.common.gzip import is_gzip
 from cm3.common.paths import expand
-from cm3.datasets.base_config import WithImages
+from cm3.datasets.download.gzip import GZIP_ERRORS
+from cm3.datasets.files.lines import open_bytes
 from cm3.datasets.images.config import Images
+from cm3.datasets.mmrec.format import ITEM_MAPPING, LABEL, USER_MAPPING, interactions_file, metadata_file, vectors_file
+from cm3.datasets.spec import SourceWithImages
 
-_LABEL = "x_label"
 _LONGEST_HEADER = 65_536
 
 
-class MMRec(WithImages):
-    """A data set as MMRec's `data/` folder holds it, its split and its features as published."""
+class MMRecSpec(SourceWithImages):
+    """A dataset folder of MMRec, with its published split and features."""
+
+    version = 1
+    libraries = ("numpy", "pyarrow")
+    reader = "cm3.datasets.mmrec.reader:Reader"
 
     source: Literal["mmrec"]
     folder: str = Field(
-        min_length=1, description="the data set's folder, such as MMRec/data/baby; ~ and $VARIABLES work"
+        min_length=1, description="The dataset's folder, such as MMRec/data/baby; ~ and $VARIABLES are expanded."
     )
     name: str | None = Field(
         default=None,
         pattern=r"^[^/\\]+$",
-        description="the interactions are {name}.inter or {name}.inter.gz; by default the folder's own name",
+        description="Name of the interactions file without .inter or .inter.gz; default: the folder's name.",
     )
     unknown_items: Literal["drop", "keep", "error"] = Field(
-        default="keep", description="as above; a published split is taken whole, hence the default"
+        default="keep", description="As for every dataset. Default keep: a published split is used completely."
     )
     images: Images | None = Field(
         default=None,
-        description="a local folder of images by item id, or hosts to fetch those from that meta-{name}.csv names",
+        description="A local folder of images by item id, or the hosts of the image URLs in meta-{name}.csv.",
     )
 
     @model_validator(mode="after")
-    def _images_can_be_found(self) -> "MMRec":
+    def _images_can_be_found(self) -> "MMRecSpec":
         if self.images is not None and self.images.folder is not None and self.images.pattern is None:
             raise ValueError("images.folder needs images.pattern, such as {item_id}.jpg")
         if self.images is not None and self.images.folder is None and not self.images.hosts:
-            raise ValueError("images needs a folder, or hosts that images may be fetched from")
+            raise ValueError("images needs a folder, or hosts that images may be downloaded from")
         return self
 
     @property
@@ -56,56 +60,56 @@ class MMRec(WithImages):
 
     @property
     def _interactions(self) -> Path:
-        plain = self._place / f"{self._stem}.inter"
+        plain = self._place / interactions_file(self._stem)
         packed = plain.with_name(f"{plain.name}.gz")
         return packed if packed.is_file() and not plain.is_file() else plain
 
     def _check_folder(self) -> None:
         if not self._place.is_dir():
-            raise UserError(f"{self._place}: no such folder; set the data set's folder to where MMRec's files are")
+            raise UserError(f"{self._place}: no such folder; set the dataset's folder to the one with MMRec's files")
         if not self._interactions.is_file():
-            there = sorted(path.name for path in self._place.glob("*.inter*"))
-            hint = f"; set name, as there is {', '.join(there)}" if there else ""
-            raise UserError(f"{self._place}: holds no {self._stem}.inter and no {self._stem}.inter.gz{hint}")
+            found = sorted(path.name for path in self._place.glob(f"{interactions_file('*')}*"))
+            hint = f"; set name, the folder has {', '.join(found)}" if found else ""
+            file = interactions_file(self._stem)
+            raise UserError(f"{self._place}: has no {file} and no {file}.gz{hint}")
 
     def has_labels(self) -> bool:
-        """Whether the interactions have a column x_label. What cannot be looked into yet is taken to have one."""
+        """Return whether the interactions have a column x_label; True for a file that cannot be read yet."""
         return self._labels_found
 
     @cached_property
     def _labels_found(self) -> bool:
-        # Looked up once, as the config is read before every job. Errors are left to the stage that reads the file.
+        # Cached, as the configuration is read before every job. The stage that reads the file reports its errors.
         try:
-            path = self._interactions
-            with gzip.open(path) if is_gzip(path) else path.open("rb") as file:
+            with open_bytes(self._interactions) as file:
                 header = file.readline(_LONGEST_HEADER).decode(errors="replace")
-        except (OSError, EOFError, ValueError, UserError):
+        except (OSError, ValueError, UserError, *GZIP_ERRORS):
             return True
-        return _LABEL in header.removeprefix("\ufeff").rstrip("\r\n").split("\t")
+        return LABEL in header.removeprefix("\ufeff").rstrip("\r\n").split("\t")
 
     def prepare_inputs(self, name: str) -> dict[str, str]:
-        """Return the interactions, and the mappings and metadata that are there.
+        """Return the interactions, and the mappings and metadata where they exist.
 
         Raises:
-            UserError: there is no such folder, or it has no interactions.
+            UserError: the folder does not exist or has no interactions.
         """
         self._check_folder()
         optional = {
-            "item_ids": self._place / "i_id_mapping.csv",
-            "user_ids": self._place / "u_id_mapping.csv",
-            "meta": self._place / f"meta-{self._stem}.csv",
+            "item_ids": self._place / ITEM_MAPPING,
+            "user_ids": self._place / USER_MAPPING,
+            "meta": self._place / metadata_file(self._stem),
         }
         found = {kind: str(path) for kind, path in optional.items() if path.is_file()}
         return {"interactions": str(self._interactions), **found}
 
     def published_vectors(self, name: str, modality: str) -> dict[str, str]:
-        """Return {modality}_feat.npy, and the file that tells which item a row belongs to.
+        """Return {modality}_feat.npy, and the file with the item of each row.
 
         Raises:
-            UserError: there is no such folder, or it has no interactions.
+            UserError: the folder does not exist or has no interactions.
         """
         inputs = self.prepare_inputs(name)
-        vectors = self._place / f"{modality}_feat.npy"
-        # Without a mapping the interactions tell how many items there must be.
+        vectors = self._place / vectors_file(modality)
+        # Without a mapping, the interactions determine the number of items.
         ids = inputs.get("item_ids", inputs["interactions"])
         return {"vectors": str(vectors), "ids": ids} if vectors.is_file() else {}

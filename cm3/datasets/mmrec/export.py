@@ -1,4 +1,4 @@
-"""Stage: an experiment's data in the layout of the MMRec toolbox, so that MMRec's models run on them."""
+"""Stage: export an experiment's data in the format of the MMRec toolbox, to run MMRec's models on them."""
 
 import csv
 import json
@@ -15,6 +15,7 @@ import pyarrow.csv as pa_csv
 from cm3.common.cli import stage
 from cm3.common.files import atomic
 from cm3.common.tables import INTERACTIONS, ITEMS, SPLITS, USERS, read_table
+from cm3.datasets.mmrec.format import ITEM, ITEM_ID, LABEL, RATING, TIME, USER, USER_ID, interactions_file, vectors_file
 
 log = logging.getLogger("cm3.datasets.mmrec.export")
 
@@ -22,19 +23,19 @@ log = logging.getLogger("cm3.datasets.mmrec.export")
 def export(
     experiment: str, modalities: Sequence[str], inputs: dict[str, Path], outputs: dict[str, Path]
 ) -> dict[str, Any]:
-    """Write the interactions with their split, both mappings of ids, and what tells MMRec and its user of them.
+    """Write the interactions with their split, the mappings of ids, MMRec's configuration and a readme.
 
-    MMRec counts items up to the largest number that has an interaction, so items without any come first (`item_order`);
-    with none of these, and that is the default of `cold_items`, its numbers are those of items.parquet.
+    MMRec counts items up to the largest number with an interaction, so items without interactions come first
+    (`item_order`). Without such items, the default of `cold_items`, the numbers are those of items.parquet.
 
     Args:
-        experiment: its name, which MMRec knows the data set by.
+        experiment: its name, which becomes the name of MMRec's dataset.
         modalities: in the experiment's order.
-        inputs: interactions, items and users; `vectors.MODALITY` are of `cm3.datasets.mmrec.export_vectors` and only named here.
+        inputs: interactions, items and users; `vectors.MODALITY`, written by `cm3.datasets.mmrec.export_vectors`, are not read.
         outputs: inter, item_ids, user_ids, settings (yaml) and readme.
 
     Returns:
-        the numbers of users, items, items without interaction and interactions.
+        the numbers of users, items, items without interactions, and interactions.
     """
     interactions = read_table(inputs["interactions"], INTERACTIONS)
     item_ids = read_table(inputs["items"], ITEMS).column("item_id")
@@ -42,8 +43,8 @@ def export(
     order = item_order(interactions, len(item_ids))
     numbers = np.argsort(order).astype(np.int64)
     _write_interactions(outputs["inter"], interactions, numbers)
-    _write_mapping(outputs["item_ids"], ("asin", "itemID"), item_ids.take(pa.array(order)).to_pylist())
-    _write_mapping(outputs["user_ids"], ("user_id", "userID"), user_ids.to_pylist())
+    _write_mapping(outputs["item_ids"], (ITEM_ID, ITEM), item_ids.take(pa.array(order)).to_pylist())
+    _write_mapping(outputs["user_ids"], (USER_ID, USER), user_ids.to_pylist())
     _write_text(outputs["settings"], _settings(experiment, modalities))
     _write_text(outputs["readme"], _readme(experiment, modalities))
     facts = {
@@ -52,14 +53,14 @@ def export(
         "items_without_interaction": len(item_ids) - pc.count_distinct(interactions.column("item")).as_py(),
         "interactions": len(interactions),
     }
-    log.info("%d users, %d items (%d without interaction), %d interactions", *facts.values())
+    log.info("%d users, %d items (%d without interactions), %d interactions", *facts.values())
     return facts
 
 
 def item_order(interactions: pa.Table, items: int) -> np.ndarray:
-    """Return (items,) int64: which item of items.parquet gets number 0, 1, 2, ... in MMRec.
+    """Return (items,) int64: the item of items.parquet with number 0, 1, 2, ... in MMRec.
 
-    Items without interaction come first and all others after them, each in the order of items.parquet.
+    Items without interactions come first, then all others, both in the order of items.parquet.
     """
     known = np.zeros(items, dtype=bool)
     known[interactions.column("item").to_numpy()] = True
@@ -68,11 +69,11 @@ def item_order(interactions: pa.Table, items: int) -> np.ndarray:
 
 def _write_interactions(path: Path, interactions: pa.Table, numbers: np.ndarray) -> None:
     columns = {
-        "userID": interactions.column("user"),
-        "itemID": pa.array(numbers[interactions.column("item").to_numpy()]),
-        "rating": interactions.column("rating"),
-        "timestamp": interactions.column("timestamp"),
-        "x_label": pc.index_in(interactions.column("split").cast(pa.string()), value_set=pa.array(SPLITS)),
+        USER: interactions.column("user"),
+        ITEM: pa.array(numbers[interactions.column("item").to_numpy()]),
+        RATING: interactions.column("rating"),
+        TIME: interactions.column("timestamp"),
+        LABEL: pc.index_in(interactions.column("split").cast(pa.string()), value_set=pa.array(SPLITS)),
     }
     # A source without ratings or times has columns of nulls.
     kept = {name: values for name, values in columns.items() if values.null_count < len(values)}
@@ -99,39 +100,39 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _places(modalities: Sequence[str]) -> dict[str, str]:
-    """Return the files for MMRec's two places, vision and text: image and text, else what is left over, else "none".
+    """Return the files of MMRec's two modalities, vision and text: image and text, else another modality, else "none".
 
-    "none" is no file, so that MMRec does not find the image_feat.npy of an earlier configuration.
+    A file "none" does not exist, so that MMRec does not find the image_feat.npy of an earlier configuration.
     """
     left = [modality for modality in modalities if modality not in ("image", "text")]
     chosen = {}
     for place, first in (("vision", "image"), ("text", "text")):
         modality = first if first in modalities else left.pop(0) if left else None
-        chosen[place] = f"{modality}_feat.npy" if modality else "none"
+        chosen[place] = vectors_file(modality) if modality else "none"
     return chosen
 
 
 def _settings(experiment: str, modalities: Sequence[str]) -> str:
     places = _places(modalities)
     values = {
-        "USER_ID_FIELD": "userID",
-        "ITEM_ID_FIELD": "itemID",
-        "TIME_FIELD": "timestamp",
+        "USER_ID_FIELD": USER,
+        "ITEM_ID_FIELD": ITEM,
+        "TIME_FIELD": TIME,
         "filter_out_cod_start_users": True,
-        "inter_file_name": f"{experiment}.inter",
-        "inter_splitting_label": "x_label",
+        "inter_file_name": interactions_file(experiment),
+        "inter_splitting_label": LABEL,
         "vision_feature_file": places["vision"],
         "text_feature_file": places["text"],
         "user_graph_dict_file": "user_graph_dict.npy",
         "field_separator": "\t",
     }
-    # JSON's literals are YAML's, tabs and quotes included.
+    # JSON literals are YAML literals, including tabs and quotes.
     return "".join(f"{name}: {json.dumps(value)}\n" for name, value in values.items())
 
 
 def _readme(experiment: str, modalities: Sequence[str]) -> str:
     places = _places(modalities)
-    there = ", ".join(f"{modality}_feat.npy" for modality in modalities)
+    there = ", ".join(map(vectors_file, modalities))
     return f"""The data of experiment {experiment}, in the layout of MMRec (https://github.com/enoche/MMRec).
 
 From here, with MMRec checked out at MMREC:
@@ -141,12 +142,12 @@ From here, with MMRec checked out at MMREC:
     cd MMREC/src && python main.py -d {experiment} -m FREEDOM
 
 {experiment}.inter holds users and items as numbers, and the split as x_label: 0 train, 1 valid, 2 test.
-i_id_mapping.csv and u_id_mapping.csv tell the original ids. Row i of a feature file is of itemID i.
+i_id_mapping.csv and u_id_mapping.csv map numbers to original ids. Row i of a feature file belongs to itemID i.
 Feature files: {there}.
-MMRec has places for two. {experiment}.yaml names {places["vision"]} as vision_feature_file and {places["text"]} as
-text_feature_file; to use another, write its name there. MMRec leaves out a file that is not there.
+MMRec uses two feature files. {experiment}.yaml names {places["vision"]} as vision_feature_file and {places["text"]} as
+text_feature_file; to use another, write its name there. MMRec ignores a file that does not exist.
 
-MMRec has no notion of a missing vector: items without one have the mean of all others, and stand in
+MMRec does not support missing vectors: items without vector have the mean of all others, and are listed in
 MODALITY_missing.csv.
 
 Some of MMRec's models keep item graphs in its data folder (*_adj_*.pt) and read them again even if the features have
@@ -155,7 +156,7 @@ changed. So remove the old folder before you copy a new one, and don't link to t
 
 
 def main() -> None:
-    """Spec: experiment, modalities. Run the stage from the command line."""
+    """Run the stage. Spec: experiment, modalities. Inputs and outputs: as `export`, and the output record."""
     with stage("cm3.datasets.mmrec.export") as call:
         call.record.update(export(call.spec["experiment"], call.spec["modalities"], call.inputs, call.outputs))
 

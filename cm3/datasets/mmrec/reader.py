@@ -1,4 +1,4 @@
-"""Reader of MMRec folders: {name}.inter with numbers and split labels, and tables that map numbers to original ids."""
+"""Reader of MMRec folders: {name}.inter with numbers and split labels, and mappings of numbers to original ids."""
 
 import io
 import math
@@ -16,32 +16,30 @@ from cm3.common.strict import nearest
 from cm3.common.tables import SPLITS
 from cm3.datasets.files.lines import line_blocks
 from cm3.datasets.files.times import seconds_of
+from cm3.datasets.mmrec.format import ITEM, LABEL, RATING, TIME, USER
 from cm3.datasets.mmrec.tables import item_of, number_in, read_mapping, read_table
-from cm3.datasets.reader import Item, rows
-
-USER, ITEM, RATING, TIME, LABEL = "userID", "itemID", "rating", "timestamp", "x_label"
-"""Columns of {name}.inter, as MMRec's own preprocessing writes them; the last three may be absent."""
+from cm3.datasets.reader import Item, interaction_table
 
 _REQUIRED = (USER, ITEM)
 _KNOWN = {USER: pa.int64(), ITEM: pa.int64(), RATING: pa.float64(), TIME: pa.float64(), LABEL: pa.float64()}
 _LABELS = (0.0, 1.0, 2.0)
-_PIECE = 10_000
+_BATCH = 10_000
 _ITEM_BITS = 31
 
 
 class Reader:
-    """Reads `mmrec` data sets. Inputs: interactions; item_ids, user_ids and meta where the folder has them."""
+    """Reads `mmrec` datasets. Inputs: interactions; optionally item_ids, user_ids and meta."""
 
     def __init__(self, spec: dict[str, Any], inputs: dict[str, Path]) -> None:
         self.spec, self.inputs = spec, inputs
         self.notes: dict[str, int] = {}
 
     def interactions(self) -> Iterator[pa.Table]:
-        """Yield the interactions in file order, under their original ids, with their labels where there are some.
+        """Yield the interactions in file order, with original ids and, if present, labels.
 
         Raises:
-            UserError: a malformed line, a label beside 0, 1 and 2, a rating or time that is no finite number, a number
-                that the mapping lacks (each with the line); or a pair of user and item under two labels.
+            UserError: with the line: a malformed line, a label other than 0, 1 and 2, a rating or time that is not a
+                finite number, a number without id in the mapping; or a (user, item) pair with two labels.
         """
         path = self.inputs["interactions"]
         users, items = self._names("user_ids", USER), self._names("item_ids", ITEM)
@@ -61,7 +59,7 @@ class Reader:
                 pairs.append(user << _ITEM_BITS | item)
                 labels.append(label)
             count += len(lines)
-            yield rows(
+            yield interaction_table(
                 users.of(user, found),
                 items.of(item, found),
                 found.floats(RATING),
@@ -69,12 +67,12 @@ class Reader:
                 None if label is None else pa.array(label, pa.int8()),
             )
         if not count:
-            raise UserError(f"{path}: holds no interactions; is it whole?")
+            raise UserError(f"{path}: has no interactions; is it complete?")
         if labels:
-            _refuse_two_labels(path, np.concatenate(pairs), np.concatenate(labels))
+            _check_one_label_per_pair(path, np.concatenate(pairs), np.concatenate(labels))
 
     def known_items(self) -> Iterable[list[str]] | None:
-        """Return the ids of the mapping or else of meta-{name}.csv, also without interaction; None without both."""
+        """Return the ids of the mapping or else of meta-{name}.csv; None if neither exists."""
         if "item_ids" in self.inputs:
             ids = list(self._names("item_ids", ITEM).names.values())
         elif "meta" in self.inputs:
@@ -83,13 +81,12 @@ class Reader:
             ]
         else:
             return None
-        return (ids[start : start + _PIECE] for start in range(0, len(ids), _PIECE))
+        return (ids[start : start + _BATCH] for start in range(0, len(ids), _BATCH))
 
     def items(self, wanted: set[str]) -> dict[str, Item]:
-        """Return what the mapping's further columns and meta-{name}.csv tell of the wanted items.
+        """Return the wanted items, from meta-{name}.csv and from further columns of the mapping.
 
-        The columns are those that MMRec's preprocessing keeps: title, brand, categories (a list written in Python),
-        description and imUrl.
+        Columns as in MMRec's preprocessing: title, brand, categories (a Python list), description and imUrl.
         """
         names = self._names("item_ids", ITEM)
         table: dict[str, dict[str, str]] = {}
@@ -114,7 +111,7 @@ class Reader:
 
 
 class _Names:
-    """Original ids by number; without a mapping, a number is its own id."""
+    """Original ids by number; without a mapping, the number is the id."""
 
     def __init__(self, column: str, path: Path | None, names: Mapping[int, str]) -> None:
         self.column, self.path, self.names = column, path, names
@@ -122,18 +119,20 @@ class _Names:
         self._ids = pa.array([names[number] for number in self._numbers.tolist()], pa.string())
 
     def of(self, numbers: np.ndarray, block: "_Block") -> pa.Array:
-        """Return the ids of (N,) numbers. Raises UserError with the line of a number that the mapping lacks."""
+        """Return the ids of (N,) numbers. Raises UserError with the line of a number without id."""
         if self.path is None:
             return pa.array(numbers).cast(pa.string())
         place = np.minimum(np.searchsorted(self._numbers, numbers), len(self._numbers) - 1)
-        block.refuse(
-            self._numbers[place] != numbers, self.column, f"is not in {self.path}; give the mapping that belongs to it"
+        block.check(
+            self._numbers[place] != numbers,
+            self.column,
+            f"is not in {self.path}; use the mapping that belongs to the file",
         )
         return self._ids.take(pa.array(place))
 
 
 class _Block:
-    """Some lines of {name}.inter as numbers; every complaint names the line."""
+    """Some lines of {name}.inter as numbers; every error names the line."""
 
     def __init__(self, path: Path, header: Sequence[str], lines: Sequence[tuple[int, bytes]]) -> None:
         self.path, self.header, self.lines = path, header, lines
@@ -148,8 +147,8 @@ class _Block:
         except pa.ArrowInvalid as error:
             raise self._malformed(error) from None
 
-    def refuse(self, bad: np.ndarray, column: str, complaint: str) -> None:
-        """Raise a UserError of the first of the bad rows."""
+    def check(self, bad: np.ndarray, column: str, complaint: str) -> None:
+        """Raise a UserError with the first of the `bad` rows."""
         found = np.flatnonzero(bad)
         if len(found):
             number, line = self.lines[int(found[0])]
@@ -159,25 +158,24 @@ class _Block:
     def numbers(self, column: str) -> np.ndarray:
         """Return (N,) int64 numbers of users or items."""
         values = self.table.column(column)
-        self.refuse(values.is_null().to_numpy(), column, "is empty; every interaction needs a user and an item")
+        self.check(values.is_null().to_numpy(), column, "is empty; every interaction needs a user and an item")
         numbers = values.to_numpy()
-        self.refuse(numbers < 0, column, "is negative; users and items are numbered from 0")
-        self.refuse(
-            numbers >= 1 << _ITEM_BITS, column, "is too large; users and items are numbered from 0 without gaps"
-        )
-        return numbers
+        self.check(numbers < 0, column, "is negative; users and items are numbered from 0")
+        self.check(numbers >= 1 << _ITEM_BITS, column, "is too large; users and items are numbered from 0 without gaps")
+        found: np.ndarray = numbers
+        return found
 
     def floats(self, column: str) -> pa.ChunkedArray | None:
-        """Return finite float64 numbers, null where the cell is empty; None without the column."""
+        """Return finite float64 numbers, null for an empty cell; None without the column."""
         if column not in self.header:
             return None
         values = self.table.column(column)
         bad = ~np.isfinite(values.to_numpy()) & values.is_valid().to_numpy()
-        self.refuse(bad, column, "is not a finite number; mend the line or leave it out")
+        self.check(bad, column, "is not a finite number; fix the line or remove it")
         return values
 
     def seconds(self) -> pa.Array | None:
-        """Return Unix seconds from seconds or milliseconds."""
+        """Return Unix seconds from seconds or milliseconds; None without the column."""
         values = self.floats(TIME)
         if values is None:
             return None
@@ -188,15 +186,16 @@ class _Block:
         if LABEL not in self.header:
             return None
         values = self.table.column(LABEL).to_numpy()
-        self.refuse(~np.isin(values, _LABELS), LABEL, "is not 0 (train), 1 (valid) or 2 (test)")
-        return values.astype(np.int8)
+        self.check(~np.isin(values, _LABELS), LABEL, "is not 0 (train), 1 (valid) or 2 (test)")
+        found: np.ndarray | None = values.astype(np.int8)
+        return found
 
     def _malformed(self, error: Exception) -> UserError:
         for number, line in self.lines:
             values = _decode(line).rstrip("\r").split("\t")
             if len(values) != len(self.header):
                 return UserError(
-                    f"{self.path}, line {number}: has {len(values)} values where the header names {len(self.header)}: "
+                    f"{self.path}, line {number}: has {len(values)} values, the header has {len(self.header)}: "
                     f"{_decode(line)[:80]!r}"
                 )
             for name, value in zip(self.header, values, strict=True):
@@ -210,12 +209,12 @@ def _header(path: Path, number: int, line: bytes) -> list[str]:
     for name in _REQUIRED:
         if name not in names:
             raise UserError(
-                f"{path}, line {number}: has no column {name!r}{nearest(name, names)}; the first line must name "
-                f"{USER} and {ITEM}, with tabs between"
+                f"{path}, line {number}: has no column {name!r}{nearest(name, names)}; the first line must have "
+                f"{USER} and {ITEM}, separated by tabs"
             )
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise UserError(f"{path}, line {number}: column {twice[0]!r} stands in the header twice")
+        raise UserError(f"{path}, line {number}: duplicate column {twice[0]!r} in the header")
     return names
 
 
@@ -228,8 +227,8 @@ def _reads_as(value: str, kind: pa.DataType) -> bool:
         return False
 
 
-def _refuse_two_labels(path: Path, pair: np.ndarray, label: np.ndarray) -> None:
-    # A pair in two parts is a leak: what is asked in the test was told in training.
+def _check_one_label_per_pair(path: Path, pair: np.ndarray, label: np.ndarray) -> None:
+    # A pair with two labels is a leak: a test interaction that is also in training.
     order = np.argsort(pair, kind="stable")
     pair, label = pair[order], label[order]
     same = (pair[1:] == pair[:-1]) & (label[1:] != label[:-1])
@@ -238,9 +237,9 @@ def _refuse_two_labels(path: Path, pair: np.ndarray, label: np.ndarray) -> None:
         user, item = divmod(int(pair[first]), 1 << _ITEM_BITS)
         one, other = sorted((label[first], label[first + 1]))
         raise UserError(
-            f"{path}: {len(np.unique(pair[1:][same]))} pairs of user and item stand in two parts of the split, the first is "
+            f"{path}: {len(np.unique(pair[1:][same]))} pairs of user and item are in two parts of the split, the first is "
             f"{USER} {user}, {ITEM} {item} in {SPLITS[one]} and {SPLITS[other]}; keep each pair in one part, or "
-            f"take the column {LABEL} out for a split of your own"
+            f"remove the column {LABEL} for a new split"
         )
 
 

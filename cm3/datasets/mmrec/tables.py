@@ -1,4 +1,4 @@
-"""Tables of MMRec folders beside the interactions: mappings of numbers to original ids, and meta-{name}.csv."""
+"""Readers of MMRec's tables: mappings of numbers to original ids, and item metadata."""
 
 import ast
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,11 +8,11 @@ from cm3.common.errors import UserError
 from cm3.common.strict import nearest
 from cm3.datasets.files.delimited import delimited_lines
 from cm3.datasets.reader import Item
-from cm3.datasets.text import clean, leaves
+from cm3.datasets.text import leaves, plain_text
 
 
 def read_mapping(path: Path, column: str) -> dict[int, str]:
-    """Return the original id of each number; the id is the first column beside `column`."""
+    """Return the original id of each number in `column`; the id is the first other column."""
     names: dict[int, str] = {}
     ids: set[str] = set()
     for place, row in read_table(path, "\t", [column]):
@@ -20,15 +20,15 @@ def read_mapping(path: Path, column: str) -> dict[int, str]:
         item_id = next((value for name, value in row.items() if name != column), "")
         if not item_id:
             raise UserError(
-                f"{place}: has no id beside {column}; the columns are an id and {column}, with a tab between"
+                f"{place}: has no id next to {column}; the columns must be an id and {column}, separated by a tab"
             )
         if number in names or item_id in ids:
             again = f"{column} {number}" if number in names else f"id {item_id[:80]!r}"
-            raise UserError(f"{place}: {again} stands there again; every id has one number")
+            raise UserError(f"{place}: duplicate {again}; every id must have one number")
         names[number] = item_id
         ids.add(item_id)
     if not names:
-        raise UserError(f"{path}: holds no ids, only a header")
+        raise UserError(f"{path}: has no ids, only a header")
     return names
 
 
@@ -42,34 +42,34 @@ def read_table(path: Path, delimiter: str, required: Sequence[str]) -> Iterator[
     for number, values in rows:
         place = f"{path}, line {number}"
         if len(values) != len(header):
-            raise UserError(f"{place}: has {len(values)} values where the header names {len(header)}")
+            raise UserError(f"{place}: has {len(values)} values, the header has {len(header)}")
         yield place, dict(zip(header, values, strict=True))
 
 
 def number_in(place: str, column: str, value: str) -> int:
-    """Return a number of a user or item. Raises UserError with its place."""
+    """Return the number of a user or item. Raises UserError with `place`."""
     if not (value.isascii() and value.isdigit() and len(value) <= 18):
         raise UserError(f"{place}: {column} = {value[:80]!r} is not a number; users and items are numbered from 0")
     return int(value)
 
 
 def item_of(row: Mapping[str, str]) -> Item:
-    """Return the item that a row of strings describes; texts are cleaned, absent ones empty."""
+    """Return the item of a row of strings; texts are plain text, empty where absent."""
     return Item(
-        title=clean(row.get("title", "")),
-        brand=clean(row.get("brand", "")),
-        categories=list(dict.fromkeys(filter(None, map(clean, _flat(row.get("categories", "")))))),
-        description=clean(row.get("description", "")),
+        title=plain_text(row.get("title", "")),
+        brand=plain_text(row.get("brand", "")),
+        categories=list(dict.fromkeys(filter(None, map(plain_text, _flat(row.get("categories", "")))))),
+        description=plain_text(row.get("description", "")),
         image_urls=[url for url in [row.get("imUrl", "").strip()] if url],
     )
 
 
 def _flat(text: str) -> list[str]:
-    """Return the strings of nested lists written in Python, as pandas writes them to a csv; other text as it is."""
+    """Return the strings of nested Python lists, as pandas writes them to a csv; other text unchanged."""
     if not text.startswith("["):
         return [text]
     try:
-        # literal_eval and not eval: the text is a stranger's.
+        # literal_eval and not eval: the text is untrusted.
         found = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return [text]

@@ -1,1 +1,1 @@
-"""The embedded sample shop."""
+"""Generated sample dataset with known ground truth."""

@@ -1,38 +1,46 @@
-"""Config of the generated shop."""
+"""Settings of the generated sample dataset."""
 
 from typing import Any, Literal
 
 from pydantic import Field
 
 from cm3.common.strict import Float
-from cm3.datasets.base_config import Dataset
 from cm3.datasets.images.config import ImageLimits
+from cm3.datasets.spec import SourceSpec
 
 
-class Sample(Dataset):
-    """A made-up shop of any size, whose customers' tastes are known."""
+class SampleSpec(SourceSpec):
+    """A generated shop of any size with known user preferences."""
+
+    version = 1
+    libraries = ("orjson",)
+    reader = "cm3.datasets.amazon.v2014:Reader"
 
     source: Literal["sample"]
-    users: int = Field(default=3000, ge=10, description="customers")
-    items: int = Field(default=1000, ge=10, description="products")
-    seed: int = Field(default=1, ge=0, description="another seed is another shop")
-    interactions_per_user: Float = Field(default=10.5, ge=3, description="mean number of purchases of a customer")
-    taste: Float = Field(default=1.0, ge=0, description="how much tastes decide; 0 is chance and popularity alone")
+    users: int = Field(default=3000, ge=10, description="Number of users.")
+    items: int = Field(default=1000, ge=10, description="Number of items.")
+    seed: int = Field(default=1, ge=0, description="Seed of the generator.")
+    interactions_per_user: Float = Field(default=10.5, ge=3, description="Mean number of interactions of a user.")
+    taste: Float = Field(default=1.0, ge=0, description="Weight of user preferences; 0: popularity and chance only.")
     picture_share: Float = Field(
-        default=0.5, ge=0, le=1, description="share of taste that only images show; only texts tell the rest"
+        default=0.5, ge=0, le=1, description="Fraction of the preferences that only images show; texts show the rest."
     )
-    popularity: Float = Field(default=0.5, ge=0, description="how much popularity decides")
-    cold: Float = Field(default=0.05, ge=0, lt=1, description="share of items that hardly anybody has bought yet")
-    without_picture: Float = Field(default=0.03, ge=0, lt=1, description="share of items without image")
-    without_description: Float = Field(default=0.1, ge=0, lt=1, description="share of items without description")
-    corrupt_pictures: int = Field(default=5, ge=0, description="number of images that are damaged files")
-    picture_size: int = Field(default=160, ge=32, le=1024, description="width and height of the images in pixels")
+    popularity: Float = Field(default=0.5, ge=0, description="Weight of item popularity.")
+    cold: Float = Field(default=0.05, ge=0, lt=1, description="Fraction of items with almost no interactions.")
+    without_picture: Float = Field(default=0.03, ge=0, lt=1, description="Fraction of items without image.")
+    without_description: Float = Field(default=0.1, ge=0, lt=1, description="Fraction of items without description.")
+    corrupt_pictures: int = Field(default=5, ge=0, description="Number of damaged image files.")
+    picture_size: int = Field(default=160, ge=32, le=1024, description="Width and height of the images in pixels.")
     images: ImageLimits = ImageLimits()
 
-    def sample_spec(self) -> dict[str, Any]:
-        """Return the spec of the sample stage, which writes the raw files of prepare_inputs and image_inputs."""
-        shared = set(Dataset.model_fields) | {"images"}
+    def generate_spec(self) -> dict[str, Any]:
+        """Return the spec of the generate stage, which writes the raw files of prepare_inputs and image_inputs."""
+        shared = set(SourceSpec.model_fields) | {"images"}
         return self.model_dump(mode="json", exclude=shared)
+
+    def expected_counts(self) -> dict[str, int]:
+        """Return the numbers of users and items that are generated, unless `expected` states others."""
+        return {"users": self.users, "items": self.items, **super().expected_counts()}
 
     def prepare_inputs(self, name: str) -> dict[str, str]:
         """Return the generated raw files."""
@@ -43,9 +51,9 @@ class Sample(Dataset):
         return {**super().prepare_spec(), "interactions": "reviews", "malformed": 0.0}
 
     def images_spec(self) -> dict[str, Any]:
-        """Return the spec of the images stage: the folder `images` beside the listing of image_inputs."""
+        """Return the spec of the images stage: the folder `images` next to the checksum file of image_inputs."""
         return {"find": "folder", "folder": None, "patterns": ["{item_id}.jpg"], **self.images.identity()}
 
     def image_inputs(self, name: str) -> dict[str, str]:
-        """Return the checksums of the drawn images."""
+        """Return the file with the checksums of the generated images."""
         return {"images": f"raw/{name}/pictures.sha256"}

@@ -1,4 +1,4 @@
-"""Stage: a made-up shop in the formats of the Amazon 2014 files, byte for byte the same for the same seed."""
+"""Stage: generate the sample dataset in the Amazon 2014 formats, byte-identical for the same seed."""
 
 import gzip
 import hashlib
@@ -17,7 +17,7 @@ from cm3.common.cli import stage
 from cm3.common.files import atomic
 from cm3.common.progress import Progress
 from cm3.common.tables import write_table
-from cm3.datasets.sample import texts as texts
+from cm3.datasets.sample import texts
 from cm3.datasets.sample.images import draw, spoil
 from cm3.datasets.sample.world import ATTRIBUTES, World, make_world
 
@@ -37,17 +37,18 @@ _LETTERS = np.asarray(list("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
 
 
 def make_sample(spec: dict[str, Any], reviews: Path, meta: Path, images: Path, truth: Path) -> dict[str, Any]:
-    """Write reviews, metadata, the folder `images` beside `images`, the checksums of its files, and the truth.
+    """Write reviews, metadata, images, their checksums, and the ground truth.
 
     Args:
-        spec: a sample data set's sample_spec().
-        reviews: gzip JSON lines to write; meta: gzip Python literals; images: sha256sum's format; truth: TRUTH.
+        spec: a sample dataset's generate_spec().
+        reviews: file to write, gzip JSON lines; meta: gzip Python literals; truth: table TRUTH.
+        images: checksums in the format of sha256sum; the images are in the folder `images` next to this file.
 
     Returns:
-        counts of what was written.
+        counts of users, items, reviews and images.
     """
     world = make_world(spec)
-    # A stream for each kind of file: other images must not change the words.
+    # A random stream for each kind of file: other image settings must not change the texts.
     streams = np.random.SeedSequence((spec["seed"], 1)).spawn(4)
     for_ids, for_texts, for_images, for_reviews = map(np.random.default_rng, streams)
     asins = _ids(for_ids, spec["items"], "B0", 10)
@@ -78,7 +79,7 @@ def make_sample(spec: dict[str, Any], reviews: Path, meta: Path, images: Path, t
 
 
 def _ids(rng: np.random.Generator, count: int, prefix: str, length: int) -> list[str]:
-    """Return `count` different ids in random order."""
+    """Return `count` distinct ids in random order."""
     ids: dict[str, None] = {}
     while len(ids) < count:
         drawn = _LETTERS[rng.integers(0, len(_LETTERS), (count - len(ids), length - len(prefix)))]
@@ -130,9 +131,9 @@ def _metadata(rng: np.random.Generator, world: World, asins: list[str]) -> Itera
             "price": round(float(np.exp(rng.normal(3, 0.5))), 2),
             "categories": texts.categories(kinds[item], uses[item]),
         }
-        told = texts.description(rng, kinds[item], materials[item], uses[item])
+        description = texts.description(rng, kinds[item], materials[item], uses[item])
         if world.has_description[item]:
-            record["description"] = told
+            record["description"] = description
         if world.has_image[item]:
             record["imUrl"] = f"http://images.example.com/{asin}.jpg"
         yield repr(record)
@@ -159,7 +160,7 @@ def _reviews(rng: np.random.Generator, world: World, asins: list[str], reviewers
 
 
 def _write_lines(path: Path, lines: Iterable[str]) -> None:
-    # Neither name nor time goes into the gzip header: the same lines are the same bytes.
+    # No name and no time in the gzip header: the same lines give the same bytes.
     with (
         atomic(path) as temporary,
         temporary.open("wb") as file,
@@ -170,7 +171,7 @@ def _write_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def main() -> None:
-    """Spec: sample_spec(). Outputs: reviews, meta, images (with the folder images beside it), truth, record."""
+    """Spec: generate_spec(). Outputs: reviews, meta, images (and the folder images next to it), truth, record."""
     with stage("cm3.datasets.sample.generate") as call:
         out = call.outputs
         call.record.update(make_sample(call.spec, out["reviews"], out["meta"], out["images"], out["truth"]))

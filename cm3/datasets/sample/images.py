@@ -1,4 +1,4 @@
-"""Images of the made-up shop's items: a coloured, patterned shape before a pale background."""
+"""Images of the sample dataset: a coloured, patterned shape on a pale background."""
 
 import hashlib
 import io
@@ -18,11 +18,11 @@ _COLOURS = {
     "brown": (118, 70, 34),
     "grey": (112, 112, 116),
 }
-_SMOOTHING = 2  # drawn so many times larger, then reduced
+_SMOOTHING = 2  # drawn larger by this factor, then reduced
 
 
 def draw(rng: np.random.Generator, colour: str, pattern: str, shape: str, size: int) -> bytes:
-    """Return a JPEG of size x size pixels. Place, angle, scale, shade and background vary with `rng`."""
+    """Return a JPEG of size x size pixels; position, angle, scale, shade and background vary with `rng`."""
     large = size * _SMOOTHING
     base = np.clip(np.asarray(_COLOURS[colour]) + rng.normal(0, 5, 3), 0, 255)
     mask = _mask(rng, shape, large)
@@ -39,7 +39,7 @@ def draw(rng: np.random.Generator, colour: str, pattern: str, shape: str, size: 
 
 
 def _pattern(rng: np.random.Generator, pattern: str, size: int) -> np.ndarray:
-    """Return (size, size) bool: where the white goes."""
+    """Return (size, size) bool: white pixels."""
     if pattern == "plain":
         return np.zeros((size, size), bool)
     angle = rng.uniform(-0.3, 0.3) + (np.pi / 4 if pattern == "striped" else 0)
@@ -60,7 +60,7 @@ def _pattern(rng: np.random.Generator, pattern: str, size: int) -> np.ndarray:
         return (across < 0.5) ^ (along < 0.5)
     if pattern == "dotted":
         return (across - 0.5) ** 2 + (along - 0.5) ** 2 < 0.3**2
-    raise ValueError(f"no such pattern: {pattern!r}")
+    raise ValueError(f"unknown pattern: {pattern!r}")
 
 
 def _mask(rng: np.random.Generator, shape: str, size: int) -> Image.Image:
@@ -99,11 +99,12 @@ def _outline(shape: str) -> np.ndarray:
 
 def _turned(points: np.ndarray, angle: float) -> np.ndarray:
     rotation = np.asarray([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    return points @ rotation.T
+    found: np.ndarray = points @ rotation.T
+    return found
 
 
 def spoil(jpeg: bytes, kind: int) -> bytes:
-    """Return a damaged file in place of an image: empty, a web page, cut short, or with noise for its header."""
+    """Return a damaged image file: empty, a web page, truncated, or with random bytes as header."""
     damaged = (
         b"",
         b"<html><body><h1>404 Not Found</h1></body></html>\n",

@@ -1,4 +1,4 @@
-"""Titles and descriptions of the made-up shop's items; they never tell what only images show."""
+"""Titles and descriptions of the sample dataset, without the attributes that only images show."""
 
 import numpy as np
 
@@ -113,12 +113,12 @@ _CLOSINGS = (
 
 
 def title(rng: np.random.Generator, brand: str, kind: str, material: str, use: str) -> str:
-    """Return a product title that tells kind and material, mostly the brand, and often the use."""
+    """Return a title with kind and material, mostly the brand, and often the use."""
     return _pick(rng, _TITLES).format(brand=brand, Kind=kind.title(), Material=material.title(), Use=use.title())
 
 
 def description(rng: np.random.Generator, kind: str, material: str, use: str) -> str:
-    """Return 15 to 70 words that tell kind, material and use, with the odd entity or tag as shops have them."""
+    """Return a description of 15 to 70 words with kind, material and use, sometimes with HTML entities or tags."""
     sentences = [_pick(rng, _OPENINGS).format(kind=kind, material=material)]
     details = [_KINDS[kind], _MATERIALS[material], _pick(rng, _USES[use])]
     keep = [rng.random() < 0.7, rng.random() < 0.7, True]
@@ -128,13 +128,13 @@ def description(rng: np.random.Generator, kind: str, material: str, use: str) ->
 
 
 def categories(kind: str, use: str) -> list[list[str]]:
-    """Return the category paths of a product: by kind, and by use."""
+    """Return the category paths of an item: by kind and by use."""
     section = {"brooch": "Accessories", "keyring": "Accessories", "money box": "Gifts"}.get(kind, "Home Decor")
     return [[section, kind.title()], ["Shop by Use", use.title()]]
 
 
 def review(rng: np.random.Generator, rating: int) -> tuple[str, str]:
-    """Return a summary and a text that go with a rating from 1 to 5."""
+    """Return summary and text of a review with a rating from 1 to 5."""
     summaries = {
         1: ("Broke within a week", "Sent it back"),
         2: ("Not what I hoped for", "Disappointing"),

@@ -1,17 +1,17 @@
-"""The made-up shop: what its items are, what its customers like, and what they bought."""
+"""Ground truth of the sample dataset: item attributes, user preferences and interactions."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-# Only images show these ...
+# Shown by images only ...
 IMAGE_ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "colour": ("red", "orange", "yellow", "green", "teal", "blue", "purple", "pink", "brown", "grey"),
     "pattern": ("plain", "striped", "dotted", "checked", "zigzag"),
     "shape": ("circle", "square", "triangle", "star", "heart", "hexagon", "cross", "moon"),
 }
-# ... and only texts tell these.
+# ... and by texts only.
 TEXT_ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "kind": (
         "cushion",
@@ -45,23 +45,23 @@ ATTRIBUTES = {**IMAGE_ATTRIBUTES, **TEXT_ATTRIBUTES}
 
 _USERS_AT_ONCE = 512
 _COLD_PENALTY = 4.0
-# Favourites stand out from mere liking, so that a customer's purchases have something in common.
+# Preferences have heavy tails, so that the items of a user have attributes in common.
 _SHARPNESS = 1.5
-_STRENGTH = 2.5  # standard deviation of the utility's part that is taste, at taste = 1
-# Shares within the taste for images and within that for texts.
+_STRENGTH = 2.5  # standard deviation of the preference term of the utility at taste = 1
+# Fractions of the preference for image attributes and of that for text attributes.
 _IMPORTANCE = {"colour": 0.5, "pattern": 0.3, "shape": 0.2, "kind": 0.4, "material": 0.35, "use": 0.25}
 
 
 @dataclass(frozen=True)
 class World:
-    """The truth behind the shop.
+    """Ground truth.
 
     Attributes:
         attributes: name -> (items,) codes into ATTRIBUTES[name].
-        popularity: (items,) log-odds that any customer buys the item.
+        popularity: (items,) log-odds of an interaction with the item, equal for all users.
         cold, has_image, has_description: (items,) bool.
-        likes: name -> (users, values) how much each customer likes each value of an attribute.
-        user, item: (N,) purchases, a customer's own in order of time.
+        likes: name -> (users, values) preference of each user for each value of an attribute.
+        user, item: (N,) interactions, those of a user in time order.
         rating: (N,) 1 to 5.
         time: (N,) Unix seconds.
     """
@@ -79,14 +79,14 @@ class World:
 
 
 def make_world(spec: dict[str, Any]) -> World:
-    """Draw a shop from its seed.
+    """Return the ground truth for a seed.
 
-    A customer u buys n_u different items, item i with probability proportional to exp(utility), where
+    User u has n_u distinct items, item i with probability proportional to exp(utility), where
     utility = taste * sum_a w_a likes_a[u, value_a(i)] + popularity_i, drawn without replacement (Gumbel top-n).
-    Likes are sharpened normal draws; w_a is set so that image and text attributes have the shares that spec says.
+    Preferences are log-normal, standardised; w_a gives image and text attributes the fractions in `spec`.
 
     Args:
-        spec: a sample data set's sample_spec().
+        spec: a sample dataset's generate_spec().
     """
     streams = np.random.SeedSequence(spec["seed"]).spawn(4)
     for_items, for_tastes, for_purchases, for_reviews = map(np.random.default_rng, streams)
@@ -113,13 +113,14 @@ def _some(rng: np.random.Generator, items: int, share: float) -> np.ndarray:
 def _likes(rng: np.random.Generator, users: int, values: int) -> np.ndarray:
     drawn = np.exp(_SHARPNESS * rng.standard_normal((users, values)))
     drawn -= drawn.mean(axis=1, keepdims=True)
-    return (drawn / drawn.std(axis=1, keepdims=True)).astype(np.float32)
+    found: np.ndarray = (drawn / drawn.std(axis=1, keepdims=True)).astype(np.float32)
+    return found
 
 
 def _weights(taste: float, picture_share: float) -> dict[str, float]:
     share = {name: _IMPORTANCE[name] * picture_share for name in IMAGE_ATTRIBUTES}
     share |= {name: _IMPORTANCE[name] * (1 - picture_share) for name in TEXT_ATTRIBUTES}
-    # Variances add up, so the share of an attribute in the taste is its squared weight.
+    # Variances add up, so the fraction of an attribute is its squared weight.
     return {name: _STRENGTH * taste * share[name] ** 0.5 for name in ATTRIBUTES}
 
 
@@ -150,14 +151,14 @@ def _purchases(
         bought.append(chosen)
         pleasures.append(np.asarray(taste)[rows, chosen])
     user, item, pleasure = np.concatenate(bought_by), np.concatenate(bought), np.concatenate(pleasures)
-    shuffled = np.lexsort((rng.random(len(user)), user))  # What is liked best is not bought first.
+    shuffled = np.lexsort((rng.random(len(user)), user))  # The time order is independent of the preference.
     return user, item[shuffled], pleasure[shuffled]
 
 
 def _reviews(rng: np.random.Generator, user: np.ndarray, pleasure: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     spread = (pleasure - pleasure.mean()) / (pleasure.std() + 1e-9)
     rating = np.clip(np.rint(4 + 0.6 * spread + 0.8 * rng.standard_normal(len(user))), 1, 5).astype(int)
-    # Three years up to July 2014, to the day as in the published files.
+    # Three years until July 2014, whole days as in the published files.
     day = 86_400
     first, last = 1_309_478_400 // day, 1_404_086_400 // day
     days = rng.integers(first, last, len(user))

@@ -1,10 +1,10 @@
-"""What lists are like beside their hits: coverage of the catalogue, popularity, novelty, concentration."""
+"""Beyond-accuracy metrics: coverage, popularity, novelty, Gini."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-_BLOCK_USERS = 8192  # small arrays: the system is slow to hand out large ones
+_BLOCK_USERS = 8192  # small blocks: allocating large arrays is slow
 
 
 def beyond_accuracy(lists: np.ndarray, counts: np.ndarray, n_users: int, cutoffs: Sequence[int]) -> dict[str, float]:
@@ -12,20 +12,20 @@ def beyond_accuracy(lists: np.ndarray, counts: np.ndarray, n_users: int, cutoffs
 
     coverage: distinct items recommended to anyone / items. popularity: mean number of training interactions of a
     recommended item. novelty: mean self-information -log2(c_i / U) of a recommended item, bought c_i times by U
-    users; a cold item counts as bought once. gini: sum_i (2 i - I - 1) n_(i) / (I sum n), n_(1) <= ... <= n_(I) being
-    how often each item is recommended: 0 if all equally often, (I - 1) / I if one item alone. Popularity and novelty
-    are averaged over each user's list first, then over the users that have one.
+    users; a cold item counts as bought once. gini: sum_i (2 i - I - 1) n_(i) / (I sum n), where n_(1) <= ... <= n_(I)
+    are the numbers of recommendations of each item: 0 if all are equal, (I - 1) / I if only one item is recommended.
+    Popularity and novelty are averaged over each user's list first, then over the users with a list.
 
     Args:
-        lists: (R, K) item indices, -1 where a list ends.
+        lists: (R, K) item indices, -1 after the end of a list.
         counts: (I,) training interactions of each item.
         n_users: U, users with training interactions.
-        cutoffs: k; those above K are left out.
+        cutoffs: values of k; those above K are skipped.
 
     Source: Zhou et al., Solving the apparent diversity-accuracy dilemma (2010) for novelty.
     """
     information = np.log2(n_users) - np.log2(np.maximum(counts, 1))
-    # Where a list has ended, -1 is the last place, which holds 0.
+    # After the end of a list, index -1 selects the appended 0.
     values = {"popularity": np.append(counts, 0.0), "novelty": np.append(information, 0.0)}
     n = len(counts)
     result = {}

@@ -1,6 +1,6 @@
-"""Stage `compare`: from the cells of a study to one table of numbers that say how far to believe them.
+"""Stage `compare`: the runs of a study to comparison.json and comparison.csv, with intervals and tests.
 
-docs/statistics.md tells what comparison.json and comparison.csv hold, and how each number comes about.
+docs/statistics.md describes the two files and how each number is computed.
 """
 
 import logging
@@ -21,22 +21,22 @@ from cm3.common.interactions import Interactions, read_interactions
 from cm3.common.strict import validate
 from cm3.reports.analysis.beyond_accuracy import beyond_accuracy
 from cm3.reports.analysis.findings import sentences
-from cm3.reports.analysis.geometry import Sample, draw_sample, measure
+from cm3.reports.analysis.geometry import EmbeddingSample, draw_sample, measure
 from cm3.reports.analysis.pairs import ALPHA, CONFIDENCE, best_of, compare_pairs, pairs_to_test
-from cm3.reports.analysis.runs import Cell, Experiment, Point, read_experiments, read_lists, read_per_user
+from cm3.reports.analysis.runs import Experiment, Point, Run, read_experiments, read_lists, read_per_user
 from cm3.reports.analysis.slices import Slices
 from cm3.reports.analysis.spec import StudySpec, check_study, describe_point
-from cm3.reports.analysis.statistics import bootstrap_means, interval, spread
+from cm3.reports.analysis.statistics import bootstrap_means, distribution, interval
 from cm3.reports.analysis.table import write_csv
 
 log = logging.getLogger("cm3.reports.analysis.compare")
 
-_READERS = 2  # threads, each of which measures a cell
+_READERS = 2  # threads; each measures one run
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one chosen run amounts to: (M,) means over users, and numbers by name."""
+    """Measurements of one selected run: (M,) means over users, and further numbers by name."""
 
     means: np.ndarray
     beyond: dict[str, float]
@@ -46,7 +46,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Data:
-    """The data set and test users that all cells share."""
+    """The data set and test users that all runs share."""
 
     interactions: Interactions
     user_ids: pa.Array
@@ -55,7 +55,7 @@ class Data:
     counts: np.ndarray
     n_train_users: int
     slices: Slices
-    sample: Sample
+    sample: EmbeddingSample
 
 
 def compare(
@@ -68,29 +68,31 @@ def compare(
     """Compare a study's experiments and write comparison.json and comparison.csv.
 
     Args:
-        study: experiments and cells.
-        inputs: the dataset's interactions, items, users; for each cell `evaluation.E.R`, `per_user.E.R`,
-            `recommendations.E.R`, `train.E.R`, and where the model has embeddings `user_embeddings.E.R` and
-            `item_embeddings.E.R`, with E the experiment and R the run.
+        study: experiments and runs.
+        inputs: the dataset's interactions, items, users; for each run `evaluation.E.R`, `per_user.E.R`,
+            `recommendations.E.R`, `train.E.R`, and for models with embeddings `user_embeddings.E.R` and
+            `item_embeddings.E.R`, with experiment E and run R.
 
     Returns:
         The content of comparison.json.
 
     Raises:
-        UserError: cells without a validation score, metrics that are missing, different users, masks or monitors, or
-            files that do not belong together.
+        UserError: runs without a validation score, missing metrics, different users, masks or monitors, or files that
+            do not belong together.
     """
     check_study(study)
     experiments = read_experiments(study, inputs)
-    data = _read_data(study, inputs, experiments[0].chosen.cells[0])
+    data = _read_data(study, inputs, experiments[0].chosen.runs[0])
     names, metrics = list(study.experiments), study.metrics
-    averages = np.zeros((len(names), len(metrics), len(data.users)))  # a column in one piece, as tests read it often
+    averages = np.zeros(
+        (len(names), len(metrics), len(data.users))
+    )  # contiguous by user, because the tests read it often
     entries, measured = {}, {}
     of_points = _measure_points([experiment.chosen for experiment in experiments], data, metrics)
-    for experiment, average, cells in zip(experiments, averages, of_points, strict=True):
-        for values, _ in cells:
-            average += values.T / len(cells)
-        measured[experiment.name] = found = [each for _, each in cells]
+    for experiment, average, runs in zip(experiments, averages, of_points, strict=True):
+        for values, _ in runs:
+            average += values.T / len(runs)
+        measured[experiment.name] = found = [each for _, each in runs]
         entries[experiment.name] = _entry(experiment, found, data.sample, metrics)
         log.info(
             "%s: %s %.4f over %d seeds, chosen: %s",
@@ -131,7 +133,7 @@ def compare(
             "zero_method": "pratt",
             "correction": "holm",
             "tests": len(pairs),
-            "mask": experiments[0].chosen.cells[0].evaluation.get("mask"),
+            "mask": experiments[0].chosen.runs[0].evaluation.get("mask"),
             "monitor": monitors.pop() if len(monitors) == 1 else None,
         },
         "counts": _counts(data, experiments),
@@ -141,7 +143,7 @@ def compare(
         "pairs": pairs,
         "slices": _slices(data.slices, measured),
         "cells": [
-            _cell(cell, point is e.chosen, metrics) for e in experiments for point in e.points for cell in point.cells
+            _run(run, point is e.chosen, metrics) for e in experiments for point in e.points for run in point.runs
         ],
     }
     write_json(comparison_output, result)
@@ -151,14 +153,14 @@ def compare(
     return result
 
 
-def _read_data(study: StudySpec, inputs: Mapping[str, Path], first: Cell) -> Data:
+def _read_data(study: StudySpec, inputs: Mapping[str, Path], first: Run) -> Data:
     interactions = read_interactions(*(inputs[name] for name in ("interactions", "items", "users")))
     users, n_test, _ = read_per_user(first, study.metrics)
     train, test = interactions.matrix("train"), interactions.truth("test")
     sizes = np.diff(test.indptr)
     if not np.array_equal(np.flatnonzero(sizes), users) or not np.array_equal(sizes[users], n_test):
         raise UserError(
-            f"{first.files['per_user']}: its users and sizes of truth are not those of the test split of "
+            f"{first.files['per_user']}: its users and numbers of test items differ from the test split of "
             f"{inputs['interactions']}; delete the run's evaluation and run again"
         )
     cutoffs = sorted({_cutoff(metric) for metric in study.metrics})
@@ -173,41 +175,41 @@ def _read_data(study: StudySpec, inputs: Mapping[str, Path], first: Cell) -> Dat
 def _cutoff(metric: str) -> int:
     name, _, k = metric.partition("@")
     if not (name and k.isdigit()):
-        raise UserError(f"metrics = {metric!r}: not a metric at a cut-off, such as recall@20")
+        raise UserError(f"metrics = {metric!r}: expected a metric with a cut-off, such as recall@20")
     return int(k)
 
 
 def _measure_points(
     points: Sequence[Point], data: Data, metrics: Sequence[str]
 ) -> Iterator[list[tuple[np.ndarray, Measured]]]:
-    """Yield of each point the (n, M) per-user values of its cells and what else they amount to, by seed."""
-    # A closed form does not depend on the seed: its seeds share one run, which is measured once.
-    runs = [{cell.spec.run: cell for cell in point.cells} for point in points]
+    """Yield for each point the (n, M) per-user values and the measurements of its runs, by seed."""
+    # A closed form does not depend on the seed: its seeds share one run, measured once.
+    runs = [{run.spec.run: run for run in point.runs} for point in points]
     with ThreadPoolExecutor(_READERS) as pool:
-        found = pool.map(lambda cell: _measure_cell(cell, data, metrics), [c for each in runs for c in each.values()])
+        found = pool.map(lambda run: _measure_run(run, data, metrics), [c for each in runs for c in each.values()])
         for point, each in zip(points, runs, strict=True):
             by_run = dict(zip(each, found, strict=False))
-            yield [by_run[cell.spec.run] for cell in point.cells]
+            yield [by_run[run.spec.run] for run in point.runs]
 
 
-def _measure_cell(cell: Cell, data: Data, metrics: Sequence[str]) -> tuple[np.ndarray, Measured]:
-    _, _, values = read_per_user(cell, metrics, data.users)
+def _measure_run(run: Run, data: Data, metrics: Sequence[str]) -> tuple[np.ndarray, Measured]:
+    _, _, values = read_per_user(run, metrics, data.users)
     cutoffs = data.slices.cutoffs
-    path = cell.files["recommendations"]
+    path = run.files["recommendations"]
     lists = read_lists(path, data.user_ids, data.item_ids, data.users, max(cutoffs))
     overall, means = data.slices.measure(lists)
     for column, metric in enumerate(metrics):
         if metric in overall and not np.allclose(overall[metric], values[:, column], rtol=0, atol=1e-9):
             user = int(data.users[np.abs(overall[metric] - values[:, column]).argmax()])
             raise UserError(
-                f"{path}: the lists give another {metric} than {cell.files['per_user']}, for instance for user {user}; "
+                f"{path}: {metric} of the lists differs from {run.files['per_user']}, for example for user {user}; "
                 "delete both and run again"
             )
     geometry = None
-    if {"user_embeddings", "item_embeddings"} <= cell.files.keys():
+    if {"user_embeddings", "item_embeddings"} <= run.files.keys():
         user_rows, item_rows, sample = data.sample.rows()
-        users, _ = read_embeddings(cell.files["user_embeddings"], "user_id", data.user_ids, user_rows)
-        items, _ = read_embeddings(cell.files["item_embeddings"], "item_id", data.item_ids, item_rows)
+        users, _ = read_embeddings(run.files["user_embeddings"], "user_id", data.user_ids, user_rows)
+        items, _ = read_embeddings(run.files["item_embeddings"], "item_id", data.item_ids, item_rows)
         geometry = measure(users, items, sample)
     kept = [{metric: mean[metric] for metric in metrics if metric in mean} for mean in means]
     beyond = beyond_accuracy(lists, data.counts, data.n_train_users, cutoffs)
@@ -215,33 +217,33 @@ def _measure_cell(cell: Cell, data: Data, metrics: Sequence[str]) -> tuple[np.nd
 
 
 def _entry(
-    experiment: Experiment, measured: Sequence[Measured], sample: Sample, metrics: Sequence[str]
+    experiment: Experiment, measured: Sequence[Measured], sample: EmbeddingSample, metrics: Sequence[str]
 ) -> dict[str, Any]:
-    spec, chosen = experiment.spec, experiment.chosen
-    cells = [cell.spec for cell in chosen.cells]
+    about, chosen = experiment.spec, experiment.chosen
+    specs = [run.spec for run in chosen.runs]
     means = np.array([each.means for each in measured])
     geometry: dict[str, Any] | None = None
     if measured[0].geometry is not None:
-        geometry = {name: spread([(m.geometry or {})[name] for m in measured]) for name in measured[0].geometry}
+        geometry = {name: distribution([(m.geometry or {})[name] for m in measured]) for name in measured[0].geometry}
         geometry |= {"pairs": len(sample.pair_users), "users": len(sample.users), "items": len(sample.items)}
     return {
-        "model": spec.model,
-        "dataset": spec.dataset,
-        "modalities": spec.modalities,
-        "control": spec.control,
-        "control_of": spec.control_of,
+        "model": about.model,
+        "dataset": about.dataset,
+        "modalities": about.modalities,
+        "control": about.control,
+        "control_of": about.control_of,
         "point": chosen.settings,
-        "seeds": [cell.seed for cell in cells],
-        "n_seeds": len(cells),
-        "deterministic": len(cells) > 1 and len({cell.run for cell in cells}) == 1,
-        "runs": [cell.run for cell in cells],
-        "commands": [cell.command for cell in cells],
-        "command": _one_command([cell.command for cell in cells]),
-        "warnings": list(dict.fromkeys(c.record["warning"] for c in chosen.cells if c.record.get("warning"))),
+        "seeds": [spec.seed for spec in specs],
+        "n_seeds": len(specs),
+        "deterministic": len(specs) > 1 and len({spec.run for spec in specs}) == 1,
+        "runs": [spec.run for spec in specs],
+        "commands": [spec.command for spec in specs],
+        "command": _one_command([spec.command for spec in specs]),
+        "warnings": list(dict.fromkeys(c.record["warning"] for c in chosen.runs if c.record.get("warning"))),
         "monitor": experiment.monitor,
-        "valid": spread(chosen.valid),
-        "metrics": {metric: spread(means[:, column].tolist()) for column, metric in enumerate(metrics)},
-        "beyond": {name: spread([each.beyond[name] for each in measured]) for name in measured[0].beyond},
+        "valid": distribution(chosen.valid),
+        "metrics": {metric: distribution(means[:, column].tolist()) for column, metric in enumerate(metrics)},
+        "beyond": {name: distribution([each.beyond[name] for each in measured]) for name in measured[0].beyond},
         "geometry": geometry,
         "cost": _cost(experiment),
         "grid": [_grid_point(point, point is chosen) for point in experiment.points],
@@ -249,12 +251,12 @@ def _entry(
 
 
 def _cost(experiment: Experiment) -> dict[str, Any]:
-    chosen = [cell.record for cell in experiment.chosen.cells]
-    runs = {cell.spec.run: cell.record for point in experiment.points for cell in point.cells}
+    chosen = [run.record for run in experiment.chosen.runs]
+    runs = {run.spec.run: run.record for point in experiment.points for run in point.runs}
 
     def over_seeds(field: str) -> dict[str, Any] | None:
         values = [record.get(field) for record in chosen]
-        return None if any(value is None for value in values) else spread([float(v) for v in values])  # type: ignore[arg-type]
+        return None if any(value is None for value in values) else distribution([float(v) for v in values])  # type: ignore[arg-type]
 
     return {
         "train_seconds": over_seeds("wall_seconds"),
@@ -269,31 +271,31 @@ def _cost(experiment: Experiment) -> dict[str, Any]:
 
 
 def _grid_point(point: Point, selected: bool) -> dict[str, Any]:
-    cells = [cell.spec for cell in point.cells]
+    specs = [run.spec for run in point.runs]
     return {
         "point": point.settings,
         "selected": selected,
-        "valid": spread(point.valid),
-        "seeds": [cell.seed for cell in cells],
-        "runs": [cell.run for cell in cells],
-        "commands": [cell.command for cell in cells],
+        "valid": distribution(point.valid),
+        "seeds": [spec.seed for spec in specs],
+        "runs": [spec.run for spec in specs],
+        "commands": [spec.command for spec in specs],
     }
 
 
-def _cell(cell: Cell, selected: bool, metrics: Sequence[str]) -> dict[str, Any]:
-    spec = cell.spec
+def _run(run: Run, selected: bool, metrics: Sequence[str]) -> dict[str, Any]:
+    spec = run.spec
     return {
         "experiment": spec.experiment,
         "run": spec.run,
         "seed": spec.seed,
         "point": spec.point,
         "keys": spec.keys,
-        "folder": cell.folder,
+        "folder": run.folder,
         "command": spec.command,
-        "valid": cell.valid,
+        "valid": run.valid,
         "selected": selected,
-        # Of points that were not chosen, no test score is shown: nobody can pick by it.
-        "metrics": {metric: cell.evaluation["test"][metric] for metric in metrics} if selected else None,
+        # No test score of a point that was not selected, so that nobody can select by it.
+        "metrics": {metric: run.evaluation["test"][metric] for metric in metrics} if selected else None,
     }
 
 
@@ -306,7 +308,7 @@ def _counts(data: Data, experiments: Sequence[Experiment]) -> dict[str, int]:
         "test_interactions": int(data.slices.truth.nnz),
         "cold_items": int((data.counts == 0).sum()),
         "experiments": len(experiments),
-        "cells": sum(len(point.cells) for e in experiments for point in e.points),
+        "cells": sum(len(point.runs) for e in experiments for point in e.points),
     }
 
 
@@ -314,7 +316,9 @@ def _slices(slices: Slices, measured: Mapping[str, Sequence[Measured]]) -> list[
     rows = []
     for number, one in enumerate(slices.slices):
         means = {name: [each.slices[number] for each in seeds] for name, seeds in measured.items()}
-        by_experiment = {name: {m: spread([x[m] for x in seeds]) for m in seeds[0]} for name, seeds in means.items()}
+        by_experiment = {
+            name: {m: distribution([x[m] for x in seeds]) for m in seeds[0]} for name, seeds in means.items()
+        }
         rows.append({**asdict(one), "metrics": by_experiment if one.users else {}})
     return rows
 
@@ -328,7 +332,7 @@ def _one_command(commands: Sequence[str]) -> str:
 
 
 def main() -> None:
-    """Run the stage: spec of `StudySpec`; inputs as `compare` tells; outputs comparison, table, record."""
+    """Run the stage: spec of `StudySpec`; inputs as in `compare`; outputs comparison, table, record."""
     with stage("cm3.reports.analysis.compare") as call:
         result = compare(
             study=validate(StudySpec, call.spec, "study"),

@@ -1,4 +1,4 @@
-"""What a comparison amounts to, in sentences."""
+"""Findings of a comparison in sentences."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,29 +15,31 @@ _KINDS = {
 def sentences(
     experiments: Mapping[str, Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]], metric: str, tests: int
 ) -> list[dict[str, Any]]:
-    """Return what is to be said: warnings, content against controls, models against simpler ones, noise of seeds.
+    """Return the findings: warnings, content against controls, models against simpler ones, noise of training.
 
     Args:
         experiments, pairs: as in comparison.json.
-        metric: the one that sentences speak of.
-        tests: size of the corrected family.
+        metric: the metric that the sentences refer to.
+        tests: size of the family of corrected tests.
 
     Returns:
         Dicts of kind (warning, control, baseline, seeds), experiment, against, metric, verdict (gain, none, loss)
         and text.
     """
-    words = _warnings(experiments) + _tuning(experiments)
+    findings = _warnings(experiments) + _tuning(experiments)
     for name, experiment in experiments.items():
         own = experiment["control_of"]
         pair = find_pair(pairs, own, name, metric) if own is not None else None
         if pair is not None:
-            words.append(_control(own, name, experiment["control"] or {}, experiments[own], pair, metric, tests))
-    words += _baselines(experiments, pairs, metric, tests)
-    words += _seeds(pairs, metric)
-    return words
+            findings.append(_control(own, name, experiment["control"] or {}, experiments[own], pair, metric, tests))
+    findings += _baselines(experiments, pairs, metric, tests)
+    findings += _seeds(pairs, metric)
+    return findings
 
 
-def _said(kind: str, experiment: str, against: str | None, metric: str | None, verdict: str | None, text: str) -> Any:
+def _finding(
+    kind: str, experiment: str, against: str | None, metric: str | None, verdict: str | None, text: str
+) -> Any:
     return {
         "kind": kind,
         "experiment": experiment,
@@ -49,18 +51,18 @@ def _said(kind: str, experiment: str, against: str | None, metric: str | None, v
 
 
 def _warnings(experiments: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    words = []
+    findings = []
     for name, experiment in experiments.items():
         for warning in experiment["warnings"]:
-            words.append(_said("warning", name, None, None, None, f"{name}: {warning}."))
+            findings.append(_finding("warning", name, None, None, None, f"{name}: {warning}."))
         if experiment["n_seeds"] == 1:
-            text = f"{name} was run with one seed only: how much chance in training moves its numbers is not known."
-            words.append(_said("warning", name, None, None, None, text))
-    return words
+            text = f"{name} has one seed only: the variation between trainings is unknown."
+            findings.append(_finding("warning", name, None, None, None, text))
+    return findings
 
 
 def _tuning(experiments: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    words = []
+    findings = []
     for name, experiment in experiments.items():
         own = experiment["control_of"]
         tried = [len(experiments[n]["grid"]) for n in (own, name)] if own is not None else [1, 1]
@@ -69,8 +71,8 @@ def _tuning(experiments: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]
                 f"{own} is the best of {tried[0]} grid points and its control {name} of {tried[1]}: part of their "
                 "difference may be tuning. Give both the same grid."
             )
-            words.append(_said("warning", own, name, None, None, text))
-    return words
+            findings.append(_finding("warning", own, name, None, None, text))
+    return findings
 
 
 def _control(
@@ -85,7 +87,7 @@ def _control(
     replaced = _replaced(kinds, experiment["modalities"])
     verdict = {"a": "gain", "b": "loss", None: "none"}[pair["better"]]
     what = "its content" if set(kinds) == set(experiment["modalities"]) else f"its {_listed(list(kinds))} features"
-    # An interval that leaves out 0 without a significant test is not nothing.
+    # An interval that excludes 0 without a significant test is inconclusive.
     unsure = pair["low"] > 0 or pair["high"] < 0
     claim = {
         "gain": f"{own} gains from {what}",
@@ -96,7 +98,8 @@ def _control(
         f"{claim}: {metric} is {_number(pair['mean_a'])}, and {_number(pair['mean_b'])} with {replaced} "
         f"({control}); {_evidence(pair, tests)}."
     )
-    return _said("control", own, control, metric, verdict, text)
+    found: dict[str, Any] = _finding("control", own, control, metric, verdict, text)
+    return found
 
 
 def _replaced(kinds: Mapping[str, str], modalities: Mapping[str, str]) -> str:
@@ -115,8 +118,8 @@ def _replaced(kinds: Mapping[str, str], modalities: Mapping[str, str]) -> str:
 def _baselines(
     experiments: Mapping[str, Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]], metric: str, tests: int
 ) -> list[dict[str, Any]]:
-    """Say where a model does not beat MostPop, or one with content does not beat one without."""
-    words = []
+    """Return models that do not beat MostPop, and models with content that do not beat one without."""
+    findings = []
     for name, experiment in experiments.items():
         if experiment["control"] or experiment["model"] == "mostpop":
             continue
@@ -128,19 +131,19 @@ def _baselines(
             pair = find_pair(pairs, name, other, metric)
             if pair is None or pair["better"] == "a":
                 continue
-            kind = "which recommends what is popular" if popularity else "which uses no content"
+            kind = "which recommends the most popular items" if popularity else "which uses no content"
             verdict = "loss" if pair["better"] == "b" else "none"
             claim = "is significantly worse than" if verdict == "loss" else "does not significantly beat"
             text = (
                 f"{name} {claim} {other}, {kind}: {metric} is {_number(pair['mean_a'])} against "
                 f"{_number(pair['mean_b'])}; {_evidence(pair, tests)}."
             )
-            words.append(_said("baseline", name, other, metric, verdict, text))
-    return words
+            findings.append(_finding("baseline", name, other, metric, verdict, text))
+    return findings
 
 
 def _seeds(pairs: Sequence[Mapping[str, Any]], metric: str) -> list[dict[str, Any]]:
-    words = []
+    findings = []
     for pair in pairs:
         if pair["metric"] != metric or not pair["significant"] or pair["seeds"]["exceeds"] is not False:
             continue
@@ -150,10 +153,10 @@ def _seeds(pairs: Sequence[Mapping[str, Any]], metric: str) -> list[dict[str, An
         text = (
             f"{better} is better than {worse} over these users, but not beyond the noise of training: over seeds the "
             f"95 % interval of the difference in {metric} is {_number(seeds['low'])} to {_number(seeds['high'])}. "
-            "More seeds would tell."
+            "More seeds may settle it."
         )
-        words.append(_said("seeds", better, worse, metric, "none", text))
-    return words
+        findings.append(_finding("seeds", better, worse, metric, "none", text))
+    return findings
 
 
 def _evidence(pair: Mapping[str, Any], tests: int) -> str:
@@ -169,5 +172,5 @@ def _number(value: float) -> str:
     return f"{value + 0.0:.4f}" if round(value, 4) else "0.0000"
 
 
-def _listed(words: Sequence[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

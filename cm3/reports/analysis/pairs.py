@@ -1,4 +1,4 @@
-"""Models against each other: paired over users, corrected over everything that is tested."""
+"""Pairwise tests of models: paired over users, corrected over all tests of the study."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from cm3.evaluation.registry import larger_is_better
 from cm3.reports.analysis.statistics import holm, interval, paired_differences, seed_noise, signed_rank
 
 CONFIDENCE, ALPHA = 0.95, 0.05
@@ -14,10 +15,10 @@ CONFIDENCE, ALPHA = 0.95, 0.05
 def pairs_to_test(
     names: Sequence[str], reference: str | None, control_of: Mapping[str, str | None]
 ) -> list[tuple[str, str]]:
-    """Return the pairs (a, b) that are tested, a - b being reported.
+    """Return the pairs (a, b) to test; the reported difference is a - b.
 
-    Without a reference all pairs, in the study's order; with one, each other experiment against it, and beside these
-    each experiment against its control.
+    Without a reference: all pairs, in the order of the study. With one: each other experiment against it, and each
+    experiment against its control.
     """
     if reference is None:
         return list(itertools.combinations(names, 2))
@@ -39,13 +40,13 @@ def compare_pairs(
 ) -> list[dict[str, Any]]:
     """Test each pair in each metric and correct over all of these tests.
 
-    A difference is significant where the corrected p-value is below 0.05, the interval leaves out 0, and ranks and
-    mean lean the same way.
+    A difference is significant if the corrected p-value is below 0.05, the interval excludes 0, and ranks and mean
+    point in the same direction.
 
     Args:
         pairs: (a, b) names.
         names, metrics: the experiments and metrics, in the order of the arrays' axes.
-        per_user: (n, E, M) each user's values, averaged over seeds.
+        per_user: (n, E, M) values of each user, averaged over seeds.
         resampled: (B, E, M) bootstrap means of the same.
         by_seed: experiment -> metric -> mean of each seed.
 
@@ -82,23 +83,29 @@ def compare_pairs(
         away = (row["low"] > 0 and rank.z > 0) or (row["high"] < 0 and rank.z < 0)
         row["p_holm"] = float(p)
         row["significant"] = bool(p < ALPHA and away)
-        row["better"] = None if not row["significant"] else "a" if row["difference"] > 0 else "b"
+        row["better"] = (
+            None
+            if not row["significant"]
+            else "a"
+            if (row["difference"] > 0) == larger_is_better(row["metric"])
+            else "b"
+        )
     return rows
 
 
 def find_pair(rows: Sequence[Mapping[str, Any]], first: str, second: str, metric: str) -> dict[str, Any] | None:
-    """Return the tested pair seen from `first`: difference is first - second, better "a" is `first`. None if untested."""
+    """Return the tested pair as first - second (better "a" is `first`), or None if it was not tested."""
     for row in rows:
         if row["metric"] == metric and (row["a"], row["b"]) == (first, second):
             return dict(row)
         if row["metric"] == metric and (row["a"], row["b"]) == (second, first):
-            return _turned(row)
+            return _swapped(row)
     return None
 
 
-def _turned(row: Mapping[str, Any]) -> dict[str, Any]:
+def _swapped(row: Mapping[str, Any]) -> dict[str, Any]:
     seeds = row["seeds"]
-    told = {**seeds, "low": _minus(seeds["high"]), "high": _minus(seeds["low"])}
+    swapped = {**seeds, "low": _minus(seeds["high"]), "high": _minus(seeds["low"])}
     return {
         **row,
         "a": row["b"],
@@ -110,7 +117,7 @@ def _turned(row: Mapping[str, Any]) -> dict[str, Any]:
         "high": -row["low"],
         "users_a": row["users_b"],
         "users_b": row["users_a"],
-        "seeds": told,
+        "seeds": swapped,
         "better": {"a": "b", "b": "a"}.get(row["better"]),
     }
 
@@ -122,11 +129,11 @@ def _minus(value: float | None) -> float | None:
 def best_of(
     names: Sequence[str], metric: str, means: Mapping[str, float], rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Return which experiment has the highest mean, and whether it is marked as best.
+    """Return the experiment with the best mean, and whether it is marked as best.
 
-    It is marked where it is significantly better than the next best, and than every other one.
+    It is marked if it is significantly better than every other experiment.
     """
-    ordered = sorted(names, key=lambda name: -means[name])
+    ordered = sorted(names, key=lambda name: means[name], reverse=larger_is_better(metric))
     best, others = ordered[0], ordered[1:]
     found = {"experiment": best, "next": others[0] if others else None}
     for other in others:
@@ -136,5 +143,5 @@ def best_of(
         if pair["better"] != "a":
             return {**found, "marked": False, "reason": f"{best} is not significantly better than {other}"}
     if not others:
-        return {**found, "marked": False, "reason": "there is nothing to compare it with"}
+        return {**found, "marked": False, "reason": "no other experiment to compare with"}
     return {**found, "marked": True, "reason": f"{best} is significantly better than every other experiment"}

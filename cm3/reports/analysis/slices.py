@@ -1,4 +1,4 @@
-"""Slices: which items and users a model serves, from its recommendation lists and the interactions."""
+"""Slices: metrics by item popularity and by user history, from recommendation lists and interactions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ ITEM_CLASSES = ("head", "middle", "tail", "cold")
 _BLOCK_PAIRS, _BLOCK_USERS = 65_536, 8192
 HEAD_SHARE, HEAD_AND_MIDDLE_SHARE = 0.2, 0.8
 _DEFINITIONS = {
-    "head": "the items most bought in training that make up the first 20 % of its interactions",
+    "head": "the most popular items that make up the first 20 % of its interactions",
     "middle": "the items after the head, up to 80 % of the training interactions",
-    "tail": "the items of the last 20 % of the training interactions",
-    "cold": "items never bought in training",
+    "tail": "the items with the last 20 % of the training interactions",
+    "cold": "items without training interactions",
 }
 
 
@@ -24,9 +24,9 @@ class Slice:
     """A part of the test split.
 
     Attributes:
-        kind: items, if the truth is cut to some items; users, if the users are.
-        name, definition: what it is.
-        users, interactions: how many test users and test interactions it has.
+        kind: items, if only some test items count; users, if only some users do.
+        name, definition: for readers.
+        users, interactions: numbers of test users and test interactions.
         items: number of items; None for users.
     """
 
@@ -41,12 +41,12 @@ class Slice:
 def item_classes(counts: np.ndarray) -> np.ndarray:
     """Return each item's class, (I,) positions in ITEM_CLASSES, from (I,) numbers of training interactions.
 
-    Items stand by falling count, equal counts by lower item. An item is head where the items before it hold less than
-    20 % of the interactions, else middle where they hold less than 80 %, else tail; with no interaction it is cold.
+    Items are sorted by descending count, ties by item index. An item is head if the items before it have less than
+    20 % of the interactions, else middle if they have less than 80 %, else tail; without interactions it is cold.
     """
     order = np.lexsort((np.arange(len(counts)), -counts))
     before = np.cumsum(counts[order]) - counts[order]
-    # Compared as whole numbers: 0.2 is not a float.
+    # Integer arithmetic, because 0.2 is not exact in floating point.
     classes = np.where(5 * before < counts.sum(), 0, np.where(5 * before < 4 * counts.sum(), 1, 2))
     result = np.empty(len(counts), np.int64)
     result[order] = np.where(counts[order] == 0, 3, classes)
@@ -54,10 +54,10 @@ def item_classes(counts: np.ndarray) -> np.ndarray:
 
 
 def history_bins(lengths: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    """Split (R,) test users by the number of their training items at its quartiles: names and (R,) masks.
+    """Split (R,) test users by the quartiles of their number of training items: names and (R,) masks.
 
-    A quartile is a length that some user has, and users of equal length stay together, so that there are four bins at
-    most. Users without training items are not tested.
+    Quartiles are observed lengths and users of equal length stay together, so there are at most four bins. Users
+    without training items are not tested.
     """
     bins = []
     below = 0
@@ -71,7 +71,7 @@ def history_bins(lengths: np.ndarray) -> list[tuple[str, np.ndarray]]:
 
 
 class Slices:
-    """The slices of one test split, ready to judge many models' lists."""
+    """The slices of one test split, to evaluate the lists of many models."""
 
     def __init__(self, users: np.ndarray, train: sp.csr_matrix, test: sp.csr_matrix, cutoffs: Sequence[int]) -> None:
         """Take the (R,) test users, the (U, I) training and test matrices, and the cut-offs of the metrics."""
@@ -107,13 +107,13 @@ class Slices:
     def measure(self, lists: np.ndarray) -> tuple[dict[str, np.ndarray], list[dict[str, float]]]:
         """Return the per-user metrics of (R, k) lists, and for each of `slices` the means over its users.
 
-        In a slice of items, hits and truth count only where the item is in it, and users without such truth are left
-        out. A slice without users has no means. Cut-offs above k are left out.
+        In a slice of items, only hits and test items of the slice count, and users without such test items are skipped.
+        A slice without users has no means. Cut-offs above k are skipped.
         """
         rows, ranks, classes = self._hits(lists)
-        judged = [(classes >= 0, self.n_truth.sum(1))]
-        judged += [(classes == c, self.n_truth[:, c]) for c in range(len(ITEM_CLASSES))]
-        overall, *found = (self._values(rows[hit], ranks[hit], n_truth, lists.shape[1]) for hit, n_truth in judged)
+        counted = [(classes >= 0, self.n_truth.sum(1))]
+        counted += [(classes == c, self.n_truth[:, c]) for c in range(len(ITEM_CLASSES))]
+        overall, *found = (self._values(rows[hit], ranks[hit], n_truth, lists.shape[1]) for hit, n_truth in counted)
         found += [overall] * (len(self.members) - len(found))
         means = [
             {metric: float(value[users].mean()) for metric, value in values.items()} if len(users) else {}
@@ -122,7 +122,7 @@ class Slices:
         return overall, means
 
     def _hits(self, lists: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        # Row, rank and item class of each hit: a user has many recommendations, but little truth to look for.
+        # Row, rank and item class of each hit: search the few test items in the many recommendations.
         hits = []
         for start in range(0, len(self.rows), _BLOCK_PAIRS):
             part = slice(start, start + _BLOCK_PAIRS)
@@ -133,7 +133,7 @@ class Slices:
         return rows, ranks, classes
 
     def _values(self, rows: np.ndarray, ranks: np.ndarray, n_truth: np.ndarray, k: int) -> dict[str, np.ndarray]:
-        # Most users have no hit and 0 everywhere.
+        # Most users have no hit: all their values are 0.
         users, place = np.unique(rows, return_inverse=True)
         hits = np.zeros((len(users), k), bool)
         hits[place, ranks] = True

@@ -1,5 +1,6 @@
-"""The statistics of a comparison: paired bootstrap, signed ranks, Holm's correction, spread over seeds."""
+"""Statistics of a comparison: paired bootstrap, signed-rank test, Holm's correction, variation over seeds."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ _DECIMALS = 12
 
 
 class SignedRank(NamedTuple):
-    """Two-sided p-value, and the standardised signed-rank statistic, whose sign says which way ranks lean."""
+    """Two-sided p-value and standardised signed-rank statistic; the sign of `z` is the direction of the ranks."""
 
     p: float
     z: float
@@ -20,14 +21,14 @@ class SignedRank(NamedTuple):
 def bootstrap_means(values: np.ndarray, resamples: int, seed: int, block_entries: int = _BLOCK_ENTRIES) -> np.ndarray:
     """Return the mean of each column over users drawn with replacement, (resamples, C) float64.
 
-    A resample is the same users for all columns, so that differences of columns are paired differences. It enters as
-    counts, a draw of Multinomial(n; 1/n, ..., 1/n), and a block of them is one matrix product; memory is bounded by
-    `block_entries` counts, and the draws do not depend on it.
+    A resample has the same users for all columns, so that differences of columns are paired differences. It is
+    represented by counts, a draw of Multinomial(n; 1/n, ..., 1/n), and a block of resamples is one matrix product.
+    Memory is bounded by `block_entries` counts; the draws do not depend on the block size.
 
     Args:
-        values: (n, C), a row per user.
+        values: (n, C), one row per user.
         resamples: number of resamples.
-        seed: of the draws.
+        seed: seed of the draws.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 6 and 13.
     """
@@ -56,25 +57,25 @@ def interval(draws: np.ndarray, confidence: float) -> tuple[np.ndarray, np.ndarr
 def paired_differences(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return a - b of each user, rounded to 12 decimals.
 
-    Means over seeds of the same values in another order differ in the last bit; unrounded, such a pair would count
-    as a user for whom one model is better.
+    Means of the same values summed in another order differ in the last bit; without rounding, such a user would count
+    as one for whom a model is better.
     """
-    return np.round(a - b, _DECIMALS) + 0.0
+    found: np.ndarray = np.round(a - b, _DECIMALS) + 0.0
+    return found
 
 
 def signed_rank(differences: np.ndarray) -> SignedRank:
-    """Test whether (n,) paired differences lie evenly about 0: Wilcoxon's signed-rank test, zeros as Pratt has it.
+    """Test whether (n,) paired differences are symmetric about 0: Wilcoxon's signed-rank test with Pratt's zeros.
 
-    Zeros take part in the ranking of |d| and are then left out, so that a model which differs for few users must
-    differ for them clearly. Up to 50 users without zeros or ties the distribution is exact, and up to 13 with them;
-    else it is the normal approximation with ties accounted for, without continuity correction. p is 1 where all
-    differences are 0.
+    Zeros take part in the ranking of |d| and are then dropped. The distribution is exact for up to 50 users without
+    zeros or ties and up to 13 users with them; otherwise it is the normal approximation with ties accounted for,
+    without continuity correction. p is 1 if all differences are 0.
 
     Source: Wilcoxon (1945); Pratt (1959); Cureton (1967) for the approximation with zeros.
     """
     if not np.any(differences):
         return SignedRank(1.0, 0.0)
-    # One-sided, for SciPy's two-sided statistic has no sign.
+    # One-sided, because SciPy's two-sided statistic has no sign.
     z = float(stats.wilcoxon(differences, zero_method="pratt", method="asymptotic", alternative="greater").zstatistic)
     if len(differences) > 50:
         return SignedRank(float(2 * stats.norm.sf(abs(z))), z)
@@ -84,8 +85,8 @@ def signed_rank(differences: np.ndarray) -> SignedRank:
 def holm(p: Sequence[float] | np.ndarray) -> np.ndarray:
     """Return Holm's step-down adjusted p-values of a family of m tests, in the given order.
 
-    With p sorted upwards, adjusted_(i) = max_{j <= i} min(1, (m - j + 1) p_(j)). Rejecting where it is below alpha
-    keeps the chance of any false rejection in the family below alpha, whatever the dependence between the tests.
+    With p sorted ascending, adjusted_(i) = max_{j <= i} min(1, (m - j + 1) p_(j)). Rejecting where it is below alpha
+    keeps the probability of any false rejection in the family below alpha, whatever the dependence between the tests.
 
     Source: Holm, A simple sequentially rejective multiple test procedure (1979).
     """
@@ -96,7 +97,7 @@ def holm(p: Sequence[float] | np.ndarray) -> np.ndarray:
     return adjusted
 
 
-def spread(values: Sequence[float]) -> dict[str, Any]:
+def distribution(values: Sequence[float]) -> dict[str, Any]:
     """Return mean, sample standard deviation (n - 1; null for one value) and the values."""
     numbers = np.asarray(values, np.float64)
     sd = float(np.sqrt(_variance(numbers))) if len(numbers) > 1 else None
@@ -104,28 +105,28 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def seed_noise(a: Sequence[float], b: Sequence[float], confidence: float) -> dict[str, Any]:
-    """Return how far the difference of two models' means over seeds can be told from the noise of training.
+    """Compare the difference of two models' means over seeds with the noise of training.
 
-    `low` and `high` are Welch's interval for mean(a) - mean(b), runs being the sample; `sd` is the standard deviation
-    of the difference of one run of each; `exceeds` says whether the interval leaves out 0. All null where either
-    model has one run only: its noise is not known.
+    `low` and `high` are Welch's interval for mean(a) - mean(b), with runs as the sample; `sd` is the standard deviation
+    of the difference of one run of each; `exceeds` is whether the interval excludes 0. All are None if either model has
+    one run only, because its noise is unknown.
 
-    Source: Welch (1947); Satterthwaite (1946) for the degrees of freedom.
+    Source: Welch (1947); Satterthwaite (1946) for the degrees of freedom; `scipy.stats.ttest_ind`.
     """
     x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if min(len(x), len(y)) < 2:
         return {"low": None, "high": None, "sd": None, "exceeds": None}
-    of_mean = np.array([_variance(x) / len(x), _variance(y) / len(y)])
-    difference = x.mean() - y.mean()
-    reach = 0.0
-    if of_mean.sum() > 0:
-        freedom = of_mean.sum() ** 2 / (of_mean**2 / [len(x) - 1, len(y) - 1]).sum()
-        reach = stats.t.ppf((1 + confidence) / 2, freedom) * np.sqrt(of_mean.sum())
-    low, high = float(difference - reach), float(difference + reach)
     sd = float(np.sqrt(_variance(x) + _variance(y)))
+    difference = float(x.mean() - y.mean())
+    interval = (difference, difference)
+    if sd > 0:
+        with warnings.catch_warnings():  # SciPy warns of runs that are all equal
+            warnings.simplefilter("ignore", RuntimeWarning)
+            interval = stats.ttest_ind(x, y, equal_var=False).confidence_interval(confidence)
+    low, high = (float(end) for end in interval)
     return {"low": low, "high": high, "sd": sd, "exceeds": low > 0 or high < 0}
 
 
 def _variance(values: np.ndarray) -> float:
-    # Equal values, as a closed form gives them, have none: not the rounding of their mean.
+    # Equal values (a closed form's) have variance 0, without the rounding error of their mean.
     return 0.0 if np.all(values == values[0]) else float(values.var(ddof=1))

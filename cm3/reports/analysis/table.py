@@ -1,4 +1,4 @@
-"""comparison.csv: the numbers of a comparison, one a row."""
+"""comparison.csv: one row per experiment, slice and metric."""
 
 import csv
 import json
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cm3.common.files import atomic
+from cm3.evaluation.registry import larger_is_better
 from cm3.reports.analysis.pairs import find_pair
 
 _COLUMNS = (
@@ -67,8 +68,8 @@ def _table_rows(name: str, result: Mapping[str, Any]) -> list[dict[str, Any]]:
         rows.append(row | _against(name, metric, result))
     for part in result["slices"]:
         for metric, numbers in part["metrics"].get(name, {}).items():
-            told = {"slice": f"{part['kind']}: {part['name']}", "metric": metric, "users": part["users"]}
-            rows.append({**same, **told, "mean": numbers["mean"], "sd": numbers["sd"]})
+            values = {"slice": f"{part['kind']}: {part['name']}", "metric": metric, "users": part["users"]}
+            rows.append({**same, **values, "mean": numbers["mean"], "sd": numbers["sd"]})
     for metric, numbers in {**entry["beyond"], **(entry["geometry"] or {}), **entry["cost"]}.items():
         if isinstance(numbers, dict):
             rows.append({**same, "slice": "all", "metric": metric, "mean": numbers["mean"], "sd": numbers["sd"]})
@@ -76,9 +77,10 @@ def _table_rows(name: str, result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _against(name: str, metric: str, result: Mapping[str, Any]) -> dict[str, Any]:
-    # The reference; without one the best other experiment.
+    # Against the reference; without one, against the best other experiment.
     others = [other for other in result["experiments"] if other != name]
-    best = max(others, key=lambda other: result["experiments"][other]["metrics"][metric]["mean"], default=None)
+    best_of = max if larger_is_better(metric) else min
+    best = best_of(others, key=lambda other: result["experiments"][other]["metrics"][metric]["mean"], default=None)
     against = result["reference"] or best
     pair = find_pair(result["pairs"], name, against, metric) if against not in (None, name) else None
     if pair is None:

@@ -1,4 +1,4 @@
-"""What a chart shows, apart from how it is drawn: `cm3.reports.pages.chart_svg` puts it on a page, `cm3.reports.pages.figures` into files."""
+"""Charts as data: series, axes and ticks. `cm3.reports.pages.figures` draws them."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ Tone = Literal["accent", "ink", "muted"]
 
 @dataclass(frozen=True)
 class Line:
-    """A curve through (x, y); a gap where y is None. Its label stands at its first point."""
+    """A curve through (x, y) with a gap where y is None; the label is placed at the first point."""
 
     x: Sequence[float]
     y: Sequence[float | None]
@@ -21,7 +21,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Points:
-    """Marks at (x, y), each with a label beside it (empty: none) and a longer text for readers who point at it."""
+    """Points at (x, y), each with a label (empty: none) and a longer text for readers who point at it."""
 
     x: Sequence[float]
     y: Sequence[float]
@@ -42,7 +42,7 @@ class Bars:
 
 @dataclass(frozen=True)
 class Mark:
-    """A thin vertical line at x with a word beside it."""
+    """A thin vertical line at x with a label."""
 
     x: float
     label: str
@@ -54,11 +54,11 @@ class Chart:
 
     Attributes:
         name: the stem of its files.
-        title: what it shows, for the heading and for screen readers.
-        series: what is drawn, back to front.
+        title: for the heading and for screen readers.
+        series: drawn back to front.
         marks: vertical lines.
         zero: whether the y axis starts at zero.
-        log_x: whether the x axis is logarithmic; what lies on it is then above zero.
+        log_x: whether the x axis is logarithmic; all x are then positive.
         wide, high: size on the page in CSS pixels.
     """
 
@@ -78,11 +78,11 @@ class Chart:
         return next((one for one in self.series if isinstance(one, Bars)), None)
 
     def place(self, x: float) -> float:
-        """Return where x lies on its axis: its logarithm to base 10 on a logarithmic one."""
+        """Return the position of x on its axis: its base-10 logarithm on a logarithmic one."""
         return math.log10(x) if self.log_x else x
 
     def x_ticks(self) -> list[tuple[float, str]]:
-        """Return the places of the ticks of the x axis, and what stands there."""
+        """Return position and text of each tick of the x axis."""
         bars = self.bars()
         if bars:
             return list(enumerate(map(str, bars.names)))
@@ -97,8 +97,12 @@ class Chart:
         # So short a piece of the axis is nearly even.
         return [(math.log10(value), text) for value, text in labelled(ticks(10**low, 10**high))]
 
+    def y_ticks(self) -> list[tuple[float, str]]:
+        """Return position and text of each tick of the y axis."""
+        return labelled(ticks(*self.limits()[1], about=4))
+
     def limits(self) -> tuple[tuple[float, float], tuple[float, float]]:
-        """Return the lower and upper limits of x and of y, with some room around the values; of x as `place` has it."""
+        """Return the lower and upper limits of x (as positions, see `place`) and of y, with a margin around the values."""
         xs: list[float] = [mark.x for mark in self.marks]
         ys: list[float] = [0.0] if self.zero else []
         for one in self.series:
@@ -139,7 +143,7 @@ def labelled(values: Sequence[float]) -> list[tuple[float, str]]:
 
 @dataclass(frozen=True)
 class Forest:
-    """Means with intervals, one below the other, as a figure in a file; a page draws them in the rows of its table."""
+    """Means with intervals, one per row, as a figure in a file; a page draws them in the rows of its table."""
 
     name: str
     title: str

@@ -1,8 +1,8 @@
-"""Where things lie in a chart: values to pixels, and labels beside their points without covering one another."""
+"""Layout of a chart: values to pixels, and labels next to their points without overlap."""
 
 from dataclasses import dataclass
 
-from cm3.reports.pages.chart import Chart, Line, Points
+from cm3.reports.pages.chart import Chart, Line, Mark, Points
 
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 20, 40
 CHARACTER, LINE = 6.3, 13.0
@@ -32,10 +32,14 @@ class Frame:
         low, high = self.y_limits
         return self.bottom - (value - low) / (high - low) * (self.bottom - TOP)
 
+    def label_overflows(self, mark: Mark) -> bool:
+        """Return whether a mark's label would pass the right edge if it began at the mark."""
+        return self.x(mark.x) + len(mark.label) * CHARACTER > self.chart.wide
+
 
 @dataclass(frozen=True)
 class Label:
-    """A text of a series beside the pixel (x, y): (dx, dy) away from it, to the left of that place if `before`."""
+    """Text of a series at an offset (dx, dy) in pixels from its point (x, y); right-aligned there if `before`."""
 
     text: str
     tone: str
@@ -53,7 +57,7 @@ class Label:
 
     @property
     def away(self) -> bool:
-        """Whether it lies so far from its point that a thin line shall join them."""
+        """Whether the text is so far from its point that a thin line should connect them."""
         return abs(self.dy) > LINE
 
 
@@ -72,14 +76,9 @@ def labels(chart: Chart) -> list[Label]:
             for before in (False, True)
         ]
         inside = [one for one in candidates if _inside(one, chart)] or candidates[:1]
-        beside = [one for one in inside if not _covers(one, placed)] or inside[:1]
-        placed.append(next((one for one in beside if not _hides(one, marks)), beside[0]))
+        free = [one for one in inside if not _covers(one, placed)] or inside[:1]
+        placed.append(next((one for one in free if not _hides(one, marks)), free[0]))
     return placed
-
-
-def anchors(chart: Chart) -> list[tuple[float, float]]:
-    """Return the values (x, y) that the labels of `labels` belong to, in the same order."""
-    return [(x, y) for _, _, x, y in _wanted(chart)]
 
 
 def _wanted(chart: Chart) -> list[tuple[str, str, float, float]]:

@@ -22,7 +22,7 @@ _BINS = 40
 
 
 def read_history(path: Path | None) -> dict[str, list[float | None]]:
-    """Return the columns of history.csv, None where a value is empty; nothing if there is no file."""
+    """Return the columns of history.csv, with None for empty values; an empty dict if there is no file."""
     if path is None:
         return {}
     with path.open(newline="", encoding="utf-8") as file:
@@ -35,12 +35,12 @@ def read_history(path: Path | None) -> dict[str, list[float | None]]:
 def _number(text: str | None) -> float | None:
     try:
         return float(text) if text else None
-    except ValueError:  # a column of words
+    except ValueError:  # a text column
         return None
 
 
 def training_curves(history: Mapping[str, list[float | None]], best_epoch: int | None) -> list[Chart]:
-    """Return a chart for every column of numbers, what is measured on held-out splits first."""
+    """Return a chart for every numeric column, metrics on held-out splits first."""
     epochs = [epoch for epoch in history.get("epoch", []) if epoch is not None]
     names = [name for name in history if name != "epoch" and any(value is not None for value in history[name])]
     names.sort(key=lambda name: "@" not in name)
@@ -70,9 +70,9 @@ def _title(column: str) -> str:
 def plane(
     history: Mapping[str, list[float | None]], best_epoch: int | None, geometry: Mapping[str, float] | None
 ) -> Chart | None:
-    """Return the plane of uniformity and alignment: paths of the losses up to the best epoch, and its embeddings.
+    """Return the alignment-uniformity plane: paths of the losses up to the best epoch, and the final embeddings.
 
-    The paths are means over training batches, and a model's item term may be calibrated; the final points are plain
+    The paths are means over training batches, with a possibly calibrated item term; the final points are the plain
     alignment and uniformity of the exported embeddings.
     """
     series: list[Line | Points] = []
@@ -108,11 +108,11 @@ def plane(
 
 
 def read_streams(model: Path | None) -> np.ndarray | None:
-    """Return the (U, M + 1) weights that users give the streams, None for models without."""
+    """Return the (U, M + 1) stream weights of the users, None for models without."""
     if model is None:
         return None
     with safe_open(model, "np") as file:
-        if "stream_logits" not in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
+        if "stream_logits" not in file.keys():  # noqa: SIM118 - a safetensors file is not a mapping
             return None
         logits = file.get_tensor("stream_logits").astype(np.float64)
     weights = np.exp(logits - logits.max(1, keepdims=True))
@@ -126,7 +126,7 @@ def stream_names(modalities: list[str], count: int) -> list[str]:
 
 
 def stream_chart(names: list[str], weights: np.ndarray) -> Chart:
-    """Return how the users' weights of each stream are distributed, as shares of users by weight."""
+    """Return the distribution of the users' weights of each stream, in percent of users by weight."""
     low, high = float(weights.min()), float(weights.max())
     edges = np.linspace(low, max(high, low + 1e-9), _BINS + 1)
     middles = ((edges[:-1] + edges[1:]) / 2).tolist()
@@ -141,7 +141,7 @@ def stream_chart(names: list[str], weights: np.ndarray) -> Chart:
         series.append(Points([middles[top]], [shares[top]], [name], tone=tone))  # type: ignore[arg-type,arg-type]
     return Chart(
         "stream-weights",
-        "Weights that users give the streams",
+        "Stream weights of users",
         "weight (softmax over streams)",
         "% of users",
         tuple(series),
@@ -152,7 +152,7 @@ def stream_chart(names: list[str], weights: np.ndarray) -> Chart:
 
 
 def stream_rows(names: list[str], weights: np.ndarray) -> list[dict[str, Any]]:
-    """Return for each stream its mean weight and the range of the middle 90 % of users."""
+    """Return for each stream the mean weight and the 5 % and 95 % quantiles over users."""
     low, high = np.quantile(weights, [0.05, 0.95], axis=0)
     return [
         {"name": name, "mean": float(weights[:, n].mean()), "low": float(low[n]), "high": float(high[n])}
@@ -161,7 +161,7 @@ def stream_rows(names: list[str], weights: np.ndarray) -> list[dict[str, Any]]:
 
 
 def activity_charts(stats: Mapping[str, Any]) -> list[Chart]:
-    """Return how many interactions users and items have, from the data's statistics."""
+    """Return histograms of interactions per user and per item, from the data statistics."""
     found = []
     for who in ("user", "item"):
         histogram = dict(stats.get(f"interactions_per_{who}", {}).get("histogram", {}))

@@ -1,4 +1,4 @@
-"""Stage `report`: an experiment on one page, from what was run to what a few users are recommended, and its figures."""
+"""Stage `experiment_page`: the page of an experiment, and its figures."""
 
 import logging
 from collections.abc import Mapping
@@ -15,9 +15,9 @@ from cm3.common.tables import CAPTIONS, MANIFEST, OK, read_table
 from cm3.reports.analysis.geometry import draw_sample, measure
 from cm3.reports.pages import experiment_charts as charts
 from cm3.reports.pages.chart import Chart
-from cm3.reports.pages.failures import troubles
+from cm3.reports.pages.failures import failures_of
 from cm3.reports.pages.figures import save_figures
-from cm3.reports.pages.item_cards import Shop, read_shop, spread
+from cm3.reports.pages.item_cards import Shop, evenly_spaced, read_shop
 from cm3.reports.pages.neighbours import by_embedding, by_graph, chosen_items, neighbour_panels
 from cm3.reports.pages.page import write_page
 from cm3.reports.pages.settings import metric_tables, overview, sections
@@ -36,18 +36,17 @@ def experiment_page(
 
     Args:
         inputs: `metrics` (metrics.json), `per_user`, `recommendations`, and the dataset's `items`, `users` and
-            `interactions`; where the model and its modalities have them `history`, `model`, `user_embeddings`,
-            `item_embeddings`, `manifest`, and of each modality M `similarity.M`, `captions.M` and
-            `record.extract.M`.
-        page_output: the page, one HTML file that loads nothing.
-        figures_output: a folder for the figures.
-        budget: characters of all images together.
+            `interactions`; if they exist, `history`, `model`, `user_embeddings`, `item_embeddings`, `manifest`, and for
+            each modality M `similarity.M`, `captions.M` and `record.extract.M`.
+        page_output: the page, one self-contained HTML file.
+        figures_output: the folder of the figures.
+        budget: total size of the images in characters.
 
     Returns:
         Facts for the stage's record.
 
     Raises:
-        UserError: an input is absent or unreadable.
+        UserError: an input is missing or unreadable.
     """
     metrics = read_json(inputs["metrics"])
     shop = read_shop(inputs)
@@ -69,7 +68,7 @@ def experiment_page(
         "neighbours": neighbours if any(way["cards"] for panel in neighbours for way in panel["ways"]) else [],
         "histories": histories,
         "captions": captions,
-        "trouble": troubles(shop, inputs),
+        "failures": failures_of(shop, inputs),
         "images": small.uris,
         "left_out": small.left_out,
         **drawn,
@@ -117,10 +116,10 @@ def _captions(inputs: Mapping[str, Path], shop: Shop, with_image: set[int]) -> l
     for name, path in inputs.items():
         if name.startswith("captions."):
             texts = read_table(path, CAPTIONS, ["caption"]).column("caption").to_pylist()
-            there = [item for item, text in enumerate(texts) if text is not None and item in with_image]
-            cards = [shop.card(item) | {"caption": texts[item]} for item in spread(there, CAPTIONS_SHOWN)]
-            told = sum(text is not None for text in texts)
-            found.append({"cards": cards, "told": told, "of": len(texts)})
+            captioned = [item for item, text in enumerate(texts) if text is not None and item in with_image]
+            cards = [shop.card(item) | {"caption": texts[item]} for item in evenly_spaced(captioned, CAPTIONS_SHOWN)]
+            with_caption = sum(text is not None for text in texts)
+            found.append({"cards": cards, "with_caption": with_caption, "of": len(texts)})
     return found
 
 
@@ -153,7 +152,7 @@ def _charts(
 
 
 def _cards(part: Any) -> list[dict[str, Any]]:
-    """Return every card of a part of the page, wherever it lies in it."""
+    """Return every item card in a part of the page."""
     if isinstance(part, dict):
         return [part] if "item" in part else [card for value in part.values() for card in _cards(value)]
     return [card for value in part for card in _cards(value)] if isinstance(part, list) else []

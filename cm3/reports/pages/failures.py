@@ -1,4 +1,4 @@
-"""What failed or is missing, and why: images, captions, vectors and texts, with a few examples of each."""
+"""Failed and missing images, captions, vectors and texts by reason, with a few examples."""
 
 import re
 from collections import defaultdict
@@ -14,12 +14,12 @@ EXAMPLES, KINDS = 5, 12
 _DETAIL = re.compile(r"b'.*'|b\".*\"|\([^)]*\)|\d+|\S+/\S+")
 
 
-def troubles(shop: Shop, inputs: Mapping[str, Path]) -> list[dict[str, Any]]:
-    """Return tables of trouble, each with its kinds, the most common first; what went without trouble is left out.
+def failures_of(shop: Shop, inputs: Mapping[str, Path]) -> list[dict[str, Any]]:
+    """Return a table of failures for each kind of input, by reason, most frequent first; inputs without any are skipped.
 
     Args:
         shop: the dataset's tables.
-        inputs: `manifest`, and of each modality M `captions.M` and `record.extract.M`, those that there are.
+        inputs: `manifest`, and for each modality M `captions.M` and `record.extract.M`, if they exist.
     """
     found = []
     if "manifest" in inputs:
@@ -69,7 +69,7 @@ def _rows(shop: Shop, status: list[str], errors: list[str | None]) -> dict[str, 
 
 
 def _recorded(shop: Shop, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the rows of an extraction by its record, which counts all failures and names the first."""
+    """Return the failures of an extraction from its record, which counts all and lists the first."""
     numbers = {item_id: item for item, item_id in enumerate(shop.item_ids)}
     status = [OK] * len(shop.item_ids)
     errors: list[str | None] = [None] * len(shop.item_ids)
@@ -81,13 +81,13 @@ def _recorded(shop: Shop, record: Mapping[str, Any]) -> dict[str, Any]:
     counts = record.get("counts", {})
     failed, missing = counts.get("failed", 0), counts.get("missing", 0)
     if missing:
-        rows["kinds"].append({"status": "missing", "kind": "nothing to encode", "count": missing, "examples": []})
+        rows["kinds"].append({"status": "missing", "kind": "no input", "count": missing, "examples": []})
     rows["more"] += max(0, failed - len(named))
     return rows | {"count": failed + missing}
 
 
 def _kind(error: str | None) -> str:
-    """Return an error without what differs from item to item: paths, numbers, brackets, bytes."""
+    """Return an error without the parts that differ between items: paths, numbers, brackets, bytes."""
     if not error:
-        return "nothing there"
+        return "no input"
     return _DETAIL.sub("\N{HORIZONTAL ELLIPSIS}", error).strip(" :;")[:120]

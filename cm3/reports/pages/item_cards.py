@@ -1,4 +1,4 @@
-"""Items as a reader meets them: a title, an image, and the words around it."""
+"""Item cards: title, image and description of an item for a page."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from cm3.common.tables import INTERACTIONS, ITEMS, USERS, read_table
 
 @dataclass(frozen=True)
 class Shop:
-    """The tables of a prepared data set, ready for a page.
+    """The tables of a prepared data set, for a page.
 
     Attributes:
-        item_ids, titles, brands, categories: of each item; a title is None where there is none.
+        item_ids, titles, brands, categories: of each item; None if missing.
         user_ids: of each user.
-        users, items, times, splits: of each interaction, in row order; a time is NaN where there is none.
+        users, items, times, splits: of each interaction, in row order; NaN if the time is missing.
         popularity: (I,) training interactions of each item.
     """
 
@@ -33,7 +33,7 @@ class Shop:
     popularity: np.ndarray
 
     def card(self, item: int, under: str = "", hit: bool = False) -> dict[str, Any]:
-        """Return what a template shows of an item: its title, its number for the image, a line under them."""
+        """Return the card of an item: its title, its index (for the image), and a line below."""
         return {
             "item": item,
             "item_id": self.item_ids[item],
@@ -43,7 +43,7 @@ class Shop:
         }
 
     def about(self, item: int) -> dict[str, Any]:
-        """Return a longer account of one item."""
+        """Return the card with brand, categories and popularity."""
         return self.card(item) | {
             "brand": self.brands[item],
             "categories": " \N{SINGLE RIGHT-POINTING ANGLE QUOTATION MARK} ".join(self.categories[item] or []),
@@ -55,7 +55,7 @@ def read_shop(inputs: Mapping[str, Path]) -> Shop:
     """Read the tables `items`, `users` and `interactions`.
 
     Raises:
-        UserError: a table is absent or unreadable.
+        UserError: a table is missing or unreadable.
     """
     items = read_table(inputs["items"], ITEMS)
     rows = read_table(inputs["interactions"], INTERACTIONS)
@@ -75,8 +75,8 @@ def read_shop(inputs: Mapping[str, Path]) -> Shop:
     )
 
 
-def spread(candidates: Sequence[int] | np.ndarray, count: int) -> list[int]:
-    """Return `count` of the candidates at even distances, the first and the last among them; all if they are fewer."""
+def evenly_spaced(candidates: Sequence[int] | np.ndarray, count: int) -> list[int]:
+    """Return `count` evenly spaced candidates, including the first and the last; all of them if there are fewer."""
     if len(candidates) <= count:
         return [int(one) for one in candidates]
     return [int(candidates[place]) for place in np.linspace(0, len(candidates) - 1, count).round().astype(int)]

@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from cm3.reports.pages.item_cards import Shop, spread
+from cm3.reports.pages.item_cards import Shop, evenly_spaced
 
 ITEMS_SHOWN, NEIGHBOURS_SHOWN = 12, 6
 
 
 def chosen_items(popularity: np.ndarray, with_image: set[int]) -> list[int]:
-    """Return items to look at: evenly spread from the most to the least bought in training, with images if any have."""
+    """Return example items, evenly spaced by popularity; only items with images if there are any."""
     order = np.lexsort((np.arange(len(popularity)), -popularity))
     shown = np.array([item for item in order if item in with_image], dtype=np.int64)
-    return spread(shown if len(shown) else order, ITEMS_SHOWN)
+    return evenly_spaced(shown if len(shown) else order, ITEMS_SHOWN)
 
 
 def by_graph(path: Path, chosen: Sequence[int]) -> dict[int, list[tuple[int, float]]]:
@@ -31,7 +31,7 @@ def by_graph(path: Path, chosen: Sequence[int]) -> dict[int, list[tuple[int, flo
 
 
 def by_embedding(vectors: np.ndarray, chosen: Sequence[int]) -> dict[int, list[tuple[int, float]]]:
-    """Return (neighbour, cosine) of each chosen item by (I, D) embeddings, ties by lower number, without itself."""
+    """Return (neighbour, cosine) of each chosen item from (I, D) embeddings, ties by lower index, without itself."""
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
     unit = vectors / np.where(length > 0, length, 1)
     found = {}
@@ -46,7 +46,7 @@ def by_embedding(vectors: np.ndarray, chosen: Sequence[int]) -> dict[int, list[t
 def neighbour_panels(
     shop: Shop, chosen: Sequence[int], lists: Mapping[str, Mapping[int, list[tuple[int, float]]]]
 ) -> list[dict[str, Any]]:
-    """Return for each chosen item what the page shows: the item, and its neighbours by each of the named ways."""
+    """Return for each chosen item its card and its neighbours by each method."""
     return [
         {
             "about": shop.about(item),

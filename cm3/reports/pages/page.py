@@ -1,4 +1,4 @@
-"""Pages in one file: templates filled with escaped text, under a policy that lets nothing be loaded or run but theirs."""
+"""Self-contained HTML pages from templates, with escaped values and a strict content security policy."""
 
 import base64
 import hashlib
@@ -11,7 +11,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from cm3.common.files import atomic
-from cm3.reports.pages.chart_svg import interval, share_bar, svg
+from cm3.evaluation.registry import METRICS, metric_class
+from cm3.reports.pages.figures import svg
+from cm3.reports.pages.table_graphics import interval, share_bar
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -19,8 +21,8 @@ TEMPLATES = Path(__file__).parent / "templates"
 def write_page(path: Path, template: str, context: Mapping[str, Any]) -> None:
     """Fill `template` with `context` and write the page, atomically.
 
-    Every value is escaped unless it is Markup that our own code made. Style and script stand in the page; its content
-    security policy admits them by their hashes, images as data URIs, and nothing else.
+    Every value is escaped unless it is Markup from this package. Style and script are embedded; the content security
+    policy allows them by hash, images as data URIs, and nothing else.
     """
     style, script = (Markup((TEMPLATES / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
     policy = (
@@ -76,7 +78,7 @@ def metric(value: float | None) -> str:
 
 
 def short(value: float | None) -> str:
-    """Return a number with three or four digits that matter: 0.123, 12.3, 1,234."""
+    """Return a number with three or four significant digits: 0.123, 12.3, 1,234."""
     if value is None:
         return _NONE
     size = abs(value)
@@ -85,22 +87,22 @@ def short(value: float | None) -> str:
 
 def metric_name(name: str) -> str:
     """Return a metric as papers write it: Recall, NDCG, MRR, MAP."""
-    return {"ndcg": "NDCG", "mrr": "MRR", "map": "MAP", "hitrate": "Hit rate"}.get(name, name.capitalize())
+    return metric_class(name).title if name in METRICS else name.capitalize()
 
 
-def pretty(metric: str) -> str:
+def pretty(column: str) -> str:
     """Return recall@20 as Recall@20, ndcg@20 as NDCG@20."""
-    name, _, k = metric.partition("@")
+    name, _, k = column.partition("@")
     return f"{metric_name(name)}@{k}" if k else metric_name(name)
 
 
 def percent(value: float | None) -> str:
-    """Return a share of 1 as a percentage, with one decimal where it is not whole."""
+    """Return a fraction as a percentage, with one decimal unless it is whole."""
     return _NONE if value is None else f"{100 * value:.1f}".removesuffix(".0") + " %"
 
 
 def duration(seconds: float | None) -> str:
-    """Return seconds as people say them: 0.4 s, 12 s, 2 min 5 s, 3 h 10 min."""
+    """Return a duration in seconds as text: 0.4 s, 12 s, 2 min 5 s, 3 h 10 min."""
     if seconds is None:
         return _NONE
     if seconds < 9.95:
@@ -122,7 +124,7 @@ def megabytes(value: float | None) -> str:
 
 
 def setting(value: Any) -> str:
-    """Return a setting's value as it would stand in the configuration."""
+    """Return the value of a setting as the configuration writes it."""
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""What was run, laid out for reading: an overview, the settings by section, the tables of metrics."""
+"""The overview, settings and metric tables of an experiment's page."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ HEADLINE = ("recall", "ndcg", "hitrate", "mrr")
 
 
 def overview(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return what a reader asks first: model, data, features, seed, run."""
+    """Return the overview: model, data, features, seed, run."""
     config, training = metrics["config"], metrics["training"]
     model = str(config["model"].get("name", "cm3"))
     rows = [("Model", {"cm3": "CM3"}.get(model, model)), ("Dataset", metrics["dataset"])]
@@ -101,7 +101,7 @@ def metric_tables(metrics: Mapping[str, Any]) -> dict[str, Any]:
     ]
     kinds = [
         {
-            "name": {"cold": "cold items (never bought in training)", "warm": "all others"}.get(kind, kind),
+            "name": {"cold": "cold items (without training interactions)", "warm": "all others"}.get(kind, kind),
             "users": part["users"],
             "interactions": part["interactions"],
             "values": [part.get(f"{name}@{shown}") for name in names],
@@ -126,4 +126,4 @@ def metric_tables(metrics: Mapping[str, Any]) -> dict[str, Any]:
 def _way(name: str) -> str:
     score, _, mask = name.removeprefix("score ").partition(", mask ")
     score = {"dot": "dot product", "cosine": "cosine"}.get(score, score)
-    return f"{score}, without items of {mask.replace('+', ' and ').replace('valid', 'validation').replace('train', 'training')}"
+    return f"{score}, excluding items of {mask.replace('+', ' and ').replace('valid', 'validation').replace('train', 'training')}"

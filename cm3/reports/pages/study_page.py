@@ -1,4 +1,4 @@
-"""Stage `study_page`: a study's comparison as a page that sorts, with its intervals drawn, and its figures."""
+"""Stage `study_page`: the page of a study's comparison, and its figures."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -16,20 +16,20 @@ log = logging.getLogger("cm3.reports.pages.study_page")
 
 
 def study_page(*, comparison: Path, page_output: Path, figures_output: Path) -> dict[str, Any]:
-    """Write the page of a comparison.json, as `cm3.reports.analysis.compare` leaves it, and its figures as SVG and PNG.
+    """Write the page of a comparison.json (see `cm3.reports.analysis.compare`) and its figures as SVG and PNG.
 
     Returns:
         Facts for the stage's record.
 
     Raises:
-        UserError: the comparison is absent or not one.
+        UserError: the comparison is missing or invalid.
     """
     try:
         study = read_json(comparison)
     except (FileNotFoundError, ValueError) as error:
-        raise UserError(f"{comparison}: not a comparison ({error}); delete it and run again") from None
-    planes, cost = _planes(study), _cost_chart(study)
-    charts = [*planes, *([cost] if cost else [])]
+        raise UserError(f"{comparison}: not a valid comparison ({error}); delete it and run again") from None
+    both, cost = planes(study), _cost_chart(study)
+    charts = [*both, *([cost] if cost else [])]
     context = {
         "study": study,
         "names": {metric: pretty(metric) for metric in study["metrics"]},
@@ -37,7 +37,7 @@ def study_page(*, comparison: Path, page_output: Path, figures_output: Path) -> 
         "differences": [table for metric in study["metrics"] if (table := _differences(study, metric))["rows"]],
         "slices": _slices(study),
         "beyond": _beyond(study),
-        "planes": planes,
+        "planes": both,
         "cost": cost,
         "grids": {name: one["grid"] for name, one in study["experiments"].items() if len(one["grid"]) > 1},
     }
@@ -64,7 +64,7 @@ def _scale(values: list[float]) -> tuple[float, float]:
 
 
 def _slices(study: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return a table for each kind of slice and metric: experiments down, slices across, means over seeds."""
+    """Return a table for each kind of slice and metric: experiments in rows, slices in columns, means over seeds."""
     tables = []
     for metric in study["metrics"]:
         for kind in ("items", "users"):
@@ -84,11 +84,11 @@ def _beyond(study: Mapping[str, Any]) -> dict[str, Any]:
     return {"columns": columns, "rows": rows}
 
 
-def _planes(study: Mapping[str, Any]) -> list[Chart]:
-    """Return the alignment-uniformity planes of users and of items, controls hollow.
+def planes(study: Mapping[str, Any]) -> list[Chart]:
+    """Return the alignment-uniformity planes of users and of items, with hollow points for controls.
 
-    A model whose vectors all point the same way, such as that of the most popular items, has no place there: at (0, 0)
-    it would squeeze all others into a corner.
+    Models whose vectors all point in one direction (MostPop) are excluded: at (0, 0) they would squeeze all others into
+    a corner.
     """
     found = []
     for who in ("users", "items"):

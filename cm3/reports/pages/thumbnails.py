@@ -1,4 +1,4 @@
-"""Small copies of product images, as data URIs that together stay within a number of bytes."""
+"""Thumbnails of product images as data URIs within a total size."""
 
 import base64
 import io
@@ -15,7 +15,7 @@ from cm3.common.images import iter_images
 log = logging.getLogger(__name__)
 
 BUDGET = 2_600_000
-_SIZES = ((160, 72), (128, 66), (104, 60))  # longer side in pixels, WebP quality: the first that fits is taken
+_SIZES = ((160, 72), (128, 66), (104, 60))  # (longer side in pixels, WebP quality), largest first
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Thumbnails:
     Attributes:
         uris: data URIs.
         side: the longer side of each, in pixels.
-        left_out: how many images there was no room for.
+        left_out: number of images beyond the budget.
     """
 
     uris: dict[int, str]
@@ -34,14 +34,14 @@ class Thumbnails:
 
 
 def thumbnails(manifest: Path | None, items: Sequence[int], budget: int = BUDGET) -> Thumbnails:
-    """Return small copies of the images of `items`, those of items without a usable image left out.
+    """Return thumbnails of the images of `items`; items without a valid image are skipped.
 
-    Where all do not fit into `budget` characters they get smaller, and at last those of the last items are dropped.
+    If they exceed `budget` characters, they are made smaller, and finally those of the last items are dropped.
 
     Args:
-        manifest: the manifest.parquet of the dataset's images; None where it has none.
-        items: item numbers, the most wanted first; repeats count once.
-        budget: the length of all data URIs together.
+        manifest: the manifest.parquet of the dataset's images; None if there is none.
+        items: item indices by priority; duplicates count once.
+        budget: total length of all data URIs.
     """
     wanted = list(dict.fromkeys(items))
     if manifest is None or not wanted:
@@ -51,7 +51,7 @@ def thumbnails(manifest: Path | None, items: Sequence[int], budget: int = BUDGET
         try:
             image = decode(data, draft=_SIZES[0][0])
         except UnreadableError as error:
-            log.warning("item %d: its image was readable before, now: %s", item, error)
+            log.warning("item %d: its image became unreadable: %s", item, error)
             continue
         image.thumbnail((_SIZES[0][0],) * 2, Image.Resampling.LANCZOS)
         images[item] = image
@@ -66,7 +66,7 @@ def thumbnails(manifest: Path | None, items: Sequence[int], budget: int = BUDGET
         if length > budget:
             break
         kept[item] = uris[item]
-    log.warning("%d of %d images are left out to keep the page small", len(ordered) - len(kept), len(ordered))
+    log.warning("%d of %d images are left out to limit the size of the page", len(ordered) - len(kept), len(ordered))
     return Thumbnails(kept, _SIZES[-1][0], len(ordered) - len(kept))
 
 

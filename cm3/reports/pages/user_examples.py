@@ -1,4 +1,4 @@
-"""A few users: what they bought, what was held out, and what the model recommends."""
+"""Example users: their history, held-out items and recommendations."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,28 +7,28 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from cm3.reports.pages.item_cards import Shop, spread
+from cm3.reports.pages.item_cards import Shop, evenly_spaced
 
 USERS_EACH, HISTORY_SHOWN, LIST_WANTED = 4, 10, 12
 
 
 def list_length(ks: Sequence[int]) -> int:
-    """Return how many recommendations are shown: the longest measured cut-off that a reader takes in at a glance."""
+    """Return the number of recommendations to show: the largest cut-off up to 12."""
     return max((k for k in ks if k <= LIST_WANTED), default=min(ks))
 
 
 def history_panels(shop: Shop, per_user: Path, recommendations: Path, k: int) -> dict[str, Any]:
-    """Return a few test users, with a hit among their first `k` recommendations and without, and how common each is.
+    """Return a few test users with and without a hit among their first `k` recommendations, and the share with a hit.
 
-    Of both kinds, users are taken evenly from the shortest to the longest training history.
+    In both groups, users are evenly spaced from the shortest to the longest training history.
     """
     measured = pq.read_table(per_user, columns=["user", f"recall@{k}"], partitioning=None)
     users = measured.column("user").to_numpy()
     hit = measured.column(f"recall@{k}").to_numpy() > 0
     lengths = np.bincount(shop.users[shop.splits == "train"], minlength=len(shop.user_ids))[users]
     order = np.lexsort((users, lengths))
-    picked = [(user, True) for user in spread(users[order][hit[order]], USERS_EACH)]
-    picked += [(user, False) for user in spread(users[order][~hit[order]], USERS_EACH)]
+    picked = [(user, True) for user in evenly_spaced(users[order][hit[order]], USERS_EACH)]
+    picked += [(user, False) for user in evenly_spaced(users[order][~hit[order]], USERS_EACH)]
     lists = _recommended(recommendations, [shop.user_ids[user] for user, _ in picked], k)
     number = {item_id: item for item, item_id in enumerate(shop.item_ids)}
     panels = []
@@ -54,7 +54,7 @@ def history_panels(shop: Shop, per_user: Path, recommendations: Path, k: int) ->
 
 
 def _history(shop: Shop, rows: np.ndarray) -> list[int]:
-    # The latest first where times are known, each item once.
+    # Latest first if times are known; each item once.
     places = np.flatnonzero(rows)
     times = np.nan_to_num(shop.times[places], nan=0.0)
     order = places[np.lexsort((places, -times))]

@@ -1,10 +1,10 @@
-"""What every baseline must do: learn, come back from its files, repeat itself, resume, refuse."""
+"""The contract of every baseline: it learns, is restored from its files, repeats itself, resumes and checks its input."""
 
 import json
 import os
+import re
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import baseline_shop as small
@@ -17,13 +17,16 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_shop import one_thread, prepared  # noqa: F401
 
-from cm3.baselines.config import MODELS, baseline_settings
+from cm3.baselines.base import parse_baseline
 from cm3.common.errors import UserError
 from cm3.common.files import read_json
+from cm3.common.stages import STAGES
 from cm3.evaluation.ranking import Ranking
+from cm3.model_registry import spec_classes
 from cm3.training.checkpoint import Checkpoint
 
-TRAINED = [name for name, cls in MODELS.items() if cls.trains]
+BASELINES = small.BASELINES
+TRAINED = [name for name, spec in BASELINES.items() if spec.trains]
 FEW = {"epochs": 3}
 
 
@@ -47,7 +50,7 @@ def fitted(shop, tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "mostpop"])
+@pytest.mark.parametrize("name", [name for name in BASELINES if name != "mostpop"])
 def test_it_beats_the_most_popular_items(fitted, name):
     _, facts, test, _ = fitted(name)
     _, popular_facts, popular, _ = fitted("mostpop")
@@ -55,34 +58,34 @@ def test_it_beats_the_most_popular_items(fitted, name):
     assert facts["best_valid"] > popular_facts["best_valid"]
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_its_files_give_the_ranks_of_the_model_in_memory(shop, fitted, name):
+@pytest.mark.parametrize("name", BASELINES)
+def test_its_files_rank_like_the_model_in_memory(shop, fitted, name):
     folder, _, _, lists = fitted(name)
     data, inputs = small.read(shop, name)
-    module, chosen = import_module(MODELS[name].module), small.settings(name)
-    if MODELS[name].trains:
-        network = module.network(inputs, chosen)
+    model = small.settings(name)
+    if model.trains:
+        network = model.network(inputs)
         network.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
         solution = network.embed()
     else:
-        solution = module.solve(inputs, chosen, torch.device("cpu"))
+        solution = model.solve(inputs, torch.device("cpu"))
     ranking = Ranking(np.arange(120), data.matrix("train"))
-    if MODELS[name].exports == "embeddings":
+    if model.exports == "embeddings":
         best, _ = ranking.top(solution.users, solution.items, 10)
     else:
         best, _ = ranking.top_by(solution.scores(inputs.interactions), 10)
     assert lists == {f"user{u}": [f"item{i}" for i in row] for u, row in enumerate(best)}
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_it_repeats_itself_to_the_byte_and_another_seed_gives_another_model(shop, tmp_path, name):
+@pytest.mark.parametrize("name", BASELINES)
+def test_equal_seeds_give_equal_bytes_and_others_another_model(shop, tmp_path, name):
     global_state = torch.random.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     for folder, seed in (("a", 42), ("b", 42), ("c", 7)):
         small.fit(shop, tmp_path / folder, name, FEW | {"seed": seed})
     assert small.written(tmp_path / "a", name) == small.written(tmp_path / "b", name)
     first, other = (load_file(tmp_path / folder / "model.safetensors") for folder in "ac")
     same = all(torch.equal(first[key], other[key]) for key in first)
-    assert same != MODELS[name].trains
+    assert same != BASELINES[name].trains
     assert torch.equal(torch.random.get_rng_state(), global_state[0]), "torch's global generator is left as it was"
     assert (np.random.get_state()[1] == global_state[1]).all()  # noqa: NPY002
 
@@ -92,7 +95,7 @@ class Stopped(BaseException):
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_it_goes_on_after_a_stop_to_the_same_bytes(shop, tmp_path, monkeypatch, name):
+def test_it_resumes_after_a_stop_to_the_same_bytes(shop, tmp_path, monkeypatch, name):
     training = FEW | {"checkpoint_seconds": 0}
     small.fit(shop, tmp_path / "whole", name, training)
     save, stops, saves = Checkpoint.save, 0, 0
@@ -116,35 +119,36 @@ def test_it_goes_on_after_a_stop_to_the_same_bytes(shop, tmp_path, monkeypatch, 
     assert small.written(tmp_path / "stopped", name) == small.written(tmp_path / "whole", name)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", BASELINES)
 def test_its_record_says_what_it_is(shop, fitted, name):
     _, facts, _, _ = fitted(name)
     assert facts["model"] == name and facts["monitor"] == "recall@10" and facts["seed"] == 42
     assert 0 < facts["best_valid"] <= 1 and facts["parameters"] > 0
-    assert (facts["seconds_per_epoch"] is None) == (facts["epochs"] is None) == (not MODELS[name].trains)
+    assert (facts["seconds_per_epoch"] is None) == (facts["epochs"] is None) == (not BASELINES[name].trains)
     json.dumps(facts, allow_nan=False)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_modalities_that_it_needs_or_cannot_take_are_refused(shop, tmp_path, monkeypatch, name):
-    other = ("text",) if MODELS[name].modalities == "none" else ()
+@pytest.mark.parametrize("name", BASELINES)
+def test_missing_or_unused_modalities_are_an_error(shop, tmp_path, monkeypatch, name):
+    other = ("text",) if not BASELINES[name].reads_features else ()
     monkeypatch.setattr(small, "modalities", lambda _: other)
     expected = "remove the modalities text" if other else "name an extractor"
     with pytest.raises(UserError, match=f"model {name!r} reads .*{expected}"):
         small.fit(shop, tmp_path, name)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", BASELINES)
 def test_unknown_settings_are_refused_with_the_nearest_name(name):
     with pytest.raises(UserError, match=r"model\.nam: unknown key \(did you mean 'name'\?\)"):
-        baseline_settings({"name": name, "nam": 1})
+        parse_baseline({"name": name, "nam": 1})
 
 
 def test_an_unknown_model_is_refused_with_the_nearest_name():
     with pytest.raises(UserError, match=r"model\.name = 'lightgnc': .*did you mean 'lightgcn'"):
-        baseline_settings({"name": "lightgnc"})
-    with pytest.raises(UserError, match=r"model\.name = None"):
-        baseline_settings({})
+        parse_baseline({"name": "lightgnc"})
+    for data in ({}, {"name": "cm3"}):
+        with pytest.raises(UserError, match=rf"model\.name = {data.get('name')!r}: not a baseline"):
+            parse_baseline(data)
 
 
 @pytest.mark.parametrize("name", ["freedom", "itemknn-content"])
@@ -168,7 +172,7 @@ def test_items_without_vectors_are_taken(tmp_path, name):
     assert small.scored(shop, tmp_path / "run", name)[0]["ndcg@10"] > 0
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", BASELINES)
 def test_data_without_a_validation_split_are_refused(tmp_path, name):
     users, items, split = (np.array(x) for x in ([0, 0, 1, 1], [0, 1, 1, 2], [0, 2, 0, 2]))
     (tmp_path / "data").mkdir()
@@ -189,22 +193,24 @@ def test_a_user_who_has_everything_leaves_no_negative(tmp_path, name):
     small.fit(shop, tmp_path / "run", "directau", {"epochs": 1})
 
 
-def test_a_score_that_needs_embeddings_is_refused_for_item_weights(shop, fitted, tmp_path):
+@pytest.mark.integration
+def test_a_cosine_score_of_item_weights_is_an_error(shop, fitted, tmp_path):
     folder, _, _, _ = fitted("ease")
     command = evaluation(shop, {"weights": folder / "model.safetensors"}, tmp_path, {"score": "cosine"})
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 1 and "has no embeddings to take it of; set dot" in done.stderr
+    assert done.returncode == 1 and "holds item weights and no embeddings; set score to dot" in done.stderr
 
 
-def test_a_network_draws_its_curves_beside_its_model(shop, tmp_path):
+def test_a_network_writes_curves_next_to_its_model(shop, tmp_path):
     small.fit(shop, tmp_path, "bpr-mf", FEW | {"tensorboard": True})
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("training/loss")] == list(range(1, FEW["epochs"] + 1))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ["freedom", "itemknn"])
-def test_the_stages_do_on_the_command_line_what_the_functions_do(shop, tmp_path, name):
+def test_the_command_line_does_the_same_as_the_functions(shop, tmp_path, name):
     names = small.modalities(name)
     training = small.TRAINING | FEW
     spec = {
@@ -252,8 +258,14 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT)}
 
 
-def test_the_settings_import_no_torch_and_every_name_is_its_own():
-    code = "import sys, cm3.baselines.config; assert not {'torch', 'scipy', 'numpy'} & set(sys.modules), 'heavy import'"
+def test_specs_import_no_torch_and_match_the_registry():
+    code = "import sys; from cm3.model_registry import spec_classes; spec_classes(); "
+    code += "assert not {'torch', 'scipy', 'numpy'} & set(sys.modules), 'heavy import'"
     subprocess.run([sys.executable, "-c", code], check=True, env=environment())
-    for name, cls in MODELS.items():
-        assert cls().name == name and import_module(cls.module)
+    for name, spec in spec_classes().items():
+        assert spec().name == name and spec.version and spec.libraries and STAGES[spec.stage]
+
+
+def test_the_documents_have_a_row_for_every_baseline():
+    rows = re.findall(r"^\| `([\w-]+)` \|", (ROOT / "docs/baselines.md").read_text(), re.MULTILINE)
+    assert set(rows) >= set(BASELINES)

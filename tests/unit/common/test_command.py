@@ -10,7 +10,6 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from checkout import heed_ctrl_c
 from repository import ROOT
 
 from cm3.common.cli import versions
@@ -32,13 +31,12 @@ def start(tmp_path: Path, spec: dict, **environment: str) -> subprocess.Popen[st
     outputs = ["--output", f"out={tmp_path / 'out'}", "--output", f"record={tmp_path / 'record.json'}"]
     command = [sys.executable, "-c", STAGE, "--spec", json.dumps(spec), "--input", "features.text=a=b", *outputs]
     return subprocess.Popen(
-        [*command, "--log", str(tmp_path / "logs/demo.log"), "--code", "abc"],
+        [*command, "--log", str(tmp_path / "logs/demo.log"), "--code", "abc", "--library", "pyarrow"],
         cwd=ROOT,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=os.environ | environment,
-        preexec_fn=heed_ctrl_c,
     )
 
 
@@ -52,8 +50,20 @@ def test_it_records_time_memory_code_and_versions(tmp_path: Path):
     assert record["code"] == "abc"
     assert record["wall_seconds"] > 0
     assert 5 < record["peak_memory_mb"] < 2000
-    assert record["versions"]["pyarrow"]
+    assert record["versions"].keys() == {"python", "pyarrow"}
+    assert record["device"] == "cpu" and record["threads"] == os.cpu_count()
     assert "demo: done" in (tmp_path / "logs/demo.log").read_text()
+
+
+def test_it_records_the_libraries_of_its_stage_and_what_the_body_knows_better(tmp_path: Path):
+    record = tmp_path / "record.json"
+    code = STAGE.replace('"demo"', '"cm3.datasets.label"').replace(
+        'call.record["rows"] = 3', 'call.record |= {"device": "cuda", "threads": 7}'
+    )
+    subprocess.run([sys.executable, "-c", code, "--output", f"record={record}"], cwd=ROOT, check=True)
+    found = json.loads(record.read_text())
+    assert found["versions"].keys() == {"python", "numpy", "pyarrow"}
+    assert (found["device"], found["threads"]) == ("cuda", 7)
 
 
 def test_a_job_of_the_workflow_that_was_allotted_no_gpu_sees_none_and_one_by_hand_sees_all(tmp_path: Path):
@@ -145,4 +155,5 @@ def test_versions_name_what_is_installed_and_nothing_else(monkeypatch: pytest.Mo
         return there[name]
 
     monkeypatch.setattr(metadata, "version", version)
-    assert versions().items() >= there.items() and len(versions()) == 5
+    found = versions(["torch", "torchvision", "tokenizers", "vllm", "timm"])
+    assert found.keys() == {"python", *there} and found.items() >= there.items()

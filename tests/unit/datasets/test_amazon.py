@@ -10,7 +10,7 @@ from oracles_sources import run_prepare
 
 from cm3.common.errors import UserError
 from cm3.common.tables import USERS, read_table
-from cm3.datasets.amazon.fields import number, rank
+from cm3.datasets.amazon.fields import price, rank
 from cm3.datasets.reader import RATINGS
 
 
@@ -193,7 +193,7 @@ def test_metadata_of_2023(tmp_path: Path):
     ],
 )
 def test_prices(text: Any, value: float | None):
-    assert number(text) == value
+    assert price(text) == value
 
 
 @pytest.mark.parametrize(

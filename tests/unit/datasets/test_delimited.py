@@ -77,7 +77,7 @@ def test_an_item_whose_quotes_hold_half_a_cell_is_named(tmp_path: Path, title: s
         "interactions": {"path": str(pair)},
         "items": {"path": str(path), "columns": columns},
     }
-    with pytest.raises(UserError, match=r'items\.tsv, line 4: .*doubled, as in "a 5"" mug"; mend the cell'):
+    with pytest.raises(UserError, match=r'items\.tsv, line 4: .*doubled, as in "a 5"" mug"; fix the cell'):
         run_prepare(tmp_path, data)
 
 

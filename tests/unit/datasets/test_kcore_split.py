@@ -25,7 +25,7 @@ PAIRS = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 9)), max_size=90)
 
 def test_the_package_exports_functions_without_heavy_imports():
     program = (
-        "import sys; import cm3.datasets, cm3.datasets.config; "
+        "import sys; import cm3.datasets, cm3.datasets.registry; "
         "assert not {'numpy', 'pyarrow', 'PIL', 'aiohttp', 'torch'} & set(sys.modules), 'heavy'; "
         "from cm3.datasets import kcore, split; import numpy as np; "
         "assert kcore(np.array([0]), np.array([0]), 2).tolist() == [False]; "
@@ -145,7 +145,7 @@ def test_published_labels_are_taken_as_they_are(tmp_path: Path):
     after = read_table(tmp_path / "interactions.parquet", INTERACTIONS).column("split").to_pylist()
     assert after == [("train", "valid", "test")[label] for label in labels]
     bare = _ratings(tmp_path / "bare.parquet", [0] * 7, None)
-    with pytest.raises(UserError, match="come without labels"):
+    with pytest.raises(UserError, match="have no published split"):
         split_ratings(bare, tmp_path / "out.parquet", "published", 9)
 
 

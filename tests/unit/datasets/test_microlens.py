@@ -10,9 +10,9 @@ from oracles_sources import run_prepare
 
 from cm3.common.errors import UserError
 from cm3.common.tables import ITEMS, read_table
-from cm3.datasets.config import parse_dataset
 from cm3.datasets.microlens.reader import Reader
 from cm3.datasets.reader import ROWS
+from cm3.datasets.registry import parse_dataset
 
 ROWS_CSV = [(user, 1 + (user + step) % 6, 1_583_378_629_552 + 1000 * step) for user in range(1, 7) for step in range(5)]
 TITLES = {1: "Plain", 2: "a, b, c", 3: 'say "hi"', 4: "手作りの café", 5: "", 6: 'six\nlines, "two"'}
@@ -151,7 +151,7 @@ def test_where_the_files_come_from() -> None:
     for modality in ("text", "image", "video"):
         assert large.published_vectors("videos", modality)["vectors"] in large.downloads("videos")
     assert large.published_vectors("videos", "audio") == {}
-    with pytest.raises(UserError, match="come without labels"):
+    with pytest.raises(UserError, match="have no published split"):
         parse_dataset("videos", {"source": "microlens", "split": {"strategy": "published"}}, "datasets.videos")
 
 

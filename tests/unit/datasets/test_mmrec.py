@@ -13,9 +13,9 @@ from oracles_sources import run_prepare
 
 from cm3.common.errors import UserError
 from cm3.common.tables import INTERACTIONS, ITEMS, USERS, read_table
-from cm3.datasets.config import parse_dataset
 from cm3.datasets.mmrec.reader import Reader
 from cm3.datasets.reader import ROWS
+from cm3.datasets.registry import parse_dataset
 from cm3.datasets.splits import split_ratings
 
 ROW = tuple[int, int, int]
@@ -194,8 +194,8 @@ FAULTS = [
     ("-3\t1\t1.0\t5\t0", "line 3: userID = '-3' is negative"),
     ("0\t3000000000\t1.0\t5\t0", "line 3: itemID = '3000000000' is too large"),
     ("0\t99999999999999999999\t1.0\t5\t0", "line 3: itemID = '99999999999999999999' is not a number"),
-    ("0\t1\t1.0\t5", "line 3: has 4 values where the header names 5"),
-    ("0\t1\t1.0\t5\t0\t0", "line 3: has 6 values where the header names 5"),
+    ("0\t1\t1.0\t5", "line 3: has 4 values, the header has 5"),
+    ("0\t1\t1.0\t5\t0\t0", "line 3: has 6 values, the header has 5"),
     ("0\t77\t1.0\t5\t0", r"line 3: itemID = '77' is not in .*i_id_mapping\.csv"),
     ("77\t1\t1.0\t5\t0", r"line 3: userID = '77' is not in .*u_id_mapping\.csv"),
 ]
@@ -227,17 +227,17 @@ def test_a_pair_under_two_labels_is_a_leak_and_refused(tmp_path: Path) -> None:
     ("name", "text", "complaint"),
     [
         ("i_id_mapping.csv", "asin\titem\nA\t0\n", "no column 'itemID'"),
-        ("i_id_mapping.csv", "asin\titemID\nA\t0\nB\t0\n", "line 3: itemID 0 stands there again"),
-        ("i_id_mapping.csv", "asin\titemID\nA\t0\nA\t1\n", "line 3: id 'A' stands there again"),
+        ("i_id_mapping.csv", "asin\titemID\nA\t0\nB\t0\n", "line 3: duplicate itemID 0"),
+        ("i_id_mapping.csv", "asin\titemID\nA\t0\nA\t1\n", "line 3: duplicate id 'A'"),
         ("i_id_mapping.csv", "asin\titemID\nA\tone\n", "line 2: itemID = 'one' is not a number"),
-        ("i_id_mapping.csv", "asin\titemID\nA\n", "line 2: has 1 values where the header names 2"),
-        ("i_id_mapping.csv", "asin\titemID\n\t0\n", "line 2: has no id beside itemID"),
-        ("u_id_mapping.csv", "user_id\tuserID\n", "holds no ids"),
-        ("shop.inter", "", "holds no interactions"),
-        ("shop.inter", "userID\titemID\tx_label\n", "holds no interactions"),
+        ("i_id_mapping.csv", "asin\titemID\nA\n", "line 2: has 1 values, the header has 2"),
+        ("i_id_mapping.csv", "asin\titemID\n\t0\n", "line 2: has no id next to itemID"),
+        ("u_id_mapping.csv", "user_id\tuserID\n", "has no ids"),
+        ("shop.inter", "", "has no interactions"),
+        ("shop.inter", "userID\titemID\tx_label\n", "has no interactions"),
         ("shop.inter", "user\titem\n0\t1\n", "no column 'userID'"),
-        ("shop.inter", "userID\titemID\titemID\n0\t1\t1\n", "'itemID' stands in the header twice"),
-        ("shop.inter", "userID,itemID\n0,1\n", "with tabs between"),
+        ("shop.inter", "userID\titemID\titemID\n0\t1\t1\n", "duplicate column 'itemID' in the header"),
+        ("shop.inter", "userID,itemID\n0,1\n", "separated by tabs"),
     ],
 )
 def test_malformed_files_are_refused(tmp_path: Path, name: str, text: str, complaint: str) -> None:
@@ -252,7 +252,7 @@ def test_without_labels_the_split_is_random_and_published_is_refused(tmp_path: P
     dataset = config(folder)
     assert not dataset.has_labels()
     assert dataset.split_spec()["strategy"] == "random" and dataset.prepare_spec()["kcore"] == 5
-    with pytest.raises(UserError, match="come without labels"):
+    with pytest.raises(UserError, match="have no published split"):
         config(folder, split={"strategy": "published"})
     dataset = config(write(tmp_path / "labelled", packed=True))
     assert dataset.split_spec()["strategy"] == "published" and dataset.prepare_spec()["kcore"] == 0
@@ -263,11 +263,11 @@ def test_a_folder_that_is_not_there_is_named_when_it_is_needed(tmp_path: Path) -
     dataset = config(tmp_path / "later")
     assert dataset.has_labels()
     for ask in (dataset.prepare_inputs, lambda name: dataset.published_vectors(name, "text")):
-        with pytest.raises(UserError, match=r"later: no such folder; set the data set's folder"):
+        with pytest.raises(UserError, match=r"later: no such folder; set the dataset's folder"):
             ask("shop")
     folder = write(tmp_path / "shop")
     with pytest.raises(
-        UserError, match=r"holds no other\.inter and no other\.inter\.gz; set name, as there is shop\.inter"
+        UserError, match=r"has no other\.inter and no other\.inter\.gz; set name, the folder has shop\.inter"
     ):
         config(folder, name="other").prepare_inputs("shop")
     renamed = folder.rename(tmp_path / "moved")

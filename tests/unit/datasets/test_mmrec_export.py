@@ -14,11 +14,11 @@ from oracles_sources import run_prepare
 
 from cm3.common.errors import UserError
 from cm3.common.tables import INTERACTIONS, ITEMS, USERS, read_features, read_table, write_features, write_table
-from cm3.datasets.config import parse_dataset
 from cm3.datasets.mmrec.export import export, item_order
 from cm3.datasets.mmrec.export_vectors import export_vectors
+from cm3.datasets.registry import parse_dataset
 from cm3.datasets.splits import split_ratings
-from extractors.spec import parse_extractor
+from extractors.registry import parse_extractor
 
 USER_IDS = ["Ünsal", "u\0nul", "u" * 300, 'q"uote', "tab\tid", "plain"]
 ITEM_IDS = ["007", "café 手", "i" * 300, 'i"5', "7", "line\nend", "A\tB", "💥"]
@@ -143,7 +143,7 @@ def test_missing_vectors_get_the_mean_and_are_told(tmp_path: Path) -> None:
     with missing.open(newline="") as file:
         assert list(csv.reader(file, delimiter="\t")) == [["asin", "itemID"], [ITEM_IDS[2], "2"], [ITEM_IDS[4], "4"]]
     write_features(tmp_path / "f.parquet", ITEM_IDS, vectors, ["missing"] * 8, {})
-    with pytest.raises(UserError, match="not one item has a vector"):
+    with pytest.raises(UserError, match="no item has a vector"):
         export_vectors(tmp_path / "f.parquet", tables["interactions"], out, missing)
 
 
@@ -175,6 +175,7 @@ def test_mmrecs_two_places_are_filled(tmp_path: Path, modalities: tuple[str, ...
     assert f"{modalities[-1]}_feat.npy" in (tmp_path / "out/README.txt").read_text()
 
 
+@pytest.mark.integration
 def test_a_user_exports_an_experiment_and_imports_it(tmp_path: Path) -> None:
     """The commands of docs/mmrec.md, with drawn vectors in place of a text model."""
     ids = [f"i{number}" for number in range(12)]

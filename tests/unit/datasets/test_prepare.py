@@ -173,10 +173,10 @@ def test_every_format_gives_the_same_tables(tmp_path: Path, suffix: str):
     ("text", "complaint"),
     [
         ("", r"interactions\.csv: is empty"),
-        ("user,item\n", r"interactions\.csv: holds no rows"),
+        ("user,item\n", r"interactions\.csv: has no rows"),
         (
             "user,item,rating\nu,i,4\nu,j\nu,k,5\n",
-            r"interactions\.csv, line 3: has 2 values where 3 are expected: 'u,j'",
+            r"interactions\.csv, line 3: has 2 values, the header has 3: 'u,j'",
         ),
         (
             "user,item,rating\n\nu,i,4\n\nu,j,nan\nu,k,\n",
@@ -189,7 +189,7 @@ def test_every_format_gives_the_same_tables(tmp_path: Path, suffix: str):
         ("user,item\nu,i\n,j\n", r"line 3: user = '' is empty"),
         ("user,item\nu,i\nu,\n", r"line 3: item = '' is empty"),
         ("usr,item\nu,i\n", r"no column 'user' \(did you mean 'usr'\?\)"),
-        ("user,item,item\nu,i,i\n", r"line 1: column 'item' stands in the header twice"),
+        ("user,item,item\nu,i,i\n", r"line 1: duplicate column 'item' in the header"),
     ],
 )
 def test_malformed_interactions_name_file_and_line(tmp_path: Path, text: str, complaint: str):
@@ -210,22 +210,22 @@ def test_malformed_interactions_name_file_and_line(tmp_path: Path, text: str, co
         (["0"] * 4 + ["1600000000000"] * 4 + ["5"], "line 10: .*looks like Unix seconds in a column of milliseconds"),
         (["2020-09-16"] * 8 + ["1600000000"], "line 10: timestamp = '1600000000' is not a time"),
         (["1600000000"] * 8 + ["2020-09-16"], "line 10: timestamp = '2020-09-16' is not a time"),
-        (["2020-09-16T00:00:01"] * 8 + ["2020-09-16T00:00:01Z"], "mixes times with and without a zone"),
-        (["2020-09-16T00:00:01Z"] * 8 + ["2020-09-16T00:00:01"], "mixes times with and without a zone"),
-        (["1600000000"] * 8 + ["1,2"], "line 10: has 4 values where 3 are expected"),
+        (["2020-09-16T00:00:01"] * 8 + ["2020-09-16T00:00:01Z"], "mixes times with and without time zone"),
+        (["2020-09-16T00:00:01Z"] * 8 + ["2020-09-16T00:00:01"], "mixes times with and without time zone"),
+        (["1600000000"] * 8 + ["1,2"], "line 10: has 4 values, the header has 3"),
         (
             ["0"] * 4 + ["20200229"] * 4 + ["20210229"],
             "line 10: .*'20210229' is not a date in a column of dates like 20200916",
         ),
         (["20200916"] * 8 + ["1600000000"], "line 10: .*'1600000000' is not a date in a column of dates like 20200916"),
-        (["1600000000"] * 8 + ["4102444801"], "line 10: .*lies outside 1970 to 2099"),
-        (["1600000000000"] * 8 + ["1600000000000000"], "line 10: .*lies outside 1970 to 2099"),
+        (["1600000000"] * 8 + ["4102444801"], "line 10: .*is not between 1970 and 2099"),
+        (["1600000000000"] * 8 + ["1600000000000000"], "line 10: .*is not between 1970 and 2099"),
         (
             ["0"] * 8 + ["1600000000000000000000"],
-            "line 10: .*lies outside 1970 to 2099; give Unix seconds, milliseconds or",
+            "line 10: .*is not between 1970 and 2099; give Unix seconds, milliseconds or",
         ),
-        (["5"] * 8 + ["-1"], "line 10: .*'-1' lies outside 1970 to 2099"),
-        (["1969-12-31"] * 8 + ["2999-12-31"], "line 10: .*'2999-12-31' lies after 2099"),
+        (["5"] * 8 + ["-1"], "line 10: .*'-1' is not between 1970 and 2099"),
+        (["1969-12-31"] * 8 + ["2999-12-31"], "line 10: .*'2999-12-31' is after 2099"),
     ],
 )
 def test_all_parts_of_a_table_write_times_alike(tmp_path: Path, times: list[str], complaint: str):
@@ -272,11 +272,11 @@ def test_half_a_character_costs_a_letter_of_a_text_and_is_refused_in_an_id(tmp_p
         ["a.jpg"],
         "Cup \U0001f600",
     )
-    with pytest.raises(UserError, match=r"items\.jsonl, line 1: item_id = 'a\\udc00' holds half of a character"):
+    with pytest.raises(UserError, match=r"items\.jsonl, line 1: item_id = 'a\\udc00' has half of a character"):
         dataset(tmp_path, "user,item\nu,a\n", jsonl([{"item_id": "a\udc00", "title": "T"}]), kcore=0)()
     path = tmp_path / "pairs.jsonl"
     path.write_text("\n" + jsonl([{"user": "u", "item": n} for n in ("i", "j", "k\ud83d", "\ud83d")]))
-    with pytest.raises(UserError, match=r"pairs\.jsonl, line 4: item = 'k\\ud83d' holds half of a character"):
+    with pytest.raises(UserError, match=r"pairs\.jsonl, line 4: item = 'k\\ud83d' has half of a character"):
         run_prepare(tmp_path, {"source": "files", "kcore": 0, "interactions": {"path": str(path)}})
 
 
@@ -323,7 +323,7 @@ def test_parquet_ids_must_be_ids(tmp_path: Path, value: pa.Array, complaint: str
         ('{"item_id": "i", "title": "T"}\n[1]\n', r"items\.jsonl, line 2: not a JSON object"),
         (
             '{"item_id": "i", "title": "T"}\n\n{"item_id": "i", "title": "U"}\n',
-            r"line 3: item id 'i' stands there again, first at .*line 1",
+            r"line 3: duplicate item id 'i', first at .*line 1",
         ),
         ('{"item_id": "", "title": "T"}\n', r"line 1: item_id is empty"),
         ('{"itemid": "i", "title": "T"}\n', r"line 1: has no 'item_id' \(did you mean 'itemid'\?\)"),
@@ -365,7 +365,7 @@ def test_unknown_items_follow_the_policy(tmp_path: Path):
 
 
 def test_an_item_table_with_other_ids_is_an_error(tmp_path: Path):
-    with pytest.raises(UserError, match="none of the 40 interactions names an item"):
+    with pytest.raises(UserError, match="none of the 40 interactions has an item"):
         dataset(tmp_path, grid(8, 5), jsonl([{"item_id": "B0001", "title": "T"}]))()
 
 

@@ -19,10 +19,11 @@ from PIL import Image
 from repository import ROOT
 
 from cm3.common.tables import ITEMS, MANIFEST, read_table
-from cm3.datasets.config import Sample, parse_dataset
 from cm3.datasets.images.stage import collect_images
 from cm3.datasets.k_core import kcore
 from cm3.datasets.prepare import prepare
+from cm3.datasets.registry import parse_dataset
+from cm3.datasets.sample.config import SampleSpec
 from cm3.datasets.sample.generate import TRUTH, make_sample
 from cm3.datasets.sample.images import draw
 from cm3.datasets.sample.texts import description
@@ -32,9 +33,9 @@ from cm3.datasets.splits import split
 SMALL = {"source": "sample", "users": 300, "items": 120, "corrupt_pictures": 4, "picture_size": 48}
 
 
-def config(**settings: Any) -> Sample:
+def config(**settings: Any) -> SampleSpec:
     found = parse_dataset("sample", {"source": "sample", **settings}, "datasets.sample")
-    assert isinstance(found, Sample)
+    assert isinstance(found, SampleSpec)
     return found
 
 
@@ -45,7 +46,7 @@ def write(folder: Path, **settings: Any) -> dict[str, Any]:
         "images": "pictures.sha256",
         "truth": "truth.parquet",
     }
-    return make_sample(config(**settings).sample_spec(), **{name: folder / file for name, file in names.items()})
+    return make_sample(config(**settings).generate_spec(), **{name: folder / file for name, file in names.items()})
 
 
 def unpacked(path: Path) -> list[str]:
@@ -79,7 +80,7 @@ def test_equal_seeds_give_equal_bytes_in_another_process(shop: Path, tmp_path: P
         "-m",
         "cm3.datasets.sample.generate",
         "--spec",
-        json.dumps(config(**settings).sample_spec()),
+        json.dumps(config(**settings).generate_spec()),
     ]
     for output in outputs:
         command += ["--output", output]
@@ -223,7 +224,7 @@ def _recalls(world: World) -> dict[str, float]:
 
 
 def test_content_beats_everything_without_it_and_both_kinds_beat_one():
-    recall = _recalls(make_world(config().sample_spec()))
+    recall = _recalls(make_world(config().generate_spec()))
     assert recall["both"] > 1.4 * recall["collaborative"] > 3 * recall["popularity"]
     assert recall["both"] > 1.5 * max(recall["images"], recall["texts"])
     assert min(recall["images"], recall["texts"]) > 3 * recall["popularity"]
@@ -231,17 +232,17 @@ def test_content_beats_everything_without_it_and_both_kinds_beat_one():
 
 def test_the_knobs_do_what_they_say():
     base = {"users": 1000, "items": 500}
-    no_taste = _recalls(make_world(config(**base, taste=0.0).sample_spec()))
+    no_taste = _recalls(make_world(config(**base, taste=0.0).generate_spec()))
     assert max(no_taste["both"], no_taste["collaborative"]) < no_taste["popularity"]
-    images_only = _recalls(make_world(config(**base, picture_share=1.0).sample_spec()))
+    images_only = _recalls(make_world(config(**base, picture_share=1.0).generate_spec()))
     assert images_only["images"] > 3 * images_only["texts"]
-    popular = make_world(config(**base, popularity=3.0).sample_spec())
-    plain = make_world(config(**base, popularity=0.0).sample_spec())
+    popular = make_world(config(**base, popularity=3.0).generate_spec())
+    plain = make_world(config(**base, popularity=0.0).generate_spec())
     assert np.bincount(popular.item).max() > 2 * np.bincount(plain.item).max()
 
 
 def test_the_default_shop_has_the_promised_size():
-    world = make_world(config().sample_spec())
+    world = make_world(config().generate_spec())
     keep = kcore(world.user, world.item, 5)
     users, items = len(np.unique(world.user[keep])), len(np.unique(world.item[keep]))
     assert users >= 2950 and 900 <= items <= 1000 and keep.sum() / users >= 10
@@ -254,7 +255,7 @@ def test_the_default_shop_has_the_promised_size():
 
 @pytest.mark.parametrize(("users", "items"), [(10, 10), (30, 12), (2000, 15)])
 def test_any_size(users: int, items: int):
-    world = make_world(config(users=users, items=items).sample_spec())
+    world = make_world(config(users=users, items=items).generate_spec())
     assert set(world.user.tolist()) == set(range(users)) and world.item.max() < items
     assert len(set(zip(world.user.tolist(), world.item.tolist(), strict=True))) == len(world.user)
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cm3.datasets import text
-from cm3.datasets.text import clean
+from cm3.datasets.text import plain_text
 
 CUT_TAG = re.compile(r"</?[a-zA-Z][\w-]*\s[^<>]*=[^<>]*\Z|\A[^<>]*\"\s*/>")
 
@@ -21,7 +21,7 @@ def test_half_a_tag_is_what_it_was(shown: str):
 
 @given(st.text(st.characters(), max_size=40))
 def test_what_is_clean_can_be_written_on_one_line(shown: str):
-    found = clean(shown)
+    found = plain_text(shown)
     assert found.encode().decode() == found == " ".join(found.split())
 
 
@@ -38,5 +38,5 @@ def test_what_is_clean_can_be_written_on_one_line(shown: str):
 )
 def test_no_text_takes_long(hostile: str):
     started = time.process_time()
-    clean(hostile)
+    plain_text(hostile)
     assert time.process_time() - started < 2

@@ -182,7 +182,7 @@ def test_timm_folders_as_on_the_hub_load_and_other_architectures_are_refused(
     with pytest.raises(UserError, match=r"did you mean 'test_efficientnet'\?"):
         load(timm_spec | {"model": "test_eficientnet"})
     (tmp_path / "w.bin").write_bytes(b"pickle")
-    with pytest.raises(UserError, match="holds more than tensors"):
+    with pytest.raises(UserError, match="with more than tensors"):
         load(timm_spec | {"weights": str(tmp_path / "w.bin")})
     (tmp_path / "cut.safetensors").write_bytes(timm_file.read_bytes()[:1000])
     with pytest.raises(UserError, match="not weights of the timm model"):
@@ -214,7 +214,7 @@ def test_open_clip_refuses_missing_weights_and_wrong_ones(tmp_path: Path, clip_f
     (tmp_path / "open_clip_model.safetensors").write_bytes(timm_file.read_bytes())
     with pytest.raises(UserError, match="not weights of an open_clip model"):
         load({"backend": "open_clip", "weights": str(tmp_path)})
-    with pytest.raises(UserError, match="knows no such architecture"):
+    with pytest.raises(UserError, match="has no such architecture"):
         load({"backend": "open_clip", "model": "ViT-B-33", "weights": str(timm_file)})
 
 
@@ -230,12 +230,12 @@ def bare_clip(clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     return {"backend": "open_clip", "model": "Tiny", "weights": str(tmp_path / "mine.safetensors")}, description
 
 
-def test_a_description_beside_a_file_of_weights_is_heeded(bare_clip: tuple[dict[str, Any], Path]) -> None:
+def test_a_description_next_to_a_file_of_weights_is_used(bare_clip: tuple[dict[str, Any], Path]) -> None:
     spec, description = bare_clip
     bare = load(spec)
     assert bare.facts()["preprocessing"]["mean"] == (0.48145466, 0.4578275, 0.40821073)
-    beside = Path(spec["weights"]).parent / description.name
-    beside.write_text(description.read_text().replace('"embed_dim"', '"quick_gelu": true, "embed_dim"'))
+    neighbour = Path(spec["weights"]).parent / description.name
+    neighbour.write_text(description.read_text().replace('"embed_dim"', '"quick_gelu": true, "embed_dim"'))
     described = load(spec)
     assert described.facts()["preprocessing"]["mean"] == [0.5, 0.4, 0.3]
     folder = load({"backend": "open_clip", "weights": str(description.parent), "force_quick_gelu": True})
@@ -244,42 +244,53 @@ def test_a_description_beside_a_file_of_weights_is_heeded(bare_clip: tuple[dict[
         "described": {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2], "quick_gelu": True}
     }
     assert load(spec | {"mean": [0.1, 0.1, 0.1]}).facts()["preprocessing"]["mean"] == [0.1, 0.1, 0.1]
-    beside.write_text(json.dumps({"model_cfg": {}, "preprocess_cfg": {"interpolation": "bicubic"}}))
+    neighbour.write_text(json.dumps({"model_cfg": {}, "preprocess_cfg": {"interpolation": "bicubic"}}))
     assert load(spec).spec.identity() == bare.spec.identity()
-    beside.write_text("{}")
+    neighbour.write_text("{}")
     with pytest.raises(UserError, match=r"open_clip_config\.json: not a description of an open_clip model"):
         load(spec)
 
 
-def test_a_bare_file_is_prepared_as_all_known_weights_of_its_architecture_or_refused(
+def test_a_bare_file_has_the_preprocessing_of_all_known_weights(
     bare_clip: tuple[dict[str, Any], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from open_clip import pretrained
+    import open_clip
 
+    known: dict[str, dict[str, Any]] = {}
+    published = {
+        "webli": open_clip.get_pretrained_cfg("ViT-B-16-SigLIP", "webli"),
+        "laion": open_clip.get_pretrained_cfg("ViT-B-32", "laion2b_e16"),
+        "openai": open_clip.get_pretrained_cfg("ViT-L-14", "openai"),
+    }
+    monkeypatch.setattr(open_clip, "list_pretrained_tags_by_model", lambda model: list(known))
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda model, tag: known[tag])
     spec, _ = bare_clip
     key = extractors.parse_extractor("clip", spec | {"modality": "image"}, "x").identity()
     assert not {"mean", "std", "interpolation", "resize_mode", "described"} & set(key)
-    monkeypatch.setitem(pretrained._PRETRAINED, "Tiny", {"webli": pretrained._slpcfg()})
+    known["webli"] = published["webli"]
     facts = load(spec).facts()["preprocessing"]
     assert facts["mean"] == (0.5, 0.5, 0.5) and facts["resize_mode"] == "squash"
-    tags = {"webli": pretrained._slpcfg(), "dfn": pretrained._pcfg(), "openai": pretrained._pcfg(quick_gelu=True)}
-    monkeypatch.setitem(pretrained._PRETRAINED, "Tiny", tags)
-    with pytest.raises(UserError, match=r"weights of Tiny want .*or set mean, std, resize_mode as its model card says"):
+    known.update(published)
+    with pytest.raises(
+        UserError, match=r"preprocessing of Tiny depends .*or set mean, std, resize_mode according to its model card"
+    ):
         load(spec)
     assert load(spec | {"force_quick_gelu": True}).facts()["preprocessing"]["resize_mode"] == "shortest"
     half = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
-    with pytest.raises(UserError, match="or set resize_mode as"):
+    with pytest.raises(UserError, match="or set resize_mode according"):
         load(spec | half)
     assert load(spec | half | {"resize_mode": "squash"}).facts()["preprocessing"]["resize_mode"] == "squash"
 
 
-def test_a_bare_file_of_an_architecture_that_laion_trained_otherwise_is_refused(timm_file: Path) -> None:
-    with pytest.raises(UserError, match=r"weights of ViT-L-14 want .*or set mean, std as its model card says"):
+def test_a_bare_file_of_ambiguous_preprocessing_is_refused(timm_file: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"preprocessing of ViT-L-14 depends .*or set mean, std according to its model card"
+    ):
         load({"backend": "open_clip", "model": "ViT-L-14", "weights": str(timm_file)})
 
 
 @pytest.mark.parametrize("backend", ["timm", "open_clip"])
-def test_memory_that_runs_out_while_a_model_loads_is_told(
+def test_memory_that_runs_out_while_a_model_loads_is_reported(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
     spec = request.getfixturevalue("timm_spec")

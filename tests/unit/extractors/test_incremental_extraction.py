@@ -1,21 +1,30 @@
 """Data that grew: the model is shown what is new, row by row, and nothing else; what it said before stays to the bit."""
 
 import logging
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import tiny_transformers
 from caption_server import MODEL, completion, error, no_time_to_lose, serving, spec_of
 from fixtures_extractors import plain, shape, write_images, write_items
+from repository import ROOT
 
 import extractors
+from cm3.common.keys import key_of
 from cm3.common.tables import CAPTIONS, Features, read_features, read_metadata, read_table
 from extractors.caption.stage import caption
 from extractors.extract import extract
 from extractors.image import descriptor
+from extractors.runtime.cache import cache_address, cached_outputs
+from extractors.runtime.earlier_cache import earlier_addresses
+from extractors.runtime.shards import notes_of
 from extractors.text.transformers import TransformersTextExtractor
 
 __all__ = ["no_time_to_lose"]  # used by every test here
@@ -24,6 +33,7 @@ TITLES = {f"i{n}": "red shoe for women " * (n % 5 + 1) + "word " * n for n in ra
 OLD = [f"i{n}" for n in range(44) if n % 11 != 5]  # the 4 others come later, in between
 IMAGES = {f"i{n}": shape("circle", "blue", 40 + n, n) for n in range(44)}
 ALL = list(TITLES)
+CODE = "extract 1, descriptor 1"
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +80,10 @@ def shop(folder: Path, ids: list[str], titles: Any = None, images: Any = None) -
     }
 
 
-def run(spec: Any, inputs: dict[str, Path], output: Path, code: str = "a") -> tuple[dict[str, Any], Features]:
+def run(spec: Any, inputs: dict[str, Path], output: Path, code: str | None = None) -> tuple[dict[str, Any], Features]:
     output.unlink(missing_ok=True)  # as Snakemake does before it runs a job
-    record = extract(spec, inputs, output, name="it", code=code)
+    version = f"extract 1, {spec.backend} 1" if code is None else code
+    record = extract(spec, inputs, output, name="it", code=version)
     return record, read_features(output)
 
 
@@ -93,7 +104,7 @@ def test_of_a_tenth_more_texts_the_model_is_shown_the_new_ones_once(
     assert sorted(set(shown) - {"a"}) == sorted(TITLES[one].strip() for one in ALL if one not in OLD)
     assert len(shown) - shown.count("a") == 4
     assert (record["kept"], record["encoded"], record["repeated"]) == (40, 4, 0)
-    assert "44 items: 40 kept, 4 encoded" in caplog.text
+    assert "44 items: 40 cached, 4 encoded" in caplog.text
     assert vectors(before).items() <= vectors(after).items() and after.item_ids == ALL
     _, fresh = run(texts_of(bert), shop(tmp_path / "fresh", ALL), tmp_path / "fresh/f.parquet")
     # The new ones were padded to other neighbours than in a full run: equal up to rounding.
@@ -101,9 +112,7 @@ def test_of_a_tenth_more_texts_the_model_is_shown_the_new_ones_once(
     assert after.metadata == fresh.metadata
 
 
-def test_images_are_encoded_one_by_one_so_that_the_file_is_that_of_a_full_rerun(
-    tmp_path: Path, shown: list[Any]
-) -> None:
+def test_the_file_of_grown_images_is_that_of_a_full_rerun(tmp_path: Path, shown: list[Any]) -> None:
     output = tmp_path / "f.parquet"
     run(looks(), shop(tmp_path, OLD), output)
     shown.clear()
@@ -152,7 +161,7 @@ def test_equal_inputs_have_equal_vectors_and_the_model_sees_one(tmp_path: Path, 
     assert np.array_equal(features.embedding[3], features.embedding[9])
 
 
-def test_each_extractor_keeps_its_own_and_a_swap_back_encodes_nothing(tmp_path: Path, shown: list[Any]) -> None:
+def test_each_extractor_has_its_own_cache_and_a_swap_back_encodes_nothing(tmp_path: Path, shown: list[Any]) -> None:
     counts = []
     for ids, dtype in ((OLD, "float32"), (OLD, "float16"), (ALL, "float32"), (ALL, "float16"), (ALL, "float32")):
         record, _ = run(looks(dtype=dtype), shop(tmp_path, ids), tmp_path / f"looks-{dtype}.parquet")
@@ -162,25 +171,98 @@ def test_each_extractor_keeps_its_own_and_a_swap_back_encodes_nothing(tmp_path: 
     assert (tmp_path / "fresh/f.parquet").read_bytes() == (tmp_path / "looks-float16.parquet").read_bytes()
 
 
-@pytest.mark.parametrize("change", ["code", "settings", "library"])
-def test_outputs_of_other_code_settings_or_libraries_are_not_taken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
-) -> None:
+@pytest.mark.parametrize("change", ["version", "settings"])
+def test_outputs_of_another_version_or_setting_are_not_used_and_not_deleted(tmp_path: Path, change: str) -> None:
     output = tmp_path / "f.parquet"
     run(looks(), shop(tmp_path, OLD), output)
-    if change == "library":
-        monkeypatch.setattr("extractors.runtime.job.versions", lambda: {"pillow": "0"})
     spec = looks(dtype="float16") if change == "settings" else looks()
-    record, _ = run(spec, shop(tmp_path, ALL), output, code="b" if change == "code" else "a")
+    record, _ = run(spec, shop(tmp_path, ALL), output, code=CODE.replace("1", "2") if change == "version" else CODE)
     assert record["kept"] == 0 and record["encoded"] == 44
-    assert len(list((tmp_path / ".kept/f").iterdir())) == 1  # what can't be used any more is removed
+    assert len(list((tmp_path / ".cache/f").iterdir())) == 2
+    record, _ = run(looks(), shop(tmp_path, OLD), output)
+    assert (record["kept"], record["encoded"]) == (40, 0)
 
 
-def test_without_a_digest_of_the_code_nothing_is_kept(tmp_path: Path) -> None:
+def test_without_a_version_of_the_code_nothing_is_cached(tmp_path: Path) -> None:
     for _ in range(2):
         record, _ = run(looks(), shop(tmp_path, OLD), tmp_path / "f.parquet", code="")
         assert record["encoded"] == 40
-    assert not (tmp_path / ".kept").exists()
+    assert not (tmp_path / ".cache").exists()
+
+
+def test_another_library_version_encodes_nothing_again_and_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    output = tmp_path / "f.parquet"
+    monkeypatch.setattr(descriptor.DescriptorSpec, "libraries", ("pillow",))
+    record, features = run(looks(), shop(tmp_path, OLD), output)
+    now = f"pillow {metadata.version('pillow')}"
+    assert record["library_versions"] == features.metadata["library_versions"] == {now: 40}
+    assert "different library versions" not in caplog.text
+    monkeypatch.setattr("extractors.runtime.job.installed_versions", lambda names: dict.fromkeys(names, "99.0"))
+    for _ in range(2):
+        record, features = run(looks(), shop(tmp_path, ALL), output)
+        assert record["library_versions"] == features.metadata["library_versions"] == {now: 40, "pillow 99.0": 4}
+    assert record["kept"] == 44
+    assert f"come from different library versions: {now} (40 items), pillow 99.0 (4 items)" in caplog.text
+    stored = [notes_of(pq.read_table(path))["library_versions"] for path in (tmp_path / ".cache").rglob("*.parquet")]
+    assert sorted(one["pillow"] for one in stored) == sorted([metadata.version("pillow"), "99.0"])
+
+
+def test_equal_inputs_count_once_each_in_the_library_versions(tmp_path: Path, bert: Path) -> None:
+    titles = {"i3": "red pan", "i9": "red pan"}
+    record, _ = run(texts_of(bert), shop(tmp_path, ALL[:12], titles=titles), tmp_path / "f.parquet")
+    assert record["encoded"] == 11
+    assert record["library_versions"] == {
+        f"{name} {metadata.version(name)}": 12 for name in ("tokenizers", "torch", "transformers")
+    }
+
+
+@pytest.mark.parametrize("valid", [True, False])
+def test_a_cache_of_an_earlier_release_is_taken_over_where_it_is_valid(tmp_path: Path, valid: bool) -> None:
+    output = tmp_path / "f.parquet"
+    run(looks(), shop(tmp_path, OLD), output)
+    (now,) = (tmp_path / ".cache/f").iterdir()
+    (address, _) = earlier_addresses("descriptor", looks().identity(), CODE)
+    before = tmp_path / ".kept/f" / (address if valid else "0123456789ab")
+    before.parent.mkdir(parents=True)
+    now.rename(before)
+    record, _ = run(looks(), shop(tmp_path, ALL), output)
+    assert record["kept"] == (40 if valid else 0) and before.exists() != valid
+    record, _ = run(looks(), shop(tmp_path, ALL), output, code=CODE.replace("1", "2"))
+    assert record["kept"] == 0
+
+
+def test_shards_that_an_earlier_release_left_are_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "f.parquet"
+    with monkeypatch.context() as broken:
+        breaking(broken, at=2)
+        with pytest.raises(OSError, match="went away"):
+            run(looks(shard_size=4), shop(tmp_path, ALL), output)
+    (folder,) = tmp_path.glob(".f.parquet.shards-*")
+    address = earlier_addresses("descriptor", looks().identity(), CODE)[1]
+    folder.rename(tmp_path / f".f.parquet.shards-{address}-{folder.name.rpartition('-')[2]}")
+    record, _ = run(looks(shard_size=4), shop(tmp_path, ALL), output)
+    assert (record["kept"], record["encoded"]) == (8, 36) and not list(tmp_path.glob(".f.parquet.shards-*"))
+
+
+def test_all_cached_outputs_are_listed(tmp_path: Path) -> None:
+    folder = tmp_path / "processed/toys/features/image"
+    folder.mkdir(parents=True)
+    spec = looks()
+    output = folder / f"looks-large-{key_of(spec.identity())}.parquet"
+    run(spec, shop(tmp_path, OLD), output)
+    run(spec, shop(tmp_path, ALL), output)
+    run(spec, shop(tmp_path, OLD), output, code="extract 2, descriptor 1")
+    found = {one.address: one for one in cached_outputs(tmp_path / "processed")}
+    assert found.keys() == {cache_address(spec.identity(), code) for code in (CODE, "extract 2, descriptor 1")}
+    one = found[cache_address(spec.identity(), CODE)]
+    assert (one.extractor, one.key, one.rows) == ("looks-large", key_of(spec.identity()), 44)
+    assert one.bytes == sum(path.stat().st_size for path in one.folder.iterdir()) > 0
+    # The list is for a command that lists and removes: it must not load a model library.
+    code = "import sys, extractors.runtime.cache; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "False"
 
 
 def breaking(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
@@ -214,18 +296,18 @@ def test_a_job_that_ended_in_between_loses_only_its_last_shard(
     assert not list(tmp_path.glob(".f.parquet.shards-*"))
 
 
-def test_a_job_that_ended_before_it_kept_its_shards_encodes_nothing_again(
+def test_a_job_that_ended_before_it_cached_its_shards_encodes_nothing_again(
     tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "f.parquet"
     with monkeypatch.context() as broken:
-        broken.setattr("extractors.runtime.cache.Kept.adopt", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        broken.setattr("extractors.runtime.cache.OutputCache.add", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(texts_of(bert, shard_size=9), shop(tmp_path, ALL), output)
     before = output.read_bytes()
     # Half of them were moved when the power went.
     (folder,) = tmp_path.glob(".f.parquet.shards-*")
-    home = tmp_path / ".kept/f" / folder.name.split("-")[1]
+    home = tmp_path / ".cache/f" / folder.name.split("-")[1]
     home.mkdir(parents=True)
     for path in sorted(folder.iterdir())[:2]:
         path.replace(home / f"x-{path.name}")
@@ -233,13 +315,13 @@ def test_a_job_that_ended_before_it_kept_its_shards_encodes_nothing_again(
     assert record["encoded"] == 0 and output.read_bytes() == before
 
 
-def test_a_kept_file_that_is_damaged_is_encoded_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_cache_file_is_encoded_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     output = tmp_path / "f.parquet"
     run(looks(shard_size=10), shop(tmp_path, OLD), output)
-    path = sorted((tmp_path / ".kept").rglob("*.parquet"))[1]
+    path = sorted((tmp_path / ".cache").rglob("*.parquet"))[1]
     path.write_bytes(path.read_bytes()[:-20])
     record, _ = run(looks(), shop(tmp_path, ALL), output)
-    assert record["encoded"] == 14 and f"{path} cannot be read" in caplog.text
+    assert record["encoded"] == 14 and f"{path} cannot be read" in caplog.text and path.exists()
     run(looks(), shop(tmp_path / "fresh", ALL), tmp_path / "fresh/f.parquet")
     assert output.read_bytes() == (tmp_path / "fresh/f.parquet").read_bytes()
 
@@ -250,7 +332,7 @@ def test_what_is_only_looked_up_is_not_stored_twice(tmp_path: Path) -> None:
     data = {"modality": "sound", "backend": "precomputed", "path": str(tmp_path / "v.npy")}
     spec = extractors.parse_extractor("v", data | {"ids": str(tmp_path / "ids.txt")}, "extractors.v")
     record, features = run(spec, shop(tmp_path, OLD), tmp_path / "f.parquet")
-    assert record["encoded"] == 40 and features.embedding.sum() == 40 and not (tmp_path / ".kept").exists()
+    assert record["encoded"] == 40 and features.embedding.sum() == 40 and not (tmp_path / ".cache").exists()
 
 
 COLOURS = ["red", "blue", "green", "yellow"]

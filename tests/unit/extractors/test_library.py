@@ -2,15 +2,13 @@
 
 import doctest
 import re
-import sys
-import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pytest
-from fixtures_extractors import plain, write_items
+from fixtures_extractors import write_items
 from pydantic import Field
 from repository import ROOT
 
@@ -21,8 +19,8 @@ from extractors import registry
 from extractors.extract import extract
 from extractors.extractor import Advance, Encoded, Extractor, collect, silent
 from extractors.runtime.source import Source
-from extractors.spec import ExtractorSpec
-from extractors.text.item_text import read_texts, text_of
+from extractors.spec import BackendSpec
+from extractors.text.item_text import item_text, read_texts
 
 DOCS = ROOT / "docs" / "extractors.md"
 
@@ -33,30 +31,14 @@ def test_the_example_in_the_package_runs() -> None:
 
 
 def test_the_documented_use_works() -> None:
-    (code,) = [
-        block for block in re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S) if "extractors.load(" in block
-    ]
+    section = DOCS.read_text().partition("## As a library")[2].partition("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     names: dict[str, Any] = {}
     exec(compile(code, "docs", "exec"), names)
     assert names["encoded"].embedding.shape == (2, 384) and names["encoded"].status.tolist() == ["ok", "missing"]
 
 
-def test_the_documented_backend_works_as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = [block for block in re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S) if "class " in block]
-    (line,) = re.findall(r'^ *"(mean-colour)": "([\w.:]+)",$', DOCS.read_text(), re.M)
-    module = types.ModuleType(line[1].partition(":")[0])
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(compile(code, "docs", "exec"), module.__dict__)
-    monkeypatch.setitem(registry.BACKENDS, *line)
-    extractor = extractors.load({"modality": "image", "backend": "mean-colour"})
-    found = extractor.encode([{"image": plain("red")}, {"image": b"x"}, {}])
-    assert found.status.tolist() == ["ok", "failed", "missing"] and found.embedding.shape == (3, 3)
-    np.testing.assert_allclose(found.embedding[0], np.array([220, 20, 20]) / 255, atol=1e-6)
-    with pytest.raises(UserError, match=r"mine\.squared: unknown key"):
-        extractors.parse_extractor("mine", {"modality": "image", "backend": "mean-colour", "squared": 1}, "mine")
-
-
-class LettersSpec(ExtractorSpec):
+class LettersSpec(BackendSpec):
     """A backend of this test: letters counted, and faults on demand."""
 
     modalities: ClassVar[tuple[str, ...]] = ("text",)
@@ -78,7 +60,7 @@ class Letters(Extractor[str]):
         self.spec, self.dim, self.calls = spec, 2, 0
 
     def input_of(self, item: Mapping[str, Any]) -> str | None:
-        return text_of(item, ["title"])
+        return item_text(item, ["title"])
 
     def facts(self) -> dict[str, Any]:
         return {}
@@ -135,15 +117,17 @@ def test_a_job_with_another_shard_size_takes_none_of_the_old_shards(
 
 
 @pytest.mark.parametrize(
-    ("fault", "told"),
+    ("fault", "message"),
     [
         ("grows", "l: the model made vectors of 2 dimensions, then of 3"),
         ("grows inside", "the model made vectors of 2 dimensions, then one of 3"),
     ],
 )
-def test_vectors_of_varying_length_are_refused(tmp_path: Path, letters: dict[str, Any], fault: str, told: str) -> None:
+def test_vectors_of_varying_length_are_refused(
+    tmp_path: Path, letters: dict[str, Any], fault: str, message: str
+) -> None:
     items = write_items(tmp_path, [{"title": "ab" * row} for row in range(1, 5)])
     spec = extractors.parse_extractor("l", letters | {"fault": fault, "shard_size": 2}, "l")
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         extract(spec, {"items": items}, tmp_path / "f.parquet", name="l")
     assert not (tmp_path / "f.parquet").exists()

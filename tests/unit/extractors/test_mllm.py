@@ -133,7 +133,7 @@ def test_other_titles_are_other_inputs(vlm: Path, tmp_path: Path) -> None:
     assert prints[0] == prints[2] != prints[1]
 
 
-def test_memory_that_runs_out_while_the_model_loads_is_told(vlm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_runs_out_while_the_model_loads_is_reported(vlm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     no_room_on_the_device(monkeypatch)
     with pytest.raises(UserError, match="memory ran out while the model was loaded"):
         spec_of(vlm).load()
@@ -164,6 +164,6 @@ def test_a_large_model_on_a_processor_is_refused_with_hours(vlm: Path, monkeypat
     monkeypatch.setattr("extractors.multimodal.transformers.parameters_of", lambda folder: 7_000_000_000)
     monkeypatch.setattr("extractors.multimodal.transformers.seconds_per_parameter", lambda precision: (1e-11, 1e-9))
     with pytest.raises(UserError, match=r"7\.0 billion parameters .* needs about 19\.7 hours .* allow_slow: true"):
-        spec_of(vlm, precision="autocast").warn_of_effort(3000)
-    spec_of(vlm, allow_slow=True).warn_of_effort(3000)
-    spec_of(vlm).warn_of_effort(10)
+        spec_of(vlm, precision="autocast").check_cpu_time(3000)
+    spec_of(vlm, allow_slow=True).check_cpu_time(3000)
+    spec_of(vlm).check_cpu_time(10)

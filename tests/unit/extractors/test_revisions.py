@@ -42,7 +42,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CM3_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: answering)
-    revisions._warn.cache_clear()
+    revisions.warn_once.cache_clear()
     return answering
 
 
@@ -68,11 +68,11 @@ def test_pinning_what_the_warning_says_changes_no_key(hub: Hub) -> None:
     assert key_of(parse(revision=OTHER).identity()) != key_of(pinned.identity())
 
 
-def test_a_job_is_told_the_commit_and_looks_nothing_up(hub: Hub) -> None:
+def test_a_job_gets_the_commit_and_looks_nothing_up(hub: Hub) -> None:
     spec = parse()
-    told = parse_extractor("mine", spec.settings() | spec.runtime(), "extractors.mine")
+    planned = parse_extractor("mine", spec.settings() | spec.runtime(), "extractors.mine")
     Path("processed/.revisions.json").unlink()
-    assert told.revision == COMMIT and told.identity() == parse(revision=COMMIT).identity() and hub.asked == 1
+    assert planned.revision == COMMIT and planned.identity() == parse(revision=COMMIT).identity() and hub.asked == 1
 
 
 def test_other_models_in_the_record_stay(hub: Hub) -> None:
@@ -101,9 +101,11 @@ def test_a_hub_out_of_reach_says_what_to_do(hub: Hub, monkeypatch: pytest.Monkey
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: (_ for _ in ()).throw(OSError("empty")))
     with pytest.raises(UserError) as error:
         parse().identity()
-    told = str(error.value)
-    assert "can't be asked for the newest (ConnectionError: no route to huggingface.co)" in told
-    assert "Set revision to a commit" in told and "weights to a local folder" in told and "more of it" not in told
+    message = str(error.value)
+    assert "cannot be asked for the newest (ConnectionError: no route to huggingface.co)" in message
+    assert (
+        "Set revision to a commit" in message and "weights to a local folder" in message and "more of it" not in message
+    )
     with pytest.raises(UserError, match="local_files_only is set"):
         parse(local_files_only=True).identity()
     assert not Path("processed/.revisions.json").exists()
@@ -134,7 +136,7 @@ def offline(folder: Path, cache: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_offline_what_was_downloaded_as_the_newest_counts_and_then_no_library_is_loaded(tmp_path: Path) -> None:
+def test_offline_the_newest_download_counts_and_later_no_library_is_loaded(tmp_path: Path) -> None:
     assert offline(tmp_path, tmp_path / "hub")[0].startswith("refused: org/name: no revision is set")
     repository = tmp_path / "hub" / "models--org--name"
     (repository / "snapshots" / COMMIT).mkdir(parents=True)

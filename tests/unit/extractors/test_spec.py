@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def age_of(path: Path, seconds: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "message"),
     [
         (
             {"modality": "image", "backend": "tim"},
@@ -56,21 +57,21 @@ def age_of(path: Path, seconds: int) -> None:
         (TIMM | {"weight": "w"}, "extractors.mine.weight: unknown key (did you mean 'weights'?)"),
         (MINILM | {"modality": "image"}, "extractors.mine.modality = 'image': "),
         (MINILM | {"fields": ["titel"]}, "extractors.mine.fields.0 = 'titel'"),
-        (MINILM | {"fields": ["title", "title"]}, "fields names a field twice"),
+        (MINILM | {"fields": ["title", "title"]}, "duplicate field in fields"),
         (MINILM | {"batch_size": 0}, "extractors.mine.batch_size = 0"),
         (MINILM | {"dtype": "float64"}, "extractors.mine.dtype = 'float64'"),
-        (MINILM | {"revision": COMMIT}, "revision belongs to a hub id"),
+        (MINILM | {"revision": COMMIT}, "revision needs a hub id"),
         (
             HUB | {"revision": "main"},
             "extractors.mine.revision = 'main': a pinned revision is a commit of 40 hex digits",
         ),
-        (HUB | {"trust_remote_code": True, "revision": None}, "set revision to the commit whose code was read"),
-        (MINILM | {"trust_remote_code": True}, "set revision to the commit whose code was read"),
+        (HUB | {"trust_remote_code": True, "revision": None}, "set revision to the commit whose code you have read"),
+        (MINILM | {"trust_remote_code": True}, "set revision to the commit whose code you have read"),
         (TIMM | {"weights": "w", "trust_remote_code": True}, "extractors.mine.trust_remote_code: unknown key"),
         (MINILM | {"shard_size": 0}, "extractors.mine.shard_size = 0"),
         (MLLM | {"prompt": "{titel}?"}, "{titel} is no field of an item (did you mean 'title'?)"),
-        (HUB | {"weights": "/some/where"}, "one place only"),
-        (TIMM, "no weights: give hub + revision"),
+        (HUB | {"weights": "/some/where"}, "one location only"),
+        (TIMM, "no weights: set hub and revision"),
         ({"modality": "image", "backend": "timm", "weights": "w.safetensors"}, "needs an architecture's name"),
         (CAPTION, "extractors.mine.encoder: required"),
         (CAPTION | {"encoder": "t", "max_new_tokens": 129}, "extractors.mine.max_new_tokens = 129"),
@@ -82,10 +83,10 @@ def age_of(path: Path, seconds: int) -> None:
         ({"modality": "a/b", "backend": "precomputed", "path": "x.b"}, "part of file names"),
     ],
 )
-def test_a_wrong_spec_is_refused_with_the_key_and_a_hint(data: dict[str, Any], told: str) -> None:
+def test_a_wrong_spec_is_refused_with_the_key_and_a_hint(data: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as error:
         parse(data)
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 def test_a_name_that_is_no_file_name_is_refused() -> None:
@@ -104,10 +105,14 @@ def test_every_backend_parses_without_loading_a_model_library() -> None:
     assert found.stdout.strip() == "[]"
 
 
-def test_each_backend_names_its_own_module_as_the_code_that_counts() -> None:
-    for backend, entry in BACKENDS.items():
-        assert spec_classes()[backend].__module__ == entry.partition(":")[0]
-    assert parse(MINILM).modules() == ["extractors.text.sentence_transformers"]
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_backend_states_version_libraries_and_cost(backend: str) -> None:
+    spec = spec_classes()[backend]
+    assert spec.__module__ == BACKENDS[backend].partition(":")[0]
+    assert spec.version is not None and spec.code_version() == str(spec.version)
+    assert spec.libraries and "cost" in vars(spec) and spec.cost.items_per_second > 0
+    for library in set(spec.libraries) - {"vllm"}:  # an optional engine, not installed with the others
+        assert metadata.version(library)
 
 
 @pytest.mark.parametrize(
@@ -256,15 +261,15 @@ except UserError as error:
 
 
 def test_an_offline_hub_says_what_to_download_and_where_to_put_it(tmp_path: Path) -> None:
-    told = offline(ASK, HF_HUB_CACHE=str(tmp_path)).stdout
-    assert told.startswith("refused: org/name at revision")
-    assert f"hf download org/name --revision {COMMIT}" in told and "set weights: FOLDER" in told
+    message = offline(ASK, HF_HUB_CACHE=str(tmp_path)).stdout
+    assert message.startswith("refused: org/name at revision")
+    assert f"hf download org/name --revision {COMMIT}" in message and "set weights: FOLDER" in message
 
 
-def test_a_snapshot_that_was_downloaded_before_is_used_offline_and_pickles_are_refused(tmp_path: Path) -> None:
+def test_an_earlier_download_is_used_offline_and_pickles_are_refused(tmp_path: Path) -> None:
     snapshot = tmp_path / "models--org--name" / "snapshots" / COMMIT
     snapshot.mkdir(parents=True)
     (snapshot / "pytorch_model.bin").write_bytes(b"pickle")
-    assert "holds more than tensors may run any code" in offline(ASK, HF_HUB_CACHE=str(tmp_path)).stdout
+    assert "with more than tensors can run any code" in offline(ASK, HF_HUB_CACHE=str(tmp_path)).stdout
     (snapshot / "model.safetensors").write_bytes(b"")
     assert offline(ASK, HF_HUB_CACHE=str(tmp_path)).stdout.strip() == str(snapshot)

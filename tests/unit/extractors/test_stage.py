@@ -20,7 +20,7 @@ from cm3.common.tables import read_features, read_metadata
 from extractors.extract import extract
 from extractors.extractor import Model
 from extractors.image.item_images import read_images
-from extractors.runtime.device import Batch
+from extractors.runtime.batch import Batch
 
 DESCRIPTOR = {"modality": "image", "backend": "descriptor"}
 IMAGES = [
@@ -86,7 +86,7 @@ def test_a_failure_in_the_middle_keeps_the_finished_shards(
     run = DescriptorExtractor.run
     seen: list[int] = []
     asked: list[int] = []
-    monkeypatch.setattr(DescriptorSpec, "warn_of_effort", lambda self, items: asked.append(items))
+    monkeypatch.setattr(DescriptorSpec, "check_cpu_time", lambda self, items: asked.append(items))
 
     def counted(self: Any, images: Any, advance: Any) -> Any:
         seen.append(1)
@@ -100,13 +100,13 @@ def test_a_failure_in_the_middle_keeps_the_finished_shards(
     assert not output.exists() and len(list(tmp_path.glob(".f.parquet.shards-*/*.parquet"))) == 2
     with caplog.at_level(logging.INFO):
         record = extract(descriptor(), inputs, output, code="a")
-    assert "2 of 3 shards are finished from before" in caplog.text and len(seen) == 4
+    assert "resuming: 2 of 3 shards are finished" in caplog.text and len(seen) == 4
     assert asked == [10, 2]
     assert record["counts"]["ok"] == 10 and not list(tmp_path.glob(".f.parquet.shards-*"))
 
 
-@pytest.mark.parametrize("change", ["code", "settings", "images"])
-def test_finished_shards_of_other_code_settings_or_inputs_are_not_used(
+@pytest.mark.parametrize("change", ["version", "settings", "images"])
+def test_shards_of_another_version_setting_or_input_are_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     from extractors.image.descriptor import DescriptorExtractor, DescriptorSpec
@@ -123,7 +123,7 @@ def test_finished_shards_of_other_code_settings_or_inputs_are_not_used(
     run = DescriptorExtractor.run
     monkeypatch.setattr(DescriptorExtractor, "run", lambda self, *args: (seen.append(1), run(self, *args))[1])
     spec = descriptor(dtype="float16") if change == "settings" else descriptor()
-    extract(spec, inputs, output, code="b" if change == "code" else "a")
+    extract(spec, inputs, output, code="b" if change == "version" else "a")
     assert len(seen) == 3 and not list(tmp_path.glob(".f.parquet.shards-*"))
 
 
@@ -157,6 +157,7 @@ def stage(folder: Path, inputs: dict[str, Path], output: Path, shard: int) -> su
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.integration
 def test_a_killed_job_goes_on_where_it_was_and_gives_identical_bytes(tmp_path: Path) -> None:
     images: list[bytes | str | None] = [shape("circle", "green", 32 + row, row) for row in range(400)]
     images += [b"not an image %d" % row for row in range(40)] + [None] * 40
@@ -176,8 +177,8 @@ def test_a_killed_job_goes_on_where_it_was_and_gives_identical_bytes(tmp_path: P
     assert 5 <= finished < 44
 
     process = stage(tmp_path, inputs, output, 10)
-    told = process.communicate()[1]
-    assert process.returncode == 0 and f"{finished} of 44 shards are finished from before" in told
+    log = process.communicate()[1]
+    assert process.returncode == 0 and f"{finished} of 44 shards are finished" in log
     assert output.read_bytes() == whole.read_bytes()
     record = json.loads(Path(f"{output}.json").read_text())
     assert record["counts"] == {"ok": 400, "missing": 40, "failed": 40} and len(record["failures"]) == 20
@@ -220,20 +221,18 @@ def test_nan_from_a_model_is_refused_and_the_items_are_named(tmp_path: Path) -> 
 
 
 def test_not_one_image_and_not_one_readable_image_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not one of 2 items has an input for image vectors"):
+    with pytest.raises(UserError, match="none of 2 items has an input for image vectors"):
         extract(descriptor(), tables(tmp_path, [None, None]), tmp_path / "f.parquet")
-    with pytest.raises(UserError, match="not one of 2 inputs came through, first reason: 0 bytes"):
+    with pytest.raises(UserError, match="all 2 inputs failed, first reason: 0 bytes"):
         extract(descriptor(), tables(tmp_path, [b"", b"x"]), tmp_path / "f.parquet")
 
 
-def test_a_job_of_which_nothing_came_through_leaves_nothing_that_the_next_would_take(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_job_without_a_single_output_leaves_no_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from extractors.image.descriptor import DescriptorExtractor
 
     inputs, run = tables(tmp_path, IMAGES[:3]), DescriptorExtractor.run
     monkeypatch.setattr(DescriptorExtractor, "run", lambda self, inputs, advance: run(self, [b"" for _ in inputs]))
-    with pytest.raises(UserError, match="not one of 3 inputs came through"):
+    with pytest.raises(UserError, match="all 3 inputs failed"):
         extract(descriptor(), inputs, tmp_path / "f.parquet", code="abc")
     monkeypatch.undo()
     assert extract(descriptor(), inputs, tmp_path / "f.parquet", code="abc")["counts"]["ok"] == 3

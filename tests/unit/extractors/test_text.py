@@ -16,7 +16,7 @@ import extractors
 from cm3.common.errors import UserError
 from cm3.common.tables import CAPTIONS, read_features, read_metadata, write_table
 from extractors.extract import extract
-from extractors.text.item_text import read_captions, text_of
+from extractors.text.item_text import item_text, read_captions
 from extractors.text.sentence_transformers import SentenceTransformersExtractor
 
 SPEC = {
@@ -41,15 +41,15 @@ def minilm() -> SentenceTransformersExtractor:
 
 def test_the_text_is_made_of_the_fields_in_their_order() -> None:
     item = {"title": " Red\n shoe ", "brand": None, "categories": ["Shoes", " ", "Running"], "description": "\x00"}
-    assert text_of(item) == "Red shoe\nShoes, Running"
-    assert text_of(item, ["categories", "title"]) == "Shoes, Running\nRed shoe"
-    assert text_of(item, ["brand", "description"]) is None
-    assert text_of({}) is None
+    assert item_text(item) == "Red shoe\nShoes, Running"
+    assert item_text(item, ["categories", "title"]) == "Shoes, Running\nRed shoe"
+    assert item_text(item, ["brand", "description"]) is None
+    assert item_text({}) is None
 
 
 @given(st.lists(st.one_of(st.none(), st.text(), st.lists(st.text(), max_size=3)), min_size=4, max_size=4))
 def test_any_fields_make_one_clean_text_or_none(values: list[object]) -> None:
-    text = text_of(dict(zip(("title", "brand", "categories", "description"), values, strict=True)))
+    text = item_text(dict(zip(("title", "brand", "categories", "description"), values, strict=True)))
     assert text is None or (text.strip() == text and text.encode("utf-8") and "\x00" not in text)
 
 
@@ -129,7 +129,7 @@ def test_static_embeddings_have_no_limit(tmp_path: Path) -> None:
     assert facts["max_length"] is None and facts["modules"] == ["StaticEmbedding"]
     prompted = extractors.load(spec | {"prompt": "query : "}).run(texts).embedding
     assert not np.allclose(prompted, found.embedding[:3], atol=1e-3)
-    with pytest.raises(UserError, match="max_length = 12: the model reads texts of any length; leave it out"):
+    with pytest.raises(UserError, match="max_length = 12: the model has no limit; leave it out"):
         extractors.load(spec | {"max_length": 12})
 
 

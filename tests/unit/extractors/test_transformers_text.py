@@ -138,7 +138,7 @@ def test_any_batch_and_shard_size_gives_the_same_file(folders: dict[str, Path], 
 
 
 @pytest.mark.parametrize("precision", ["autocast", "bfloat16"])
-def test_lower_precisions_are_close_and_told_apart_by_the_key(folders: dict[str, Path], precision: str) -> None:
+def test_lower_precisions_are_close_and_have_other_keys(folders: dict[str, Path], precision: str) -> None:
     full = load(folders["bert"])
     low = load(folders["bert"], precision=precision)
     assert full.spec.identity() != low.spec.identity()
@@ -160,7 +160,7 @@ def test_what_is_no_text_encoder_is_refused(folders: dict[str, Path], tmp_path: 
     config = (folders["bert"] / "config.json").read_text().replace('"hidden_size": 32', '"hidden_size": 16')
     shutil.copytree(folders["bert"], tmp_path / "narrow")
     (tmp_path / "narrow" / "config.json").write_text(config)
-    with pytest.raises(UserError, match=r"in the checkpoint in place of"):
+    with pytest.raises(UserError, match=r"in the checkpoint instead of"):
         load(tmp_path / "narrow")
 
 

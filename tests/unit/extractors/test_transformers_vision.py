@@ -204,5 +204,5 @@ def test_what_is_no_vision_model_is_refused(folders: dict[str, Path], tmp_path: 
     shutil.copytree(folders["vit"], tmp_path / "loose")
     settings = json.loads((tmp_path / "loose" / "preprocessor_config.json").read_text()) | {"do_center_crop": False}
     (tmp_path / "loose" / "preprocessor_config.json").write_text(json.dumps(settings))
-    with pytest.raises(UserError, match="its preprocessing leaves images in different sizes"):
+    with pytest.raises(UserError, match="its preprocessing gives images of different sizes"):
         load(tmp_path / "loose")

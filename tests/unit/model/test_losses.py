@@ -7,19 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import cm3.model.losses
 from cm3.model.losses import alignment, calibrated_uniformity, uniformity
 
 
 @pytest.fixture
 def rows() -> np.ndarray:
     return oracle.unit_rows(np.random.default_rng(0).standard_normal((23, 6)))
-
-
-@pytest.fixture(autouse=True, params=[4, 256])
-def block(request, monkeypatch):
-    """Every test runs in one block and in several."""
-    monkeypatch.setattr(cm3.model.losses, "_CPU_BLOCK", request.param)
 
 
 def test_alignment(rows):
@@ -65,6 +58,7 @@ def test_gradients_match_finite_differences(rows):
     counts = torch.tensor([1, 2, 1, 5, 1, 1, 3])
     assert torch.autograd.gradcheck(lambda a: uniformity(a, 2.0), x)
     assert torch.autograd.gradcheck(lambda a, s: calibrated_uniformity(a, s, 2.0, counts), (x, similarity))
+    assert torch.autograd.gradgradcheck(lambda a: uniformity(a, 2.0, counts), x)
 
 
 @pytest.mark.parametrize("counts", [None, 3])

@@ -10,10 +10,10 @@ import scipy.sparse as sp
 import torch
 
 from cm3.common.errors import UserError
-from cm3.config import PRESETS, Evaluation, Model, Training, modality_weights, settings
+from cm3.config import Evaluation, Model, Training, modality_weights, settings
 from cm3.model.model import CM3
 from cm3.model.network import Loss
-from cm3.model.sampling import Batch, Sampler, mixing_parameters, spreads
+from cm3.model.sampling import Batch, Sampler, count_by_batch, mixing_parameters
 
 USERS, ITEMS = 9, 7
 
@@ -33,8 +33,14 @@ def build(modalities: int, **changes: object) -> tuple[CM3, dict[str, torch.Tens
 
 
 def batch(dedup: bool = True) -> Batch:
-    users, items, contrast = (torch.tensor(x) for x in BATCH)
-    return Batch(users, items, contrast, spreads(users, len(users), dedup)[0], spreads(contrast, len(users), dedup)[0])
+    users, items, negatives = (torch.tensor(x) for x in BATCH)
+    return Batch(
+        users,
+        items,
+        negatives,
+        count_by_batch(users, len(users), dedup)[0],
+        count_by_batch(negatives, len(users), dedup)[0],
+    )
 
 
 BATCH = ([0, 1, 2, 3, 1, 8], [1, 2, 3, 4, 6, 0], [5, 0, 2, 5, 3, 1])
@@ -93,7 +99,7 @@ def test_forward_loss_and_gradients(modalities, changes, dtype, tolerance):
     for found, plain in ((embeddings.users, users), (embeddings.items, items), (embeddings.fused, fused)):
         assert_near(found, plain, tolerance, "embeddings")
     # What a training step computes embeds the batch's users alone; it must be the same loss.
-    model._mixing = lambda seed: t.to(dtype)
+    model.sample_t = lambda seed: t.to(dtype)
     some = batch(chosen.dedup_pairs)
     for run in (
         lambda: backward_of(model.loss(embeddings, some)),
@@ -110,7 +116,7 @@ def test_forward_loss_and_gradients(modalities, changes, dtype, tolerance):
 
 def backward_of(loss: Loss) -> Loss:
     loss.total.backward()
-    return Loss(loss.total.detach(), loss.parts)
+    return Loss(loss.total.detach(), loss.components)
 
 
 def assert_near(found: torch.Tensor, expected: torch.Tensor, tolerance: float, name: str) -> None:
@@ -125,7 +131,7 @@ def test_a_step_over_two_batches_is_the_mean_of_their_losses_over_one_forward():
         batch(),
         Batch(
             *(torch.tensor(x) for x in ([5, 5], [0, 1], [2, 3])),
-            *(spreads(torch.tensor(x), 2, True)[0] for x in ([5, 5], [2, 3])),
+            *(count_by_batch(torch.tensor(x), 2, True)[0] for x in ([5, 5], [2, 3])),
         ),
     )
     embeddings = model.training_embeddings(3)
@@ -135,8 +141,10 @@ def test_a_step_over_two_batches_is_the_mean_of_their_losses_over_one_forward():
     model.zero_grad()
     both = model.backward([one, other], 3)
     torch.testing.assert_close(both.total, (losses[0].total + losses[1].total).detach() / 2)
-    for name in model.parts:
-        torch.testing.assert_close(both.parts[name], (losses[0].parts[name] + losses[1].parts[name]).detach() / 2)
+    for name in model.components:
+        torch.testing.assert_close(
+            both.components[name], (losses[0].components[name] + losses[1].components[name]).detach() / 2
+        )
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name])
 
@@ -145,14 +153,14 @@ def test_a_step_over_two_batches_is_the_mean_of_their_losses_over_one_forward():
 def test_a_step_leaves_nothing_to_the_garbage_collector(batches, monkeypatch):
     model, _ = build(2)
     kept = []
-    ego = model._ego
+    ego = model.ego_embeddings
 
     def watched(t):
         found = ego(t)
         kept.extend(weakref.ref(x) for x in found)
         return found
 
-    monkeypatch.setattr(model, "_ego", watched)
+    monkeypatch.setattr(model, "ego_embeddings", watched)
     gc.disable()
     try:
         model.backward([batch()] * batches, 3)
@@ -190,10 +198,10 @@ def test_bfloat16_products_are_near_those_of_float32():
     assert all(m.hidden.weight.grad.dtype == torch.float32 and m.hidden.weight.grad.any() for m in model.modalities)
 
 
-def test_parts_add_up_to_the_loss():
+def test_components_add_up_to_the_loss():
     model, _ = build(2, gamma=0.7)
     loss = model.loss(model(torch.full((ITEMS,), 0.3, dtype=torch.float64)), batch())
-    align, *uniformities = (loss.parts[name] for name in model.parts)
+    align, *uniformities = (loss.components[name] for name in model.components)
     torch.testing.assert_close(loss.total, align + 0.7 * sum(uniformities) / 2)
 
 
@@ -215,12 +223,14 @@ def test_detaching_the_similarity_changes_the_gradient_and_not_the_loss():
 
 
 def sampler(
-    contrast: str = "negative", seed: int = 3, batch_size: int = 64, dedup_pairs: bool = False
+    negatives: str = "negative", seed: int = 3, batch_size: int = 64, dedup_pairs: bool = False
 ) -> tuple[Sampler, np.ndarray]:
     rng = np.random.default_rng(0)
     seen = rng.random((50, 20)) < 0.5
     users, items = (torch.from_numpy(x) for x in np.nonzero(seen))
-    made = Sampler(users, items, 20, batch_size=batch_size, contrast=contrast, dedup_pairs=dedup_pairs, seed=seed)
+    made = Sampler(
+        users, items, 20, batch_size=batch_size, negative_sampling=negatives, dedup_pairs=dedup_pairs, seed=seed
+    )
     return made, seen
 
 
@@ -232,14 +242,14 @@ def test_an_epoch_is_every_pair_once_with_an_unseen_item():
     users, items = (torch.cat([getattr(b, name) for b in batches]).numpy() for name in ("users", "items"))
     pairs = sorted(zip(users.tolist(), items.tolist(), strict=True))
     assert pairs == list(zip(*map(list, np.nonzero(seen)), strict=True))
-    assert not seen[users, torch.cat([b.spread_items.ids for b in batches]).numpy()].any()
+    assert not seen[users, torch.cat([b.counted_negatives.ids for b in batches]).numpy()].any()
 
 
-def test_gathered_ids_are_those_of_the_batch():
+def test_counted_ids_are_those_of_the_batch():
     repeated, gathered = list(sampler()[0].epoch(1)), list(sampler(dedup_pairs=True)[0].epoch(1))
     for a, b in zip(repeated, gathered, strict=True):
-        assert torch.equal(a.users, b.users) and torch.equal(a.items, b.items) and a.spread_users.counts is None
-        for one, other in ((a.spread_users, b.spread_users), (a.spread_items, b.spread_items)):
+        assert torch.equal(a.users, b.users) and torch.equal(a.items, b.items) and a.counted_users.counts is None
+        for one, other in ((a.counted_users, b.counted_users), (a.counted_negatives, b.counted_negatives)):
             ids, counts = np.unique(one.ids.numpy(), return_counts=True)
             assert other.ids.tolist() == ids.tolist() and other.counts.tolist() == counts.tolist()
 
@@ -249,20 +259,20 @@ def test_negatives_are_uniform_over_the_unseen():
     counts = np.zeros(seen.shape)
     for epoch in range(1, 200):
         (whole,) = chosen.epoch(epoch)
-        np.add.at(counts, (whole.users.numpy(), whole.spread_items.ids.numpy()), 1)
+        np.add.at(counts, (whole.users.numpy(), whole.counted_negatives.ids.numpy()), 1)
     expected = np.where(seen, 0, (seen.sum(1) * 199 / (~seen).sum(1))[:, None])
     variance = expected * (1 - 1 / (~seen).sum(1))[:, None]
     deviation = (counts - expected)[~seen] ** 2 / variance[~seen]
     assert 0.8 < deviation.mean() < 1.2  # chi-square per cell of about 500
 
 
-def test_other_contrasts():
+def test_positive_and_uniform_sampling():
     (positive,) = sampler("positive", batch_size=10_000)[0].epoch(1)
-    assert torch.equal(positive.spread_items.ids, positive.items)
+    assert torch.equal(positive.counted_negatives.ids, positive.items)
     chosen, seen = sampler("uniform", batch_size=10_000)
     (uniform,) = chosen.epoch(1)
-    assert seen[uniform.users.numpy(), uniform.spread_items.ids.numpy()].any()
-    assert set(uniform.spread_items.ids.tolist()) == set(range(20))
+    assert seen[uniform.users.numpy(), uniform.counted_negatives.ids.numpy()].any()
+    assert set(uniform.counted_negatives.ids.tolist()) == set(range(20))
 
 
 def test_epochs_differ_and_repeat_by_seed_from_any_batch():
@@ -272,7 +282,7 @@ def test_epochs_differ_and_repeat_by_seed_from_any_batch():
         rest = list(chosen.epoch(2, first))
         assert len(rest) == len(whole) - first
         for a, b in zip(whole[first:], rest, strict=True):
-            assert torch.equal(a.users, b.users) and torch.equal(a.spread_items.ids, b.spread_items.ids)
+            assert torch.equal(a.users, b.users) and torch.equal(a.counted_negatives.ids, b.counted_negatives.ids)
     assert not torch.equal(next(chosen.epoch(3)).users, whole[0].users)
     assert not torch.equal(next(sampler(seed=4)[0].epoch(2)).users, whole[0].users)
 
@@ -280,7 +290,7 @@ def test_epochs_differ_and_repeat_by_seed_from_any_batch():
 def test_a_user_with_every_item_has_no_negative():
     with pytest.raises(ValueError, match="user 1 has interacted with all 3 items"):
         users, items = torch.tensor([0, 1, 1, 1]), torch.tensor([0, 0, 1, 2])
-        Sampler(users, items, 3, batch_size=4, contrast="negative", dedup_pairs=True, seed=0)
+        Sampler(users, items, 3, batch_size=4, negative_sampling="negative", dedup_pairs=True, seed=0)
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.5, 2.0])
@@ -311,7 +321,7 @@ def test_user_values_stand_above_the_preset():
     assert found.evaluation.ks == [5, 20]
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", Model.presets)
 def test_settings_survive_their_identity(preset):
     found = settings(preset, {}, {}, {}, "x")
     assert Model.model_validate(found.model.identity()) == found.model
@@ -332,7 +342,7 @@ def test_settings_survive_their_identity(preset):
         ({}, {"lr": "fast"}, {}, r"x\.training\.lr = 'fast'"),
         ({}, {"monitor": "accuracy"}, {}, r"x\.training\.monitor = 'accuracy'"),
         ({}, {"epochs": 1.5}, {}, r"x\.training\.epochs = 1\.5"),
-        ({}, {}, {"ks": [5, 5]}, r"x\.evaluation\.ks = \[5, 5\]: a cut-off stands here twice"),
+        ({}, {}, {"ks": [5, 5]}, r"x\.evaluation\.ks = \[5, 5\]: duplicate cut-off in ks: 5"),
         ({}, {}, {"ks": []}, r"x\.evaluation\.ks"),
         ({}, {}, {"score": "euclid"}, r"x\.evaluation\.score = 'euclid'"),
     ],

@@ -18,6 +18,8 @@ from cm3.reports.pages.study_page import study_page
 
 __all__ = ["one_thread"]  # used by every test here
 
+pytestmark = pytest.mark.browser
+
 PHONE, DESK = 360, 1280
 
 

@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
@@ -13,10 +14,10 @@ from PIL import Image
 
 from cm3.reports.pages.chart import Bars, Chart, Forest, Line, Mark, Points, labelled, ticks
 from cm3.reports.pages.chart_layout import labels
-from cm3.reports.pages.chart_svg import interval, share_bar, svg
-from cm3.reports.pages.figures import save_figures
+from cm3.reports.pages.figures import save_figures, svg
 from cm3.reports.pages.page import count, duration, megabytes, metric, percent, pretty, setting, short
-from cm3.reports.pages.study_page import _planes
+from cm3.reports.pages.study_page import planes
+from cm3.reports.pages.table_graphics import interval, share_bar
 
 NUMBERS = st.floats(-1e6, 1e6, allow_nan=False)
 
@@ -49,7 +50,7 @@ def test_tick_labels_have_the_decimals_they_need(values, texts):
 def test_a_logarithmic_axis_places_by_powers():
     chart = Chart("c", "t", "x", "y", (Points([1.0, 10.0, 1000.0], [1.0, 2.0, 3.0]),), log_x=True)
     assert [text for _, text in chart.x_ticks()] == ["1", "10", "100", "1,000"]
-    places = [float(x) for x in _attributes(svg(chart), "circle", "cx")]
+    places = [float(x) for x in _attributes(svg(chart), "use", "x")]
     assert (places[2] - places[1]) == pytest.approx(2 * (places[1] - places[0]), abs=0.3)
 
 
@@ -72,7 +73,7 @@ def test_a_model_whose_vectors_all_point_one_way_has_no_place_in_the_plane():
 
     closed_form = {"control": None, "geometry": None}
     study = {"experiments": {"cm3": one(-2.0, -1.5, 0.6), "mostpop": one(0.0, 0.0, 0.0), "ease": closed_form}}
-    users, items = _planes(study)
+    users, items = planes(study)
     for plane, place in ((users, -2.0), (items, -1.5)):
         (series,) = plane.series
         assert (series.x, series.y, series.labels) == ([place], [0.6], ["cm3"])
@@ -112,14 +113,17 @@ def test_texts_in_a_chart_are_escaped_wherever_they_stand():
 
 def test_a_gap_breaks_the_line():
     drawn = svg(Chart("c", "t", "x", "y", (Line([1, 2, 3, 4], [1.0, None, 3.0, 4.0]),)))
-    path = _attributes(drawn, "path", "d")[0]
+    path = next(d for d in _attributes(drawn, "path", "d") if d.count("M") == 2)
     assert path.count("M") == 2 and path.count("L") == 1
 
 
 def test_bars_stand_on_zero_at_their_height():
     drawn = svg(Chart("c", "t", "x", "y", (Bars(["a", "b"], [10, 20]),)))
-    heights = [float(h) for h in _attributes(drawn, "rect", "height")]
-    assert heights[1] == pytest.approx(2 * heights[0], rel=0.02)
+    bars = [path for path in ElementTree.fromstring(drawn).iter("path") if "fill-accent" in (path.get("class") or "")]
+    ends = [[float(y) for y in re.findall(r"[ML] \S+ (\S+)", path.get("d") or "")] for path in bars]
+    heights = [max(y) - min(y) for y in ends]
+    assert heights[1] == pytest.approx(2 * heights[0], rel=0.001)
+    assert max(ends[0]) == max(ends[1]), "both start at zero"
 
 
 def test_an_interval_lies_on_the_scale_it_shares():

@@ -80,10 +80,10 @@ def test_the_tables_hold_the_metrics_of_metrics_json(made):
             f"{metrics['test'][f'{name}@{k}']:.4f} {metrics['valid'][f'{name}@{k}']:.4f}" for k in (5, 10, 20)
         ]
     for way in ("score dot, mask train+valid", "score cosine, mask train"):
-        shown = {"score dot, mask train+valid": "dot product, without items of training and validation"}
-        cells = page.row(shown.get(way, "cosine, without items of training"))
+        shown = {"score dot, mask train+valid": "dot product, excluding items of training and validation"}
+        cells = page.row(shown.get(way, "cosine, excluding items of training"))
         assert cells[1] == f"{metrics['detail']['test'][way]['recall@20']:.4f}"
-    cold = page.row("cold items (never bought in training)")
+    cold = page.row("cold items (without training interactions)")
     assert int(cold[2]) == metrics["detail"]["items"]["cold"]["interactions"]
 
 
@@ -205,7 +205,7 @@ def test_what_failed_is_counted_with_its_reasons(made):
     text = " ".join(page.text.split())
     assert "Images: 3 of 30" in text and "Captions (caption): 1 of 30" in text and "Vectors (image): 1 of 30" in text
     assert "Texts: 30 of 30" not in text, "items with a title have a text"
-    assert ["missing", "1", "nothing there", "item5"] in [[" ".join(cell.split()) for cell in row] for row in page.rows]
+    assert ["missing", "1", "no input", "item5"] in [[" ".join(cell.split()) for cell in row] for row in page.rows]
     assert any("the server says no" in " ".join(row) for row in page.rows)
 
 
@@ -226,11 +226,11 @@ def test_a_model_with_numbers_alone_still_has_a_page(tmp_path):
     assert facts["images"] == 0 and "interactions only" in page.text
     headings = re.findall(r"<h2[^>]*>([^<]*)</h2>", page.source)
     assert headings == [
-        "What was run",
+        "Settings",
         "Data and coverage",
         "Metrics",
-        "What users are recommended",
-        "What failed, and why",
+        "Recommendations",
+        "Failures",
     ]
     linked = {a["href"] for tag, a in page.elements if tag == "a" and a["href"].startswith("#")}
     assert linked <= {f"#{a['id']}" for _, a in page.elements if "id" in a}

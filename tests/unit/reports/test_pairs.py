@@ -197,7 +197,7 @@ def test_models_that_do_not_beat_simple_ones_are_named():
     ]
     assert words[0]["text"].startswith("hm does not significantly beat gcn, which uses no content: recall@20 is 0.1001")
     assert words[1]["text"].startswith("hm is significantly worse than knn, which uses no content: ")
-    assert words[2]["text"].startswith("gcn does not significantly beat pop, which recommends what is popular: ")
+    assert words[2]["text"].startswith("gcn does not significantly beat pop, which recommends the most popular items: ")
 
 
 def test_a_difference_within_the_noise_of_seeds_is_named():
@@ -218,6 +218,6 @@ def test_warnings_come_first():
     words = sentences(experiments, [pair("hm", "noise", "a")], "recall@20", 1)
     assert [word["kind"] for word in words] == ["warning", "warning", "warning", "control"]
     assert words[0]["text"] == "hm: these results are optimistic."
-    assert words[1]["text"].startswith("hm was run with one seed only")
+    assert words[1]["text"].startswith("hm has one seed only")
     assert words[2]["text"].startswith("hm is the best of 2 grid points and its control noise of 1")
     assert "Holm" not in words[3]["text"], "one test needs no correction"

@@ -50,17 +50,21 @@ def undefined(table):
 @pytest.mark.parametrize(
     ("kind", "edit", "message"),
     [
-        ("per_user", drop_user, r"119 test users, the study's first cell 120, and 1 are not in both \(first: user 0\)"),
-        ("per_user", other_user, "are not in both"),
+        (
+            "per_user",
+            drop_user,
+            r"119 test users, the study's first run 120; 1 users are in one only \(first: user 0\)",
+        ),
+        ("per_user", other_user, "users are in one only"),
         (
             "per_user",
             lambda table: table.drop_columns(["ndcg@10"]),
-            r"has no ndcg@10.*evaluation.ks of experiment 'bm3'",
+            r"no column ndcg@10.*evaluation.ks of experiment 'bm3'",
         ),
         ("per_user", worse, "the mean of recall@10 is .* delete both"),
-        ("per_user", swapped, "the lists give another recall@10"),
+        ("per_user", swapped, "recall@10 of the lists differs"),
         ("recommendations", stranger, "'nobody' is not an id"),
-        ("recommendations", twice, "two items at one rank"),
+        ("recommendations", twice, "two items at the same rank"),
         ("recommendations", lambda table: table.drop_columns(["rank"]), "not a readable file of recommendations"),
         ("user_embeddings", lambda table: table.slice(1), "its 119 ids are not those of the data set, in order"),
         ("user_embeddings", lambda table: table.slice(0, 119), "its 119 ids are not those of the data set"),
@@ -96,8 +100,8 @@ def test_records_that_cannot_be_compared_are_refused(study, tmp_path, kind, edit
     ("edit", "message"),
     [
         ({"reference": "cm4"}, r"'cm4' is not one of its experiments.*did you mean 'cm3'"),
-        ({"metrics": ["recall@10", "recall@10"]}, "a metric stands there twice"),
-        ({"metrics": ["recall"]}, "has no recall"),
+        ({"metrics": ["recall@10", "recall@10"]}, "duplicate metric"),
+        ({"metrics": ["recall"]}, "no column recall"),
         ({"metric": []}, r"study.metric: unknown key \(did you mean 'metrics'"),
     ],
 )
@@ -116,9 +120,9 @@ def test_cells_that_make_no_study_are_refused(study, tmp_path):
         run(spec, inputs, tmp_path, cells=[c for c in cells if (c["point"], c["seed"]) != ({"model.gamma": 0.9}, 3)])
     with pytest.raises(UserError, match="has seed 1 twice"):
         run(spec, inputs, tmp_path, cells=[*cells, cells[0]])
-    with pytest.raises(UserError, match="bm3 has no cell"):
+    with pytest.raises(UserError, match="bm3 has no run"):
         run(spec, inputs, tmp_path, cells=[cell for cell in cells if cell["experiment"] != "bm3"])
-    with pytest.raises(UserError, match="share one dataset"):
+    with pytest.raises(UserError, match="need the same dataset"):
         run(spec, inputs, tmp_path, experiments=experiments | {"bm3": experiments["bm3"] | {"dataset": "baby"}})
     with pytest.raises(UserError, match="its per_user is not among the inputs"):
         run(spec, {n: p for n, p in inputs.items() if not n.startswith("per_user.bm3")}, tmp_path)

@@ -12,12 +12,12 @@ from scipy import stats
 
 from cm3.reports.analysis.statistics import (
     bootstrap_means,
+    distribution,
     holm,
     interval,
     paired_differences,
     seed_noise,
     signed_rank,
-    spread,
 )
 
 P_VALUES = st.lists(st.floats(0, 1), min_size=1, max_size=12)
@@ -162,12 +162,12 @@ def test_holm_lies_between_no_correction_and_bonferronis_and_keeps_the_order(p):
 
 
 def test_the_spread_is_the_sample_standard_deviation():
-    found = spread([0.1, 0.2, 0.6])
+    found = distribution([0.1, 0.2, 0.6])
     assert found["mean"] == pytest.approx(0.3)
     assert found["sd"] == pytest.approx(math.sqrt((0.04 + 0.01 + 0.09) / 2))
     assert found["values"] == [0.1, 0.2, 0.6]
-    assert spread([0.1])["sd"] is None
-    assert spread([0.1] * 3)["sd"] == 0, "equal runs have no spread, not that of rounding"
+    assert distribution([0.1])["sd"] is None
+    assert distribution([0.1] * 3)["sd"] == 0, "equal runs have no distribution, not that of rounding"
 
 
 def test_the_noise_of_seeds_is_welchs_interval():

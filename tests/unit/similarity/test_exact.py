@@ -110,7 +110,7 @@ def test_blocks_groups_and_threads_change_nothing(case, dropped_bits, monkeypatc
     for entries, columns, group, threads in [(3000, 50, 2, 1), (20_000, 130, 3, 2), (10**6, 399, 4, 2)]:
         monkeypatch.setattr(neighbours, "_BLOCK_ENTRIES", entries)
         monkeypatch.setattr(neighbours, "_CHUNK_COLUMNS", columns)
-        monkeypatch.setattr("cm3.common.topk._GROUP", group)
+        monkeypatch.setattr("cm3.common.topk.GROUP", group)
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
@@ -182,6 +182,7 @@ def test_values_that_are_not_finite_are_refused(dtype, value):
         knn(torch.tensor([[1.0, value], [1.0, 2.0]], dtype=dtype), 1)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("spread", [1.0, 0.0])
 def test_memory_stays_far_below_a_square_matrix(spread):
     """20,000 rows: a square of bytes is 400 MB, of float32 1.6 GB; all rows equal take the path in float64."""

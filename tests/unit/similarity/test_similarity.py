@@ -16,8 +16,8 @@ from cm3.common.tables import SIMILARITY, read_metadata, read_table, write_featu
 from cm3.config import Model, settings
 from cm3.similarity.exact import knn
 from cm3.similarity.stage import similarity
+from workflow.plan import features
 from workflow.plan.config import load_config
-from workflow.plan.runs import Plan
 
 
 def run(folder, vectors, status, knn_k, **settings):
@@ -201,16 +201,17 @@ def test_without_faiss_the_error_says_what_to_install(tmp_path, monkeypatch):
 
 
 def test_each_variant_of_the_graph_has_a_path_and_a_task_of_its_own():
-    plan = Plan(load_config(yaml.safe_load((ROOT / "config/config.yaml").read_text())), ROOT)
-    dataset, extractor = "baby", plan.config.experiments["baby"].modalities["text"]
-    stem = Path(plan.features_path(dataset, extractor)).stem
+    config = load_config(yaml.safe_load((ROOT / "config/config.yaml").read_text()))
+    dataset, extractor = "baby", config.experiments["baby"].modalities["text"]
+    stem = Path(features.features_path(config, dataset, extractor)).stem
     identities = set()
     for method in ("exact", "hnsw", "ivf"):
         for missing in ("drop", "mean"):
             variant = f"-{method}".replace("-exact", "") + f"-{missing}".replace("-drop", "")
-            path = plan.similarity_path(dataset, extractor, Model(knn_k=7, knn_method=method, knn_missing=missing))
+            model = Model(knn_k=7, knn_method=method, knn_missing=missing)
+            path = features.similarity_path(config, dataset, extractor, model)
             assert path == f"processed/{dataset}/similarity/{stem}-k7{variant}.parquet"
-            task = plan.similarity(7, variant)
+            task = features.similarity(config, "7", variant)
             assert task.spec == {"knn_k": 7, "method": method, "missing": missing}
             identities.add(task.identity)
     assert len(identities) == 6

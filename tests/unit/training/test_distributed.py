@@ -15,7 +15,7 @@ from repository import ROOT
 from training_shop import MODEL, OUTPUTS, TRAINING, history, one_thread, run, shop
 
 import cm3.training.loop
-from cm3.common.distributed import Share, joined
+from cm3.common.distributed import ProcessShard, process_group
 from cm3.common.errors import UserError
 from cm3.config import Model, Training
 
@@ -50,6 +50,7 @@ def assert_alike(folder: Path, other: Path, rel: float) -> None:
             assert float(value) == pytest.approx(float(b[name]), rel=rel), (a["epoch"], name)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("training", "model"),
     [
@@ -67,6 +68,7 @@ def test_two_processes_have_the_losses_gradients_and_scores_of_one(shop, tmp_pat
     assert (tmp_path / "two/train.log").read_text().count("epoch 2: loss") == 1, "one process writes the log"
 
 
+@pytest.mark.integration
 def test_a_killed_run_of_two_goes_on_with_one(shop, tmp_path):
     training = {"checkpoint_seconds": 0, "epochs": 30, "patience": 40}
     words, environment = command(shop, tmp_path, 2, training)
@@ -76,13 +78,14 @@ def test_a_killed_run_of_two_goes_on_with_one(shop, tmp_path):
         time.sleep(0.01)
     os.killpg(started.pid, signal.SIGKILL)
     started.communicate()
-    assert "going on from the checkpoint" in train(shop, tmp_path, 1, training).stderr
+    assert "resuming from the checkpoint" in train(shop, tmp_path, 1, training).stderr
     run(shop, tmp_path / "whole", training=training)
     # Rounding differs between one process and two, and the model is chaotic: the first epochs are compared.
     losses = [[float(row["loss"]) for row in history(folder)][:5] for folder in (tmp_path, tmp_path / "whole")]
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
+@pytest.mark.integration
 def test_sigterm_stops_all_with_a_checkpoint(shop, tmp_path):
     training = {"checkpoint_seconds": 0, "epochs": 1000, "patience": 1000}
     words, environment = command(shop, tmp_path, 2, training)
@@ -96,29 +99,34 @@ def test_sigterm_stops_all_with_a_checkpoint(shop, tmp_path):
     assert "the checkpoint is written" in stderr and not (tmp_path / "model.safetensors").exists()
 
 
+@pytest.mark.integration
 def test_a_loss_that_is_not_finite_ends_all_with_its_message(shop, tmp_path):
     done = train(shop, tmp_path, 2, {"lr": 1e30}, check=False)
     assert done.returncode == 1 and "the loss is not finite" in done.stderr
 
 
 def test_a_model_for_one_process_says_so(shop, tmp_path, monkeypatch):
-    monkeypatch.setattr(cm3.model.model.CM3, "shares", False)
+    monkeypatch.setattr(cm3.model.model.CM3, "supports_ddp", False)
     fit = cm3.training.loop.fit
-    monkeypatch.setattr("cm3.training.train.fit", lambda *arguments: fit(*arguments[:-1], Share(0, 2)))
-    with pytest.raises(UserError, match=r"training\.processes: this model is trained by one process"):
+    monkeypatch.setattr("cm3.training.train.fit", lambda *arguments: fit(*arguments[:-1], ProcessShard(0, 2)))
+    with pytest.raises(UserError, match=r"training\.processes: this model supports one process only"):
         run(shop, tmp_path)
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
     for name, value in {"WORLD_SIZE": 2, "RANK": 0, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UserError, match=r"2 processes have 1 GPU,.* --resources gpu=2"), joined(torch.device("cuda")):
+    with (
+        pytest.raises(UserError, match=r"2 processes have 1 GPU,.* --resources gpu=2"),
+        process_group(torch.device("cuda")),
+    ):
         pass
 
 
 def test_shares_are_a_partition():
-    shares = [Share(rank, 3) for rank in range(3)]
+    shares = [ProcessShard(rank, 3) for rank in range(3)]
     for n in (0, 1, 2, 7, 64):
         assert np.concatenate([np.arange(n)[share.pairs(n)] for share in shares]).tolist() == list(range(n))
         assert all(sum(share.owns(block) for share in shares) == 1 for block in range(n))

@@ -55,6 +55,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_as_if_it_never_was(
     assert written(tmp_path / "stopped") == written(tmp_path / "whole")
 
 
+@pytest.mark.integration
 def test_a_killed_process_goes_on_to_the_same_bytes(shop, tmp_path):
     training = TRAINING | {"epochs": 12}
     identity = Training(**training).identity()
@@ -76,9 +77,9 @@ def test_a_killed_process_goes_on_to_the_same_bytes(shop, tmp_path):
             time.sleep(0.002)
         time.sleep(chance.uniform(0, 0.15))
         process.send_signal(chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
-        resumed |= "going on from the checkpoint" in process.communicate()[1]
+        resumed |= "resuming from the checkpoint" in process.communicate()[1]
     last = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert "going on from the checkpoint" in last.stderr or resumed
+    assert "resuming from the checkpoint" in last.stderr or resumed
     record = json.loads((folder / "record.json").read_text())
     assert (
         record["stage"] == "cm3.training.train"
@@ -92,7 +93,7 @@ def test_a_killed_process_goes_on_to_the_same_bytes(shop, tmp_path):
 def test_sigterm_writes_a_checkpoint_and_the_run_goes_on_from_it(shop, tmp_path, monkeypatch, caplog):
     training = {"checkpoint_seconds": 1000, "epochs": 4, "schedule": "cosine", "warmup_epochs": 0.5, "clip_norm": 0.5}
     run(shop, tmp_path / "whole", training=training)
-    step, steps = cm3.training.loop._Run.step, 0
+    step, steps = cm3.training.loop.TrainingRun.step, 0
 
     def step_then_signal(*arguments):
         nonlocal steps
@@ -102,7 +103,7 @@ def test_sigterm_writes_a_checkpoint_and_the_run_goes_on_from_it(shop, tmp_path,
             os.kill(os.getpid(), signal.SIGTERM)
         return done
 
-    monkeypatch.setattr(cm3.training.loop._Run, "step", step_then_signal)
+    monkeypatch.setattr(cm3.training.loop.TrainingRun, "step", step_then_signal)
     before = signal.getsignal(signal.SIGTERM)
     for _ in range(2):
         with pytest.raises(SystemExit) as stopped:
@@ -112,7 +113,7 @@ def test_sigterm_writes_a_checkpoint_and_the_run_goes_on_from_it(shop, tmp_path,
     assert signal.getsignal(signal.SIGTERM) is before
     with caplog.at_level(logging.INFO):
         run(shop, tmp_path / "stopped", training=training)
-    assert "going on from the checkpoint" in caplog.text
+    assert "resuming from the checkpoint" in caplog.text
     assert written(tmp_path / "stopped") == written(tmp_path / "whole")
 
 
@@ -165,7 +166,7 @@ def test_a_checkpoint_of_other_code_settings_or_inputs_is_not_resumed(shop, tmp_
         shop = prepared(tmp_path / "data", seed=9)
     with caplog.at_level(logging.WARNING):
         run(shop, tmp_path / "out", **changes)
-    assert "starting afresh" in caplog.text
+    assert "starting from the beginning" in caplog.text
     run(shop, tmp_path / "clean", **changes)
     assert written(tmp_path / "out") == written(tmp_path / "clean")
 
@@ -188,7 +189,7 @@ def test_a_resume_may_change_the_checkpoint_interval(shop, tmp_path):
 
 
 def test_checkpoints_that_take_long_are_written_more_rarely(shop, tmp_path, monkeypatch):
-    now, saved, save, step = [0.0], [], Checkpoint.save, cm3.training.loop._Run.step
+    now, saved, save, step = [0.0], [], Checkpoint.save, cm3.training.loop.TrainingRun.step
 
     def slowly(self, tensors, state):
         saved.append(now[0])
@@ -201,7 +202,7 @@ def test_checkpoints_that_take_long_are_written_more_rarely(shop, tmp_path, monk
 
     monkeypatch.setattr(cm3.training.loop, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(Checkpoint, "save", slowly)
-    monkeypatch.setattr(cm3.training.loop._Run, "step", counted)
+    monkeypatch.setattr(cm3.training.loop.TrainingRun, "step", counted)
     run(shop, tmp_path, training={"checkpoint_seconds": 2, "epochs": 20, "patience": 20})
     *due, finished = saved
     assert due[0] == 2 and [later - one for one, later in pairwise(due)] == [10.0] * (len(due) - 1)

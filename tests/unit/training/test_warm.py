@@ -67,7 +67,9 @@ def test_users_are_known_by_their_ids_and_new_ones_start_afresh(shop, tmp_path):
         tmp_path / "data", place[data.users[mine]], data.items[mine], data.split[mine], 20, 30
     )
     write_table(learnt["users"], pa.table({"user": range(20), "user_id": [ids[n] for n in order]}), USERS)
-    with pytest.raises(UserError, match=r"have other users than users\.parquet; copy those that the run learnt from"):
+    with pytest.raises(
+        UserError, match=r"have other users than users\.parquet; copy the tables that the run was trained on"
+    ):
         go_on(shop, tmp_path / "later", half)
     facts = go_on(shop, tmp_path / "later", half, training={"epochs": 1, "lr": 1e-12}, learnt=learnt)
     assert facts["warm_start"] == {"known_users": 20, "new_users": 20}
@@ -80,7 +82,7 @@ def test_users_are_known_by_their_ids_and_new_ones_start_afresh(shop, tmp_path):
 
 def test_a_model_of_other_settings_is_refused(shop, tmp_path):
     run(shop, tmp_path / "earlier", model={"embedding_dim": 4})
-    with pytest.raises(UserError, match=r"holds \[40, 3, 4\] for users, where this model has \[40, 3, 8\]"):
+    with pytest.raises(UserError, match=r"has \[40, 3, 4\] for users, but this model needs \[40, 3, 8\]"):
         go_on(shop, tmp_path / "later", tmp_path / "earlier")
     with pytest.raises(UserError, match=r"training\.warm_start: .*: no such file"):
         go_on(shop, tmp_path / "later", tmp_path / "nowhere")
@@ -93,7 +95,7 @@ def test_a_run_that_learnt_what_is_tested_now_is_refused(shop, tmp_path):
     labels = np.array([2, 1, 0])[data.split]  # train and test change places
     other = shop | oracle.write_interactions(tmp_path / "other", data.users, data.items, labels, 40, 30)
     told, asked = (data.split == 0).sum(), (data.split != 2).sum()
-    with pytest.raises(UserError, match=rf"trained on {told} of the {asked} interactions that validation and test ask"):
+    with pytest.raises(UserError, match=rf"trained on {told} of the {asked} interactions of the validation"):
         go_on(other, tmp_path / "later", tmp_path / "earlier", learnt=shop)
 
 

@@ -16,8 +16,8 @@ from repository import ROOT
 from cm3.common.errors import UserError
 from cm3.config import WARM
 from workflow import reference
+from workflow.plan import data, runs
 from workflow.plan.config import Config, load_config
-from workflow.plan.runs import Plan
 
 
 def shipped() -> dict[str, Any]:
@@ -74,7 +74,11 @@ def test_the_shipped_config_has_the_promised_experiments():
         ("experiments.shop.preset", "offical", r"experiments\.shop\.preset = 'offical'.*'official'"),
         ("experiments.shop.model.modality_weights", {"image": 1.0}, r"modality_weights.*'text' has no weight"),
         ("experiments.shop.model.modality_weights", {"text": 1.0, "imge": 1.0}, r"modality_weights\.imge.*'image'"),
-        ("experiments.a/b", {"dataset": "shop", "modalities": {"text": "words"}}, r"experiments\.a/b: a name is made"),
+        (
+            "experiments.a/b",
+            {"dataset": "shop", "modalities": {"text": "words"}},
+            r"experiments\.a/b: use letters, digits",
+        ),
     ],
 )
 def test_what_is_wrong_is_refused_with_its_path_value_and_the_nearest_name(path: str, value: Any, message: str):
@@ -112,36 +116,32 @@ def test_scientific_numbers_without_a_dot_are_numbers():
     assert load_config(config).experiments["shop"].training.lr == 0.001
 
 
-def plan(config: dict[str, Any]) -> Plan:
-    return Plan(load_config(config), ROOT)
-
-
 def test_an_earlier_split_is_there_and_not_in_what_is_replaced(tmp_path: Path):
     earlier = tmp_path / "earlier"
-    told = plan(with_value("datasets.shop.split.keep", str(earlier)))
-    with pytest.raises(UserError, match=r"datasets\.shop\.split\.keep = .*: there is no .*interactions\.parquet"):
-        told.split_inputs("shop")
+    config = load_config(with_value("datasets.shop.split.keep", str(earlier)))
+    with pytest.raises(UserError, match=r"datasets\.shop\.split\.keep = .*interactions\.parquet does not exist"):
+        data.split_inputs(config, "shop")
     earlier.mkdir()
     for name in ("interactions", "items", "users"):
         (earlier / f"{name}.parquet").touch()
-    assert set(told.split_inputs("shop")) == {"ratings", "items", "users"} | {
+    assert set(data.split_inputs(config, "shop")) == {"ratings", "items", "users"} | {
         f"keep.{name}" for name in ("interactions", "items", "users")
     }
-    assert set(plan(SMALL).split_inputs("shop")) == {"ratings"}
-    with pytest.raises(UserError, match="lies in what this preparation replaces"):
-        plan(with_value("datasets.shop.split.keep", "processed/shop")).split_inputs("shop")
+    assert set(data.split_inputs(load_config(SMALL), "shop")) == {"ratings"}
+    with pytest.raises(UserError, match="is in the folder that this preparation replaces"):
+        data.split_inputs(load_config(with_value("datasets.shop.split.keep", "processed/shop")), "shop")
     with pytest.raises(UserError, match="global-time does not keep labels"):
-        plan(with_value("datasets.shop.split", {"strategy": "global-time", "keep": str(earlier)}))
+        load_config(with_value("datasets.shop.split", {"strategy": "global-time", "keep": str(earlier)}))
 
 
 def test_an_earlier_run_is_there_and_not_in_what_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def inputs(folder: str) -> dict[str, str]:
-        told = plan(with_value("experiments.shop.training.warm_start", folder))
-        return told.train_inputs("shop", told.run("shop"))
+        config = load_config(with_value("experiments.shop.training.warm_start", folder))
+        return runs.train_inputs(config, "shop", runs.selected_run(config, "shop"))
 
     monkeypatch.setenv("EARLIER", str(tmp_path))
     with pytest.raises(
-        UserError, match=r"experiments\.shop\.training\.warm_start = .*: there is no .*model\.safetensors"
+        UserError, match=r"experiments\.shop\.training\.warm_start = .*model\.safetensors does not exist"
     ):
         inputs("$EARLIER")
     for name in WARM.values():
@@ -149,16 +149,16 @@ def test_an_earlier_run_is_there_and_not_in_what_is_replaced(tmp_path: Path, mon
     assert {name: path for name, path in inputs("$EARLIER").items() if name.startswith("warm.")} == {
         f"warm.{name}": f"{tmp_path}/{file}" for name, file in WARM.items()
     }
-    with pytest.raises(UserError, match="lies in the results that this run replaces"):
+    with pytest.raises(UserError, match="is in the results that this run replaces"):
         inputs("results/shop/runs/0")
 
 
 def test_a_raw_file_is_fetched_again_where_another_generation_has_one_of_its_name():
     def fetched(source: str, **changes: Any) -> tuple[str, str]:
         shop = {"source": source, "category": "Sports_and_Outdoors", **changes}
-        found = plan(SMALL | {"datasets": {"shop": shop}})
-        path = found.dataset("shop").prepare_inputs("shop")["meta"]
-        return path, found.download("shop", Path(path).name).identity
+        config = load_config(SMALL | {"datasets": {"shop": shop}})
+        path = data.prepare_inputs(config, "shop")["meta"]
+        return path, data.download(config, "shop", Path(path).name).identity
 
     before, after = fetched("amazon-2014"), fetched("amazon-2018")
     assert before[0] == after[0] and before[1] != after[1]
@@ -166,7 +166,10 @@ def test_a_raw_file_is_fetched_again_where_another_generation_has_one_of_its_nam
 
 
 def test_the_run_key_follows_what_decides_the_model_and_nothing_else():
-    base = plan(SMALL).run("shop")
+    def key(config: dict[str, Any]) -> str:
+        return runs.selected_run(load_config(config), "shop")
+
+    base = key(SMALL)
     same = [
         "experiments.shop.training.device",
         "extractors.words.batch_size",
@@ -174,7 +177,7 @@ def test_the_run_key_follows_what_decides_the_model_and_nothing_else():
         "datasets.shop.expected",
     ]
     for path, value in zip(same, ["cpu", 3, [7], {"users": 150}], strict=True):
-        assert plan(with_value(path, value)).run("shop") == base, path
+        assert key(with_value(path, value)) == base, path
     for path, value in [
         ("experiments.shop.training.seed", 7),
         ("experiments.shop.model.gamma", 0.1),
@@ -184,14 +187,14 @@ def test_the_run_key_follows_what_decides_the_model_and_nothing_else():
         ("experiments.shop.modalities", {"image": "looks", "text": "words"}),
         ("experiments.shop.modalities", {"text": "words"}),
     ]:
-        assert plan(with_value(path, value)).run("shop") != base, path
+        assert key(with_value(path, value)) != base, path
 
 
 def test_checks_of_the_raw_files_are_prepares_own_and_no_part_of_a_runs_key():
     def told(**changes: Any) -> tuple[str, str]:
         shop = {"source": "amazon-2014", "category": "Baby", **changes}
-        found = plan(SMALL | {"datasets": {"shop": shop}})
-        return found.run("shop"), found.prepare("shop").identity
+        config = load_config(SMALL | {"datasets": {"shop": shop}})
+        return runs.selected_run(config, "shop"), data.prepare(config, "shop").identity
 
     run, preparation = told()
     checks: list[dict[str, Any]] = [
@@ -215,15 +218,16 @@ def test_every_key_is_explained_and_the_reference_is_up_to_date():
 
 def test_the_configuration_imports_nothing_heavy():
     code = (
-        "import sys, yaml; from workflow.plan.config import load_config; from workflow.plan.runs import Plan; from pathlib import Path;"
-        "p = Plan(load_config(yaml.safe_load(open('config/config.yaml'))), Path('.').resolve());"
-        "[p.run(e) for e in p.config.experiments];"
+        "import sys, yaml; from workflow.plan.config import load_config; from workflow.plan import comparison, mmrec, pages, runs;"
+        "config = load_config(yaml.safe_load(open('config/config.yaml')));"
+        "[runs.selected_run(config, name) for name in config.experiments];"
         "print([m for m in ('torch', 'transformers', 'skimage', 'scipy', 'open_clip') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.integration
 def test_snakemake_refuses_before_any_job_starts(tmp_path: Path):
     checkout = Checkout(tmp_path / "checkout", with_value("experiments.shop.model.gama", 1))
     output = checkout.run("results/shop/metrics.json", check=False)

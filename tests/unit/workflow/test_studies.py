@@ -1,4 +1,4 @@
-"""Studies: what is refused, which cells they expand to, and which keys those have."""
+"""Studies: what is refused, which runs they expand to, and which keys those have."""
 
 import copy
 import re
@@ -7,17 +7,17 @@ from typing import Any, get_args
 
 import pytest
 from checkout import SMALL
-from repository import ROOT
 
-from cm3.baselines.config import MODELS, PATIENCE
+from cm3.baselines.bpr_mf import BPRMF
 from cm3.common.errors import UserError
 from cm3.common.strict import validate
+from cm3.model_registry import spec_classes
 from cm3.reports.analysis.spec import StudySpec, check_study
 from extractors.control import CONTROLS
-from workflow.plan.config import load_config
+from workflow.plan import comparison, publish
+from workflow.plan.config import Config, load_config
 from workflow.plan.experiments import Kind
-from workflow.plan.models import NAMES, traits
-from workflow.plan.runs import Plan
+from workflow.plan.runs import runs_of, selected_run, train, train_inputs, train_module
 from workflow.plan.storage import root_of
 
 EXPERIMENTS: dict[str, Any] = {
@@ -37,12 +37,13 @@ def config(study: dict[str, Any] | None = None, /, **experiments: Any) -> dict[s
     return whole
 
 
-def plan(study: dict[str, Any] | None = None, /, **experiments: Any) -> Plan:
-    return Plan(load_config(config(study, **experiments)), ROOT)
+def checked(study: dict[str, Any] | None = None, /, **experiments: Any) -> Config:
+    return load_config(config(study, **experiments))
 
 
-def cells(study: dict[str, Any]) -> list[dict[str, Any]]:
-    return plan(study).study("compared").spec["cells"]
+def compared_runs(settings: Config) -> list[dict[str, Any]]:
+    """The runs of the study `compared`, as the comparison gets them."""
+    return comparison.compare(settings, "compared").spec["cells"]
 
 
 def refused(whole: dict[str, Any]) -> str:
@@ -58,15 +59,15 @@ def refused(whole: dict[str, Any]) -> str:
         ({}, r"studies\.compared\.experiments: required"),
         ({"experiments": ["shop"], "sedes": [1]}, r"studies\.compared\.sedes: unknown key \(did you mean 'seeds'\?\)"),
         ({"experiments": ["shop", "nois"]}, r"compared\.experiments = 'nois': no such name \(did you mean 'noise'\?\)"),
-        ({"experiments": ["shop", "shop"]}, r"compared\.experiments.*'shop' stands here twice"),
+        ({"experiments": ["shop", "shop"]}, r"compared\.experiments.*duplicate value: 'shop'"),
         ({"experiments": ["shop"], "seeds": []}, r"compared\.seeds = \[\].*at least 1"),
-        ({"experiments": ["shop"], "seeds": [1, 1]}, r"compared\.seeds.*1 stands here twice"),
+        ({"experiments": ["shop"], "seeds": [1, 1]}, r"compared\.seeds.*duplicate value: 1"),
         ({"experiments": ["shop"], "seeds": [-1]}, r"compared\.seeds\.0 = -1"),
         ({"experiments": ["shop"], "reference": "ease"}, r"compared\.reference: the study has no experiment 'ease'"),
         ({"experiments": ["shop"], "metrics": ["recal@5"]}, r"compared\.metrics = 'recal@5'.*did you mean 'recall@5'"),
         (
             {"experiments": ["shop"], "metrics": ["recall@20"]},
-            r"compared\.metrics = 'recall@20': not a metric that all",
+            r"compared\.metrics = 'recall@20': not a metric of all",
         ),
         ({"experiments": ["shop"], "grids": {"ease": {}}}, r"compared\.grids\.ease: the study has no experiment"),
         ({"experiments": ["shop"], "grids": {"shop": {"model.gamma": []}}}, r"grids\.shop\.model\.gamma = \[\]"),
@@ -97,11 +98,15 @@ def test_a_wrong_study_is_refused_with_its_path_value_and_the_nearest_name(study
         ),
         ("shop", {"model.gamma": [0.5, -1]}, r"grids\.shop\.model\.gamma = -1: Input should be greater than or equal"),
         ("shop", {"model.gamma": [0.5, "much"]}, r"grids\.shop\.model\.gamma = 'much'"),
-        ("shop", {"model.gamma": [1, 1.0]}, r"grids\.shop: a value stands twice"),
+        ("shop", {"model.gamma": [1, 1.0]}, r"grids\.shop: duplicate grid point"),
         ("shop", {"model.min_sim": [0.1, 0.9], "model.max_sim": [0.5]}, r"min_sim 0\.9 is above max_sim 0\.5"),
         ("shop", {"model.modality_weights": [{"text": 1}]}, r"modality_weights: modality 'image' has no weight"),
         ("shop", {"training.seed": [1]}, r"training\.seed: seeds are not chosen by validation"),
-        ("shop", {"training.monitor": ["ndcg@5"]}, r"training\.monitor: points are chosen by what is monitored"),
+        (
+            "shop",
+            {"training.monitor": ["ndcg@5"]},
+            r"training\.monitor: grid points are chosen by the monitored metric",
+        ),
         ("shop", {"training.device": ["cpu"]}, r"training\.device: changes speed only"),
         ("lightgcn", {"model.name": ["ease"]}, r"model\.name: another model is another experiment"),
         ("lightgcn", {"model.gamma": [1]}, r"model\.gamma: unknown key of lightgcn"),
@@ -125,16 +130,16 @@ def test_experiments_that_cannot_be_compared_are_refused():
         told = refused(config({"experiments": ["shop", "odd"]}, odd={"like": "shop", "evaluation": evaluation}))
         assert f"evaluation.{key}" in told
     told = refused(config({"experiments": ["shop", "odd"]}, odd={"like": "shop", "evaluation": {"ks": [3]}}))
-    assert "no cut-off of evaluation.ks in common" in told
+    assert "no common cut-off in evaluation.ks" in told
     whole = config({"experiments": ["shop"], "metrics": ["recall@10"]})
     whole["experiments"]["shop"]["evaluation"]["top_n"] = 7
-    assert "compared.metrics = 'recall@10': not a metric that all its experiments have" in refused(whole)
+    assert "compared.metrics = 'recall@10': not a metric of all its experiments" in refused(whole)
 
 
 def test_a_study_and_an_experiment_do_not_share_a_name():
     whole = config()
     whole["studies"] = {"shop": {"experiments": ["shop"]}}
-    assert "studies.shop: there is an experiment 'shop', too" in refused(whole)
+    assert "studies.shop: an experiment has the same name" in refused(whole)
 
 
 def test_faults_of_an_experiment_are_told_once_and_not_again_for_its_study():
@@ -155,7 +160,7 @@ def test_faults_of_an_experiment_are_told_once_and_not_again_for_its_study():
             r"odd\.modalities = \{\}: vbpr reads features and needs at least",
         ),
         ({"like": "lightgcn", "control": "gaussian"}, r"odd\.control = 'gaussian': there are no features to replace"),
-        ({"like": "shop", "control": "gausian"}, r"odd\.control = 'gausian': there is no control.*mean 'gaussian'"),
+        ({"like": "shop", "control": "gausian"}, r"odd\.control = 'gausian': no control.*mean 'gaussian'"),
         ({"like": "shop", "control": {"text": "shufled"}}, r"odd\.control = .*no control 'shufled'.*mean 'shuffled'"),
         ({"like": "shop", "control": {"imge": "constant"}}, r"odd\.control\.imge: .*did you mean 'image'"),
         (
@@ -164,13 +169,16 @@ def test_faults_of_an_experiment_are_told_once_and_not_again_for_its_study():
         ),
         (
             {"like": "lightgcn", "training": {"processes": 2}},
-            r"odd\.training\.processes: cm3 alone heeds it.* lightgcn",
+            r"odd\.training\.processes: not supported by lightgcn, only by cm3",
         ),
         (
             {"like": "ease", "evaluation": {"score": "cosine"}},
-            r"odd\.evaluation\.score = 'cosine': ease leaves item weights",
+            r"odd\.evaluation\.score = 'cosine': ease exports item weights",
         ),
-        ({"like": "lightgcn", "preset": "official"}, r"preset = 'official': this preset is of cm3"),
+        (
+            {"like": "lightgcn", "preset": "official"},
+            r"preset = 'official': a preset of cm3, but the model is lightgcn",
+        ),
     ],
 )
 def test_a_wrong_variant_is_refused(section: dict[str, Any], message: str):
@@ -197,23 +205,23 @@ def test_like_takes_over_what_is_not_said_again():
     assert (found["wider"].training.lr, found["wider"].training.epochs) == (0.1, 4)
     assert found["wider"].evaluation.ks == [5, 10]
     assert found["mf"].modalities == {}
-    assert found["mf"].model == MODELS["bpr-mf"](name="bpr-mf")
+    assert found["mf"].model == BPRMF()
     assert found["mf"].training.lr == 0.1
     assert found["popular"].training_identity() == {"monitor": "ndcg@5"}
 
 
 def test_commands_name_the_config_files_and_do_not_decide_what_is_rerun():
     study = {"experiments": ["shop", "ease"], "seeds": [1]}
-    plain = plan(study)
-    elsewhere = Plan(plain.config, ROOT, [Path.cwd() / "config/my shop.yaml", Path("/lab/more.yaml")])
+    plain = checked(study)
+    elsewhere = load_config(config(study), [Path.cwd() / "config/my shop.yaml", Path("/lab/more.yaml")])
     head = "snakemake --cores 8 --configfile 'config/my shop.yaml' /lab/more.yaml -- results/"
-    told = elsewhere.study("compared").spec
+    told = comparison.compare(elsewhere, "compared").spec
     assert told["command"] == head + "compared/comparison.json"
-    assert all(cell["command"].startswith(head) for cell in told["cells"])
-    assert elsewhere.publish("shop").spec["command"] == head + "shop/metrics.json"
-    assert plain.publish("shop").spec["command"] == "snakemake --cores 8 results/shop/metrics.json"
-    assert elsewhere.study("compared").identity == plain.study("compared").identity
-    assert elsewhere.publish("shop").identity == plain.publish("shop").identity
+    assert all(entry["command"].startswith(head) for entry in told["cells"])
+    assert publish.publish(elsewhere, "shop").spec["command"] == head + "shop/metrics.json"
+    assert publish.publish(plain, "shop").spec["command"] == "snakemake --cores 8 results/shop/metrics.json"
+    assert comparison.compare(elsewhere, "compared").identity == comparison.compare(plain, "compared").identity
+    assert publish.publish(elsewhere, "shop").identity == publish.publish(plain, "shop").identity
 
 
 def test_a_model_has_a_patience_of_its_own():
@@ -225,19 +233,19 @@ def test_a_model_has_a_patience_of_its_own():
         told_too={"like": "told", "model": {"embedding_dim": 8}},
     )
     found = {name: one.training.patience for name, one in load_config(whole).experiments.items()}
-    expected = {"hasty": 3, "hastier": 3, "mf": PATIENCE, "told": 4, "told_too": 4}
+    expected = {"hasty": 3, "hastier": 3, "mf": 20, "told": 4, "told_too": 4}
     assert {name: found[name] for name in expected} == expected
 
 
 def test_a_variant_that_says_all_again_is_the_same_run():
     said = {**SMALL["experiments"]["shop"]}
-    same = plan(again=said, short={"like": "shop"})
-    assert same.run("again") == same.run("short") == same.run("shop")
+    same = checked(again=said, short={"like": "shop"})
+    assert selected_run(same, "again") == selected_run(same, "short") == selected_run(same, "shop")
 
 
 def test_a_study_is_every_experiment_at_every_point_and_seed():
     grid = {"model.gamma": [0.5, 1], "training.lr": [0.001, "1e-2"]}
-    found = cells({"experiments": ["shop", "lightgcn"], "seeds": [4, 5, 6], "grids": {"shop": grid}})
+    found = compared_runs(checked({"experiments": ["shop", "lightgcn"], "seeds": [4, 5, 6], "grids": {"shop": grid}}))
     assert [c["experiment"] for c in found] == ["shop"] * 12 + ["lightgcn"] * 3
     points = [{"model.gamma": g, "training.lr": r} for g in (0.5, 1.0) for r in (0.001, 0.01)]
     assert [c["point"] for c in found] == [point for point in points for _ in range(3)] + [{}] * 3
@@ -247,21 +255,24 @@ def test_a_study_is_every_experiment_at_every_point_and_seed():
 
 
 def test_five_seeds_are_the_default():
-    assert [c["seed"] for c in cells({"experiments": ["shop"]})] == [1, 2, 3, 4, 5]
+    assert [c["seed"] for c in compared_runs(checked({"experiments": ["shop"]}))] == [1, 2, 3, 4, 5]
 
 
 def test_the_order_of_grid_keys_means_nothing():
     grid = {"model.gamma": [0.5, 0.9], "model.alpha": [0.1, 0.2]}
     study = {"experiments": ["shop"], "grids": {"shop": grid}}
     turned = {"experiments": ["shop"], "grids": {"shop": dict(reversed(grid.items()))}}
-    assert plan(study).study("compared").identity == plan(turned).study("compared").identity
+    assert (
+        comparison.compare(checked(study), "compared").identity
+        == comparison.compare(checked(turned), "compared").identity
+    )
 
 
 def keys(study: dict[str, Any]) -> set[tuple[str, str]]:
-    return {(c["experiment"], c["run"]) for c in cells(study)}
+    return {(c["experiment"], c["run"]) for c in compared_runs(checked(study))}
 
 
-def test_adding_a_value_a_seed_or_an_experiment_adds_cells_and_changes_none():
+def test_adding_a_value_a_seed_or_an_experiment_adds_runs_and_changes_none():
     study: dict[str, Any] = {"experiments": ["shop"], "seeds": [1, 2], "grids": {"shop": {"model.gamma": [0.5, 0.9]}}}
     before = keys(study)
     assert len(before) == 4
@@ -275,58 +286,58 @@ def test_adding_a_value_a_seed_or_an_experiment_adds_cells_and_changes_none():
         assert len(after - before) == added
 
 
-def test_a_cell_is_the_run_of_an_experiment_with_the_same_settings():
+def test_equal_settings_are_one_run_whichever_study_or_experiment_has_them():
     study = {"experiments": ["shop"], "seeds": [7], "grids": {"shop": {"model.gamma": [0.3]}}}
     training = {**SMALL["experiments"]["shop"]["training"], "seed": 7}
-    same = plan(study, same={"like": "shop", "model": {"gamma": 0.3}, "training": training})
-    (cell,) = same.study("compared").spec["cells"]
-    assert cell["run"] == same.run("same")
-    own, cell_task = same.train("same", cell["run"]), same.train("shop", cell["run"])
-    assert own == cell_task
+    same = checked(study, same={"like": "shop", "model": {"gamma": 0.3}, "training": training})
+    (entry,) = compared_runs(same)
+    assert entry["run"] == selected_run(same, "same")
+    own, of_study = train(same, "same", entry["run"]), train(same, "shop", entry["run"])
+    assert own == of_study
 
 
-def test_the_experiments_own_run_is_a_cell_of_the_study_at_its_seed():
+def test_the_selected_run_belongs_to_the_study_at_its_seed():
     study = {"experiments": ["shop"], "seeds": [41, 42, 43]}
-    found = plan(study)
-    assert found.run("shop") == plan().run("shop")
-    assert found.run("shop") in {c["run"] for c in found.study("compared").spec["cells"]}
-    assert len(found.cells("shop")) == 3
+    found = checked(study)
+    assert selected_run(found, "shop") == selected_run(checked(), "shop")
+    assert selected_run(found, "shop") in {c["run"] for c in compared_runs(found)}
+    assert len(runs_of(found, "shop")) == 3
 
 
 def test_a_run_that_the_config_does_not_ask_for_is_refused():
-    found = plan({"experiments": ["shop"], "seeds": [1, 2]})
-    with pytest.raises(UserError, match=f"config selects run {found.run('shop')} and 2 others for studies"):
-        found.train_inputs("shop", "0" * 12)
+    found = checked({"experiments": ["shop"], "seeds": [1, 2]})
+    with pytest.raises(
+        UserError, match=f"configuration selects run {selected_run(found, 'shop')} and 2 others for studies"
+    ):
+        train_inputs(found, "shop", "0" * 12)
 
 
 def test_a_closed_form_is_one_run_for_all_seeds_unless_its_content_is_drawn():
-    found = plan(
-        {"experiments": ["ease", "content", "drawn"], "seeds": [1, 2, 3]},
-        drawn={"like": "content", "control": {"image": "gaussian"}},
-    ).study("compared")
-    runs = {
-        name: {c["run"] for c in found.spec["cells"] if c["experiment"] == name} for name in found.spec["experiments"]
-    }
+    names = ["ease", "content", "drawn"]
+    found = checked(
+        {"experiments": names, "seeds": [1, 2, 3]}, drawn={"like": "content", "control": {"image": "gaussian"}}
+    )
+    runs = {name: {c["run"] for c in compared_runs(found) if c["experiment"] == name} for name in names}
     assert {name: len(keys) for name, keys in runs.items()} == {"ease": 1, "content": 1, "drawn": 3}
 
 
 def test_a_control_has_its_own_features_graphs_and_key_and_follows_the_seed():
-    found = plan(
+    found = checked(
         {"experiments": ["shop", "noise"], "seeds": [1]},
         flat={"like": "shop", "control": {"text": "constant"}},
         mixed={"like": "shop", "control": {"text": "shuffled"}},
     )
-    assert len({found.run(name) for name in ("shop", "noise", "flat", "mixed")}) == 4
-    run = found.run("noise")
-    paths = found.train_inputs("noise", run)
-    real = found.train_inputs("shop", found.run("shop"))
+    assert len({selected_run(found, name) for name in ("shop", "noise", "flat", "mixed")}) == 4
+    run = selected_run(found, "noise")
+    paths = train_inputs(found, "noise", run)
+    real = train_inputs(found, "shop", selected_run(found, "shop"))
     for modality in ("text", "image"):
         features = real[f"features.{modality}"].removesuffix(".parquet")
         assert paths[f"features.{modality}"] == f"{features}-gaussian-42.parquet"
         assert Path(paths[f"similarity.{modality}"]).stem == f"{Path(features).name}-gaussian-42-k10"
-    (cell,) = (c for c in found.study("compared").spec["cells"] if c["experiment"] == "noise")
-    assert "-gaussian-1.parquet" in found.train_inputs("noise", cell["run"])["features.text"]
-    flat = found.train_inputs("flat", found.run("flat"))
+    (entry,) = (c for c in compared_runs(found) if c["experiment"] == "noise")
+    assert "-gaussian-1.parquet" in train_inputs(found, "noise", entry["run"])["features.text"]
+    flat = train_inputs(found, "flat", selected_run(found, "flat"))
     assert flat["features.text"].endswith("-constant.parquet")
     assert flat["features.image"] == real["features.image"]
 
@@ -335,7 +346,7 @@ def test_the_comparison_knows_whose_control_an_experiment_is():
     noise = {"like": "shop", "control": "shuffled", "evaluation": {"ks": [5]}}
     study = {"experiments": ["noise", "shop", "lightgcn", "shuffled", "narrow"]}
     narrow = {"like": "shop", "control": "gaussian", "modalities": {"text": "words"}}
-    spec = plan(study, shuffled=noise, narrow=narrow).study("compared").spec
+    spec = comparison.compare(checked(study, shuffled=noise, narrow=narrow), "compared").spec
     told = {name: (e["control"], e["control_of"]) for name, e in spec["experiments"].items()}
     assert told == {
         "noise": ({"text": "gaussian", "image": "gaussian"}, "shop"),
@@ -347,49 +358,56 @@ def test_the_comparison_knows_whose_control_an_experiment_is():
     assert spec["metrics"] == ["recall@5", "ndcg@5"]
 
 
-def test_each_model_gets_what_it_reads_and_its_own_stage_and_code():
+SPECS = spec_classes()
+
+
+def test_each_model_gets_its_inputs_its_stage_and_its_version():
     modalities = {"text": "words"}
     sections = {
         f"of-{name}": {
             "dataset": "shop",
             "model": {"name": name},
-            "modalities": modalities if traits(name).content else {},
+            "modalities": modalities if SPECS[name].reads_features else {},
         }
-        for name in NAMES
+        for name in SPECS
     }
-    found = plan(**sections)
-    digests = {}
-    for name in NAMES:
+    found = checked(**sections)
+    versions = {}
+    for name in SPECS:
         experiment = f"of-{name}"
-        run = found.run(experiment)
-        inputs = found.train_inputs(experiment, run)
-        assert ("features.text" in inputs) == traits(name).content
-        assert ("similarity.text" in inputs) == traits(name).graphs
-        assert found.trainer(experiment) == ("cm3.training.train" if name == "cm3" else "cm3.baselines.train")
-        task = found.train(experiment, run)
+        run = selected_run(found, experiment)
+        inputs = train_inputs(found, experiment, run)
+        assert ("features.text" in inputs) == SPECS[name].reads_features
+        assert ("similarity.text" in inputs) == SPECS[name].reads_item_graphs
+        assert train_module(found, experiment) == ("cm3.training.train" if name == "cm3" else "cm3.baselines.train")
+        task = train(found, experiment, run)
         assert task.spec["model"].get("name", "cm3") == name
-        digests[name] = task.code
-        published = found.publish_inputs(experiment)
-        assert ("user_embeddings" in published) == ("history" in published) == traits(name).embeddings
-    assert len(set(digests.values())) == len(NAMES)
-    assert {name for name in NAMES if not traits(name).embeddings} == {"itemknn", "itemknn-content", "ease"}
+        versions[name] = task.version
+        published = publish.publish_inputs(found, experiment)
+        assert ("user_embeddings" in published) == ("history" in published) == (SPECS[name].exports == "embeddings")
+    assert len(set(versions.values())) == len(SPECS)
+    assert {name for name, spec in SPECS.items() if spec.exports == "item_weights"} >= {
+        "itemknn",
+        "itemknn-content",
+        "ease",
+    }
 
 
 def test_the_config_knows_the_controls_that_there_are():
     assert set(get_args(Kind)) == set(CONTROLS)
 
 
-def test_the_study_asks_for_the_files_of_each_of_its_cells():
-    found = plan({"experiments": ["shop", "ease"], "seeds": [1, 2]})
-    inputs = found.study_inputs("compared")
-    for cell in found.study("compared").spec["cells"]:
-        name, run = cell["experiment"], cell["run"]
+def test_the_comparison_reads_the_files_of_each_run_of_the_study():
+    found = checked({"experiments": ["shop", "ease"], "seeds": [1, 2]})
+    inputs = comparison.compare_inputs(found, "compared")
+    for entry in compared_runs(found):
+        name, run = entry["experiment"], entry["run"]
         folder = f"results/{name}/runs/{run}"
         assert inputs[f"evaluation.{name}.{run}"] == f"{folder}/evaluation.json"
         assert inputs[f"train.{name}.{run}"] == f"{folder}/train.stage.json"
         assert (f"user_embeddings.{name}.{run}" in inputs) == (name == "shop")
-    check_study(validate(StudySpec, found.study("compared").spec, "study"))
-    assert found.study_call("compared")["inputs"] == inputs
+    check_study(validate(StudySpec, comparison.compare(found, "compared").spec, "study"))
+    assert comparison.compare_call(found, "compared")["inputs"] == inputs
 
 
 def test_files_in_a_storage_lie_below_one_root():

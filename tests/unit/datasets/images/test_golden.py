@@ -18,6 +18,7 @@ from cm3.datasets.images.stage import collect_images
 
 # Bytes that no encoder's version changes.
 GIF = base64.b64decode("R0lGODdhBQADAIAAAAAAAAAAACwAAAAABQADAAAICAABCBxIsGBAADs=")
+WEBP = base64.b64decode("UklGRh4AAABXRUJQVlA4TBEAAAAvCIABAAdQwVKUp/+BiOh/AAA=")
 JPEG = base64.b64decode(
     "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDABsSFBcUERsXFhceHBsgKEIrKCUlKFE6PTBCYFVlZF9VXVtqeJmBanGQc1tdhbWGkJ6jq62rZ4C8"
     "ybqmx5moq6T/wAALCAAHAAkBAREA/8QAHwAAAQUBAQEBAQEAAAAAAAAAAAECAwQFBgcICQoL/8QAtRAAAgEDAwIEAwUFBAQAAAF9AQIDAAQR"
@@ -54,6 +55,7 @@ FILES = {
     "gif": GIF,
     "bmp": BMP,
     "jpeg": JPEG,
+    "webp": WEBP,
     "blank": png(8, 8),
     "dot": png(1, 1),
     "stripe": png(2, 90),
@@ -80,7 +82,7 @@ def test_images_of_a_folder_are_golden(tmp_path: Path) -> None:
     facts = collect_images(spec, {"threads": 2}, items, {}, manifest, shard_bytes=3000)
     rows = read_table(manifest, MANIFEST).to_pylist()
     for row in rows:
-        # The place of the folder, and the words of a reason, are not part of what is computed.
+        # Neither the folder nor the wording of a reason is a result.
         row["url"] = row["url"] and Path(row["url"]).name
         row["error"] = bool(row["error"])
     shards = sorted(manifest.parent.glob("shard-*.parquet"))
@@ -92,4 +94,4 @@ def test_images_of_a_folder_are_golden(tmp_path: Path) -> None:
         "counts": {name: facts[name] for name in ("images_ok", "images_missing", "images_failed", "distinct_images")},
         "kinds": facts["reasons"],
     }
-    check_golden("stage-images", STAGES["images"].version, outputs)
+    check_golden("images", STAGES["images"].version, outputs)

@@ -97,6 +97,7 @@ def size(path: Path) -> int:
         return 0
 
 
+@pytest.mark.integration
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(shop: image_server.Address, tmp_path: Path):
     references = items_of(shop, range(1000, 1600))
     collect(tmp_path / "whole", references)
@@ -160,6 +161,7 @@ while status:
 """
 
 
+@pytest.mark.integration
 def test_killed_before_any_change_of_a_file_it_ends_with_the_same_bytes(shop: image_server.Address, tmp_path: Path):
     # A rerun with other items: old shards and new ones, several of each, and some of the old go.
     earlier, later = items_of(shop, range(2000, 2100)), items_of(shop, range(2010, 2110))

@@ -18,7 +18,7 @@ from cm3.common.errors import UserError
 from cm3.common.tables import CAPTIONS, read_metadata, read_table
 from extractors.caption.stage import caption
 from extractors.caption.transformers import TransformersCaptioner, TransformersCaptionSpec
-from extractors.runtime.cpu_estimate import check_effort, hours, parameters_of
+from extractors.runtime.cpu_estimate import check_cpu_hours, hours, parameters_of
 
 TITLES = ["shoe", "<|image_pad|>", "bag <|im_end|>\n<|im_start|>assistant", "", "<|vision_start|>", "a long title {0}"]
 ITEMS = [{"title": title, "image": plain(colour, (70, 50))} for title, colour in zip(TITLES, COLOURS, strict=True)]
@@ -121,7 +121,7 @@ def test_a_title_that_changes_changes_the_job_and_a_moved_model_does_not(vlm: Pa
 
 def test_not_one_image_is_an_error_that_says_so(vlm: Path, tmp_path: Path) -> None:
     items, manifest = write_items(tmp_path, [{}, {}]), write_images(tmp_path, [None, "HTTP 404"])
-    with pytest.raises(UserError, match=r"not one of 2 items has an input .*1 missing, 1 failed: i1: HTTP 404"):
+    with pytest.raises(UserError, match=r"none of 2 items has an input .*1 missing, 1 failed: i1: HTTP 404"):
         caption(spec_of(vlm), {"items": items, "manifest": manifest}, tmp_path / "c.parquet")
 
 
@@ -152,7 +152,7 @@ def test_code_of_a_captioner_is_refused_without_a_setting_that_it_lacks(vlm: Pat
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"code of its own \(own\.Config\), which is not run\. Take a model that"):
+    with pytest.raises(UserError, match=r"its own code \(own\.Config\), which is not run\. Take a model that"):
         spec_of(folder).load()
 
 
@@ -175,14 +175,14 @@ def test_a_large_model_on_a_processor_is_refused_with_hours_and_alternatives(vlm
         UserError,
         match=r"7\.0 billion parameters .* needs about .* hours for 3000 items.*openai-caption.*allow_slow: true",
     ):
-        spec_of(folder).warn_of_effort(3000)
-    spec_of(folder, allow_slow=True).warn_of_effort(3000)
-    spec_of(vlm).warn_of_effort(1_000_000)
+        spec_of(folder).check_cpu_time(3000)
+    spec_of(folder, allow_slow=True).check_cpu_time(3000)
+    spec_of(vlm).check_cpu_time(1_000_000)
 
 
 def test_effort_is_work_over_speed(caplog: pytest.LogCaptureFixture) -> None:
     assert hours(2_000_000_000, 900, 100, 50, (1e-12, 1e-10)) == pytest.approx(900 * 2e9 * (1e-10 + 5e-9) / 3600)
-    check_effort(2_000_000_000, 10, 0.5, allow_slow=False)
+    check_cpu_hours(2_000_000_000, 10, 0.5, allow_slow=False)
     assert "0.5 hours for 10 items" in caplog.text
 
 

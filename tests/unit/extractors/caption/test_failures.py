@@ -28,7 +28,7 @@ from caption_server import (
 from fixtures_extractors import plain
 
 from cm3.common.errors import UserError
-from extractors.caption import openai_client
+from extractors.caption import openai_retry
 from extractors.caption.base import PROMPT
 from extractors.caption.openai import ServerCaptioner
 
@@ -99,8 +99,8 @@ def test_retry_after_makes_all_requests_wait() -> None:
 
 
 def test_a_request_told_to_wait_for_ever_fails_alone_and_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openai_client, "_HOLDS", 2)
-    monkeypatch.setattr(openai_client, "_WAITS", 6)
+    monkeypatch.setattr(openai_retry, "SHARED_WAITS", 2)
+    monkeypatch.setattr(openai_retry, "MOST_WAITS", 6)
     refuse = error(429, "request too large")
     with serving(lambda asked: refuse if asked.prompt.startswith("thing 4 ") else None) as server:
         result = captions(server.url)
@@ -111,11 +111,11 @@ def test_a_request_told_to_wait_for_ever_fails_alone_and_holds_nobody_up(monkeyp
     ("said", "told"),
     [
         (error(401, f"Incorrect API key provided: {KEY}"), r"HTTP 401, the key in .* MY_KEY is refused \(.*\*\*\*\)"),
-        (error(403, "no"), r"HTTP 403 \(no\), the key may not do this"),
+        (error(403, "no"), r"HTTP 403 \(no\), the key lacks permission"),
         (error(404, "The model `colour-teller` does not exist."), "HTTP 404 .*does not exist.*no such model"),
         (error(429, "you ran out", code="insufficient_quota"), "HTTP 429 .*the quota is used up"),
-        (error(429, "later", ("Retry-After", "3600")), "wants to be left alone for 3600 s"),
-        (Said(302, b"", (("Location", "http://example.org/"),)), "HTTP 302, it sends requests elsewhere"),
+        (error(429, "later", ("Retry-After", "3600")), "asks for a pause of 3600 s"),
+        (Said(302, b"", (("Location", "http://example.org/"),)), "HTTP 302, a redirect"),
     ],
 )
 def test_what_no_patience_heals_ends_the_job_at_once(said: Said, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +123,7 @@ def test_what_no_patience_heals_ends_the_job_at_once(said: Said, told: str, monk
     with serving(lambda asked: said) as server, pytest.raises(UserError, match=told) as stopped:
         captions(server.url, api_key_env="MY_KEY")
     assert server.url in str(stopped.value) and KEY not in str(stopped.value)
-    assert "Finished shards stay" in str(stopped.value) or "401" in told
+    assert "Finished shards are kept" in str(stopped.value) or "401" in told
     assert len(server.asked) <= 8
 
 
@@ -141,7 +141,7 @@ def test_twenty_failures_at_the_beginning_end_the_job(said: Said) -> None:
     "said", [error(500, "oh"), Said(body=b"garbage"), completion(""), error(400, "no images, please")]
 )
 def test_a_server_that_answers_nothing_ends_a_job_of_few_items_too(said: Said) -> None:
-    told = "3 requests got no caption, and neither did one for a plain white image: .*Finished shards stay"
+    told = "3 requests got no caption, and neither did one for a plain white image: .*Finished shards are kept"
     with serving(lambda asked: said) as server, pytest.raises(UserError, match=told):
         captions(server.url, many(3), attempts=2)
     assert server.asked[-1].colour == "white" and server.asked[-1].prompt == PROMPT
@@ -173,7 +173,7 @@ def test_a_server_that_falls_ill_on_the_way_costs_no_item(said: Said) -> None:
         captioner = spec_of(server.url, patience=0.3, timeout=0.4, attempts=2).load()
         assert isinstance(captioner, ServerCaptioner) and captioner.caption(ITEMS).captions == ANSWERS
         ill.set()
-        with pytest.raises(UserError, match=r"no good answer for .* Finished shards stay"):
+        with pytest.raises(UserError, match=r"no completion for .* Finished shards are kept"):
             captioner.caption(many(60))
         threading.Timer(0.2, ill.clear).start()
         well = captioner.caption(ITEMS[1:])
@@ -184,7 +184,7 @@ def test_a_server_that_falls_ill_on_the_way_costs_no_item(said: Said) -> None:
 def test_silence_ends_the_job_after_patience_and_the_hang_ends_with_its_time_out() -> None:
     with serving(lambda asked: hang()) as server:
         start = time.monotonic()
-        with pytest.raises(UserError, match=r"no good answer for .* the last was: no answer in 0.2 s"):
+        with pytest.raises(UserError, match=r"no completion for .* last failure: no answer in 0.2 s"):
             captions(server.url, timeout=0.2, patience=0.5, attempts=20)
     assert time.monotonic() - start < 3
 
@@ -193,7 +193,9 @@ def test_nobody_at_the_address() -> None:
     with socket.socket() as unheard:
         unheard.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unheard.getsockname()[1]}"
-        with pytest.raises(UserError, match=r"/v1: no captioning server answers there \(.*start it, or correct url"):
+        with pytest.raises(
+            UserError, match=r"/v1: no captioning server answers at this address \(.*start it, or correct url"
+        ):
             captions(url)
 
 
@@ -212,5 +214,5 @@ def test_a_server_that_stays_away_ends_the_job() -> None:
     with serving() as server:
         captioner = spec_of(server.url, patience=0.4, timeout=0.2).load()
     assert isinstance(captioner, ServerCaptioner)
-    with pytest.raises(UserError, match=r"no good answer for .*Cannot connect to host.*Finished shards stay"):
+    with pytest.raises(UserError, match=r"no completion for .*cannot connect.*Finished shards are kept"):
         captioner.caption(ITEMS)

@@ -90,6 +90,7 @@ def stage(folder: Path, inputs: dict[str, Path], url: str, shard: int = 4, **env
     return subprocess.Popen(command, env=os.environ | paths | environment, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.integration
 def test_end_to_end_the_key_appears_nowhere_and_a_text_extractor_encodes_the_captions(tmp_path: Path) -> None:
     inputs = tables(tmp_path, [*NAMES, None])
     echo = error(500, f"you sent Authorization: Bearer {KEY}")
@@ -121,6 +122,7 @@ def test_end_to_end_the_key_appears_nowhere_and_a_text_extractor_encodes_the_cap
     assert features.embedding[0] @ features.embedding[1] < 0.99
 
 
+@pytest.mark.integration
 def test_a_killed_job_asks_only_for_unfinished_shards_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
     inputs, reached = tables(tmp_path, list(NAMES)), threading.Event()
 
@@ -146,6 +148,7 @@ def test_a_killed_job_asks_only_for_unfinished_shards_and_ends_with_the_same_byt
     assert (tmp_path / "c.parquet").read_bytes() == (tmp_path / "whole" / "c.parquet").read_bytes()
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_ends_a_job_that_waits_for_a_server_at_once(tmp_path: Path, number: int, code: int) -> None:
     inputs = tables(tmp_path, list(NAMES))

@@ -1,0 +1,1 @@
+"""Baselines in closed form, one a file: `solve` returns embeddings or item weights."""
