@@ -68,13 +68,13 @@ class Fetcher:
     """Downloads URLs and adds the outcome of each to a store. For one event loop.
 
     Attributes:
-        asked: number of URLs that a request was sent for.
+        requested: number of URLs that a request was sent for.
     """
 
     def __init__(self, spec: dict[str, Any], runtime: dict[str, Any], store: Store) -> None:
         """Take spec and runtime of the images stage; no request is sent for URLs whose outcome is in `store`."""
         self.spec, self.runtime, self.store = spec, runtime, store
-        self.asked = 0
+        self.requested = 0
         self._hosts: dict[str, Host] = {}
         self._silence: dict[str, Outcome] = {}
         self._pending: dict[str, asyncio.Event] = {}
@@ -141,7 +141,7 @@ class Fetcher:
         if host.down:
             outcome = self._silence[host.name]
         else:
-            self.asked += 1
+            self.requested += 1
             try:
                 return await self._tries(url)
             except BaseException as error:
