@@ -19,7 +19,7 @@ class FetchError(Exception):
 
 
 class TransientError(Exception):
-    """A failure that another try may not meet; `wait` is the number of seconds that the server asked for, else 0."""
+    """A temporary failure, worth another try; `wait` is the Retry-After of the server in seconds, else 0."""
 
     def __init__(self, reason: str, wait: float = 0.0) -> None:
         super().__init__(reason)

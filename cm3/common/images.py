@@ -40,7 +40,7 @@ def iter_images(manifest: str | os.PathLike[str], items: Sequence[int] | None = 
 def images_at(
     manifest: str | os.PathLike[str], items: np.ndarray, shard: np.ndarray, row: np.ndarray
 ) -> Iterator[tuple[int, bytes]]:
-    """Yield (item, original bytes) as `iter_images` does, of items whose places are known: the manifest is not read.
+    """Yield (item, original bytes) as `iter_images` does, for items with known shards and rows; the manifest is not read.
 
     Args:
         manifest: the manifest.parquet; its shards are next to it.

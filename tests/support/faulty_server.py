@@ -1,4 +1,4 @@
-"""Servers in trouble, for the tests of downloads: answers for `oracles_sources.Server`, each bounded in time."""
+"""Faulty servers for the tests of downloads: answers for `oracles_sources.Server`, each bounded in time."""
 
 import contextlib
 import http.server
@@ -17,7 +17,7 @@ _LONGEST = 3.0
 
 @dataclass
 class Mirror:
-    """A file as a good server gives it: with Range, If-Range, ETag. Its methods are answers with one fault.
+    """A file on a correct server with Range, If-Range and ETag. The methods are answers with one fault.
 
     Attributes:
         ranges: the Range header of each request, None where there was none.
@@ -46,11 +46,11 @@ class Mirror:
         return lambda handler: self._answer(handler, at, _reset)
 
     def stall(self, at: int) -> Answer:
-        """Say nothing more, with the connection open."""
+        """Send nothing more, with the connection open."""
         return lambda handler: self._answer(handler, at, lambda *_: time.sleep(_LONGEST))
 
     def drip(self, at: int) -> Answer:
-        """Go on with one byte at a time."""
+        """Continue with one byte at a time."""
 
         def slowly(handler: Handler, rest: bytes) -> None:
             for n in range(min(int(_LONGEST / 0.02), len(rest))):
@@ -60,7 +60,7 @@ class Mirror:
         return lambda handler: self._answer(handler, at, slowly)
 
     def misplaced(self, handler: Handler) -> None:
-        """Answer a request for a range with another one; without Range, as ever."""
+        """Answer a range request with another range; without Range, answer correctly."""
         self._answer(handler, len(self.body), shift=-1)
 
     def _answer(
@@ -142,12 +142,12 @@ def raw(*pieces: bytes, pause: float = 0.0) -> Answer:
 
 
 def dripped_headers() -> Answer:
-    """Headers without end, so that there is always a byte to wait for."""
+    """Endless headers, so another byte always arrives."""
     return raw(b"HTTP/1.1 200 OK\r\n", *(b"X-%d: y\r\n" % n for n in range(60)), pause=0.05)
 
 
 def dripped_framing() -> Answer:
-    """A chunked body that spends for ever on the name of an extension of its first chunk."""
+    """A chunked body whose first chunk has an endless extension name."""
     start = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5;"
     return raw(start, *(b"x" for _ in range(60)), pause=0.05)
 

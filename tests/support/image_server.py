@@ -1,4 +1,4 @@
-"""A loopback server of made-up images that misbehaves for one address in five, always in the same way.
+"""A loopback server of generated images with faults for one URL in five, always the same ones.
 
 In a process of its own: `python tests/support/image_server.py` prints its port and serves until its standard input closes.
 """
@@ -56,7 +56,7 @@ def distinct(base: bytes, number: int) -> bytes:
 
 
 class Shop:
-    """Answers /image/N.jpg, and /asked with how often each was asked for."""
+    """Serves /image/N.jpg, and /asked with the number of requests for each."""
 
     def __init__(self, bases: list[bytes], delay: float) -> None:
         self.bases, self.delay = bases, delay
@@ -109,7 +109,7 @@ async def serve(shop: Shop) -> None:
 
 
 class Address:
-    """Where a running server is."""
+    """URLs of a running server."""
 
     def __init__(self, port: int) -> None:
         self.root = f"http://127.0.0.1:{port}"
@@ -118,7 +118,7 @@ class Address:
         return f"{self.root}/image/{number}.jpg"
 
     def asked(self) -> dict[int, int]:
-        """How often each image was asked for."""
+        """The number of requests for each image."""
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(f"{self.root}/asked", timeout=30) as answer:
             return {int(number): count for number, count in json.load(answer).items()}

@@ -124,8 +124,8 @@ class MirrorClient:
                 raise TransientError("the server disconnected without an answer") from None
             raise TransientError(f"the connection was cut ({one_line(str(error), 300)})") from None
         except (httpcore2.NetworkError, httpcore2.ProxyError) as error:
-            told = one_line(str(error), 300) or type(error).__name__
-            raise TransientError(told if improper else f"the connection was cut ({told})") from None
+            reason = one_line(str(error), 300) or type(error).__name__
+            raise TransientError(reason if improper else f"the connection was cut ({reason})") from None
 
 
 class AddressCheck:

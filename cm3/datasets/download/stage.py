@@ -20,7 +20,7 @@ from cm3.datasets.download.response import HEAD_BYTES, check_start, content_leng
 
 log = logging.getLogger("cm3.datasets.download.stage")
 
-# A server that sends less than SMALL_GAIN bytes per request is asked at most MOST_SMALL_GAINS times.
+# At most MOST_SMALL_GAINS requests to a server that sends less than SMALL_GAIN bytes per request.
 SMALL_GAIN, MOST_SMALL_GAINS = 1_000_000, 100
 
 

@@ -1,4 +1,4 @@
-"""Config of where product images are, and what they may be at most."""
+"""Settings of product images: folder or download, size limits, placeholders."""
 
 import re
 import string
@@ -24,28 +24,33 @@ def _as_list(value: Any) -> Any:
 
 
 Names = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
-"""A list of names; one name alone means the same, and gives the same key."""
+"""List of names; a single name is the same as a list of it, and gives the same key."""
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Pattern = Annotated[str, AfterValidator(_check_pattern)]
 _Patterns = Annotated[list[_Pattern], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
 
 
 class ImageLimits(Strict):
-    """What an image may be at most; beyond it is `failed` with the reason."""
+    """Size limits of one image; an image over a limit is `failed` with the reason."""
 
     max_pixels: int = Field(
-        default=64_000_000, gt=0, le=89_000_000, description="width x height, checked before decoding"
+        default=64_000_000,
+        gt=0,
+        le=89_000_000,
+        description="largest width x height of an image in pixels, checked before decoding",
     )
-    max_bytes: int = Field(default=32_000_000, gt=0, description="size of one image's file or download")
+    max_bytes: int = Field(default=32_000_000, gt=0, description="largest size of one image file or download in bytes")
 
 
 class Images(ImageLimits):
-    """Where product images are: a local folder, or the URLs in the item table."""
+    """Source of product images: a local folder, or the URLs in the item table."""
 
     runtime_fields: ClassVar[frozenset[str]] = frozenset({"rate", "concurrency", "timeout", "attempts"})
 
     folder: str | None = Field(
-        default=None, min_length=1, description="local folder of images; without it, URLs are fetched"
+        default=None,
+        min_length=1,
+        description="local folder of images; without it, images are downloaded from their URLs",
     )
     pattern: _Patterns | None = Field(
         default=None,
@@ -54,29 +59,29 @@ class Images(ImageLimits):
     )
     hosts: list[str] = Field(
         default=[],
-        description="hosts that images may be fetched from, at any port; `*.example.com` takes in all below it",
+        description="allow-list of hosts for image downloads, at any port; `*.example.com` includes all subdomains",
     )
     placeholders: list[_Digest] = Field(
         default=[],
-        description="sha256 digests of images that mean `no image`, 64 hex digits each as in the manifest; items "
-        "that have one of them are missing",
+        description="sha256 digests of placeholder images (`no image`), 64 hex digits each as in the manifest; items "
+        "with one of them count as missing",
     )
-    private: bool = Field(default=False, description="whether hosts with private or loopback addresses may be asked")
-    rate: Float = Field(default=50.0, gt=0, description="requests a second to each host")
-    concurrency: int = Field(default=16, gt=0, description="requests at a time to each host")
-    timeout: Float = Field(default=30.0, gt=0, description="seconds without an answer before a request is given up")
-    attempts: int = Field(default=5, gt=0, description="tries of one URL on 429, 5xx, timeouts and cut connections")
+    private: bool = Field(default=False, description="allow downloads from private and loopback addresses")
+    rate: Float = Field(default=50.0, gt=0, description="requests per second to each host")
+    concurrency: int = Field(default=16, gt=0, description="simultaneous requests to each host")
+    timeout: Float = Field(default=30.0, gt=0, description="seconds without data before a request fails")
+    attempts: int = Field(default=5, gt=0, description="tries per URL on 429, 5xx, timeouts and cut connections")
 
     @model_validator(mode="after")
     def _one_place(self) -> "Images":
         if self.folder is None and self.pattern is not None:
-            raise ValueError("pattern needs images.folder, the folder that it is looked up in")
+            raise ValueError("pattern needs images.folder, the folder of the images")
         if self.folder is not None and self.hosts:
-            raise ValueError("give either folder (local images) or hosts (images to fetch), not both")
+            raise ValueError("set either folder (local images) or hosts (images to download), not both")
         return self
 
     def spec(self) -> dict[str, Any]:
-        """Return the JSON that decides which images the images stage finds and accepts."""
+        """Return the settings that decide which images the stage finds and accepts, as JSON."""
         limits = {
             "max_pixels": self.max_pixels,
             "max_bytes": self.max_bytes,

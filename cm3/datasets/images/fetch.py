@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 import tenacity
@@ -24,6 +24,7 @@ from cm3.datasets.images.store import Outcome, Store
 from cm3.datasets.images.validate import PlaceholderError, examine
 
 log = logging.getLogger("cm3.datasets.images")
+T = TypeVar("T")
 
 _SILENCE = frozenset({"no connection", "no answer in time"})
 NOT_REACHED = _SILENCE | {"refused"}
@@ -67,13 +68,13 @@ class Fetcher:
     """Downloads URLs and adds the outcome of each to a store. For one event loop.
 
     Attributes:
-        asked: number of URLs that a request was sent for.
+        requested: number of URLs that a request was sent for.
     """
 
     def __init__(self, spec: dict[str, Any], runtime: dict[str, Any], store: Store) -> None:
         """Take spec and runtime of the images stage; no request is sent for URLs whose outcome is in `store`."""
         self.spec, self.runtime, self.store = spec, runtime, store
-        self.asked = 0
+        self.requested = 0
         self._hosts: dict[str, Host] = {}
         self._silence: dict[str, Outcome] = {}
         self._pending: dict[str, asyncio.Event] = {}
@@ -140,7 +141,7 @@ class Fetcher:
         if host.down:
             outcome = self._silence[host.name]
         else:
-            self.asked += 1
+            self.requested += 1
             try:
                 return await self._tries(url)
             except BaseException as error:
@@ -185,8 +186,7 @@ class Fetcher:
                     async with contextlib.AsyncExitStack() as large:
                         data = await self._body(response, large)
                         # The slot is kept meanwhile: when decoding is slower than the network, the network waits.
-                        found: Outcome = await self._in_thread(self._examine, first, data, tuple(dict.fromkeys(seen)))
-                        return found
+                        return await self._in_thread(self._examine, first, data, tuple(dict.fromkeys(seen)))
         raise _NoImageError("redirects", f"more than {_REDIRECTS} redirects")
 
     async def _body(self, response: aiohttp.ClientResponse, large: contextlib.AsyncExitStack) -> bytes:
@@ -220,7 +220,7 @@ class Fetcher:
             self._hosts[name] = Host(name, *pace)
         return self._hosts[name]
 
-    async def _in_thread(self, call: Callable[..., Any], *values: Any) -> Any:
+    async def _in_thread(self, call: Callable[..., T], *values: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, call, *values)
 
 

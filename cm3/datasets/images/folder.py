@@ -1,4 +1,4 @@
-"""Finder of images in a local folder, by a pattern of the item id or by the item's own image column."""
+"""Image source `folder`: local files, found by a pattern of the item id or by the item's own image column."""
 
 import itertools
 import stat
@@ -22,7 +22,7 @@ _NONE = Found("", MISSING, ("the item names no image",), ("the item names no ima
 
 
 def find(search: Search) -> Iterator[Found]:
-    """Yield each item's image; never a file outside the folder, whatever an id or a column says.
+    """Yield each item's image. Files outside the folder are never read, whatever an id or a column contains.
 
     Raises:
         UserError: the folder does not exist.
@@ -30,10 +30,10 @@ def find(search: Search) -> Iterator[Found]:
     spec = search.spec
     folder = Path(expand(spec["folder"])) if spec["folder"] else search.inputs["images"].parent / "images"
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; set the data set's images.folder to where the images are")
+        raise UserError(f"{folder}: no such folder; set images.folder of the data set to the folder of the images")
     items = iter(search.wanted)
     look = partial(_look, folder, folder.resolve(), spec)
-    # Threads, because Pillow's decoders let go of the interpreter lock; in blocks, so that few images are in memory.
+    # Threads, because Pillow's decoders release the GIL; in blocks, to have few images in memory.
     with ThreadPoolExecutor(search.runtime.get("threads")) as pool:
         while block := list(itertools.islice(items, _AT_ONCE)):
             yield from pool.map(look, block)
@@ -49,7 +49,7 @@ def _look(folder: Path, real: Path, spec: dict[str, Any], item: Wanted) -> Found
         if found.status == OK:
             return found
         bad.append(found)
-    # The first that failed, or else a placeholder, says more than a file that is not there.
+    # The first that failed, or else a placeholder, is more informative than a file that does not exist.
     return min(bad, key=lambda found: (found.status != FAILED, found.kinds == _ABSENT), default=_NONE)
 
 

@@ -1,4 +1,4 @@
-"""Finder for data sets without images."""
+"""Image source `none`: data sets without images."""
 
 from collections.abc import Iterator
 

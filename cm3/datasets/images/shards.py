@@ -1,4 +1,4 @@
-"""Shards of images: original bytes, each distinct image once, in the order in which they are added."""
+"""Image shards: Parquet files of original bytes, each distinct image once, in the order of adding."""
 
 import contextlib
 import os
@@ -16,14 +16,14 @@ from cm3.common.tables import IMAGES
 SHARD_BYTES = 256_000_000
 KNOWN = ".known.parquet"
 """Table next to the manifest that an image source keeps for the next run; it describes the shards."""
-# A row group is what readers and the writer hold in memory.
+# Readers and the writer have one row group in memory.
 _ROW_GROUP_BYTES = 16_000_000
 
 
 def fresh_folder(folder: Path) -> Path:
-    """Return the empty folder inside `folder` in which the next manifest and shards are made.
+    """Return the empty folder inside `folder` that the next manifest and shards are written to.
 
-    Files of a run that was killed while it put them in their place (see `put_in_place`) are put there first.
+    Files of a run that was killed while moving them to their place (see `put_in_place`) are moved first.
     """
     fresh = folder / ".fresh"
     if (fresh / "manifest.parquet").exists():
@@ -34,10 +34,10 @@ def fresh_folder(folder: Path) -> Path:
 
 
 def put_in_place(fresh: Path, manifest: Path) -> None:
-    """Replace shards, known outcomes and manifest by those in `fresh`, whose manifest.parquet must be written last.
+    """Replace shards, known outcomes and manifest by those in `fresh`, where manifest.parquet must be written last.
 
-    A kill at any moment loses nothing: while `fresh` holds a manifest, all its files are whole, and every image
-    lies either there or in its place. The manifest comes last, so shards that belong to another one are never read.
+    A kill at any moment loses nothing: while `fresh` holds a manifest, all its files are complete, and every image
+    is either there or in its place. The manifest is moved last, so shards of another manifest are never read.
     """
     shards = {path.name for path in fresh.glob("shard-*.parquet")}
     if not (fresh / KNOWN).exists():
@@ -51,7 +51,7 @@ def put_in_place(fresh: Path, manifest: Path) -> None:
 
 
 def _move(fresh: Path, folder: Path) -> None:
-    # Outcomes go first: the old ones do not know the new images, the new ones need no old image.
+    # Outcomes first: the old ones do not know the new images, the new ones need no old image.
     if (fresh / KNOWN).exists():
         (fresh / KNOWN).replace(folder / KNOWN)
     for path in sorted(fresh.glob("shard-*.parquet")):
@@ -66,7 +66,7 @@ def _move(fresh: Path, folder: Path) -> None:
 class ShardWriter:
     """Writes shard-00000.parquet, shard-00001.parquet, ... next to a manifest; the boundaries depend on bytes only.
 
-    Use as a context manager. Shards that are done stay when the body fails; the one being written goes.
+    Use as a context manager. If the body fails, finished shards stay and the current one is deleted.
     """
 
     def __init__(self, manifest: Path, shard_bytes: int = SHARD_BYTES) -> None:
@@ -81,7 +81,7 @@ class ShardWriter:
         return self
 
     def add(self, sha256: str, data: bytes) -> tuple[int, int]:
-        """Store an image unless the same bytes are there already; return its (shard, row)."""
+        """Store an image unless the same bytes are stored already; return its (shard, row)."""
         if sha256 in self._places:
             return self._places[sha256]
         if self._open is not None and self._bytes + len(data) > self.shard_bytes:
@@ -100,7 +100,7 @@ class ShardWriter:
     def _start(self) -> None:
         self._open = contextlib.ExitStack()
         temporary = self._open.enter_context(atomic(shard_path(self.manifest, self.count)))
-        # Images are compressed already, and statistics over their bytes would store some of them twice.
+        # Images are compressed already, and column statistics over their bytes would store some of them twice.
         self._writer = self._open.enter_context(
             pq.ParquetWriter(temporary, IMAGES, compression="none", use_dictionary=False, write_statistics=["sha256"])
         )

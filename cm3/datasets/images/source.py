@@ -1,4 +1,4 @@
-"""What every way of finding images is given by the images stage, and hands back to it."""
+"""Interface between the images stage and the image sources: request and result types."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from cm3.datasets.images.validate import ImageFacts
 
 @dataclass(frozen=True)
 class Wanted:
-    """One item's image to be found: its id, and what its image column holds, best first."""
+    """One item: its id, and the values of its image column, best first."""
 
     item_id: str
     references: Sequence[str]
@@ -19,14 +19,14 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Found:
-    """An item's image, or why there is none.
+    """An item's image, or the reason why there is none.
 
     Attributes:
-        url: where it comes from, a URL or a path.
+        url: URL or path of the image.
         status: ok, missing or failed.
-        reasons: why not, one for each place that was looked at; empty when ok.
-        kinds: the same in a word or two each, such as "HTTP 404", for counting.
-        image, data: what it is and its bytes; None and empty unless ok.
+        reasons: reasons of failure, one per URL or path; empty when ok.
+        kinds: short categories of the reasons, such as "HTTP 404", for counting.
+        image, data: facts about the image and its bytes; None and empty unless ok.
     """
 
     url: str = ""
@@ -39,14 +39,14 @@ class Found:
 
 @dataclass(frozen=True)
 class Search:
-    """What a finder is to do.
+    """Request to an image source.
 
     Attributes:
         wanted: the items.
         spec, runtime, inputs: of the images stage.
-        folder: where manifest and shards of earlier runs are, and what a finder keeps.
+        folder: of the manifest and shards of earlier runs, and of files that a source keeps.
         fresh: folder whose files replace those in `folder` when the stage is done.
-        facts: for the stage's record; a finder adds its own.
+        facts: entries of the stage's record; a source adds its own.
     """
 
     wanted: Sequence[Wanted]
@@ -59,7 +59,7 @@ class Search:
 
 
 class Find(Protocol):
-    """`find` of a finder module: yields one Found for each wanted item, in the same order."""
+    """`find` of an image source: yields one Found per wanted item, in the same order."""
 
     def __call__(self, search: Search) -> Iterator[Found]:
         """Find images."""

@@ -28,13 +28,13 @@ def collect_images(
     manifest: Path,
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, Any]:
-    """Find every item's image, check that it decodes, and store the bytes of those that do.
+    """Find the image of every item, validate it, and store its original bytes.
 
-    An item without an image, or with a placeholder, is `missing`; one whose image cannot be used is `failed` with
-    the reason. Each item has its row in the manifest, in item order. Identical images are stored once. The same
-    images give the same files to the byte, however often the stage was stopped and in whatever order they came.
+    An item without an image, or with a placeholder, is `missing`; an item with an unusable image is `failed` with the
+    reason. The manifest has one row per item, in item order. Identical images are stored once. The same images give
+    byte-identical files, however often the stage was interrupted and in whatever order they arrived.
 
-    Earlier shards stay until the new ones are whole, so a rerun needs room for both.
+    Earlier shards stay until the new ones are complete, so a rerun needs disk space for both.
 
     Args:
         spec: a data set's images_spec().
@@ -42,15 +42,15 @@ def collect_images(
         items: items.parquet.
         inputs: its image_inputs().
         manifest: file to write; shards are written next to it.
-        shard_bytes: at most so many bytes of images a shard (one image may be larger).
+        shard_bytes: largest number of image bytes per shard (one image may be larger).
 
     Returns:
         counts by status and by reason (rows; one with several reasons counts for each), of distinct images, shards
-        and bytes, the first failures; of images from URLs also how many were known before, URLs asked, and the
-        seconds and images a second of fetching.
+        and bytes, the first failures; for images from URLs also the number known before, the URLs requested, and
+        seconds and images per second of the download.
 
     Raises:
-        UserError: the images' folder does not exist, or fetching is impossible.
+        UserError: the folder of images does not exist, or no download is possible.
     """
     table = read_table(items, ITEMS)
     wanted = [

@@ -1,22 +1,16 @@
-"""What is known of URLs: fetched by this run (a journal), or by earlier ones (their shards).
+"""Outcomes by URL: from this run's journal, and from the shards of earlier runs.
 
-`images/.downloads/journal` grows by one record a URL: a line of JSON with its checksum, then the image's bytes. It
-is not synced to disk. Instead a record counts only when its checksum and the image's sha256 hold, so that neither a
-kill nor a power cut leaves anything that could be mistaken for an image. It goes when the stage is done, and
-`images/.known.parquet` tells what became of each URL; the bytes are in the shards.
+While the stage runs, `images/.downloads/journal` grows by one record per URL. When it is done, the journal is deleted,
+`images/.known.parquet` holds the outcome of each URL, and the bytes are in the shards.
 
-Disk: while the stage runs, up to the fetched bytes once more than the shards, and another time in a rerun, in which
-the earlier shards stay until the new ones are whole.
+Disk space: the downloaded bytes are stored twice until the stage is done (journal and shards), and three times in a
+rerun, where the earlier shards stay until the new ones are complete.
 """
 
-import contextlib
-import errno
 import hashlib
 import json
 import logging
-import os
 import threading
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +21,7 @@ import pyarrow.parquet as pq
 
 from cm3.common.errors import UserError
 from cm3.common.tables import FAILED, MISSING, OK, read_metadata, read_table, write_table
+from cm3.datasets.images.journal import Journal
 from cm3.datasets.images.shards import KNOWN
 from cm3.datasets.images.validate import ImageFacts, PlaceholderError, check_placeholder
 
@@ -45,18 +40,17 @@ _KNOWN = pa.schema(
         ("hosts", pa.list_(pa.string())),
     ]
 )
-_LONGEST_LINE = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one URL.
+    """The result of downloading one URL.
 
     Attributes:
         status, kind, reason: as in Found.
-        sha256, width, height, format: of the bytes, where they are an image; a placeholder is missing and has them.
-        hosts: those that it led on to.
-        passing: failed in a way that may be over soon: not to be believed by another process.
+        sha256, width, height, format: of the bytes if they are an image; a placeholder is `missing` and has them.
+        hosts: hosts that it was redirected to.
+        passing: failed for a reason that may be temporary, so another process tries again.
     """
 
     status: str
@@ -73,18 +67,18 @@ class Outcome:
     def of(
         cls, image: ImageFacts, status: str, kind: str = "", reason: str = "", hosts: tuple[str, ...] = ()
     ) -> "Outcome":
-        """Return the outcome of a URL that gave an image."""
+        """Return the outcome of a URL whose response is an image."""
         return cls(status, kind, reason, image.sha256, image.width, image.height, image.format, hosts)
 
     @property
     def image(self) -> ImageFacts:
-        """What the bytes are."""
+        """Facts about the bytes."""
         return ImageFacts(self.sha256, self.width, self.height, self.format)
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where an image's bytes are: in the journal (group -1; start in bytes) or in a row group of a shard."""
+    """Location of an image: in the journal (group -1; start in bytes) or in a row group of a shard (start is the row)."""
 
     path: Path
     group: int
@@ -96,14 +90,17 @@ class Store:
     """Outcomes by URL, and the bytes of those that are ok. `add` may be called from any thread.
 
     Attributes:
-        outcomes: what is known; delete one, and it is known no more.
-        failed_before: URLs that failed in an earlier run, one that was done.
+        outcomes: known outcomes; delete one, and its URL is downloaded again.
+        failed_before: URLs that failed in an earlier, finished run.
     """
 
     def __init__(self, folder: Path, spec: dict[str, Any], allowed: Callable[[str], bool]) -> None:
-        """Read what earlier runs left in `folder`, checking every image's sha256.
+        """Read the outcomes of earlier runs in `folder`, checking every image's sha256.
 
-        Only what this spec would find as well is taken over; `allowed` tells which hosts may be asked.
+        Args:
+            folder: of the manifest and the shards.
+            spec: only outcomes that hold under it are kept.
+            allowed: whether a host may be contacted.
         """
         self.outcomes: dict[str, Outcome] = {}
         self._spec, self._allowed = spec, allowed
@@ -118,20 +115,17 @@ class Store:
             self.failed_before.update(url for url, outcome in found.items() if outcome.status == FAILED)
             for path in sorted(folder.glob("shard-*.parquet")):
                 self._index_shard(path)
-        self._path = folder / ".downloads" / "journal"
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        newer = dict(self._replay())
+        self._journal = Journal(folder / ".downloads" / "journal")
+        newer = dict(self._journaled())
+        self._journal.records.clear()
         self.failed_before.difference_update(newer)
         found.update(newer)
         for url, outcome in found.items():
-            if holds := self._judge(outcome):
-                self.outcomes[url] = holds
-        self._file = self._path.open("ab")
-        self._end = self._path.stat().st_size
-        self._reader = os.open(self._path, os.O_RDONLY)
+            if valid := self._under_spec(outcome):
+                self.outcomes[url] = valid
 
-    def _judge(self, outcome: Outcome) -> Outcome | None:
-        """Return what the spec makes of an earlier outcome, None where only the server can tell."""
+    def _under_spec(self, outcome: Outcome) -> Outcome | None:
+        """Return an earlier outcome under the current spec; None if the URL must be downloaded to know."""
         if not all(map(self._allowed, outcome.hosts)):
             return None
         if not outcome.sha256:
@@ -156,9 +150,9 @@ class Store:
                 return {}
             rows = read_table(path, _KNOWN).to_pylist()
         except (OSError, ValueError, KeyError, UserError) as error:  # pa.ArrowInvalid is a ValueError
-            log.warning("%s cannot be read (%s); images are fetched again", path, error)
+            log.warning("%s cannot be read (%s); images are downloaded again", path, error)
             return {}
-        # Other settings may make a failure an image; of those that hold still, the caller says what is asked again.
+        # Under other settings a failure may become an image. The caller decides which failures are retried.
         return {
             row.pop("url"): Outcome(**{**row, "hosts": tuple(row["hosts"])})
             for row in rows
@@ -166,7 +160,7 @@ class Store:
         }
 
     def _trusts(self, private: bool) -> bool:
-        # Which addresses images came from is not noted, only whether private ones were allowed.
+        # Only whether private addresses were allowed is recorded, not the addresses themselves.
         return not private or bool(self._spec["private"])
 
     def _index_shard(self, path: Path) -> None:
@@ -180,66 +174,45 @@ class Store:
                         if hashlib.sha256(data).hexdigest() == digest:
                             self._places[digest] = _Place(path, group, row, data.size)
         except (OSError, ValueError, KeyError) as error:
-            log.warning("%s cannot be read (%s); its images are fetched again", path, error)
+            log.warning("%s cannot be read (%s); its images are downloaded again", path, error)
 
-    def _replay(self) -> Iterator[tuple[str, Outcome]]:
-        """Yield what the journal's whole records say, and cut off what follows them."""
-        if not self._path.exists():
-            return
-        good = 0
-        with self._path.open("rb") as file:
-            while (record := _read_record(file)) is not None:
-                note, start, good = record["outcome"], record["start"], file.tell()
-                note["hosts"] = tuple(note["hosts"])
-                outcome = Outcome(**note)
-                if record["length"]:
-                    self._places[outcome.sha256] = _Place(self._path, -1, start, record["length"])
-                # The same settings fail on the same bytes; under others, or another day, it is asked again.
-                lasts = outcome.status != FAILED or (not outcome.passing and record["under"] == self._under)
-                if lasts and self._trusts(record["private"]):
-                    yield record["url"], outcome
-        os.truncate(self._path, good)
+    def _journaled(self) -> Iterator[tuple[str, Outcome]]:
+        """Yield the outcomes in the journal that are still valid, in the order in which they were written."""
+        for record in self._journal.records:
+            fields = record.fields
+            outcome = Outcome(**{**fields["outcome"], "hosts": tuple(fields["outcome"]["hosts"])})
+            if record.length:
+                self._places[outcome.sha256] = _Place(self._journal.path, -1, record.start, record.length)
+            # The same settings fail on the same bytes; under others, or for a temporary reason, it is tried again.
+            lasting = outcome.status != FAILED or (not outcome.passing and fields["under"] == self._under)
+            if lasting and self._trusts(fields["private"]):
+                yield fields["url"], outcome
 
     def add(self, url: str, outcome: Outcome, data: bytes = b"") -> None:
-        """Note what became of a URL; `data` are the bytes of an outcome that is ok.
+        """Record the outcome of a URL; `data` are the bytes of an outcome that is ok.
 
         Raises:
-            UserError: it cannot be written, because the disk is full or worse.
+            UserError: it cannot be written, for example because the disk is full.
         """
         with self._lock:
             if outcome.status != OK or outcome.sha256 in self._places:
                 data = b""
-            body = {
-                "url": url,
-                "under": self._under,
-                "private": self._spec["private"],
-                "length": len(data),
-                "outcome": asdict(outcome),
-            }
-            line = json.dumps(body).encode()
-            head = b"%08x " % zlib.crc32(line) + line + b"\n"
-            try:
-                self._file.write(head + data + b"\n")
-                self._file.flush()
-            except OSError as error:
-                more = "; make room and" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ":"
-                raise UserError(
-                    f"{self._path}: {error.strerror or error}{more} run the same command again, what was fetched stays"
-                ) from error
+            private = self._spec["private"]
+            fields = {"url": url, "under": self._under, "private": private, "outcome": asdict(outcome)}
+            record = self._journal.append(fields, data)
             if data:
-                self._places[outcome.sha256] = _Place(self._path, -1, self._end + len(head), len(data))
-            self._end += len(head) + len(data) + 1
+                self._places[outcome.sha256] = _Place(self._journal.path, -1, record.start, record.length)
             self.outcomes[url] = outcome
 
     def read(self, sha256: str) -> bytes:
         """Return an image's bytes, checked.
 
         Raises:
-            UserError: they changed since they were written.
+            UserError: they have changed since they were written.
         """
         place = self._places[sha256]
         if place.group < 0:
-            data = os.pread(self._reader, place.length, place.start)
+            data = self._journal.read(place.start, place.length)
         else:
             at = (place.path, place.group)
             if self._group is None or self._group[0] != at:
@@ -247,32 +220,15 @@ class Store:
                     self._group = (at, file.read_row_group(place.group, columns=["bytes"]).column("bytes"))
             data = self._group[1][place.start].as_py()
         if hashlib.sha256(data).hexdigest() != sha256:
-            raise UserError(f"{place.path}: an image in it changed while this ran; run the same command again")
+            raise UserError(f"{place.path}: an image in it changed while the stage ran; run the same command again")
         return data
 
     def write_known(self, path: Path, urls: Iterable[str]) -> None:
-        """Write what became of `urls`, for another run."""
+        """Write the outcomes of `urls`, for later runs."""
         rows = [{"url": url, **asdict(self.outcomes[url])} for url in dict.fromkeys(urls) if url in self.outcomes]
         columns = {field.name: pa.array([row[field.name] for row in rows], field.type) for field in _KNOWN}
         write_table(path, pa.table(columns), _KNOWN, {"private": self._spec["private"], "under": self._under})
 
     def close(self) -> None:
         """Close the journal."""
-        with contextlib.suppress(OSError):  # a full disk, which `add` has reported
-            self._file.close()
-        os.close(self._reader)
-
-
-def _read_record(file: Any) -> dict[str, Any] | None:
-    """Return the next record of a journal if it is complete, and the offset of its bytes; the file is positioned after it."""
-    line = file.readline(_LONGEST_LINE)
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        if line.endswith(b"\n") and int(line[:8], 16) == zlib.crc32(line[9:-1]):
-            record: dict[str, Any] = json.loads(line[9:])
-            start, length = file.tell(), record["length"]
-            data = file.read(length + 1)
-            if len(data) == length + 1 and data.endswith(b"\n"):
-                if length and hashlib.sha256(data[:-1]).hexdigest() != record["outcome"]["sha256"]:
-                    return None
-                return {**record, "start": start}
-    return None
+        self._journal.close()

@@ -1,4 +1,4 @@
-"""Finder of images on the web: politely, and from allowed hosts only."""
+"""Image source `urls`: downloads from allowed hosts, rate-limited, resumed from earlier runs."""
 
 import asyncio
 import contextlib
@@ -20,24 +20,24 @@ _RUNTIME = {"rate": 50.0, "concurrency": 16, "timeout": 30.0, "attempts": 5, "pa
 
 
 def find(search: Search) -> Iterator[Found]:
-    """Fetch each item's image from the first of its URLs that gives one that decodes.
+    """Download each item's image from the first of its URLs with an image that decodes.
 
-    What is known already is not asked for: what a run that was stopped has fetched, and of an earlier run images
-    and those missing for good (HTTP 404 or 410, placeholders). Items that failed are asked for again, and only they:
-    one that has an image keeps it, even if an earlier URL failed.
+    Known outcomes are not requested again: everything that an interrupted run downloaded, and, of a finished run, images
+    and permanent absences (HTTP 404 or 410, placeholders). Only items that failed are retried; an item with an image
+    keeps it, even if an earlier URL failed.
 
     Raises:
-        UserError: CM3_OFFLINE is set and an image is not there yet; or of all hosts none answered or was allowed.
+        UserError: CM3_OFFLINE is set and an image is not on disk; or no host answered or is allowed.
     """
     spec, wanted = search.spec, search.wanted
     runtime = {**_RUNTIME, "threads": min(os.cpu_count() or 1, 4), **search.runtime}
     with contextlib.closing(Store(search.folder, spec, lambda host: is_allowed(host, spec["hosts"]))) as store:
-        _forget_failures(wanted, store, spec)
+        _retry_failures(wanted, store, spec)
         earlier = frozenset(store.outcomes)
         unknown = [item for item in wanted if _found(item, store, spec) is None]
         if unknown and is_offline():
             raise UserError(
-                f"CM3_OFFLINE is set, and the images of {len(unknown)} items are not here: get them on another "
+                f"CM3_OFFLINE is set, and the images of {len(unknown)} items are not on disk: download them on another "
                 "machine and set images.folder and images.pattern"
             )
         fetcher, started = Fetcher(spec, runtime, store), time.perf_counter()
@@ -46,7 +46,7 @@ def find(search: Search) -> Iterator[Found]:
         seconds = time.perf_counter() - started
         search.facts.update(
             images_known_before=0,
-            urls_asked=fetcher.asked,
+            urls_asked=fetcher.requested,
             fetch_seconds=seconds,
             images_per_second=len(unknown) / seconds if unknown else None,
         )
@@ -62,7 +62,7 @@ def find(search: Search) -> Iterator[Found]:
         store.write_known(search.fresh / KNOWN, (url for item in wanted for url in item.references))
 
 
-def _forget_failures(wanted: Sequence[Wanted], store: Store, spec: dict[str, Any]) -> None:
+def _retry_failures(wanted: Sequence[Wanted], store: Store, spec: dict[str, Any]) -> None:
     again: set[str] = set()
     for item in wanted:
         found = _found(item, store, spec)
@@ -73,7 +73,7 @@ def _forget_failures(wanted: Sequence[Wanted], store: Store, spec: dict[str, Any
 
 
 def _found(item: Wanted, store: Store, spec: dict[str, Any]) -> Found | None:
-    """Return what is known of an item without asking, None if that is not enough."""
+    """Return the result for an item without a request; None if an outcome is not known."""
     bad: list[Outcome] = []
     for url in item.references:
         outcome = without_request(url, spec) or store.outcomes.get(url)
@@ -84,7 +84,7 @@ def _found(item: Wanted, store: Store, spec: dict[str, Any]) -> Found | None:
         bad.append(outcome)
     if not bad:
         return Found("", MISSING, ("the item names no image",), ("the item names no image",))
-    # An image that another day or another setting may bring is not missing, whatever the other addresses say.
+    # An image that a later try or other settings may find is not missing, whatever the other URLs gave.
     status = FAILED if any(outcome.status == FAILED for outcome in bad) else MISSING
     return Found(
         item.references[0], status, tuple(outcome.reason for outcome in bad), tuple(outcome.kind for outcome in bad)
@@ -95,6 +95,6 @@ def _stop_unless_reached(found: Sequence[Found]) -> None:
     tried = [place for place in found if place.url]
     if tried and all(place.status == FAILED and NOT_REACHED.issuperset(place.kinds) for place in tried):
         raise UserError(
-            f"none of {len(tried)} images could be fetched, because no host answered or is allowed; the first: "
+            f"none of {len(tried)} images could be downloaded, because no host answered or is allowed; the first: "
             f"{tried[0].url}: {'; '.join(tried[0].reasons)}. Check the network, and images.hosts in the config"
         )

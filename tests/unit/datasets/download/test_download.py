@@ -1,4 +1,4 @@
-"""One raw file from mirrors: whole and right, or a plain reason and nothing left behind."""
+"""Download of one raw file from mirrors: complete and correct, or a reason and nothing left behind."""
 
 import base64
 import gzip
@@ -38,7 +38,7 @@ def test_the_file_arrives_byte_for_byte(tmp_path: Path):
 
 
 @pytest.mark.parametrize("first", [respond(b"", 429, Retry_After="0"), respond(b"", 503), cut_short(BODY)])
-def test_a_server_in_trouble_is_asked_again(tmp_path: Path, first):
+def test_a_faulty_server_is_retried(tmp_path: Path, first):
     with serving() as server:
         server.answers = {"/a": in_turn(first, first, respond(BODY))}
         fetch(server, tmp_path / "a.gz", "/a")
@@ -80,7 +80,7 @@ def test_retry_after_is_a_number_or_a_date():
         (respond(BODY + b"and more"), 2, "damaged gzip"),
     ],
 )
-def test_what_cannot_be_fetched_is_told_and_leaves_nothing(tmp_path: Path, answer, asked: int, complaint: str):
+def test_a_failed_download_is_explained_and_leaves_nothing(tmp_path: Path, answer, asked: int, complaint: str):
     with serving() as server:
         server.answers = {"/a": answer} if answer else {}
         with pytest.raises(UserError, match=rf"a\.gz could not be downloaded:\n.*{complaint}"):
@@ -89,7 +89,7 @@ def test_what_cannot_be_fetched_is_told_and_leaves_nothing(tmp_path: Path, answe
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_web_page_is_no_table(tmp_path: Path):
+def test_an_html_page_is_not_a_table(tmp_path: Path):
     with serving() as server:
         server.answers = {
             "/a": respond(b"  <html><body>busy</body></html>"),
@@ -112,7 +112,7 @@ def test_mirrors_are_tried_in_turn(tmp_path: Path):
             fetch(server, tmp_path / "b.gz", "/right", size=5)
 
 
-def test_nobody_there(tmp_path: Path):
+def test_a_refused_connection_is_explained(tmp_path: Path):
     with nobody() as url, pytest.raises(UserError, match=r"a\.gz could not be downloaded:\n  http.*[Cc]onnect"):
         download([url], tmp_path / "a.gz", attempts=2, pause=0.01)
     assert list(tmp_path.iterdir()) == []
@@ -130,7 +130,7 @@ def test_other_schemes_are_refused(tmp_path: Path):
         download(["file:///etc/passwd"], tmp_path / "a")
 
 
-def test_offline_opens_no_socket_and_says_what_to_put_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_offline_names_the_file_to_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CM3_OFFLINE", "1")
     with serving() as server:
         with pytest.raises(UserError, match=r"CM3_OFFLINE is set.*put the file http://127\S+/a at .*a\.gz"):
@@ -147,7 +147,7 @@ def test_proxies_of_the_environment_are_used(tmp_path: Path, monkeypatch: pytest
     assert facts["bytes"] == len(BODY)
 
 
-def test_a_password_in_the_url_or_netrc_is_for_the_mirror_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_passwords_are_sent_to_their_host_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     heard = []
 
     def listen(handler) -> None:
@@ -168,7 +168,7 @@ def test_a_password_in_the_url_or_netrc_is_for_the_mirror_alone(tmp_path: Path, 
     assert heard == [("/a", theirs), ("/b", None), ("/a", None), ("/b", None), ("/a", mine), ("/b", mine)]
 
 
-# Silence and trickles
+# Stalled responses
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_a_password_in_the_url_or_netrc_is_for_the_mirror_alone(tmp_path: Path, 
         (raw(b"no HTTP at all\r\n\r\n"), "no proper HTTP answer"),
     ],
 )
-def test_a_server_that_does_not_get_on_is_given_up(tmp_path: Path, fault: Answer, complaint: str):
+def test_a_stalled_server_is_given_up(tmp_path: Path, fault: Answer, complaint: str):
     began = time.monotonic()
     with serving() as server:
         server.answers = {"/a": fault}
@@ -192,22 +192,22 @@ def test_a_server_that_does_not_get_on_is_given_up(tmp_path: Path, fault: Answer
     assert time.monotonic() - began < 3
 
 
-def test_after_a_stall_the_rest_is_asked_for(tmp_path: Path):
+def test_a_stalled_download_is_resumed(tmp_path: Path):
     mirror = Mirror(NOISE)
     fetch_noise(tmp_path, {"/a": in_turn(mirror.stall(50_000), mirror.drip(10_000), mirror)}, timeout=0.25)
     assert mirror.ranges[:2] == [None, "bytes=50000-"] and len(mirror.ranges) == 3
 
 
-def test_back_off_doubles_with_jitter_and_heeds_the_server():
+def test_back_off_doubles_with_jitter():
     waits = [[back_off(n, 1.0, None) for _ in range(20)] for n in range(1, 9)]
     assert all(min(2.0 ** (n - 1), 60) <= w <= min(2.0 ** (n - 1) + 1, 60) for n, ws in enumerate(waits, 1) for w in ws)
     assert len(set(waits[0])) > 1 and back_off(10_000, 1.0, TimeoutError()) == 60
 
 
-# What is not the file
+# Responses that are not the file
 
 
-def test_a_length_that_is_not_the_size_is_final(tmp_path: Path):
+def test_a_wrong_length_is_final(tmp_path: Path):
     for size in (len(NOISE) - 1, len(NOISE) + 1):
         mirror = Mirror(NOISE)
         assert f"has 100000 bytes, not {size}" in fail_noise(tmp_path, {"/a": mirror}, size=size)
@@ -226,14 +226,14 @@ def test_more_than_the_promised_length_is_refused(tmp_path: Path):
     assert "no proper HTTP answer" in fail_noise(tmp_path, {"/a": longer}) and list(tmp_path.iterdir()) == []
 
 
-def test_the_rate_does_not_count_what_was_here(caplog: pytest.LogCaptureFixture):
+def test_the_rate_excludes_resumed_bytes(caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.INFO), Progress(1000, "MB", start=998) as progress:
         progress.started -= 1
         progress.advance(1)
     assert "999 of 1000 MB, 1.0 MB/s, 1 s left" in caplog.text
 
 
-def test_a_truncated_gzip_is_the_mirrors_fault(tmp_path: Path):
+def test_a_truncated_gzip_leads_to_the_next_mirror(tmp_path: Path):
     with serving() as server:
         server.answers = {"/a": respond(BODY[:-20]), "/b": respond(BODY)}
         facts = fetch(server, tmp_path / "a.gz", "/a", "/b")
@@ -282,7 +282,7 @@ def test_a_gzip_file_is_read_to_its_end(tmp_path: Path):
         ("a.parquet", respond(b"<html>"), "not a parquet file"),
     ],
 )
-def test_an_answer_of_another_kind_is_final(tmp_path: Path, name: str, answer: Answer, complaint: str):
+def test_a_response_of_another_format_is_final(tmp_path: Path, name: str, answer: Answer, complaint: str):
     with serving() as server:
         server.answers = {"/a": answer}
         with pytest.raises(UserError, match=rf"/a: {complaint}"):
@@ -291,7 +291,7 @@ def test_an_answer_of_another_kind_is_final(tmp_path: Path, name: str, answer: A
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_told_and_what_is_here_is_kept(tmp_path: Path):
+def test_a_full_disk_is_reported_and_the_part_kept(tmp_path: Path):
     mirror, body = Mirror(random.Random(2).randbytes(500_000)), random.Random(2).randbytes(500_000)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with serving() as server:
@@ -320,7 +320,7 @@ def test_redirects_within_a_host_are_followed_and_resumed(tmp_path: Path):
     assert mirror.ranges == [None, "bytes=5000-"] and (tmp_path / "a.bin").read_bytes() == NOISE
 
 
-def test_a_circle_of_redirects_ends(tmp_path: Path):
+def test_a_redirect_loop_ends(tmp_path: Path):
     with serving() as server:
         server.answers = {"/a": moved("/b"), "/b": moved("/a")}
         with pytest.raises(UserError, match="more than 10 redirects"):
@@ -343,7 +343,7 @@ def test_a_circle_of_redirects_ends(tmp_path: Path):
         ("http://:0/", "redirects to"),
     ],
 )
-def test_redirects_elsewhere_are_refused(tmp_path: Path, location: str, complaint: str):
+def test_redirects_to_private_addresses_are_refused(tmp_path: Path, location: str, complaint: str):
     with serving() as server:
         server.answers = {"/a": moved(location)}
         with pytest.raises(UserError, match=rf"/a: .*{complaint}"):
@@ -351,7 +351,7 @@ def test_redirects_elsewhere_are_refused(tmp_path: Path, location: str, complain
         assert server.asked == ["/a"]
 
 
-def test_private_addresses_are_for_the_configured_host_until_it_is_public():
+def test_private_addresses_are_for_the_mirror_only():
     known = {"mirror.lab": "10.0.0.7", "mirror.org": "8.8.8.8", "elsewhere.org": "127.0.0.1"}
 
     def resolve(host: str, port: int, type: int) -> list[tuple]:
@@ -370,7 +370,7 @@ def test_private_addresses_are_for_the_configured_host_until_it_is_public():
 # Headers
 
 
-def test_headers_are_read_as_the_standard_has_them():
+def test_headers_are_parsed_as_in_rfc_9110():
     assert content_range({"Content-Range": "bytes 7-9/10"}) == (7, 10)
     assert content_range({"Content-Range": "bytes 7-9/*"}) == (7, None)
     assert content_range({"Content-Range": "bytes */10"}) == (None, 10)
@@ -382,7 +382,7 @@ def test_headers_are_read_as_the_standard_has_them():
         assert validator_of(weak) is None
 
 
-def test_a_part_without_anything_to_know_it_by_is_not_kept(tmp_path: Path):
+def test_a_part_without_validator_is_not_kept(tmp_path: Path):
     for validator, checked, kept in [(None, False, False), (None, True, True), ('"v1"', False, True)]:
         with Partial(tmp_path / "a", checked) as partial:
             partial.restart("http://host/a", validator, None)

@@ -1,4 +1,4 @@
-"""A file that was cut, stalled or killed goes on where its bytes ended, and is never pieced together wrongly."""
+"""Resuming a download that was cut, stalled or killed, never from parts of different files."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ from cm3.datasets.download import stage as download_module
 
 @pytest.mark.parametrize("at", [1, 600, 4096, 70_000, 99_999])
 @pytest.mark.parametrize("end", [Mirror.cut, Mirror.reset])
-def test_a_cut_file_goes_on_where_its_bytes_ended(tmp_path: Path, at: int, end, caplog: pytest.LogCaptureFixture):
+def test_a_cut_download_is_resumed(tmp_path: Path, at: int, end, caplog: pytest.LogCaptureFixture):
     mirror = Mirror(NOISE)
     with caplog.at_level(logging.INFO):
         fetch_noise(tmp_path, {"/a": in_turn(end(mirror, at), mirror)}, attempts=2)
@@ -31,13 +31,13 @@ def test_a_cut_file_goes_on_where_its_bytes_ended(tmp_path: Path, at: int, end, 
     assert ("resuming at" in caplog.text) == (at >= 512)
 
 
-def test_a_try_that_brings_new_bytes_does_not_count(tmp_path: Path):
+def test_a_try_with_new_bytes_does_not_count(tmp_path: Path):
     mirror = Mirror(NOISE)
     fetch_noise(tmp_path, {"/a": mirror.cut(5000)}, attempts=2)
     assert mirror.ranges[1:] == [f"bytes={n}-" for n in range(5000, 100_000, 5000)] and mirror.sent == len(NOISE)
 
 
-def test_a_server_that_gives_little_at_a_time_is_not_asked_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_small_gains_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(download_module, "MOST_SMALL_GAINS", 10)
     mirror = Mirror(NOISE)
     fail_noise(tmp_path, {"/a": in_turn(mirror.cut(600), mirror.cut(1))})
@@ -54,13 +54,13 @@ def test_a_server_that_gives_little_at_a_time_is_not_asked_for_ever(tmp_path: Pa
     ],
     ids=["range ignored", "no validator", "weak etag", "too fresh"],
 )
-def test_what_cannot_be_resumed_starts_again(tmp_path: Path, mirror: Mirror):
+def test_without_range_or_validator_it_starts_again(tmp_path: Path, mirror: Mirror):
     fetch_noise(tmp_path, {"/a": in_turn(mirror.cut(5000), mirror.cut(50_000), mirror)})
     assert mirror.ranges == ([None, "bytes=5000-", "bytes=50000-"] if not mirror.honours_range else [None] * 3)
 
 
 @pytest.mark.parametrize("etag", [None, 'W/"v1"'])
-def test_a_last_modified_or_the_sha256_is_enough_to_resume(tmp_path: Path, etag: str | None):
+def test_last_modified_or_sha256_suffices_to_resume(tmp_path: Path, etag: str | None):
     dated, bare = Mirror(NOISE, etag=etag, modified=LATELY), Mirror(NOISE, etag=etag)
     fetch_noise(tmp_path, {"/a": in_turn(dated.cut(5000), dated)})
     (tmp_path / "a.bin").unlink()
@@ -69,13 +69,13 @@ def test_a_last_modified_or_the_sha256_is_enough_to_resume(tmp_path: Path, etag:
 
 
 @pytest.mark.parametrize("honours_if_range", [True, False])
-def test_a_file_that_changes_between_tries_starts_again(tmp_path: Path, honours_if_range: bool):
+def test_a_changed_file_starts_again(tmp_path: Path, honours_if_range: bool):
     old, new = Mirror(NOISE), Mirror(NOISE[::-1], '"v2"', honours_if_range=honours_if_range)
     fetch_noise(tmp_path, {"/a": in_turn(old.cut(5000), new)}, body=NOISE[::-1])
     assert new.ranges == (["bytes=5000-"] if honours_if_range else ["bytes=5000-", None])
 
 
-def test_a_wrong_piece_is_found_by_the_sha256_and_all_is_fetched_again(tmp_path: Path):
+def test_a_wrong_part_is_found_by_sha256(tmp_path: Path):
     old, new = Mirror(NOISE[::-1], etag=None), Mirror(NOISE, etag=None)
     sha256 = hashlib.sha256(NOISE).hexdigest()
     fetch_noise(tmp_path, {"/a": in_turn(old.cut(5000), new)}, sha256=sha256)
@@ -85,26 +85,26 @@ def test_a_wrong_piece_is_found_by_the_sha256_and_all_is_fetched_again(tmp_path:
     assert "sha256 is" in told and list(tmp_path.iterdir()) == []
 
 
-def test_a_range_that_was_not_asked_for_is_not_taken(tmp_path: Path):
+def test_another_range_than_requested_is_rejected(tmp_path: Path):
     mirror = Mirror(NOISE)
     fetch_noise(tmp_path, {"/a": in_turn(mirror.cut(5000), mirror.misplaced, mirror)})
     assert mirror.ranges == [None, "bytes=5000-", None]
 
 
-def test_416_for_a_file_that_is_all_here_is_success(tmp_path: Path):
+def test_416_for_a_complete_file_is_success(tmp_path: Path):
     mirror = Mirror(NOISE, says_length=False)
     # Nobody said how long it is, and the reset came behind the last byte.
     fetch_noise(tmp_path, {"/a": in_turn(mirror.reset(len(NOISE)), mirror)})
     assert mirror.ranges == [None, f"bytes={len(NOISE)}-"]
 
 
-def test_416_for_a_file_that_has_shrunk_starts_again(tmp_path: Path):
+def test_416_for_a_shorter_file_starts_again(tmp_path: Path):
     old, new = Mirror(NOISE), Mirror(NOISE[:3000], honours_if_range=False)
     fetch_noise(tmp_path, {"/a": in_turn(old.cut(5000), new)}, body=NOISE[:3000])
     assert new.ranges == ["bytes=5000-", None]
 
 
-def test_another_mirror_starts_again_and_what_it_gave_is_tried_first_next_time(tmp_path: Path):
+def test_the_mirror_of_a_part_is_tried_first(tmp_path: Path):
     one, two = Mirror(NOISE), Mirror(NOISE)
     answers = {"/a": in_turn(one.cut(5000), respond(b"", 503)), "/b": in_turn(two.cut(7000), respond(b"", 503), two)}
     with serving() as server:
@@ -117,7 +117,7 @@ def test_another_mirror_starts_again_and_what_it_gave_is_tried_first_next_time(t
     assert (tmp_path / "a.bin").read_bytes() == NOISE
 
 
-def test_a_part_that_is_of_no_use_any_more_goes(tmp_path: Path):
+def test_a_useless_part_is_deleted(tmp_path: Path):
     mirror = Mirror(NOISE)
     gone = {"/a": in_turn(mirror.cut(5000), respond(b"", 404))}
     assert "are kept" not in fail_noise(tmp_path, gone) and list(tmp_path.iterdir()) == []
@@ -126,7 +126,7 @@ def test_a_part_that_is_of_no_use_any_more_goes(tmp_path: Path):
     assert "are kept" not in fail_noise(tmp_path, {"/b": respond(b"", 503)}, "/b") and list(tmp_path.iterdir()) == []
 
 
-def test_a_web_page_on_the_way_does_not_cost_what_is_here(tmp_path: Path):
+def test_an_html_page_does_not_delete_the_part(tmp_path: Path):
     mirror = Mirror(NOISE)
     page = respond(b"<html>pay for the hotel's network</html>", kind="text/html")
     with serving() as server:
@@ -146,7 +146,7 @@ def test_a_damaged_note_means_a_fresh_start(tmp_path: Path, note: bytes):
     assert mirror.ranges == [None]
 
 
-def test_a_process_killed_between_the_last_byte_and_the_renaming_asks_nothing(tmp_path: Path):
+def test_a_complete_part_needs_no_request(tmp_path: Path):
     with serving() as server:
         note = {"url": server.url("/a"), "validator": '"v1"', "total": len(NOISE)}
         for path, content in zip(hidden(tmp_path), [NOISE, json.dumps(note).encode()], strict=True):
@@ -155,7 +155,7 @@ def test_a_process_killed_between_the_last_byte_and_the_renaming_asks_nothing(tm
         assert server.asked == [] and [path.name for path in tmp_path.iterdir()] == ["a.bin"]
 
 
-def test_a_killed_download_goes_on_in_the_next_process(tmp_path: Path):
+def test_a_killed_download_is_resumed(tmp_path: Path):
     body = random.Random(1).randbytes(2_000_000)
     mirror = Mirror(body, pace=0.005)
     part = hidden(tmp_path)[0]
@@ -190,7 +190,7 @@ def wait_until(true) -> None:
         time.sleep(0.005)
 
 
-def test_two_processes_at_one_file_do_not_mix(tmp_path: Path):
+def test_two_downloads_of_one_file_wait_for_each_other(tmp_path: Path):
     mirror = Mirror(NOISE, pace=0.02)
     with serving() as server:
         server.answers = {"/a": mirror}
@@ -204,7 +204,7 @@ def test_two_processes_at_one_file_do_not_mix(tmp_path: Path):
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_whatever_the_server_does_the_file_arrives(tmp_path: Path, seed: int):
+def test_the_file_arrives_despite_random_faults(tmp_path: Path, seed: int):
     draw = random.Random(seed)
     body = draw.randbytes(draw.randrange(1, 300_000))
     options = {"says_length": draw.random() < 0.8, "honours_if_range": draw.random() < 0.8}

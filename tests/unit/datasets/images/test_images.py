@@ -78,7 +78,7 @@ def test_bad_bytes_are_refused_with_the_reason(kind: str):
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
-def test_examine_tells_what_a_image_is(format: str):
+def test_examine_returns_the_facts_of_an_image(format: str):
     data = image((37, 21), format=format)
     found = examine(data, 64_000_000)
     assert (found.width, found.height, found.format) == (37, 21, format)
@@ -120,7 +120,7 @@ def decodes(data: bytes) -> bool:
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}, {"subsampling": 0}])
 @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
-def test_a_jpeg_is_judged_as_by_decoding_it_at_full_size(mode: str, options: dict[str, Any]):
+def test_a_jpeg_fails_as_at_full_size(mode: str, options: dict[str, Any]):
     chance = random.Random(7)
     for size in ((8, 8), (37, 21), (200, 133)):
         data = saved(Image.effect_noise(size, 60).convert(mode), "JPEG", **options)
@@ -158,7 +158,7 @@ def test_placeholders_are_missing(tmp_path: Path):
 
 
 @pytest.mark.parametrize("digest", ["", "abc", "A" * 64, "g" * 64, "0" * 64 + "\n", 7])
-def test_a_placeholder_is_named_by_its_sha256(digest: Any):
+def test_placeholders_are_sha256_digests(digest: Any):
     with pytest.raises(ValueError, match="placeholders"):
         Images(hosts=["a.org"], placeholders=[digest])
     assert Images(hosts=["a.org"], placeholders=["b" * 64, "a" * 64, "a" * 64]).spec()["placeholders"] == [
@@ -201,7 +201,7 @@ def test_every_item_has_its_row_in_item_order(tmp_path: Path):
     assert {ids[item]: data for item, data in iter_images(tmp_path / "out" / "manifest.parquet")} == good
 
 
-def test_shards_depend_on_bytes_alone_and_stale_ones_go(tmp_path: Path):
+def test_shards_are_deterministic_and_stale_ones_deleted(tmp_path: Path):
     folder = tmp_path / "images"
     folder.mkdir()
     images = {f"p{n:03d}": image((20 + n, 20), colour="noise") for n in range(150)}
@@ -223,7 +223,7 @@ def test_shards_depend_on_bytes_alone_and_stale_ones_go(tmp_path: Path):
     assert dict(iter_images(tmp_path / "out" / "manifest.parquet")) == dict(enumerate(images.values()))
 
 
-def test_a_shard_that_is_gone_says_what_to_delete_and_is_made_again(tmp_path: Path):
+def test_a_missing_shard_is_explained_and_made_again(tmp_path: Path):
     folder = tmp_path / "images"
     folder.mkdir()
     (folder / "a.jpg").write_bytes(image((20, 20)))
@@ -237,7 +237,7 @@ def test_a_shard_that_is_gone_says_what_to_delete_and_is_made_again(tmp_path: Pa
     assert dict(iter_images(manifest)) == {0: (folder / "a.jpg").read_bytes()}
 
 
-def test_the_items_own_column_names_the_file(tmp_path: Path):
+def test_the_image_column_names_the_file(tmp_path: Path):
     (tmp_path / "shop" / "sub").mkdir(parents=True)
     (tmp_path / "shop" / "sub" / "x.jpg").write_bytes(image())
     references = {"a": ["sub/x.jpg"], "b": [], "c": ["http://example.com/x.jpg"], "d": ["none.jpg", "sub/x.jpg"]}
@@ -321,7 +321,7 @@ def test_a_file_above_the_byte_cap_fails(tmp_path: Path):
     assert rows[0]["status"] == "failed" and "1000 bytes" in rows[0]["error"]
 
 
-def test_the_fashion_shops_photos(tmp_path: Path, hm: Path):
+def test_images_of_the_fashion_shop(tmp_path: Path, hm: Path):
     names = [path.stem for path in sorted((hm / "images").iterdir())[:300]]
     rows = collect(tmp_path, {name: [f"images/{name}.jpg"] for name in names}, local(hm))
     assert {row["status"] for row in rows} == {"ok"}

@@ -1,4 +1,4 @@
-"""Killed at any moment or run again, the images stage gives the same bytes and asks only for what it does not know."""
+"""Image download after kills and in reruns: the same bytes, and requests for unknown outcomes only."""
 
 import json
 import os
@@ -98,7 +98,7 @@ def size(path: Path) -> int:
 
 
 @pytest.mark.integration
-def test_killed_at_random_moments_it_ends_with_the_same_bytes(shop: image_server.Address, tmp_path: Path):
+def test_random_kills_give_the_same_bytes(shop: image_server.Address, tmp_path: Path):
     references = items_of(shop, range(1000, 1600))
     collect(tmp_path / "whole", references)
     before = shop.asked()
@@ -162,7 +162,7 @@ while status:
 
 
 @pytest.mark.integration
-def test_killed_before_any_change_of_a_file_it_ends_with_the_same_bytes(shop: image_server.Address, tmp_path: Path):
+def test_kills_before_each_file_change_give_the_same_bytes(shop: image_server.Address, tmp_path: Path):
     # A rerun with other items: old shards and new ones, several of each, and some of the old go.
     earlier, later = items_of(shop, range(2000, 2100)), items_of(shop, range(2010, 2110))
     base = tmp_path / "base"
@@ -188,7 +188,7 @@ def test_killed_before_any_change_of_a_file_it_ends_with_the_same_bytes(shop: im
     assert len(folders) > 15
 
 
-def test_run_again_it_asks_only_for_what_failed(shop: image_server.Address, tmp_path: Path):
+def test_a_rerun_requests_failures_only(shop: image_server.Address, tmp_path: Path):
     references = items_of(shop, range(3000, 3100))
     first = collect(tmp_path, references, 40_000)
     assert first["images_known_before"] == 0 and first["images_failed"] > 0
@@ -202,7 +202,7 @@ def test_run_again_it_asks_only_for_what_failed(shop: image_server.Address, tmp_
     assert second["images_known_before"] == second["images_ok"] == first["images_ok"]
 
 
-def test_what_failed_and_is_mended_joins_the_rest(tmp_path: Path):
+def test_a_repaired_image_is_added(tmp_path: Path):
     good, other = image(), image(colour="blue")
     with serving() as server:
         server.answers = {"/a": respond(good), "/b": in_turn(respond(other[:300]), respond(other))}
@@ -216,7 +216,7 @@ def test_what_failed_and_is_mended_joins_the_rest(tmp_path: Path):
     assert dict(iter_images(tmp_path / "again" / "out" / "manifest.parquet")) == {0: good, 1: other}
 
 
-def test_an_item_that_has_a_image_keeps_it(tmp_path: Path):
+def test_an_item_keeps_its_image(tmp_path: Path):
     first, second = image(), image(colour="blue")
     with serving() as server:
         server.answers = {"/a": in_turn(respond(first[:300]), respond(first)), "/b": respond(second)}
@@ -230,7 +230,7 @@ def test_an_item_that_has_a_image_keeps_it(tmp_path: Path):
         assert sorted(server.asked) == ["/a", "/a", "/b"]
 
 
-def test_new_settings_hold_for_what_is_known(tmp_path: Path):
+def test_new_settings_apply_to_known_outcomes(tmp_path: Path):
     good, large = image(), image((400, 300), colour="noise")
     with serving() as server:
         server.answers = {
@@ -265,7 +265,7 @@ def spoil(path: Path, where: int) -> None:
 
 
 @pytest.mark.parametrize("damage", ["image", "footer", "known", "gone"])
-def test_damaged_leftovers_are_fetched_again(tmp_path: Path, damage: str):
+def test_damaged_files_are_downloaded_again(tmp_path: Path, damage: str):
     images = {name: image(colour=name) for name in ("red", "blue", "green")}
     with serving() as server:
         server.answers = {f"/{name}": respond(data) for name, data in images.items()}
@@ -284,7 +284,7 @@ def test_damaged_leftovers_are_fetched_again(tmp_path: Path, damage: str):
     assert files_of(tmp_path) == files
 
 
-def test_a_torn_journal_is_believed_as_far_as_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_damaged_journal_is_read_up_to_the_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     names = ("red", "blue", "green", "teal")
     with serving() as server:
         server.answers = {f"/{name}": respond(image(colour=name)) for name in names}
@@ -315,9 +315,7 @@ def stop(*_: Any) -> None:
     raise InterruptedError
 
 
-def test_settings_that_differ_from_those_of_a_stopped_run_are_asked_about(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_other_settings_after_an_interrupted_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with serving() as server:
         server.answers = {"/a": respond(image()), "/b": respond(image((200, 200))), "/down": respond(b"", 503)}
         references = {name: [server.url(f"/{name}")] for name in ("a", "b", "down")}

@@ -1,8 +1,8 @@
-"""Images from the web: each fault of a server has its row and its reason, and none stops or hangs the stage."""
+"""Image download: each server fault gives a row with a reason, and none stops or hangs the stage."""
 
-import errno
 import gzip
 import hashlib
+import resource
 import socket
 import time
 from pathlib import Path
@@ -16,7 +16,6 @@ from cm3.common.tables import MANIFEST, read_table
 from cm3.datasets.images.config import Images
 from cm3.datasets.images.fetch import without_request
 from cm3.datasets.images.stage import collect_images
-from cm3.datasets.images.store import Store
 
 FAST = {"attempts": 3, "pause": 0.01, "rate": 10_000.0, "timeout": 5.0, "threads": 2}
 
@@ -34,7 +33,7 @@ def collect(folder: Path, references: dict[str, Any], spec: dict[str, Any], **ru
 
 
 def drip(handler: Any) -> None:
-    """Send a byte now and then, for ever."""
+    """Send single bytes without end."""
     handler.send_response(200)
     handler.send_header("Content-Length", "10000")
     handler.end_headers()
@@ -128,13 +127,13 @@ def test_a_row_is_missing_only_if_all_its_urls_are(tmp_path: Path):
     assert rows["found"]["url"].endswith("/good") and rows["perhaps"]["url"].endswith("/a")
 
 
-def test_servers_that_have_nothing_do_not_stop_the_run(tmp_path: Path):
+def test_404_for_all_images_is_not_an_error(tmp_path: Path):
     with serving() as server:
         rows = collect(tmp_path, {"a": [server.url("/a")], "b": [server.url("/b")]}, web())
     assert rows["facts"]["images_missing"] == 2 and rows["facts"]["reasons"] == {"HTTP 404": 2}
 
 
-def test_slow_drips_end(tmp_path: Path):
+def test_a_dripping_response_ends(tmp_path: Path):
     with serving() as server:
         server.answers = {"/drip": drip, "/good": respond(GOOD)}
         references = {"a": [server.url("/drip")], "b": [server.url("/good")]}
@@ -150,7 +149,7 @@ def closed_port() -> int:
         return int(free.getsockname()[1])
 
 
-def test_hosts_that_are_down_end_the_run_soon_and_clearly(tmp_path: Path):
+def test_unreachable_hosts_end_the_run_soon(tmp_path: Path):
     port = closed_port()
     dead = {f"i{n}": [f"http://127.0.0.1:{port}/{n}.jpg"] for n in range(3000)}
     started = time.monotonic()
@@ -193,12 +192,12 @@ def test_hosts_that_are_down_end_the_run_soon_and_clearly(tmp_path: Path):
         ("http://\x7f/x", {}, "not in images.hosts|not a valid"),
     ],
 )
-def test_urls_that_lead_astray_are_not_asked(tmp_path: Path, url: str, settings: dict[str, Any], complaint: str):
-    with pytest.raises(UserError, match=f"none of 1 images could be fetched(?s:.*)({complaint})"):
+def test_disallowed_urls_are_not_requested(tmp_path: Path, url: str, settings: dict[str, Any], complaint: str):
+    with pytest.raises(UserError, match=f"none of 1 images could be downloaded(?s:.*)({complaint})"):
         collect(tmp_path, {"a": [url]}, web(**settings))
 
 
-def test_wild_cards_take_in_all_below():
+def test_wildcards_allow_all_subdomains():
     spec = web(hosts=["*.Example.com", "a.org"], private=False)
     allowed = ("http://x.example.com/a", "https://x.y.EXAMPLE.com:8443/a", "http://A.org/")
     assert [without_request(url, spec) for url in allowed] == [None, None, None]
@@ -218,7 +217,7 @@ def test_wild_cards_take_in_all_below():
         ("/no-image/real.jpg", False),
     ],
 )
-def test_known_addresses_of_no_image_are_not_asked(path: str, missing: bool):
+def test_known_placeholder_names_are_not_requested(path: str, missing: bool):
     outcome = without_request("http://127.0.0.1" + path, web())
     assert (outcome is not None and outcome.status == "missing") == missing
 
@@ -232,7 +231,7 @@ def test_odd_urls_are_quoted(tmp_path: Path):
     assert {rows[path]["status"] for path in odd.values()} == {"ok"}
 
 
-def test_hostile_item_ids_name_no_file(tmp_path: Path):
+def test_hostile_item_ids_are_not_file_names(tmp_path: Path):
     ids = ["../../x", "/etc/x", "y" * 300, "nul\0", "line\nend", "", "шляпа", "a/b"]
     with serving() as server:
         server.answers = {"/good": respond(GOOD)}
@@ -242,14 +241,14 @@ def test_hostile_item_ids_name_no_file(tmp_path: Path):
     assert files == [".known.parquet", "items.parquet", "manifest.parquet", "shard-00000.parquet"]
 
 
-def test_a_429_without_a_time_slows_the_host_down(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_429_without_retry_after_slows_the_host_down(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     with serving() as server:
         server.answers = {"/a": in_turn(respond(b"", 429), respond(GOOD))}
         rows = collect(tmp_path, {"a": [server.url("/a")]}, web(), rate=100.0)
     assert rows["a"]["status"] == "ok" and "slowing down to 50 requests a second" in caplog.text
 
 
-def test_images_are_asked_for_as_they_are_and_without_cookies(tmp_path: Path):
+def test_requests_have_no_encoding_and_no_cookies(tmp_path: Path):
     heard: list[dict[str, str]] = []
 
     def listen(handler: Any) -> None:
@@ -275,22 +274,12 @@ def test_offline_opens_no_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert server.asked == ["/b.jpg"]
 
 
-def test_a_full_disk_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    references = {str(n): [f"http://127.0.0.1:9/{n}"] for n in range(20)}
-
-    class Full:
-        def write(self, data: bytes) -> int:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        # What is still in the buffer is written then, and fails again.
-        flush = close = lambda self: self.write(b"")
-
-    plain = Store.__init__
-
-    def start(store: Store, *values: Any) -> None:
-        plain(store, *values)
-        store._file = Full()  # type: ignore[assignment]
-
-    monkeypatch.setattr(Store, "__init__", start)
-    with pytest.raises(UserError, match=r"journal: No space left on device; make room and run the same command again"):
-        collect(tmp_path, references, web())
+def test_a_full_disk_is_reported_in_one_line(tmp_path: Path):
+    items = items_file(tmp_path / "items.parquet", {str(n): [f"http://127.0.0.1:9/{n}"] for n in range(20)})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(UserError, match=r"journal: File too large; make room and run the same command again"):
+            collect_images(web(), FAST, items, {}, tmp_path / "out" / "manifest.parquet")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
