@@ -22,11 +22,11 @@ def iter_images(manifest: str | os.PathLike[str], items: Sequence[int] | None = 
     """Yield (item, original bytes) for the items whose status is ok, one shard's row group in memory at a time.
 
     Args:
-        manifest: the manifest.parquet; its shards lie beside it.
+        manifest: the manifest.parquet; its shards are in the same folder.
         items: row numbers wanted, all by default. The order of the output is that of the shards.
 
     Raises:
-        UserError: a shard is gone.
+        UserError: a shard is missing.
     """
     table = read_table(manifest, MANIFEST)
     status = np.asarray(table.column("status").to_pylist(), dtype=object)
@@ -40,12 +40,12 @@ def iter_images(manifest: str | os.PathLike[str], items: Sequence[int] | None = 
 def images_at(
     manifest: str | os.PathLike[str], items: np.ndarray, shard: np.ndarray, row: np.ndarray
 ) -> Iterator[tuple[int, bytes]]:
-    """Yield (item, original bytes) as `iter_images` does, of items whose places are known: the manifest is not read.
+    """Yield (item, original bytes) as `iter_images` does, for items of known location: the manifest is not read.
 
     Args:
-        manifest: the manifest.parquet; its shards lie beside it.
+        manifest: the manifest.parquet; its shards are in the same folder.
         items: (n,) row numbers.
-        shard, row: (n,) where the manifest says that their images are.
+        shard, row: (n,) locations of their images, from the manifest.
     """
     order = np.lexsort((items, row, shard))
     items, shard, row = items[order], shard[order], row[order]
@@ -56,7 +56,9 @@ def images_at(
 
 def _iter_shard(path: Path, items: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, bytes]]:
     if not path.is_file():
-        raise UserError(f"{path}: is gone, but its manifest is there; delete manifest.parquet beside it and run again")
+        raise UserError(
+            f"{path}: missing, but its manifest exists; delete manifest.parquet in the same folder and run again"
+        )
     with pq.ParquetFile(path) as file:
         start = 0
         for group in range(file.num_row_groups):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from repository import ROOT
 
 import cm3.similarity.exact as neighbours
-from cm3.similarity.exact import Directions, knn
+from cm3.similarity.exact import UnitRows, knn
 
 
 def brute_force(x: np.ndarray, k: int, include_self: bool = True) -> tuple[np.ndarray, np.ndarray]:
@@ -146,13 +146,13 @@ def test_chosen_rows_get_what_they_get_among_all():
     assert all(torch.equal(a[rows], b) for a, b in zip(whole, some, strict=True))
 
 
-def test_the_measured_error_bounds_every_rough_product():
-    space = Directions(torch.from_numpy(drawn("random")))
+def test_the_error_bounds_every_product():
+    unit_rows = UnitRows(torch.from_numpy(drawn("random")))
     rows = torch.arange(400)
-    exact = space.cosines(rows, rows.expand(400, -1))
+    exact = unit_rows.cosines(rows, rows.expand(400, -1))
     for bits, most in [(0, 1e-4), (13, 2e-3), (16, 1e-2)]:
-        rough, error = space.rough(bits)
-        off = (rough @ rough.T - exact).abs().max()
+        copies, error = unit_rows.quantised(bits)
+        off = (copies @ copies.T - exact).abs().max()
         assert (bits == 0 or error / 50 < off) and off < error < most
 
 
@@ -161,8 +161,8 @@ def test_a_device_whose_products_are_worse_than_promised_is_found_out(monkeypatc
         values, places = honest(*arguments)
         return values * 0.97, places.flip(0)
 
-    honest = neighbours._candidates
-    monkeypatch.setattr(neighbours, "_candidates", poor)
+    honest = neighbours.candidates_of
+    monkeypatch.setattr(neighbours, "candidates_of", poor)
     check(drawn("random"), 10)
 
 
