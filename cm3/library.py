@@ -1,4 +1,4 @@
-"""CM3 without a workflow: fit on ids and arrays, recommend, find similar items, save and load."""
+"""CM3 as a library, without a workflow: fit on ids and arrays, recommend, find similar items, save and load."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -36,12 +36,12 @@ _SEEN = pa.schema([("user", pa.int32()), ("item", pa.int32())])
 
 @dataclass(frozen=True)
 class Recommender:
-    """A trained model as it is used: one vector per user and item, whose dot product is the score.
+    """A trained model: one vector per user and item; their dot product is the score.
 
     Attributes:
         user_ids, item_ids: U and I ids, in row order.
         users, items: (U, D) and (I, D) float32. For approximate search, index `items` by inner product.
-        seen: (U, I), 1 where a user has interacted with an item; None where that is not known.
+        seen: (U, I), 1 where a user has interacted with an item; None if unknown.
         history: losses and validation scores by epoch.
     """
 
@@ -74,17 +74,17 @@ def fit(
 ) -> Recommender:
     """Train CM3 and return it ready to recommend.
 
-    A share of the interactions is held out to stop early by, never a user's only one. Items without interactions (cold ones) are
-    embedded by their features and can be recommended like all others.
+    A share of the interactions is held out for early stopping, never the only one of a user. Items without interactions
+    (cold items) are embedded by their features and can be recommended like all others.
 
     Args:
-        interactions: columns `user` and `item` of ids, one interaction a row: a dict of lists, a pandas DataFrame or a
+        interactions: columns `user` and `item` of ids, one interaction per row: a dict of lists, a pandas DataFrame or a
             pyarrow Table. Repeats count once.
-        features: (I, d) vectors by modality, one at least; a row with NaN is a missing vector.
-        item_ids: the I ids that the rows belong to.
+        features: (I, d) vectors by modality, at least one; a row with NaN is a missing vector.
+        item_ids: the ids of the I rows.
         model: settings of `cm3.config.Model` that differ from the defaults.
         training: settings of `cm3.config.Training`, such as {"epochs": 50, "seed": 1, "device": "cuda"}.
-        valid_share: of the interactions.
+        valid_share: share of the interactions that is held out.
 
     Raises:
         ValueError: shapes or ids that do not fit together.
@@ -100,14 +100,14 @@ def fit(
     """
     chosen = settings("default", model or {}, training or {}, {}, "fit")
     if chosen.training.warm_start or chosen.training.processes > 1 or chosen.training.select_on != "valid":
-        raise ValueError("training: warm_start, processes and select_on are the pipeline's; leave them out")
+        raise ValueError("training: warm_start, processes and select_on work in the pipeline only; remove them")
     names = [str(item) for item in item_ids]
     users, items, user_ids = _pairs(interactions, names)
     held = _held_out(users, valid_share, chosen.training.seed)
     shape = (len(user_ids), len(names))
     observed, valid = (_matrix(users[part], items[part], shape) for part in (~held, held))
     if not valid.nnz:
-        raise ValueError(f"valid_share = {valid_share} holds nothing out of {len(users)} interactions; raise it")
+        raise ValueError(f"valid_share = {valid_share} holds out none of {len(users)} interactions; raise it")
     network = _network(features, names, observed, chosen.model, chosen.training)
     device = network.users.device
     sampler = Sampler(
@@ -140,14 +140,16 @@ def recommend(
         model: as `fit` or `load` gives it.
         users: user ids.
         k: length of the lists.
-        exclude_seen: leave out what a user has interacted with.
+        exclude_seen: exclude the items that a user has interacted with.
 
     Raises:
-        ValueError: an unknown user, or it is not known what users have seen.
+        ValueError: an unknown user, or `exclude_seen` of a model without the items that users have seen.
     """
     rows = _rows(users, model.user_ids, "user")
     if exclude_seen and model.seen is None:
-        raise ValueError("it is not known what users have seen; load with interactions=..., or set exclude_seen=False")
+        raise ValueError(
+            "the items that users have seen are not known; load with interactions=..., or set exclude_seen=False"
+        )
     masked = (
         model.seen if exclude_seen and model.seen is not None else sp.csr_matrix((len(model.users), len(model.items)))
     )
@@ -170,16 +172,16 @@ def similar_items(model: Recommender, items: Sequence[Any], k: int = 10) -> list
 
 
 def load(path: str | Path, interactions: str | Path | None = None) -> Recommender:
-    """Read what `Recommender.save` wrote, or an experiment's folder `results/{experiment}`.
+    """Load a folder written by `Recommender.save`, or the folder of an experiment, `results/{experiment}`.
 
     Args:
         path: the folder.
-        interactions: an interactions.parquet of the pipeline, which tells what users have seen, with items.parquet and
-            users.parquet beside it; for an experiment's folder, that of its data set is taken where it lies beside
-            `results/`. Users and items are found by their ids: those that the model does not know are left out.
+        interactions: an interactions.parquet of the pipeline, with what users have seen, next to items.parquet and
+            users.parquet; by default, for an experiment's folder, that of its data set in `processed/` next to `results/`,
+            if it exists. Users and items are matched by their ids; those that the model does not know are ignored.
 
     Raises:
-        UserError: no such files, or unreadable ones.
+        UserError: files are missing or unreadable.
     """
     folder = Path(path)
     user_ids, item_ids = _ids(folder / USERS, "user_id"), _ids(folder / ITEMS, "item_id")
@@ -196,14 +198,14 @@ def load(path: str | Path, interactions: str | Path | None = None) -> Recommende
 
 
 def _seen(interactions: Path, user_ids: list[str], item_ids: list[str]) -> sp.csr_matrix:
-    told = read_interactions(
+    data = read_interactions(
         interactions, interactions.with_name("items.parquet"), interactions.with_name("users.parquet")
     )
     users, items = (
         np.asarray([place.get(name, -1) for name in names], np.int64)[rows]
         for place, names, rows in (
-            (_places(user_ids), told.user_ids, told.users),
-            (_places(item_ids), told.item_ids, told.items),
+            (_places(user_ids), data.user_ids, data.users),
+            (_places(item_ids), data.item_ids, data.items),
         )
     )
     known = (users >= 0) & (items >= 0)
@@ -248,7 +250,7 @@ def _pairs(interactions: Mapping[str, Sequence[Any]], names: list[str]) -> tuple
 def _rows(wanted: Sequence[Any], ids: list[str], kind: str) -> np.ndarray:
     places = _places(ids)
     if len(places) < len(ids):
-        raise ValueError(f"{kind} ids stand twice: {len(ids)} ids, {len(places)} different ones")
+        raise ValueError(f"duplicate {kind} ids: {len(ids)} ids, {len(places)} different ones")
     rows = np.asarray([places.get(str(name), -1) for name in wanted], np.int64)
     if (rows < 0).any():
         unknown = str(wanted[int(np.flatnonzero(rows < 0)[0])])
@@ -257,7 +259,7 @@ def _rows(wanted: Sequence[Any], ids: list[str], kind: str) -> np.ndarray:
 
 
 def _held_out(users: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Return which interactions validate: each with probability `share`, but one of every user never does."""
+    """Return which interactions are held out: each with probability `share`, but one of every user never is."""
     draws = np.random.default_rng(derived_seed(seed, 2)).random(len(users))
     highest = np.lexsort((draws, users))[np.cumsum(np.bincount(users)) - 1]
     held = draws < share

@@ -42,7 +42,7 @@ class Unused:
 
     Attributes:
         kind: features, captions, similarity, cache or run.
-        path: the file or folder that stands for it.
+        path: the file or folder that represents it.
         files: all its files and folders, the record and unfinished shards included.
     """
 

@@ -57,7 +57,7 @@ def images_at(
 def _iter_shard(path: Path, items: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, bytes]]:
     if not path.is_file():
         raise UserError(
-            f"{path}: missing, but its manifest exists; delete manifest.parquet in the same folder and run again"
+            f"{path}: does not exist, but its manifest does; delete manifest.parquet next to it and run again"
         )
     with pq.ParquetFile(path) as file:
         start = 0

@@ -17,7 +17,7 @@ class Part:
 
     Attributes:
         version: raised by hand when the part gives other outputs for the same settings and inputs. None while the part
-            is being written: a digest of its modules then stands in, so every edit of them reruns what they made.
+            is being written: a digest of its modules is used instead, so that every edit of them reruns their outputs.
         libraries: distributions that the outputs depend on; their versions are recorded with the outputs.
         code_modules: modules besides the part's own that the digest covers while `version` is None.
     """

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-_GROUP = 16
+GROUP = 16
+"""Columns whose maximum is taken together."""
 
 
 def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -51,13 +52,13 @@ def largest(scores: Tensor, width: int) -> tuple[Tensor, Tensor]:
     before it. Which of equal entries are kept is not specified.
     """
     n_columns = scores.shape[1]
-    n_groups = n_columns // _GROUP
+    n_groups = n_columns // GROUP
     if n_groups < 2 * width:
         values, places = scores.topk(width, dim=1, sorted=False)
         return values, places
     # Group i holds columns i, i + G, i + 2G, ..: neighbouring groups are adjacent in memory, and the maximum vectorises.
-    whole = n_groups * _GROUP
-    maxima = scores[:, :whole].unflatten(1, (_GROUP, n_groups)).amax(dim=1)
+    whole = n_groups * GROUP
+    maxima = scores[:, :whole].unflatten(1, (GROUP, n_groups)).amax(dim=1)
     groups = maxima.topk(width, dim=1, sorted=False).indices
     steps = torch.arange(0, whole, n_groups, device=scores.device)
     rest = torch.arange(whole, n_columns, device=scores.device).expand(len(scores), -1)

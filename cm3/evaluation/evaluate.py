@@ -29,8 +29,8 @@ log = logging.getLogger("cm3.evaluation.evaluate")
 Score = Callable[[Tensor], Tensor]
 MASKS = ("train", "train+valid")
 
-_PART_USERS = 65_536  # users per part; an Arrow array of strings is limited to 2 GiB
-_LIST_ENTRIES = 2**22  # entries of the lists that are ranked together
+PART_USERS = 65_536  # users per part; an Arrow array of strings is limited to 2 GiB
+LIST_ENTRIES = 2**22  # entries of the lists that are ranked together
 
 
 def evaluate(
@@ -89,7 +89,7 @@ def evaluate(
     test_parts: dict[tuple[str, str], list[UserMetrics]] = {(score, mask): [] for score in by_name for mask in MASKS}
     valid_parts: list[UserMetrics] = []
     recommended: list[RankedLists] = []
-    for part in np.split(users_to_rank, range(_PART_USERS, len(users_to_rank), _PART_USERS)):
+    for part in np.split(users_to_rank, range(PART_USERS, len(users_to_rank), PART_USERS)):
         test_users, valid_users = part[tested[part]], part[validated[part]]
         for score, of_users in by_name.items():
             main = score == settings.score
@@ -158,7 +158,7 @@ def _ranked(
     rising = np.argsort(spare, kind="stable")
     while len(rising):
         entries = np.arange(1, len(rising) + 1) * (length + spare[rising])
-        rows = np.sort(rising[: max(1, np.searchsorted(entries, _LIST_ENTRIES, "right"))])
+        rows = np.sort(rising[: max(1, np.searchsorted(entries, LIST_ENTRIES, "right"))])
         rising = rising[len(rows) :]
         ranking = Ranking(users[rows], train, device)
         lists = RankedLists(users[rows], *ranking.top_by(score, length + int(spare[rows].max())))

@@ -14,9 +14,9 @@ from cm3.evaluation.registry import metric_class
 
 log = logging.getLogger(__name__)
 
-_BLOCK_ENTRIES = 7_000_000  # scores per block on the CPU: glibc reuses freed blocks up to 32 MiB without page faults
-_CUDA_BLOCK_ENTRIES = 2**26
-_ROW_MULTIPLE = 16
+BLOCK_ENTRIES = 7_000_000  # scores per block on the CPU: glibc reuses freed blocks up to 32 MiB without page faults
+CUDA_BLOCK_ENTRIES = 2**26
+ROW_MULTIPLE = 16
 """Rows of a block are padded to a multiple of this. A matrix product has another kernel for the rows after the last full
 tile, whose sums differ in the last digit: without padding a user's scores would depend on the size of the block."""
 
@@ -32,7 +32,7 @@ class Ranking:
         rows = sp.csr_matrix(masked[users])
         self.n_items = rows.shape[1]
         self.users = torch.as_tensor(users, dtype=torch.int64, device=device)
-        entries = _BLOCK_ENTRIES if self.users.device.type == "cpu" else _CUDA_BLOCK_ENTRIES
+        entries = BLOCK_ENTRIES if self.users.device.type == "cpu" else CUDA_BLOCK_ENTRIES
         self.block = max(1, entries // max(1, self.n_items))
         self.columns = torch.as_tensor(rows.indices, dtype=torch.int64, device=device)
         self.rows = torch.as_tensor(np.repeat(np.arange(len(users)), np.diff(rows.indptr)), device=device)
@@ -78,7 +78,7 @@ class Ranking:
     def _best(self, score: Callable[[Tensor], Tensor], start: int, stop: int, k: int) -> tuple[Tensor, Tensor]:
         rows = self.users[start:stop]
         # A block below the multiple is one that memory was too small for.
-        padding = rows[-1:].expand(-len(rows) % _ROW_MULTIPLE if self.block >= _ROW_MULTIPLE else 0)
+        padding = rows[-1:].expand(-len(rows) % ROW_MULTIPLE if self.block >= ROW_MULTIPLE else 0)
         scores = score(torch.cat([rows, padding]))[: len(rows)]
         part = slice(self.offsets[start], self.offsets[stop])
         scores[self.rows[part] - start, self.columns[part]] = -torch.inf

@@ -11,10 +11,10 @@ from torch import Tensor
 from cm3.common.arrays import zeros
 from cm3.common.topk import largest, top_k
 
-_BLOCK_ENTRIES = 2**25  # of a block's product on the CPU: 128 MiB
-_CUDA_BLOCK_ENTRIES = 2**30  # as long as a quarter of the free memory holds them
-_CHUNK_COLUMNS = 2**16
-_MARGIN = 16
+BLOCK_ENTRIES = 2**25  # of a block's product on the CPU: 128 MiB
+CUDA_BLOCK_ENTRIES = 2**30  # as long as a quarter of the free memory holds them
+CHUNK_COLUMNS = 2**16
+MARGIN = 16
 # Half a unit in the last place of a float32 of at most 1, doubled.
 _ROUNDING = 2.0**-24
 # Entries of one float64 piece: in the CPU's cache, or enough to occupy a GPU.
@@ -106,11 +106,11 @@ def _scan(
     others = copies if among is None else copies[among]
     n = len(others)
     # A wider bound needs more candidates; with too few the row is searched a second time.
-    width = min(n, k + (2 * _MARGIN if dropped_bits else _MARGIN))
+    width = min(n, k + (2 * MARGIN if dropped_bits else MARGIN))
     indices = torch.empty((len(rows), k), dtype=torch.int64, device=rows.device)
     scores = torch.empty((len(rows), k), dtype=unit_rows.dtype, device=rows.device)
     unsure = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-    columns = min(n, _CHUNK_COLUMNS)
+    columns = min(n, CHUNK_COLUMNS)
     block = max(1, min(len(rows), _entries(rows.device) // columns))
     # Page faults of fresh memory for each product would cost more than the selection.
     buffer = torch.empty(block * columns, device=rows.device)
@@ -136,8 +136,8 @@ def _scan(
 def _entries(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return min(_CUDA_BLOCK_ENTRIES, free // 16)
-    return _BLOCK_ENTRIES
+        return min(CUDA_BLOCK_ENTRIES, free // 16)
+    return BLOCK_ENTRIES
 
 
 def candidates_of(vectors: Tensor, others: Tensor, width: int, columns: int, buffer: Tensor) -> tuple[Tensor, Tensor]:

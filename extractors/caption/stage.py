@@ -44,10 +44,10 @@ def caption(
         captions: the Parquet file to write.
         name: the captioner's name in the config, for messages and provenance.
         code: digest of the code; finished shards of other code are not used.
-        threads: processor threads of the model.
+        threads: CPU threads of the model.
 
     Raises:
-        UserError: no item has an image, the model is not to be had, it would take hours on a processor and the
+        UserError: no item has an image, the model is not to be had, it would take hours on a CPU and the
             spec doesn't allow it, or not one caption came out.
     """
     job = Job(spec, inputs, captions, name, code, threads)
@@ -68,11 +68,11 @@ def caption(
         pa.array([job.errors.get(row) for row in range(len(texts))], pa.string()),
         pa.array(tokens),
     ]
-    told = {name_told: sorted(values) for name_told, values in answered_by.items()}
-    provenance = job.provenance() | ({"answered_by": told} if told else {})
+    models = {field: sorted(values) for field, values in answered_by.items()}
+    provenance = job.provenance() | ({"answered_by": models} if models else {})
     write_table(captions, pa.table(columns, names=CAPTIONS.names), CAPTIONS, provenance)
     record = job.finish() | {"tokens": int(tokens.sum())}
-    _tell(name, job, texts, told.get("models", []), record.get("captions_cut", 0))
+    _tell(name, job, texts, models.get("models", []), record.get("captions_cut", 0))
     return record
 
 

@@ -39,10 +39,10 @@ class TransformersCaptionSpec(CaptionSpec, ModelSpec):
     precision: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="Number format of the model's arithmetic."
     )
-    allow_slow: bool = Field(False, description="Caption on a processor even where that takes hours.")
+    allow_slow: bool = Field(False, description="Caption on a CPU even if it takes hours.")
 
     def check_cpu_time(self, items: int) -> None:
-        """Tell the estimated hours of a large model on a processor.
+        """Log the estimated hours of a large model on a CPU.
 
         Raises:
             UserError: they are many, and allow_slow is not set.

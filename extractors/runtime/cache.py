@@ -1,6 +1,6 @@
 """Content-addressed cache of encoder outputs, keyed by the sha256 of the model input.
 
-Layout: `.cache/{stem of the output file}/{address}/*.parquet` in the folder of the output file. An address stands for
+Layout: `.cache/{stem of the output file}/{address}/*.parquet` in the folder of the output file. An address identifies
 everything besides the input that determines an output: settings, model identity, versions of backend and stage.
 Nothing is deleted automatically; `cached_outputs` lists what there is.
 """

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import slurm_node
 from checkout import SMALL, Checkout
+from repository import ROOT
 from slurm_node import SlurmNode
 
 METRICS = "results/shop/metrics.json"
@@ -164,7 +165,7 @@ with own_gpus(1) as gpus:
 
 def test_a_stage_uses_the_gpu_that_slurm_allocated(node: SlurmNode, tmp_path: Path):
     (tmp_path / "hold.py").write_text(HOLD)
-    command = f"PYTHONPATH={slurm_node.ROOT} {sys.executable} {tmp_path}/hold.py"
+    command = f"PYTHONPATH={ROOT} {sys.executable} {tmp_path}/hold.py"
     held = {}
     for name, option in (("with", "--gpus=1"), ("without", "--gpus=0")):
         output = tmp_path / f"{name}.txt"

@@ -115,7 +115,7 @@ class Needs:
         return Need(spec.memory_mb(items), 20 + items / spec.cost.items_per_second / 60)
 
     def control(self, wildcards: Any, files: Files) -> Need:
-        """One matrix of features and the one that stands for it."""
+        """The features and their replacement."""
         return Need(1000 + 4 * self._vectors(files, "features", wildcards).megabytes, 15)
 
     def similarity(self, wildcards: Any, files: Files) -> Need:

@@ -1,4 +1,4 @@
-"""EASE: the item-item regression without self-similarity, in closed form."""
+"""EASE: item-item ridge regression without self-similarity, in closed form."""
 
 import numpy as np
 import scipy.sparse as sp
@@ -11,10 +11,10 @@ from cm3.evaluation.item_weights import ItemWeights
 
 
 def solve(inputs: Inputs, settings: EASE, device: torch.device) -> ItemWeights:
-    """Return B = I - P diag(1 / diag P), P = (X'X + lambda I)^-1: what minimises ||X - XB||^2 + lambda ||B||^2, diag B = 0.
+    """Return B = I - P diag(1 / diag P), P = (X'X + lambda I)^-1: it minimises ||X - XB||^2 + lambda ||B||^2, diag B = 0.
 
     Steck, Embarrassingly Shallow Autoencoders for Sparse Data, WWW 2019, equation 8. Solved in float64 by a Cholesky
-    factor, kept in float32.
+    factor, stored in float32.
 
     Raises:
         UserError: more items than `settings.max_items`.
@@ -23,8 +23,8 @@ def solve(inputs: Inputs, settings: EASE, device: torch.device) -> ItemWeights:
     if n > settings.max_items:
         raise UserError(
             f"model.max_items = {settings.max_items}: ease inverts a matrix of {n} x {n} items, which takes about "
-            f"{memory_gb(n):.0f} GB of memory and {float(n) ** 3:.0e} operations; take itemknn instead, or raise "
-            "model.max_items on a machine that has them"
+            f"{memory_gb(n):.0f} GB of memory and {float(n) ** 3:.0e} operations; use itemknn instead, or raise "
+            "model.max_items on a machine with that much memory"
         )
     observed = sp.csr_matrix(inputs.interactions, dtype=np.float64)
     # MPS has no float64.
@@ -38,5 +38,5 @@ def solve(inputs: Inputs, settings: EASE, device: torch.device) -> ItemWeights:
 
 
 def memory_gb(n_items: int) -> float:
-    """Return about how much memory the solution of `n_items` takes: three float64 matrices at its peak."""
+    """Return the peak memory in GB of solving for `n_items`: three float64 matrices."""
     return 24 * n_items**2 / 1e9

@@ -1,4 +1,4 @@
-"""ItemKNN: items score by their nearest items that the user has, nearest by common users."""
+"""ItemKNN: item weights from the co-occurrence of items with the same users."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from cm3.baselines.inputs import Inputs
 from cm3.baselines.itemknn import ItemKNN
 from cm3.evaluation.item_weights import ItemWeights
 
-_BLOCK_PRODUCTS = 30_000_000
+BLOCK_PRODUCTS = 30_000_000  # products per block of the co-occurrence matrix
 
 
 def solve(inputs: Inputs, settings: ItemKNN, device: torch.device) -> ItemWeights:
@@ -19,13 +19,13 @@ def solve(inputs: Inputs, settings: ItemKNN, device: torch.device) -> ItemWeight
     n_i users have item i and n_ij have both. Each item is scored by its own k neighbours, so column i of W holds at
     most k entries; among equals the lower index is nearer. The definition is that of Ferrari Dacrema, Cremonesi and
     Jannach, Are We Really Making Much Progress?, RecSys 2019, whose code RecBole's ItemKNN shares; they credit Sarwar
-    et al., WWW 2001. Never holds more of the co-occurrences than a block of items has.
+    et al., WWW 2001. Never holds more co-occurrences than those of one block of items.
     """
     observed = sp.csr_matrix(inputs.interactions, dtype=np.float32)
     by_item = sp.csr_matrix(observed.T)
     length = np.sqrt(np.diff(by_item.indptr))
     targets, voters, values = [], [], []
-    for block in _blocks(by_item, observed):
+    for block in item_blocks(by_item, observed):
         common = sp.coo_matrix(by_item[block] @ observed)
         target, voter = common.row + block.start, common.col
         value = common.data / (length[target] * length[voter] + settings.shrink)
@@ -40,10 +40,11 @@ def solve(inputs: Inputs, settings: ItemKNN, device: torch.device) -> ItemWeight
     return ItemWeights(matrix)
 
 
-def _blocks(by_item: sp.csr_matrix, observed: sp.csr_matrix) -> Iterator[slice]:
-    # A row of the product costs as many products as its users have interactions.
+def item_blocks(by_item: sp.csr_matrix, observed: sp.csr_matrix) -> Iterator[slice]:
+    """Yield ranges of items whose rows of the co-occurrence matrix cost at most `BLOCK_PRODUCTS` products, or one item."""
+    # A row costs as many products as its users have interactions.
     cost = (by_item @ np.diff(observed.indptr)).cumsum()
-    starts = np.unique(np.searchsorted(cost, np.arange(0, cost[-1] + 1, _BLOCK_PRODUCTS)))
+    starts = np.unique(np.searchsorted(cost, np.arange(0, cost[-1] + 1, BLOCK_PRODUCTS)))
     for start, stop in zip(starts, [*starts[1:], len(cost)], strict=True):
         yield slice(int(start), int(stop))
 

@@ -1,4 +1,4 @@
-"""ItemKNN on content: items score by their nearest items that the user has, nearest by features."""
+"""ItemKNN on content: item weights from the cosines of features."""
 
 import numpy as np
 import scipy.sparse as sp
@@ -16,14 +16,14 @@ def solve(inputs: Inputs, settings: ItemKNNContent, device: torch.device) -> Ite
     """Return W (I, I): w_ji = sum_m w_m cos(x_mi, x_mj) / sqrt(W_i W_j) for the k items j nearest to i, 0 elsewhere.
 
     W_i is the summed weight of the modalities in which item i has a vector, 1 where it has all; a modality counts for a
-    pair only where both have one. This is the cosine of the unit vectors strung together, each scaled by sqrt(w_m).
+    pair only where both have one. This is the cosine of the concatenated unit vectors, each scaled by sqrt(w_m).
     Ferrari Dacrema, Cremonesi and Jannach, RecSys 2019, define ItemKNN-CBF on one vector per item; there is no shrink
     term here, as unit vectors make it a constant factor.
 
     Raises:
         UserError: no more than `settings.k` items have a vector.
     """
-    joined = _joined(inputs)
+    joined = _concatenated(inputs)
     usable = np.flatnonzero(joined.any(axis=1))
     if len(usable) <= settings.k:
         raise UserError(f"model.k = {settings.k}: only {len(usable)} items have a vector; lower it below {len(usable)}")
@@ -35,8 +35,8 @@ def solve(inputs: Inputs, settings: ItemKNNContent, device: torch.device) -> Ite
     return ItemWeights(matrix)
 
 
-def _joined(inputs: Inputs) -> np.ndarray:
-    """Return the unit vectors of all modalities side by side, each scaled by the root of its weight, (I, d) float32."""
+def _concatenated(inputs: Inputs) -> np.ndarray:
+    """Return the concatenated unit vectors of all modalities, each scaled by the root of its weight, (I, d) float32."""
     ends = np.cumsum([x.shape[1] for x in inputs.features.values()])
     joined = zeros((inputs.interactions.shape[1], int(ends[-1])))
     for (m, x), end in zip(inputs.features.items(), ends, strict=True):

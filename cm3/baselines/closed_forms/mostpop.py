@@ -1,4 +1,4 @@
-"""MostPop: the items with the most training interactions, for everyone."""
+"""MostPop: items by their number of training interactions."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""BM3: users, items and modalities that agree with dropped-out copies of each other, without negative samples."""
+"""BM3: agreement of users, items and modalities with dropped-out copies of each other, without negative samples."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class BootstrappedEmbeddings(Embeddings):
 class Bootstrapped(Network):
     """Zhou et al., Bootstrap Latent Representations for Multi-modal Recommendation, WWW 2023.
 
-    With h_u the mean over LightGCN's layers, h_i that plus the item's free embedding, h_m a linear map of modality m,
+    With h_u the mean over LightGCN's layers, h_i the same plus the item's ID embedding, h_m a linear map of modality m,
     a predictor P that all of them share, targets h' = dropout(h) outside the gradient, and C = 1 - cosine, the loss is
 
         C(P h_u, h'_i) + C(P h_i, h'_u) + cl_weight sum_m [C(P h_m, h'_i) + C(P h_m, h'_m)] + reg_weight (|U| + |I|) / n_I

@@ -1,4 +1,4 @@
-"""BPR-MF: matrix factorisation fitted to rank a user's items above others."""
+"""BPR-MF: matrix factorisation with the BPR loss."""
 
 import math
 
@@ -13,7 +13,7 @@ from cm3.model.sampling import Batch
 
 
 class BPRMatrixFactorisation(Network):
-    """Scores u i of free embeddings; the loss is BPR plus an L2 penalty on the batch's rows.
+    """Scores u i of ID embeddings; the loss is BPR plus an L2 penalty on the batch's rows.
 
     Rendle et al., BPR: Bayesian Personalized Ranking from Implicit Feedback, UAI 2009. Initial values are
     N(0, 2 / (N + d)) as in RecBole and MMRec. The penalty is the paper's sum of squares; MMRec takes the norms of the
@@ -30,7 +30,7 @@ class BPRMatrixFactorisation(Network):
         self.items = nn.Parameter(torch.randn(n_items, d) * math.sqrt(2 / (n_items + d)))
 
     def training_embeddings(self, seed: int) -> Embeddings:
-        """Return the parameters; nothing is drawn."""
+        """Return the parameters; nothing is sampled."""
         return Embeddings(self.users, self.items)
 
     def loss(self, embeddings: Embeddings, batch: Batch) -> Loss:

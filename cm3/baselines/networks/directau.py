@@ -1,4 +1,4 @@
-"""DirectAU: alignment of users with their items, uniformity of users and of items, and nothing else."""
+"""DirectAU: alignment of users with their items, and uniformity of users and of items."""
 
 import math
 
@@ -37,7 +37,7 @@ class DirectlyAligned(Network):
         self.adjacency = SparseMatrix(user_item_matrix(interactions)) if settings.n_layers else None
 
     def training_embeddings(self, seed: int) -> Embeddings:
-        """Return a forward; nothing is drawn."""
+        """Return the embeddings; nothing is sampled."""
         if self.adjacency is None:
             return Embeddings(self.users, self.items)
         return Embeddings(*layer_mean(self.adjacency, self.users, self.items, self.settings.n_layers))
@@ -51,7 +51,7 @@ class DirectlyAligned(Network):
 
     @torch.no_grad()
     def embed(self) -> Embeddings:
-        """Return a forward."""
+        """Return the embeddings."""
         embeddings = self.training_embeddings(0)
         return Embeddings(embeddings.users.detach(), embeddings.items.detach())
 

@@ -1,4 +1,4 @@
-"""FREEDOM: a frozen item-item graph beside a user-item graph whose edges are pruned anew in each epoch."""
+"""FREEDOM: a frozen item-item graph, and a user-item graph pruned anew in each epoch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from cm3.model.sampling import Batch
 
 @dataclass(frozen=True)
 class TwoGraphEmbeddings(Embeddings):
-    """What a training step needs: users (U, d), items (I, d), and each modality's projected features, (I, d)."""
+    """Embeddings of a training step: users (U, d), items (I, d), and the projected features of each modality, (I, d)."""
 
     contents: list[Tensor]
 
@@ -34,10 +34,10 @@ class TwoGraphEmbeddings(Embeddings):
 class FrozenAndPruned(Network):
     """Zhou and Shen, A Tale of Two Graphs: Freezing and Denoising Graph Structures, MM 2023.
 
-    Users are the mean over LightGCN's layers, items that plus S^n of their free embeddings, S the weighted sum of the
+    Users are the mean over LightGCN's layers, items the same plus S^n of their ID embeddings, S the weighted sum of the
     modalities' row-normalised k nearest neighbours. The loss is BPR + reg_weight sum_m BPR(users, projected features of
-    modality m). Training sees a share 1 - dropout of the user-item edges, drawn without replacement with probability
-    1 / sqrt(deg(u) deg(i)), anew for each epoch and normalised by what is left; scoring sees them all. All of this is
+    modality m). Training uses a share 1 - dropout of the user-item edges, drawn without replacement with probability
+    1 / sqrt(deg(u) deg(i)), anew for each epoch and normalised over the remaining edges; scoring uses all edges. All of this is
     as in the paper and in MMRec, where the features are trained, too (`train_features`).
     """
 

@@ -1,4 +1,4 @@
-"""What several of the networks are made of: free embeddings, projections, sparse products and the ranking loss."""
+"""Building blocks of several networks: embeddings, projections, sparse products and the BPR loss."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -44,7 +44,7 @@ def layer_mean(adjacency: SparseMatrix, users: Tensor, items: Tensor, layers: in
 
 
 class SparseProduct(nn.Module):
-    """Multiplies by a constant sparse matrix (N, K), in the gradient by its transpose."""
+    """Product with a constant sparse matrix (N, K); the gradient is the product with its transpose."""
 
     def __init__(self, matrix: sp.csr_matrix) -> None:
         super().__init__()
@@ -95,5 +95,5 @@ def projections(features: Mapping[str, np.ndarray], d: int, trained: bool) -> nn
 
 
 def by_name(names: Sequence[str], values: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Return the parts of a loss by name."""
+    """Return the components of a loss by name."""
     return dict(zip(names, values, strict=True))

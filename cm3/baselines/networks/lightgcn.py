@@ -16,7 +16,7 @@ from cm3.model.sampling import Batch
 
 @dataclass(frozen=True)
 class LayeredEmbeddings(Embeddings):
-    """What a forward gives: averages over the layers, users (U, d) and items (I, d), and what they started from."""
+    """Averages over the layers, users (U, d) and items (I, d), and the initial embeddings of both."""
 
     ego_users: Tensor
     ego_items: Tensor
@@ -39,7 +39,7 @@ class LightGraphNetwork(Network):
         self.adjacency = SparseMatrix(user_item_matrix(interactions))
 
     def training_embeddings(self, seed: int) -> LayeredEmbeddings:
-        """Return a forward; nothing is drawn."""
+        """Return the embeddings; nothing is sampled."""
         users, items = layer_mean(self.adjacency, self.users, self.items, self.settings.n_layers)
         return LayeredEmbeddings(users, items, self.users, self.items)
 
@@ -54,7 +54,7 @@ class LightGraphNetwork(Network):
 
     @torch.no_grad()
     def embed(self) -> LayeredEmbeddings:
-        """Return a forward."""
+        """Return the embeddings."""
         return self.training_embeddings(0)
 
 

@@ -1,4 +1,4 @@
-"""MGCN: features purified by behaviour, a view of users and items for each modality, and their fusion by attention."""
+"""MGCN: features purified by behaviour, one view of users and items per modality, and fusion by attention."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from cm3.model.sampling import Batch
 
 @dataclass(frozen=True)
 class MultiViewEmbeddings(Embeddings):
-    """What a forward gives: users (U, d), items (I, d), and the two summands of both, (U + I, d): behaviour, content."""
+    """Users (U, d), items (I, d), and the two summands of both, (U + I, d): behaviour and content."""
 
     behaviour: Tensor
     content: Tensor
@@ -37,7 +37,7 @@ class MultiViewEmbeddings(Embeddings):
 class MultiViewNetwork(Network):
     """Yu et al., Multi-View Graph Convolutional Network for Multimedia Recommendation, MM 2023.
 
-    Behaviour view: the mean over LightGCN's layers. Content view of modality m, with free item embeddings e and
+    Behaviour view: the mean over LightGCN's layers. Content view of modality m, with item ID embeddings e and
     projected features h_m: items c_m = S_m^n (e * sigmoid(G_m h_m)), users R c_m, with S_m the symmetric-normalised
     cosines of the k nearest neighbours and R the user rows of the normalised user-item graph. Shared content
     s = sum_m softmax_m(q tanh(Q c_m)) c_m; content = (s + sum_m sigmoid(P_m behaviour) * (c_m - s)) / (M + 1), and
@@ -92,7 +92,7 @@ class MultiViewNetwork(Network):
         return torch.cat([self.user_rows(items), items])
 
     def training_embeddings(self, seed: int) -> MultiViewEmbeddings:
-        """Return a forward; nothing is drawn."""
+        """Return the embeddings; nothing is sampled."""
         embeddings: MultiViewEmbeddings = self()
         return embeddings
 
@@ -111,7 +111,7 @@ class MultiViewNetwork(Network):
 
     @torch.no_grad()
     def embed(self) -> MultiViewEmbeddings:
-        """Return a forward."""
+        """Return the embeddings."""
         return self.training_embeddings(0)
 
 

@@ -1,4 +1,4 @@
-"""VBPR: BPR whose items have, beside free embeddings, a projection of their features."""
+"""VBPR: BPR on ID embeddings and projected features."""
 
 import numpy as np
 import torch
@@ -13,11 +13,11 @@ from cm3.model.sampling import Batch
 
 
 class VisualRanking(Network):
-    """Scores b_i + g_u g_i + t_u (E x_i) + c x_i for features x of all modalities side by side; BPR and an L2 penalty.
+    """Scores b_i + g_u g_i + t_u (E x_i) + c x_i for the concatenated features x of all modalities; BPR and an L2 penalty.
 
     He and McAuley, VBPR: Visual Bayesian Personalized Ranking from Implicit Feedback, AAAI 2016, equation 4; the global
     and the user's bias move no ranking. MMRec leaves both item biases out and gives E an offset; here they are as in
-    the paper. Several modalities side by side, and a penalty on whole item vectors, projections and biases included, are
+    the paper. Concatenated modalities, and a penalty on whole item vectors, projections and biases included, are
     MMRec's: the paper's leaves E and c out (lambda_E = 0), and then grows through them as the rest is held small.
     """
 
@@ -37,7 +37,7 @@ class VisualRanking(Network):
         self.content = nn.Parameter(torch.cat([xavier_embedding(d, features.shape[1]).detach(), bias]))
 
     def training_embeddings(self, seed: int) -> Embeddings:
-        """Return users [g_u | t_u | 1] and items [g_i | E x_i | b_i + c x_i], both 2d + 1 wide; nothing is drawn."""
+        """Return users [g_u | t_u | 1] and items [g_i | E x_i | b_i + c x_i], both 2d + 1 wide; nothing is sampled."""
         content = functional.linear(self.features, self.content)
         projected, bias = content[:, :-1], content[:, -1:] + self.biases
         users = torch.cat([self.users, self.users.new_ones(len(self.users), 1)], 1)
@@ -53,7 +53,7 @@ class VisualRanking(Network):
 
     @torch.no_grad()
     def embed(self) -> Embeddings:
-        """Return a forward."""
+        """Return the embeddings."""
         return self.training_embeddings(0)
 
 

@@ -49,7 +49,7 @@ class Images(ImageLimits):
     )
     pattern: _Patterns | None = Field(
         default=None,
-        description="where in the folder an item's image lies, such as {item_id}.jpg or {item_id:.3}/{item_id}.jpg; "
+        description="path of an item's image in the folder, such as {item_id}.jpg or {item_id:.3}/{item_id}.jpg; "
         "several are tried in order; without it, the item's own image column names the file",
     )
     hosts: list[str] = Field(

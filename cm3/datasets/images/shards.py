@@ -15,7 +15,7 @@ from cm3.common.tables import IMAGES
 
 SHARD_BYTES = 256_000_000
 KNOWN = ".known.parquet"
-"""What a finder keeps beside the manifest for another run; it describes the shards."""
+"""Table next to the manifest that an image source keeps for the next run; it describes the shards."""
 # A row group is what readers and the writer hold in memory.
 _ROW_GROUP_BYTES = 16_000_000
 
@@ -64,7 +64,7 @@ def _move(fresh: Path, folder: Path) -> None:
 
 
 class ShardWriter:
-    """Writes shard-00000.parquet, shard-00001.parquet, ... beside a manifest; where one ends depends on bytes only.
+    """Writes shard-00000.parquet, shard-00001.parquet, ... next to a manifest; the boundaries depend on bytes only.
 
     Use as a context manager. Shards that are done stay when the body fails; the one being written goes.
     """

@@ -41,7 +41,7 @@ def collect_images(
         runtime: its images_runtime(), and threads for decoding.
         items: items.parquet.
         inputs: its image_inputs().
-        manifest: file to write; shards go beside it.
+        manifest: file to write; shards are written next to it.
         shard_bytes: at most so many bytes of images a shard (one image may be larger).
 
     Returns:

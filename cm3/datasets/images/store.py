@@ -258,13 +258,13 @@ class Store:
 
     def close(self) -> None:
         """Close the journal."""
-        with contextlib.suppress(OSError):  # of a full disk, of which `add` has told
+        with contextlib.suppress(OSError):  # a full disk, which `add` has reported
             self._file.close()
         os.close(self._reader)
 
 
 def _read_record(file: Any) -> dict[str, Any] | None:
-    """Return the next record of a journal if it is whole, with where its bytes start; file stands after it."""
+    """Return the next record of a journal if it is complete, and the offset of its bytes; the file is positioned after it."""
     line = file.readline(_LONGEST_LINE)
     with contextlib.suppress(ValueError, KeyError, TypeError):
         if line.endswith(b"\n") and int(line[:8], 16) == zlib.crc32(line[9:-1]):

@@ -16,7 +16,7 @@ _one_huge = threading.Lock()
 
 
 class PlaceholderError(UnreadableError):
-    """The bytes are an image that stands for "no image": the item's image is missing."""
+    """The bytes are a placeholder image ("no image"): the item's image is missing."""
 
     def __init__(self, image: "ImageFacts", reason: str) -> None:
         super().__init__("placeholder", reason)

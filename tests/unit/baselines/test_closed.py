@@ -68,7 +68,7 @@ def test_itemknn_is_the_same_in_blocks_of_any_size(monkeypatch):
     x = shop(3, 200, 40)
     whole = ItemKNN(k=5).solve(Inputs(x), CPU).matrix
     blocks = 0
-    slices = itemknn._blocks
+    slices = itemknn.item_blocks
 
     def counted(*arguments):
         nonlocal blocks
@@ -76,13 +76,13 @@ def test_itemknn_is_the_same_in_blocks_of_any_size(monkeypatch):
             blocks += 1
             yield block
 
-    monkeypatch.setattr(itemknn, "_BLOCK_PRODUCTS", 2000)
-    monkeypatch.setattr(itemknn, "_blocks", counted)
+    monkeypatch.setattr(itemknn, "BLOCK_PRODUCTS", 2000)
+    monkeypatch.setattr(itemknn, "item_blocks", counted)
     parted = ItemKNN(k=5).solve(Inputs(x), CPU).matrix
     assert blocks > 5 and (whole != parted).nnz == 0
 
 
-def test_content_is_the_weighted_cosine_of_the_modalities_that_both_items_have():
+def test_content_is_the_weighted_cosine_of_shared_modalities():
     rng = np.random.default_rng(1)
     features = {"text": rng.standard_normal((12, 4)), "image": 50 * rng.standard_normal((12, 3))}
     features = {m: x.astype(np.float32) for m, x in features.items()}
@@ -115,7 +115,7 @@ def test_content_of_too_few_items_is_refused():
 
 
 @pytest.mark.parametrize("l2", [0.5, 20.0])
-def test_ease_is_the_ridge_regression_of_each_item_on_the_others(l2):
+def test_ease_is_ridge_regression_of_each_item_on_the_others(l2):
     x = shop(4, 60, 12).toarray().astype(float)
     found = dense(EASE(l2=l2).solve(Inputs(sp.csr_matrix(x)), CPU))
     for j in range(12):
@@ -128,7 +128,7 @@ def test_ease_is_the_ridge_regression_of_each_item_on_the_others(l2):
 
 def test_ease_of_too_many_items_is_refused_with_the_reason():
     x = sp.csr_matrix((3, 63_001))
-    with pytest.raises(UserError, match=r"63001 x 63001 items, which takes about 95 GB .* take itemknn"):
+    with pytest.raises(UserError, match=r"63001 x 63001 items, which takes about 95 GB .* use itemknn"):
         EASE().solve(Inputs(x), CPU)
     with pytest.raises(UserError, match=r"model\.max_items = 11"):
         EASE(max_items=11).solve(Inputs(shop(0)), CPU)

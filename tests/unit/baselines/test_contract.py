@@ -1,7 +1,8 @@
-"""What every baseline must do: learn, come back from its files, repeat itself, resume, refuse."""
+"""The contract of every baseline: it learns, is restored from its files, repeats itself, resumes and checks its input."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,7 +59,7 @@ def test_it_beats_the_most_popular_items(fitted, name):
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_its_files_give_the_ranks_of_the_model_in_memory(shop, fitted, name):
+def test_its_files_rank_like_the_model_in_memory(shop, fitted, name):
     folder, _, _, lists = fitted(name)
     data, inputs = small.read(shop, name)
     model = small.settings(name)
@@ -77,7 +78,7 @@ def test_its_files_give_the_ranks_of_the_model_in_memory(shop, fitted, name):
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_it_repeats_itself_to_the_byte_and_another_seed_gives_another_model(shop, tmp_path, name):
+def test_equal_seeds_give_equal_bytes_and_others_another_model(shop, tmp_path, name):
     global_state = torch.random.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     for folder, seed in (("a", 42), ("b", 42), ("c", 7)):
         small.fit(shop, tmp_path / folder, name, FEW | {"seed": seed})
@@ -94,7 +95,7 @@ class Stopped(BaseException):
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_it_goes_on_after_a_stop_to_the_same_bytes(shop, tmp_path, monkeypatch, name):
+def test_it_resumes_after_a_stop_to_the_same_bytes(shop, tmp_path, monkeypatch, name):
     training = FEW | {"checkpoint_seconds": 0}
     small.fit(shop, tmp_path / "whole", name, training)
     save, stops, saves = Checkpoint.save, 0, 0
@@ -128,7 +129,7 @@ def test_its_record_says_what_it_is(shop, fitted, name):
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_modalities_that_it_needs_or_cannot_take_are_refused(shop, tmp_path, monkeypatch, name):
+def test_missing_or_unused_modalities_are_an_error(shop, tmp_path, monkeypatch, name):
     other = ("text",) if not BASELINES[name].reads_features else ()
     monkeypatch.setattr(small, "modalities", lambda _: other)
     expected = "remove the modalities text" if other else "name an extractor"
@@ -193,14 +194,14 @@ def test_a_user_who_has_everything_leaves_no_negative(tmp_path, name):
 
 
 @pytest.mark.integration
-def test_a_score_that_needs_embeddings_is_refused_for_item_weights(shop, fitted, tmp_path):
+def test_a_cosine_score_of_item_weights_is_an_error(shop, fitted, tmp_path):
     folder, _, _, _ = fitted("ease")
     command = evaluation(shop, {"weights": folder / "model.safetensors"}, tmp_path, {"score": "cosine"})
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert done.returncode == 1 and "holds item weights and no embeddings; set score to dot" in done.stderr
 
 
-def test_a_network_draws_its_curves_beside_its_model(shop, tmp_path):
+def test_a_network_writes_curves_next_to_its_model(shop, tmp_path):
     small.fit(shop, tmp_path, "bpr-mf", FEW | {"tensorboard": True})
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
@@ -209,7 +210,7 @@ def test_a_network_draws_its_curves_beside_its_model(shop, tmp_path):
 
 @pytest.mark.integration
 @pytest.mark.parametrize("name", ["freedom", "itemknn"])
-def test_the_stages_do_on_the_command_line_what_the_functions_do(shop, tmp_path, name):
+def test_the_command_line_does_the_same_as_the_functions(shop, tmp_path, name):
     names = small.modalities(name)
     training = small.TRAINING | FEW
     spec = {
@@ -257,9 +258,14 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT)}
 
 
-def test_specs_import_no_torch_and_have_the_name_of_their_registry_line():
+def test_specs_import_no_torch_and_match_the_registry():
     code = "import sys; from cm3.model_registry import spec_classes; spec_classes(); "
     code += "assert not {'torch', 'scipy', 'numpy'} & set(sys.modules), 'heavy import'"
     subprocess.run([sys.executable, "-c", code], check=True, env=environment())
     for name, spec in spec_classes().items():
-        assert spec().name == name and spec.version == 1 and spec.libraries and STAGES[spec.stage]
+        assert spec().name == name and spec.version and spec.libraries and STAGES[spec.stage]
+
+
+def test_the_documents_have_a_row_for_every_baseline():
+    rows = re.findall(r"^\| `([\w-]+)` \|", (ROOT / "docs/baselines.md").read_text(), re.MULTILINE)
+    assert set(rows) >= set(BASELINES)

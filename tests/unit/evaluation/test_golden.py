@@ -49,8 +49,10 @@ def test_the_stage_gives_its_golden_output(shop, tmp_path, name, inputs, setting
     )
     per_user, lists = (pq.read_table(tmp_path / f"{table}.parquet") for table in ("per_user", "recommendations"))
     outputs = {
-        "evaluation": result,
-        "per_user": {column: summary(per_user[column].to_numpy()) for column in per_user.column_names},
+        "evaluation": _stage_only(result),
+        "per_user": {
+            column: summary(per_user[column].to_numpy()) for column in per_user.column_names if _of_stage(column)
+        },
         "recommendations": {
             "schema": str(lists.schema.remove_metadata()),
             "items": digest(lists.select(["user_id", "item_id", "rank"]).to_pylist()),
@@ -58,6 +60,17 @@ def test_the_stage_gives_its_golden_output(shop, tmp_path, name, inputs, setting
         },
     }
     check_golden(f"evaluate-{name}", STAGES["evaluate"].version, outputs, tolerance=1e-9)
+
+
+def _stage_only(value):
+    """Leave out the metrics that have golden outputs of their own, so that a new one changes none of the stage's."""
+    if isinstance(value, dict):
+        return {key: _stage_only(part) for key, part in value.items() if _of_stage(key)}
+    return value
+
+
+def _of_stage(name: str) -> bool:
+    return "@" not in name or name.partition("@")[0] in ("recall", "ndcg")
 
 
 @pytest.mark.parametrize("name", METRICS)

@@ -1,7 +1,6 @@
 """Golden vectors of every encoder backend, of the extract and control stages, and of the assembly of item texts."""
 
 import json
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +8,10 @@ import numpy as np
 import pytest
 import tiny_transformers
 import tiny_vlm
-import torch
+from fixed_weights import fill
 from fixtures_extractors import shape, write_images, write_items
 from golden import check_golden, digest, summary
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import extractors
 from cm3.common.features import read_features, write_features
@@ -28,19 +27,6 @@ ITEMS: list[dict[str, Any]] = [
     {"item_id": f"i{row}", "title": title, "image": image}
     for row, (title, image) in enumerate(zip(TITLES, IMAGES, strict=True))
 ]
-
-
-def fill(file: Path) -> None:
-    """Replace all weights of a file by numbers that do not depend on how a library initialises them."""
-    weights = load_file(file)
-    for name, tensor in weights.items():
-        if tensor.is_floating_point():
-            drawn = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode()))).standard_normal(tuple(tensor.shape))
-            values = torch.from_numpy(np.asarray(drawn)).to(tensor.dtype) * 0.15
-            # Norms scale by about 1, and variances are positive.
-            scale = tensor.ndim == 1 and name.endswith(("weight", "running_var"))
-            weights[name] = values.abs() + 0.8 if scale else values
-    save_file(weights, file, metadata={"format": "pt"})
 
 
 def vectors(backend: str, modality: str, **settings: Any) -> dict[str, Any]:

@@ -108,9 +108,9 @@ def test_blocks_groups_and_threads_change_nothing(case, dropped_bits, monkeypatc
     x = torch.from_numpy(drawn(case))
     expected = knn(x, 6)
     for entries, columns, group, threads in [(3000, 50, 2, 1), (20_000, 130, 3, 2), (10**6, 399, 4, 2)]:
-        monkeypatch.setattr(neighbours, "_BLOCK_ENTRIES", entries)
-        monkeypatch.setattr(neighbours, "_CHUNK_COLUMNS", columns)
-        monkeypatch.setattr("cm3.common.topk._GROUP", group)
+        monkeypatch.setattr(neighbours, "BLOCK_ENTRIES", entries)
+        monkeypatch.setattr(neighbours, "CHUNK_COLUMNS", columns)
+        monkeypatch.setattr("cm3.common.topk.GROUP", group)
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
@@ -136,7 +136,7 @@ def test_any_small_matrix(seed, n, d, distinct, wide, include_self, bits):
     x[rng.random(n) < 0.1] = 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(neighbours, "_droppable_bits", lambda device: bits)
-        patch.setattr(neighbours, "_MARGIN", int(rng.integers(0, 4)))
+        patch.setattr(neighbours, "MARGIN", int(rng.integers(0, 4)))
         check(x, int(rng.integers(1, n)), include_self)
 
 

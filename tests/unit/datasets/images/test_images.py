@@ -230,7 +230,7 @@ def test_a_shard_that_is_gone_says_what_to_delete_and_is_made_again(tmp_path: Pa
     spec, manifest = local(folder, pattern="{item_id}.jpg"), tmp_path / "out" / "manifest.parquet"
     collect(tmp_path, {"a": []}, spec)
     (tmp_path / "out" / "shard-00000.parquet").unlink()
-    with pytest.raises(UserError, match=r"shard-00000\.parquet: is gone.*delete manifest\.parquet beside it"):
+    with pytest.raises(UserError, match=r"shard-00000\.parquet: does not exist.*delete manifest\.parquet next to it"):
         dict(iter_images(manifest))
     manifest.unlink()
     collect(tmp_path, {"a": []}, spec)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny_vlm
 from fixtures_extractors import COLOURS, plain
+from golden import check_golden, digest
 
 import extractors
 from cm3.common.errors import UserError
@@ -26,10 +27,12 @@ class Engine:
 
     def __init__(self, **arguments: Any) -> None:
         self.arguments, self.calls = arguments, 0
+        self.prompts: list[dict[str, Any]] = []
         Engine.made = self
 
     def generate(self, prompts: list[dict[str, Any]], sampling: Any, *, use_tqdm: bool) -> list[Any]:
         self.calls += 1
+        self.prompts += prompts
         assert sampling.temperature == 0.0 and sampling.max_tokens == 8 and not use_tqdm
         outputs = []
         for one in prompts:
@@ -102,6 +105,18 @@ def test_images_prompts_and_settings_reach_the_engine(vllm: types.ModuleType, we
     }
     facts = captioner.facts()
     assert facts["vllm"] == "0.test" and facts["model"].startswith("weights_sha256 ") and facts["prompt_key"]
+
+
+def test_golden_prompts_and_images(vllm: types.ModuleType, weights: Path) -> None:
+    items = [*ITEMS, {"title": "<|image_pad|>", "image": plain("red", (900, 600))}]
+    load(spec_of(weights, max_pixels=10_000)).caption(items)
+    prompts = [one["prompt"] for one in Engine.made.prompts]
+    images = [
+        [image.size, image.getpixel((0, 0))] for image in (i["multi_modal_data"]["image"] for i in Engine.made.prompts)
+    ]
+    arguments = {name: value for name, value in Engine.made.arguments.items() if name != "model"}
+    outputs = {"prompts": digest(prompts), "images": images, "arguments": digest(arguments)}
+    check_golden("captioner-vllm", VllmCaptionSpec.version, outputs)
 
 
 def test_control_tokens_in_titles_stay_out_of_the_prompt(vllm: types.ModuleType, weights: Path) -> None:
