@@ -22,8 +22,9 @@ import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from cm3.common.features import features_schema
 from cm3.common.files import write_json
-from cm3.common.tables import OK, ROW_GROUP, features_schema
+from cm3.common.tables import OK, ROW_GROUP
 from cm3.datasets.registry import parse_dataset
 
 ROWS = 1_000_000
@@ -74,7 +75,7 @@ def write_items(path: Path, items: int) -> None:
 
 
 def write_vectors(path: Path, items: int, dim: int) -> None:
-    """Write (items, dim) float32 features as `cm3.common.tables.write_features` does, a row group at a time."""
+    """Write (items, dim) float32 features as `cm3.common.features.write_features` does, a row group at a time."""
     rng = np.random.default_rng(1)
     centres = rng.standard_normal((max(1, items // ITEMS_PER_CENTRE), dim), np.float32)
     schema = features_schema(dim, "float32").with_metadata({"extractor": json.dumps("scale")})

@@ -1,6 +1,6 @@
 """CM3 (calibrated multimodal recommendation): similarity graph, model, training and evaluation.
 
-Names are resolved on first use, so that importing `cm3` or `cm3.config` never imports torch.
+Names are resolved on first use: importing `cm3` or `cm3.config` does not import torch.
 """
 
 from importlib import import_module

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from cm3.common.cli import stage
-from cm3.common.tables import read_features, write_features
+from cm3.common.features import read_features, write_features
 
 log = logging.getLogger("extractors.control")
 

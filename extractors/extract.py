@@ -14,7 +14,7 @@ import numpy as np
 from cm3.common.arrays import zeros
 from cm3.common.cli import stage
 from cm3.common.errors import UserError
-from cm3.common.tables import write_features
+from cm3.common.features import write_features
 from extractors.runtime.job import Job, spec_of
 from extractors.spec import BackendSpec
 

@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 
 from cm3.common.errors import UserError
-from cm3.common.tables import FAILED, MISSING, OK, features_schema
+from cm3.common.features import features_schema
+from cm3.common.tables import FAILED, MISSING, OK
 
 T = TypeVar("T")
 Advance = Callable[..., None]

@@ -9,8 +9,8 @@ import scipy.sparse as sp
 
 from cm3.baselines.base import Baseline, FilledFeatures
 from cm3.common.errors import UserError
+from cm3.common.features import read_features
 from cm3.common.interactions import Interactions
-from cm3.common.tables import read_features
 from cm3.model.model import fill_missing
 from cm3.model_spec import ItemGraphs, Weighted, modality_weights
 from cm3.training.run import read_neighbours

@@ -1,4 +1,4 @@
-"""Arrays larger than memory, in a temporary file that the operating system pages in and out."""
+"""Arrays larger than memory, memory-mapped from a temporary file."""
 
 import errno
 import logging
@@ -17,18 +17,18 @@ from cm3.common.errors import UserError
 log = logging.getLogger(__name__)
 
 SHARE = 0.5
-"""Of the memory that is free, how much one array may take before it is laid into a file."""
+"""Largest fraction of the free memory for one array; a larger array is memory-mapped."""
 
 BLOCK = 8192
-"""Rows that are worked on at a time."""
+"""Rows per block."""
 
-_CGROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+CGROUP_ROOT, CGROUP_MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def zeros(shape: Sequence[int], dtype: Any = np.float32) -> np.ndarray:
-    """Return an array of zeros: in memory, or where it would take more than `SHARE` of what is free, in a file.
+    """Return an array of zeros: in memory, or memory-mapped where it needs more than `SHARE` of the free memory.
 
-    The file is in the temporary folder (TMPDIR) and has no name: it disappears with the array or the process.
+    The file is in the temporary folder (TMPDIR) and has no name: it vanishes with the array or the process.
 
     Raises:
         UserError: the folder has no room for it.
@@ -38,11 +38,11 @@ def zeros(shape: Sequence[int], dtype: Any = np.float32) -> np.ndarray:
         return np.zeros(shape, dtype)
     folder = tempfile.gettempdir()
     log.info(
-        "%.1f GB of vectors do not fit well into memory; they are kept in a temporary file in %s", size / 1e9, folder
+        "%.1f GB of vectors need too much of the free memory; they are in a temporary file in %s", size / 1e9, folder
     )
     with tempfile.TemporaryFile(dir=folder) as file:
         try:
-            # Without its blocks reserved, a full disk would end the process by a signal at some later write.
+            # With blocks not reserved, a full disk would kill the process by a signal at a later write.
             reserve = getattr(os, "posix_fallocate", None)  # macOS has none
             reserve(file.fileno(), 0, size) if reserve else file.truncate(size)
         except OSError as error:
@@ -61,7 +61,7 @@ def blocks(rows: int, size: int = BLOCK) -> Iterator[slice]:
 
 
 def rows_not_finite(x: np.ndarray) -> np.ndarray:
-    """Return (N,) bool: which rows of (N, d) hold NaN or infinity."""
+    """Return (N,) bool: the rows of (N, d) with NaN or infinity."""
     found = np.zeros(len(x), bool)
     for rows in blocks(len(x)):
         found[rows] = ~np.isfinite(x[rows]).all(axis=1)
@@ -69,14 +69,14 @@ def rows_not_finite(x: np.ndarray) -> np.ndarray:
 
 
 def keep_rows(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Return the chosen `rows`, ascending (R,), of (N, d): moved to the front of `x`, no copy is made."""
+    """Return the `rows`, ascending (R,), of `x` (N, d), moved to the front of `x` without a copy."""
     for here in blocks(len(rows)):
         x[here] = x[rows[here]]
     return x[: len(rows)]
 
 
 def mean_of_rows(x: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """Return the mean (d,) float64 of the rows of (N, d) that `chosen` (N,) says."""
+    """Return the mean (d,) float64 of the rows of (N, d) where `chosen` (N,) is true."""
     total = np.zeros(x.shape[1], np.float64)
     for rows in blocks(len(x)):
         total += x[rows][chosen[rows]].sum(0, dtype=np.float64)
@@ -85,24 +85,24 @@ def mean_of_rows(x: np.ndarray, chosen: np.ndarray) -> np.ndarray:
 
 
 def free_memory() -> float:
-    """Return bytes that this process can still take: what the machine has, or its control group's limit leaves."""
+    """Return the bytes that this process can still allocate: of the machine, or within its control group's limit."""
     return min([float(psutil.virtual_memory().available), *_left_to_groups()])
 
 
 def _left_to_groups() -> Iterator[float]:
-    """Yield what the limits of this process's control groups leave, of either version; their page cache counts as free."""
+    """Yield the bytes left within each memory limit of this process's control groups (v1, v2); page cache is free."""
     try:
-        lines = _OWN_GROUPS.read_text().splitlines()
+        lines = CGROUP_MEMBERSHIP.read_text().splitlines()
     except OSError:
         return
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue
-        top = _CGROUPS / controllers
+        top = CGROUP_ROOT / controllers
         limit, used = ("memory.max", "anon") if not controllers else ("memory.limit_in_bytes", "total_rss")
         group = top / path.lstrip("/")
-        # In a container the group's own path may not be visible: what is mounted is then the group itself.
+        # In a container the group's path may not be visible; the mounted folder is then the group itself.
         for folder in dict.fromkeys([*(g for g in (group, *group.parents) if g.is_relative_to(top)), top]):
             try:
                 most = float((folder / limit).read_text())

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, whatever happens while they are written."""
+"""Atomic writing of files, checksums and lock files."""
 
 import contextlib
 import errno
@@ -26,10 +26,10 @@ _NO_ROOM = {
 
 @contextlib.contextmanager
 def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path next to `path`; on success it is fsynced and renamed to `path`, else removed.
+    """Yield a temporary path in the folder of `path`; on success it is fsynced and renamed to `path`, else removed.
 
     Raises:
-        UserError: the disk is full; nothing is left at `path` but what stood there before.
+        UserError: the disk is full; `path` is unchanged.
     """
     target = Path(path)
     temporary = None

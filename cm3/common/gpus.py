@@ -1,4 +1,4 @@
-"""GPUs of its own for each job that asks for some: Snakemake counts them, but does not say which is whose."""
+"""Per-job GPU assignment by file locks; Snakemake only counts GPUs."""
 
 import contextlib
 import fcntl
@@ -16,15 +16,15 @@ from typing import IO
 log = logging.getLogger("stage")
 
 _POLL_SECONDS = 0.5
-_DEVICES = Path("/dev")
-_SHARED = Path("/tmp")
+DEVICE_FOLDER = Path("/dev")
+SHARED_FOLDER = Path("/tmp")
 
-# What CUDA_VISIBLE_DEVICES holds for none: nothing, the usual way to hide all, and SLURM's word.
+# Values of CUDA_VISIBLE_DEVICES without a GPU: empty, the usual -1, and SLURM's name.
 _NONE = ("", "-1", "NoDevFiles")
 
 
 def visible_gpus() -> list[str]:
-    """Return the ids of the GPUs that this process may use: of CUDA_VISIBLE_DEVICES, else all that nvidia-smi lists."""
+    """Return the ids of the GPUs that this process may use: those of CUDA_VISIBLE_DEVICES, else all of nvidia-smi."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name.strip() for name in visible.split(",") if name.strip() not in _NONE]
@@ -32,15 +32,15 @@ def visible_gpus() -> list[str]:
 
 
 def gpu_here() -> bool:
-    """Return whether a job on this machine may find a GPU. Asks no driver, so that planning stays fast."""
+    """Return whether a job on this machine may find a GPU. Does not query the driver, so that planning stays fast."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") is not None:
         return bool(visible_gpus())
-    devices = any(any(_DEVICES.glob(name)) for name in ("nvidia[0-9]*", "kfd", "dxg"))
+    devices = any(any(DEVICE_FOLDER.glob(name)) for name in ("nvidia[0-9]*", "kfd", "dxg"))
     return sys.platform == "darwin" or devices or shutil.which("nvidia-smi") is not None
 
 
 def _listed() -> dict[str, str]:
-    """Return the GPUs that nvidia-smi lists: index -> what is its alone on the whole machine, its UUID."""
+    """Return the GPUs of nvidia-smi: index -> UUID."""
     if shutil.which("nvidia-smi") is None:
         return {}
     query = ["nvidia-smi", "--query-gpu=index,uuid", "--format=csv,noheader"]
@@ -52,19 +52,19 @@ def _listed() -> dict[str, str]:
 
 @contextlib.contextmanager
 def own_gpus(wanted: int | None) -> Iterator[list[str]]:
-    """Hold GPUs that no other job of this user on this machine holds, and make them the only ones that CUDA sees.
+    """Lock GPUs that no other job of this user on this machine holds, and make only them visible to CUDA.
 
-    Waits until enough are free. The kernel lets go of them when the job ends, however it ends. Must be entered before
-    CUDA is initialised; importing torch does not do that. What a scheduler allots by CUDA_VISIBLE_DEVICES is all that is
-    chosen from. Where it also hides the others, each job's GPU is called 0, and yet no job waits for another: what is
-    held is the device, by its UUID.
+    Waits until enough are free. The kernel releases the locks when the job ends, in whatever way. Must be entered before
+    CUDA is initialised; importing torch does not initialise it. Only GPUs that a scheduler allots by CUDA_VISIBLE_DEVICES
+    are used. Locks are by UUID: where a scheduler hides the other GPUs, each job's GPU has the id 0, and jobs do not wait
+    for one another.
 
     Args:
-        wanted: how many; where the machine has fewer, all of them. 0 hides all, so that what takes a GPU where it finds
-            one does not use a GPU that another job holds. None (GPUs are not counted) changes nothing.
+        wanted: number of GPUs; where the machine has fewer, all of them. 0 hides all GPUs, so that a library does not use
+            one that another job holds. None changes nothing, for runs in which GPUs are not counted.
 
     Yields:
-        the GPUs' ids; none where none is wanted or there.
+        ids of the GPUs; empty where none is wanted or none exists.
     """
     if wanted == 0 and gpu_here():
         with _showing([]):
@@ -78,7 +78,7 @@ def own_gpus(wanted: int | None) -> Iterator[list[str]]:
     devices = {name: uuids.get(name, name) for name in ids}
     held = _free(folder, devices, min(wanted, len(ids)))
     if not held:
-        log.info("of %d GPUs too few are free for this job's %d; waiting", len(ids), wanted)
+        log.info("of %d GPUs too few are free for this job, which needs %d; waiting", len(ids), wanted)
     while not held:
         time.sleep(_POLL_SECONDS)
         held = _free(folder, devices, min(wanted, len(ids)))
@@ -91,15 +91,15 @@ def own_gpus(wanted: int | None) -> Iterator[list[str]]:
 
 
 def _locks() -> Path:
-    # Not in TMPDIR: jobs with different values of it share the same GPUs.
-    folder = (_SHARED if _SHARED.is_dir() else Path(tempfile.gettempdir())) / f"cm3-gpus-{os.getuid()}"
+    # Independent of TMPDIR: jobs with different TMPDIR share the same GPUs.
+    folder = (SHARED_FOLDER if SHARED_FOLDER.is_dir() else Path(tempfile.gettempdir())) / f"cm3-gpus-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     return folder
 
 
 @contextlib.contextmanager
 def _showing(ids: Iterable[str]) -> Iterator[None]:
-    """Let CUDA see these GPUs alone while the body runs."""
+    """Make only these GPUs visible to CUDA while the body runs."""
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(ids)
     try:
@@ -112,7 +112,7 @@ def _showing(ids: Iterable[str]) -> Iterator[None]:
 
 
 def _free(folder: Path, devices: dict[str, str], wanted: int) -> dict[str, IO[str]]:
-    """Return `wanted` of the ids in `devices` (id -> device) with their locks; none, and no lock, where fewer are free."""
+    """Lock `wanted` of `devices` (id -> device) and return ids and locks; empty, with no lock, where fewer are free."""
     held: dict[str, IO[str]] = {}
     for name, device in devices.items():
         lock: IO[str] = (folder / f"{device.replace('/', '_')}.lock").open("a")

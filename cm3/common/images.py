@@ -22,11 +22,11 @@ def iter_images(manifest: str | os.PathLike[str], items: Sequence[int] | None = 
     """Yield (item, original bytes) for the items whose status is ok, one shard's row group in memory at a time.
 
     Args:
-        manifest: the manifest.parquet; its shards are next to it.
+        manifest: the manifest.parquet; its shards are in the same folder.
         items: row numbers wanted, all by default. The order of the output is that of the shards.
 
     Raises:
-        UserError: a shard is gone.
+        UserError: a shard is missing.
     """
     table = read_table(manifest, MANIFEST)
     status = np.asarray(table.column("status").to_pylist(), dtype=object)
@@ -40,12 +40,12 @@ def iter_images(manifest: str | os.PathLike[str], items: Sequence[int] | None = 
 def images_at(
     manifest: str | os.PathLike[str], items: np.ndarray, shard: np.ndarray, row: np.ndarray
 ) -> Iterator[tuple[int, bytes]]:
-    """Yield (item, original bytes) as `iter_images` does, for items with known shards and rows; the manifest is not read.
+    """Yield (item, original bytes) as `iter_images` does, for items of known location: the manifest is not read.
 
     Args:
-        manifest: the manifest.parquet; its shards are next to it.
+        manifest: the manifest.parquet; its shards are in the same folder.
         items: (n,) row numbers.
-        shard, row: (n,) where the manifest says that their images are.
+        shard, row: (n,) locations of their images, from the manifest.
     """
     order = np.lexsort((items, row, shard))
     items, shard, row = items[order], shard[order], row[order]

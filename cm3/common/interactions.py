@@ -14,7 +14,7 @@ from cm3.common.tables import INTERACTIONS, ITEMS, SPLITS, USERS, read_table
 
 @dataclass(frozen=True)
 class Interactions:
-    """Who interacted with what, in row order.
+    """The interactions of a prepared data set, in row order.
 
     Attributes:
         users, items: (E,) int64 indices.

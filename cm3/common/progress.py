@@ -52,10 +52,10 @@ class Progress:
         left = (self.total - self.done) / rate if rate else float("inf")
         counts = "".join(f", {count} {name}" for name, count in self.counts.items())
         if self.total:
-            text = f"{self.done} of {self.total} {self.unit}, {rate:.1f} {self.unit}/s, {left:.0f} s left"
+            line = f"{self.done} of {self.total} {self.unit}, {rate:.1f} {self.unit}/s, {left:.0f} s left"
         else:
-            text = f"{self.done} {self.unit}, {rate:.1f} {self.unit}/s"
-        log.info("%s%s", text, counts)
+            line = f"{self.done} {self.unit}, {rate:.1f} {self.unit}/s"
+        log.info("%s%s", line, counts)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -1,4 +1,4 @@
-"""The base of every config model: frozen, strict types, unknown keys refused with the nearest valid name."""
+"""The base of every config model: frozen, strict types, unknown keys rejected with the nearest valid name."""
 
 import difflib
 import re
@@ -21,18 +21,18 @@ Float = Annotated[float, BeforeValidator(_scientific_to_float)]
 
 
 class Strict(BaseModel):
-    """A frozen config section. Subclasses list in `runtime_fields` what changes speed but never the output."""
+    """A frozen config section. Subclasses list in `runtime_fields` the fields that change speed and not the output."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, protected_namespaces=())
 
     runtime_fields: ClassVar[frozenset[str]] = frozenset()
 
     def identity(self) -> dict[str, Any]:
-        """Return the fields that change the output, as JSON types: what a key is computed from."""
+        """Return the fields that change the output, as JSON types, from which keys are computed."""
         return self.model_dump(mode="json", exclude=set(self.runtime_fields))
 
     def runtime(self) -> dict[str, Any]:
-        """Return the fields that change speed or place only (batch size, device, workers)."""
+        """Return the fields that change speed or location only (batch size, device, workers)."""
         return self.model_dump(mode="json", include=set(self.runtime_fields))
 
 
@@ -49,7 +49,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def validate(model: type[Model], data: Any, where: str) -> Model:
-    """Return `data` as `model`; `where` is the key path at the start of each message.
+    """Return `data` as `model`; `where` is the key path in front of each message.
 
     Raises:
         UserError: one line per fault with the key's path, the value and what is expected.

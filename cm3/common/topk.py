@@ -1,16 +1,17 @@
-"""The k largest entries of each row, with ties settled by position."""
+"""The k largest entries of each row, with ties broken by position."""
 
 import torch
 from torch import Tensor
 
 GROUP = 16
+"""Columns whose maximum is taken together."""
 
 
 def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return (indices, values), both (N, k), of the k largest entries of each row of (N, I) scores.
 
     Ordered by value, largest first; among equal values the lower index comes first and is kept first, which
-    `torch.topk` alone does not promise.
+    `torch.topk` alone does not guarantee.
 
     Raises:
         ValueError: k is not in 1..I.
@@ -46,16 +47,16 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def largest(scores: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Return (values, indices), both (N, width), of the largest entries of each row of (N, I) scores, in no order.
 
-    They are in the `width` groups of columns with the largest maxima, for any other group's entries have `width`
-    maxima above them. Maxima cost one pass over memory where `torch.topk` over all columns costs as much as the product
-    that made them. Which of equal entries are kept is not promised.
+    They are in the `width` groups of columns with the largest maxima, as `width` maxima are above the entries of every
+    other group. Maxima take one pass over memory; `torch.topk` over all columns takes as long as the matrix product
+    before it. Which of equal entries are kept is not specified.
     """
     n_columns = scores.shape[1]
     n_groups = n_columns // GROUP
     if n_groups < 2 * width:
         values, places = scores.topk(width, dim=1, sorted=False)
         return values, places
-    # Group i holds columns i, i + G, i + 2G, ..: neighbouring groups are contiguous, and the maximum vectorises.
+    # Group i holds columns i, i + G, i + 2G, ..: neighbouring groups are adjacent in memory, and the maximum vectorises.
     whole = n_groups * GROUP
     maxima = scores[:, :whole].unflatten(1, (GROUP, n_groups)).amax(dim=1)
     groups = maxima.topk(width, dim=1, sorted=False).indices

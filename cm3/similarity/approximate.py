@@ -1,4 +1,4 @@
-"""Approximate nearest neighbours by cosine with faiss, rescored exactly, and how good they are."""
+"""Approximate nearest neighbours by cosine with faiss, rescored exactly, and their measured recall."""
 
 import logging
 from types import ModuleType
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cm3.common.errors import UserError
-from cm3.similarity.exact import Directions, knn
+from cm3.similarity.exact import UnitRows, knn
 
 log = logging.getLogger(__name__)
 
@@ -24,24 +24,24 @@ _GAIN = 1e-3
 def approximate_knn(features: Tensor, k: int, method: str) -> tuple[Tensor, Tensor, dict[str, float]]:
     """Return (indices (N, k) int64, scores (N, k)) and facts of the search, all on the CPU.
 
-    faiss names k + 16 candidates of each row, and the row itself is always one; their scores and order are those of
-    `cm3.similarity.exact.knn`. Rows for which it finds fewer than k are searched exactly. The recall is the share of the
-    returned neighbours of `SAMPLE` random rows that score at least as high as the exact k-th one, so that any of a
-    tie will do. How widely faiss searches is doubled until its candidates for these rows reach `RECALL`, a
-    doubling gains nothing, or exact search would be faster; a warning tells a recall that stays below.
+    faiss returns k + 16 candidates of each row, to which the row itself is added; their scores and order are those of
+    `cm3.similarity.exact.knn`. Rows with fewer than k candidates are searched exactly. The recall is the fraction of the
+    returned neighbours of `SAMPLE` random rows that score at least as high as the exact k-th one, so any neighbours of a
+    tie count. The breadth of the search is doubled until the candidates of these rows reach `RECALL`, a doubling gains
+    nothing, or exact search would be faster; a recall that stays below is logged as a warning.
 
-    The index is built by one thread from a fixed seed: a second run on the same machine and faiss gives the same. On
-    another kind of CPU the candidates may differ, their scores never.
+    The index is built by one thread from a fixed seed: a second run on the same machine and faiss gives the same result.
+    On another kind of CPU the candidates may differ, their scores do not.
 
     Args:
         features: (N, d) float32.
         k: neighbours per row, itself included.
         method: "hnsw", a graph of 32 links a node (Malkov and Yashunin, arXiv 1603.09320), or "ivf", 4 sqrt(N) cells of
-            spherical k-means, 8 or more of which are searched: while few will do, work grows as N^1.5, not N^2.
+            spherical k-means, 8 or more of which are searched: as long as few suffice, work grows as N^1.5, not N^2.
 
     Returns:
-        Beside indices and scores {"recall", "recall_rows", "searched_exactly": rows, "breadth": cells, or nodes in the
-        queue, that the search of a row went through}.
+        Indices, scores and {"recall", "recall_rows", "searched_exactly": rows, "breadth": cells, or nodes in the queue,
+        per search of a row}.
 
     Raises:
         UserError: faiss is not installed.
@@ -51,18 +51,18 @@ def approximate_knn(features: Tensor, k: int, method: str) -> tuple[Tensor, Tens
     if not 0 < k <= n:
         raise ValueError(f"k = {k} neighbours of {n} rows")
     features = features.cpu()
-    space = Directions(features)
+    unit_rows = UnitRows(features)
     sample = torch.from_numpy(np.random.default_rng(_SEED).choice(n, min(n, SAMPLE), replace=False))
     _, exact = knn(features, k, rows=sample)
-    unit = space.rough(0)[0].numpy()
-    found, breadth = _candidates(_faiss(), unit, min(n, k + _MARGIN), method, sample.numpy(), exact.numpy())
+    unit = unit_rows.quantised(0)[0].numpy()
+    found, breadth = faiss_candidates(_faiss(), unit, min(n, k + _MARGIN), method, sample.numpy(), exact.numpy())
     candidates = torch.from_numpy(found)
     candidates = torch.cat([torch.arange(n)[:, None], candidates], dim=1).sort(dim=1).values
-    # -1 stands where faiss found nothing; the row itself may stand there twice.
+    # -1 is an empty place; the row itself may occur twice.
     void = candidates < 0
     void[:, 1:] |= candidates[:, 1:] == candidates[:, :-1]
-    settled = space.settled(space.cosines(torch.arange(n), candidates.clamp_(min=0)))
-    scores, place = settled.masked_fill_(void, -torch.inf).sort(dim=1, descending=True, stable=True)
+    rounded = unit_rows.rounded(unit_rows.cosines(torch.arange(n), candidates.clamp_(min=0)))
+    scores, place = rounded.masked_fill_(void, -torch.inf).sort(dim=1, descending=True, stable=True)
     indices, scores = candidates.gather(1, place[:, :k]), scores[:, :k].contiguous()
     short = torch.nonzero(scores[:, -1] == -torch.inf).squeeze(1)
     if len(short):
@@ -84,10 +84,10 @@ def _faiss() -> ModuleType:
     return faiss
 
 
-def _candidates(
+def faiss_candidates(
     faiss: ModuleType, unit: np.ndarray, width: int, method: str, sample: np.ndarray, exact: np.ndarray
 ) -> tuple[np.ndarray, int]:
-    """Return (N, width) int64 row numbers, -1 where nothing was found, and the breadth of the search.
+    """Return (N, width) int64 row numbers, -1 for an empty place, and the breadth of the search.
 
     `exact` (S, k) are the scores of the nearest neighbours of the rows `sample` (S,).
     """
@@ -101,12 +101,12 @@ def _candidates(
         index = faiss.IndexIVFFlat(faiss.IndexFlatIP(d), d, cells, faiss.METRIC_INNER_PRODUCT)
         index.cp.seed, index.cp.spherical, index.cp.min_points_per_centroid = _SEED, True, 1
         index.cp.max_points_per_centroid = 64
-        # A sixteenth of the rows takes about as long as an exact search of all, whose products run many times faster.
+        # Searching a sixteenth of the rows takes about as long as exact search, whose products are many times faster.
         chosen, name, breadth, most = index, "nprobe", 8, min(cells, max(64, cells // 16))
     else:
         raise ValueError(f"method {method!r} is neither hnsw nor ivf")
     threads = faiss.omp_get_max_threads()
-    # Threads race for the links of HNSW and add up k-means in any order; a search answers each row on its own.
+    # With several threads the links of HNSW and the sums of k-means depend on timing; a search does not.
     faiss.omp_set_num_threads(1)
     try:
         index.train(unit)
@@ -117,7 +117,7 @@ def _candidates(
             setattr(chosen, name, breadth)
             scores = index.search(unit[sample], width)[0]
             recall = (scores >= exact[:, -1:] - _ROUNDING).sum(1).clip(max=exact.shape[1]).mean() / exact.shape[1]
-            # A graph of HNSW can lack a path to some rows, however widely it is searched.
+            # A graph of HNSW can lack a path to some rows at any breadth.
             if recall >= RECALL or recall - before < _GAIN or breadth == most:
                 break
             breadth, before = min(2 * breadth, most), recall

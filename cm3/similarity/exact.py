@@ -1,4 +1,4 @@
-"""Exact nearest neighbours by cosine: a fast rough product names candidates, float64 settles them."""
+"""Exact nearest neighbours by cosine: low-precision products select candidates, float64 products rank them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 from cm3.common.arrays import zeros
 from cm3.common.topk import largest, top_k
 
-_BLOCK_ENTRIES = 2**25  # of a block's product on the CPU: 128 MiB
-_CUDA_BLOCK_ENTRIES = 2**30  # as long as a quarter of the free memory holds them
-_CHUNK_COLUMNS = 2**16
-_MARGIN = 16
+BLOCK_ENTRIES = 2**25  # of a block's product on the CPU: 128 MiB
+CUDA_BLOCK_ENTRIES = 2**30  # as long as a quarter of the free memory holds them
+CHUNK_COLUMNS = 2**16
+MARGIN = 16
 # Half a unit in the last place of a float32 of at most 1, doubled.
 _ROUNDING = 2.0**-24
 # Entries of one float64 piece: in the CPU's cache, or enough to occupy a GPU.
@@ -26,21 +26,21 @@ def knn(
 ) -> tuple[Tensor, Tensor]:
     """Return the k nearest rows of each row by cosine, (indices (N, k) int64, scores (N, k)).
 
-    The scores are cosines computed in float64 and rounded (`Directions.settled`), equal ones ordered by lower index:
-    neither indices nor scores depend on the block size, the threads or the device. A row of zeros has cosine 0 with
-    everything. Never holds an N x N matrix: beside the features, one float32 copy of them and one block.
+    The scores are cosines computed in float64 and rounded (`UnitRows.rounded`); of equal ones the lower index comes
+    first. Neither indices nor scores depend on the block size, the threads or the device. A row of zeros has cosine 0
+    with every row. Memory: one float32 copy of the features and one block; never an N x N matrix.
 
-    How: unit rows are rounded to what the machine multiplies fastest (bfloat16 with AMX, TF32 on a GPU), and the
-    rounding is measured, so that by Cauchy and Schwarz a rough cosine is off by at most a known error. The best k + 32
-    of each row are scored in float64. Where the last of them is within the error of the k-th score, a row outside
-    could still belong inside; such rows are done again in float32, and what is left in float64.
+    Algorithm: unit rows are quantised to the type that the machine multiplies fastest (bfloat16 with AMX, TF32 on a
+    GPU). The quantisation error is measured, which bounds the error of a product by Cauchy and Schwarz. The best k + 32
+    candidates of each row are scored in float64. Where the last of them is within the bound of the k-th score, a row
+    outside the candidates could be a neighbour; such rows are searched again in float32, and the rest in float64.
 
     Args:
-        features: (N, d), float32 or float64; the scores have the same type. Other types are taken as float32.
+        features: (N, d), float32 or float64; the scores have the same type. Other types are converted to float32.
         k: neighbours per row.
         include_self: whether a row may be its own neighbour.
-        rows: (R,) the rows to answer for, all by default; the results then have R rows.
-        among: (A,) ascending, the rows that may be neighbours, all by default. With it `include_self` stays True.
+        rows: (R,) the query rows, all by default; the results then have R rows.
+        among: (A,) ascending, the rows that may be neighbours, all by default. Needs `include_self`.
 
     Raises:
         ValueError: fewer than k rows to choose from, or a value that is not finite.
@@ -49,13 +49,13 @@ def knn(
     n = len(x if among is None else among)
     if not 0 < k <= n - (not include_self):
         raise ValueError(f"k = {k} neighbours of {n} rows{'' if include_self else ' without the row itself'}")
-    space = Directions(x)
+    unit_rows = UnitRows(x)
     rows = torch.arange(len(x), device=x.device) if rows is None else rows.to(x.device)
     if include_self:
-        return _nearest(space, rows, k, None if among is None else among.to(x.device))
+        return _nearest(unit_rows, rows, k, None if among is None else among.to(x.device))
     if among is not None:
-        raise ValueError("among is for include_self=True")
-    indices, scores = _nearest(space, rows, k + 1, None)
+        raise ValueError("among needs include_self=True")
+    indices, scores = _nearest(unit_rows, rows, k + 1, None)
     # Drop the row itself, or the last neighbour where k + 1 equal ones of lower index came before it.
     drop = indices == rows[:, None]
     drop[:, -1] |= ~drop.any(dim=1)
@@ -63,30 +63,30 @@ def knn(
     return indices.gather(1, kept), scores.gather(1, kept)
 
 
-def _nearest(space: Directions, rows: Tensor, k: int, among: Tensor | None) -> tuple[Tensor, Tensor]:
+def _nearest(unit_rows: UnitRows, rows: Tensor, k: int, among: Tensor | None) -> tuple[Tensor, Tensor]:
     indices = torch.empty((len(rows), k), dtype=torch.int64, device=rows.device)
-    scores = torch.empty((len(rows), k), dtype=space.dtype, device=rows.device)
+    scores = torch.empty((len(rows), k), dtype=unit_rows.dtype, device=rows.device)
     pending = torch.arange(len(rows), device=rows.device)
     for dropped_bits in dict.fromkeys((_droppable_bits(rows.device), 0)):
         if len(pending):
-            indices[pending], scores[pending], unsure = _scan(space, rows[pending], k, among, dropped_bits)
+            indices[pending], scores[pending], unsure = _scan(unit_rows, rows[pending], k, among, dropped_bits)
             pending = pending[unsure]
     if len(pending):
-        indices[pending], scores[pending] = _finish(space, rows[pending], k, among, scores[pending, -1])
+        indices[pending], scores[pending] = _finish(unit_rows, rows[pending], k, among, scores[pending, -1])
     return indices, scores
 
 
 def _droppable_bits(device: torch.device) -> int:
-    """Return how many low bits of a float32 the device's fastest product does without; 0: none is worth it."""
+    """Return how many low bits of a float32 the device's fastest product ignores; 0: reduced products do not pay."""
     if device.type == "cuda":
         return 13 if torch.cuda.get_device_capability(device) >= (8, 0) else 0
-    # Without AMX, bfloat16 products are no faster than float32 ones by enough to pay for their second candidates.
+    # Without AMX, bfloat16 products are not enough faster than float32 ones to pay for the larger number of candidates.
     return 16 if device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16") else 0
 
 
 @contextlib.contextmanager
 def _reduced_products(allowed: bool) -> Iterator[None]:
-    # A permission, not a command: rounded inputs give products within the error whether or not a device uses it.
+    # This permits reduced precision; quantised inputs give products within the bound whether or not it is used.
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium" if allowed else "highest")
     try:
@@ -96,39 +96,39 @@ def _reduced_products(allowed: bool) -> Iterator[None]:
 
 
 def _scan(
-    space: Directions, rows: Tensor, k: int, among: Tensor | None, dropped_bits: int
+    unit_rows: UnitRows, rows: Tensor, k: int, among: Tensor | None, dropped_bits: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return indices and scores (R, k) of the nearest among the best candidates, and which rows are unsure (R,).
+    """Return indices and scores (R, k) of the nearest candidates, and (R,) bool: the result of the row is not certain.
 
-    Does not wait for a GPU.
+    Does not synchronise a GPU.
     """
-    rough, error = space.rough(dropped_bits)
-    others = rough if among is None else rough[among]
+    copies, error = unit_rows.quantised(dropped_bits)
+    others = copies if among is None else copies[among]
     n = len(others)
-    # A wider error needs more candidates; too few cost a second pass over the row.
-    width = min(n, k + (2 * _MARGIN if dropped_bits else _MARGIN))
+    # A wider bound needs more candidates; with too few the row is searched a second time.
+    width = min(n, k + (2 * MARGIN if dropped_bits else MARGIN))
     indices = torch.empty((len(rows), k), dtype=torch.int64, device=rows.device)
-    scores = torch.empty((len(rows), k), dtype=space.dtype, device=rows.device)
+    scores = torch.empty((len(rows), k), dtype=unit_rows.dtype, device=rows.device)
     unsure = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-    columns = min(n, _CHUNK_COLUMNS)
+    columns = min(n, CHUNK_COLUMNS)
     block = max(1, min(len(rows), _entries(rows.device) // columns))
-    # Fresh memory for each product would cost more in page faults than the selection in it.
+    # Page faults of fresh memory for each product would cost more than the selection.
     buffer = torch.empty(block * columns, device=rows.device)
     with _reduced_products(dropped_bits > 0):
         for start in range(0, len(rows), block):
             here = slice(start, start + block)
-            bounds, candidates = _candidates(rough[rows[here]], others, width, columns, buffer)
+            bounds, candidates = candidates_of(copies[rows[here]], others, width, columns, buffer)
             candidates, order = candidates.sort(dim=1)
             candidates = candidates if among is None else among[candidates]
             bounds = bounds.gather(1, order)
-            cosines = space.cosines(rows[here], candidates)
-            # Stable, and the candidates stand by index: so do equal scores.
-            settled, place = space.settled(cosines).sort(dim=1, descending=True, stable=True)
-            scores[here] = settled[:, :k]
-            indices[here] = candidates.gather(1, place[:, :k])
+            cosines = unit_rows.cosines(rows[here], candidates)
+            # A stable sort of candidates in index order: so are equal scores.
+            ranked, position = unit_rows.rounded(cosines).sort(dim=1, descending=True, stable=True)
+            scores[here] = ranked[:, :k]
+            indices[here] = candidates.gather(1, position[:, :k])
             if width < n:
-                unsure[here] = bounds.amin(dim=1) >= settled[:, k - 1].double() - error - _ROUNDING
-            # The error's assumption on how products are accumulated, held against the machine at hand.
+                unsure[here] = bounds.amin(dim=1) >= ranked[:, k - 1].double() - error - _ROUNDING
+            # The bound assumes how products are accumulated; this checks the machine.
             unsure[here] |= ((bounds - cosines).abs() > error).any(dim=1)
     return indices, scores, unsure
 
@@ -136,12 +136,12 @@ def _scan(
 def _entries(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return min(_CUDA_BLOCK_ENTRIES, free // 16)
-    return _BLOCK_ENTRIES
+        return min(CUDA_BLOCK_ENTRIES, free // 16)
+    return BLOCK_ENTRIES
 
 
-def _candidates(vectors: Tensor, others: Tensor, width: int, columns: int, buffer: Tensor) -> tuple[Tensor, Tensor]:
-    """Return rough cosines and places (R, width) of the largest products of `vectors` with `others`, in no order."""
+def candidates_of(vectors: Tensor, others: Tensor, width: int, columns: int, buffer: Tensor) -> tuple[Tensor, Tensor]:
+    """Return values and column indices (R, width) of the largest products of `vectors` with `others`, unordered."""
     found: list[tuple[Tensor, Tensor]] = []
     for first in range(0, len(others), columns):
         some = others[first : first + columns]
@@ -156,30 +156,30 @@ def _candidates(vectors: Tensor, others: Tensor, width: int, columns: int, buffe
     return found[0]
 
 
-def _finish(space: Directions, rows: Tensor, k: int, among: Tensor | None, floor: Tensor) -> tuple[Tensor, Tensor]:
+def _finish(unit_rows: UnitRows, rows: Tensor, k: int, among: Tensor | None, floor: Tensor) -> tuple[Tensor, Tensor]:
     """Return indices and scores (R, k) of the nearest of all rows, by float64 products with every one of them.
 
-    A product that rounds to the same score from either end of its error needs no second look; the few others that
-    reach `floor` (R,), a lower bound of the k-th score, are summed in the fixed order. So thousands of rows that differ
-    by noise alone, a shop's placeholder image for one, cost a product and not a gather.
+    A product whose upper and lower bound round to the same score is final. The few others that reach `floor` (R,), a
+    lower bound of the k-th score, are summed in the fixed order. Thousands of rows that differ by noise only, such as a
+    shop's placeholder image, therefore cost a matrix product and not a gather.
     """
-    d = space.shape[1]
-    every = torch.arange(space.shape[0], device=rows.device) if among is None else among
+    d = unit_rows.shape[1]
+    every = torch.arange(unit_rows.shape[0], device=rows.device) if among is None else among
     n = len(every)
     error = (d + 8) * 2.0**-50
     columns = max(1, min(n, 8192, _entries(rows.device) // (4 * d)))
     block = max(1, _entries(rows.device) // (16 * columns))
     indices, scores = [], []
     for part, least in zip(rows.split(block), floor.split(block), strict=True):
-        vectors = space.unit(part)
-        best = torch.full((len(part), k), -torch.inf, dtype=space.dtype, device=rows.device)
+        vectors = unit_rows.unit(part)
+        best = torch.full((len(part), k), -torch.inf, dtype=unit_rows.dtype, device=rows.device)
         nearest = torch.zeros((len(part), k), dtype=torch.int64, device=rows.device)
         for others in every.split(columns):
-            product = vectors @ space.unit(others).T
-            low, high = space.settled(product - error), space.settled(product + error)
+            product = vectors @ unit_rows.unit(others).T
+            low, high = unit_rows.rounded(product - error), unit_rows.rounded(product + error)
             at, column = torch.nonzero((low != high) & (high >= least[:, None]), as_tuple=True)
-            low[at, column] = space.settled(space.cosines(part[at], others[column][:, None]).squeeze(1))
-            # What is found already has lower indices and stands first.
+            low[at, column] = unit_rows.rounded(unit_rows.cosines(part[at], others[column][:, None]).squeeze(1))
+            # Neighbours found before have lower indices and come first.
             place, best = top_k(torch.cat([best, low], dim=1), k)
             nearest = torch.cat([nearest, others.expand(len(part), -1)], dim=1).gather(1, place)
         indices.append(nearest)
@@ -187,11 +187,11 @@ def _finish(space: Directions, rows: Tensor, k: int, among: Tensor | None, floor
     return torch.cat(indices), torch.cat(scores)
 
 
-class Directions:
-    """The rows of `x` (N, d) without their lengths. A row of zeros has cosine 0 with everything.
+class UnitRows:
+    """The rows of `x` (N, d) divided by their lengths. A row of zeros has cosine 0 with every row.
 
     Args:
-        x: float32 or float64, the type of the scores too; other types are taken as float32.
+        x: float32 or float64, also the type of the scores; other types are converted to float32.
 
     Raises:
         ValueError: a value is not finite.
@@ -213,14 +213,14 @@ class Directions:
         return [slice(start, start + size) for start in range(0, self.shape[0], size)]
 
     def unit(self, rows: Tensor | slice) -> Tensor:
-        """Return these rows at length 1, (R, d) float64."""
+        """Return these rows with unit length, (R, d) float64."""
         return self._x[rows].double() / self._length[rows, None]
 
     def cosines(self, rows: Tensor, others: Tensor) -> Tensor:
         """Return the cosines (R, W) float64 of `rows` (R,) with `others` (R, W), both int64.
 
-        The products are summed in one fixed order by elementwise additions, so a pair's cosine is the same to the bit
-        in any batch, on any number of threads and on any device; a matrix product promises none of that.
+        The products are summed in a fixed order by elementwise additions, so a pair's cosine is bit-identical in any
+        batch, on any number of threads and on any device; a matrix product guarantees none of these.
         """
         size = max(1, _PIECE.get(rows.device.type, 2**18) // max(1, others.shape[1] * self.shape[1]))
         found = torch.empty(others.shape, dtype=torch.float64, device=rows.device)
@@ -231,21 +231,21 @@ class Directions:
             found[here] = _sum(terms).div_(self._length[them] * self._length[some, None])
         return found
 
-    def settled(self, cosines: Tensor) -> Tensor:
-        """Return float64 cosines as scores: rounded to float32, or of float64 features to multiples of 2^-44.
+    def rounded(self, cosines: Tensor) -> Tensor:
+        """Return float64 cosines as scores: rounded to float32, or for float64 features to multiples of 2^-44.
 
-        Parallel rows of unlike length have cosines that differ by some 1e-16: rounding makes them equal.
+        Parallel rows of different length have cosines that differ by some 1e-16: rounding makes them equal.
         """
         if self.dtype == torch.float64:
             return (cosines * 2.0**44).round_().mul_(2.0**-44).add_(0.0)
         return cosines.float().add_(0.0)  # -0 + 0 is 0
 
-    def rough(self, dropped_bits: int) -> tuple[Tensor, Tensor]:
-        """Return float32 unit rows (N, d) without their `dropped_bits` low bits, and the error of their products.
+    def quantised(self, dropped_bits: int) -> tuple[Tensor, Tensor]:
+        """Return float32 unit rows (N, d) rounded by `dropped_bits` low bits, and a bound of the error of their products.
 
         With u = c + r for the unit rows u and their copies c, |u_i u_j - c_i c_j| <= |r_i| + |r_j| + |r_i||r_j| by
-        Cauchy and Schwarz; |r| is measured. Accumulating d products in float32, rounded or cut off and in any order,
-        adds at most d 2^-22. The error is a 0-d float64 tensor on the rows' device.
+        Cauchy and Schwarz; |r| is measured. Accumulating d products in float32, rounded or truncated and in any order,
+        adds at most d 2^-22. The bound is a 0-d float64 tensor on the rows' device.
         """
         on_cpu = self._x.device.type == "cpu"
         copies = torch.from_numpy(zeros(self.shape)) if on_cpu else torch.empty(self.shape, device=self._x.device)
@@ -268,7 +268,7 @@ def _of_moderate_size(x: Tensor) -> Tensor:
     extreme = exponent.abs() > 300
     if not extreme.any():
         return x
-    # The bits of 2^-exponent: a power function may be off in the last place.
+    # The bits of 2^-exponent: a power function may err in the last place.
     scale = (1023 - torch.where(extreme, exponent, 0) << 52).view(torch.float64)
     return x * scale[:, None]
 

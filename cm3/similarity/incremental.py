@@ -1,8 +1,9 @@
-"""Neighbours of data that changed a little: of rows that stayed, only the new ones are looked at. The result is exact.
+"""Incremental exact nearest neighbours: rows that stayed are compared with new rows only.
 
-A stored list holds the best k + SPARE rows and is certain down to some depth: nothing outside it comes before an entry
-within. When rows go, the others of a list are still the best of those that stay. So is what a row's list and its best
-among the new rows make together, down to the last old entry. A list that is certain for fewer than k is searched anew.
+A stored list holds the best k + SPARE neighbours of a row and is certain down to some depth: no row outside the list
+ranks above an entry within. When rows are removed, the rest of a list is still the best of the remaining rows. The same
+holds for the union of a row's list and its best new rows, down to the last old entry. A list with fewer than k certain
+entries is searched again.
 """
 
 import hashlib
@@ -25,23 +26,23 @@ log = logging.getLogger("cm3.similarity.stage")
 
 FOLDER = ".kept"
 SPARE = 4
-"""Neighbours beyond k that are stored: so many of a row's may go before it is searched anew."""
+"""Neighbours stored beyond k: so many of a list may be removed before the row is searched again."""
 
 WORTHWHILE = 0.7
-"""Share of a full search's products up to which an update is taken to be cheaper."""
+"""Largest fraction of a full search's products for which an update is used."""
 
 _KEY = pa.binary(32)
 _ROWS = 2**16
 
 
 @dataclass(frozen=True)
-class Lists:
+class NeighbourLists:
     """The nearest rows of each of N rows.
 
     Attributes:
-        keys: (N,) sha256 of an item's id and vector; all differ.
-        indices: (N, m) int32 row numbers, best first; -1 where the list is no longer certain.
-        scores: (N, m) float32; -inf there.
+        keys: (N,) sha256 of an item's id and vector; all distinct.
+        indices: (N, m) int32 row numbers, best first; -1 where the entry is not certain.
+        scores: (N, m) float32; -inf where the entry is not certain.
     """
 
     keys: pa.FixedSizeBinaryArray
@@ -61,42 +62,44 @@ def keys_of(item_ids: Sequence[str], vectors: np.ndarray) -> pa.FixedSizeBinaryA
     )
 
 
-def neighbours(keys: pa.FixedSizeBinaryArray, vectors: Tensor, k: int, earlier: Lists | None) -> tuple[Lists, int]:
-    """Return lists whose first k entries are those of `knn(vectors, k)` to the bit, and how many rows were searched.
+def neighbours(
+    keys: pa.FixedSizeBinaryArray, vectors: Tensor, k: int, earlier: NeighbourLists | None
+) -> tuple[NeighbourLists, int]:
+    """Return lists whose first k entries are bit-identical to `knn(vectors, k)`, and the number of rows searched.
 
     Args:
-        keys: (N,) of the rows, see `keys_of`.
-        vectors: (N, d) float32, on the device that searches.
+        keys: (N,) of the rows (`keys_of`).
+        vectors: (N, d) float32, on the device of the search.
         k: neighbours per row, itself included.
-        earlier: lists of rows that may be there still, of the same k.
+        earlier: stored lists for the same k.
 
     Raises:
         ValueError: fewer than k rows.
     """
     n, width = len(vectors), min(len(vectors), k + SPARE)
     if earlier is not None and width == earlier.indices.shape[1] == k + SPARE:
-        there = pc.fill_null(pc.index_in(earlier.keys, value_set=keys), -1).to_numpy().astype(np.int64)
-        stay = np.flatnonzero(there >= 0)
-        rows = there[stay]
+        now_at = pc.fill_null(pc.index_in(earlier.keys, value_set=keys), -1).to_numpy().astype(np.int64)
+        stay = np.flatnonzero(now_at >= 0)
+        rows = now_at[stay]
         new = np.setdiff1d(np.arange(n), rows)
-        indices, scores = _renumbered(earlier, stay, there)
-        kept = (indices >= 0).sum(axis=1) >= k
-        searched = n - int(kept.sum())
+        indices, scores = _renumbered(earlier, stay, now_at)
+        reused = (indices >= 0).sum(axis=1) >= k
+        searched = n - int(reused.sum())
         if searched * n + (n - searched) * len(new) <= WORTHWHILE * n * n:
-            return _updated(keys, vectors, rows[kept], new, indices[kept], scores[kept]), searched
+            return _updated(keys, vectors, rows[reused], new, indices[reused], scores[reused]), searched
     found, values = knn(vectors, width)
-    return Lists(keys, found.cpu().numpy().astype(np.int32), values.cpu().numpy()), n
+    return NeighbourLists(keys, found.cpu().numpy().astype(np.int32), values.cpu().numpy()), n
 
 
-def _renumbered(earlier: Lists, stay: np.ndarray, there: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the lists (S, m) of the rows that stay, by new numbers, -1 and -inf for what is gone or not certain."""
+def _renumbered(earlier: NeighbourLists, stay: np.ndarray, now_at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the lists (S, m) of the rows that stay, with new row numbers; -1 and -inf for removed or uncertain entries."""
     lists, scores = earlier.indices[stay], earlier.scores[stay]
     certain = lists >= 0
-    if (np.diff(there[stay]) < 0).any():
-        # Equal scores stand by number: with others, a row that was left out may come before one of equal score.
+    if (np.diff(now_at[stay]) < 0).any():
+        # Equal scores are ordered by row number; under new numbers a row outside the list may precede one of equal score.
         least = np.where(certain, scores, np.inf).min(axis=1, keepdims=True)
         certain &= scores > least
-    indices = np.where(certain, there[lists], -1)
+    indices = np.where(certain, now_at[lists], -1)
     return indices, np.where(indices >= 0, scores, -np.inf).astype(np.float32)
 
 
@@ -107,8 +110,8 @@ def _updated(
     new: np.ndarray,
     old: np.ndarray,
     known: np.ndarray,
-) -> Lists:
-    """Return the lists of all rows: those of `rows` (S,) from their old (S, m) lists and `new` (A,), others by search."""
+) -> NeighbourLists:
+    """Return the lists of all rows: of `rows` (S,) from their old (S, m) lists and the `new` rows (A,), of others by search."""
     n, width = len(vectors), old.shape[1]
     indices, scores = np.empty((n, width), np.int32), np.empty((n, width), np.float32)
     if len(again := np.setdiff1d(np.arange(n), rows)):
@@ -125,37 +128,37 @@ def _updated(
         order = np.lexsort((both, -values), axis=1)
         both, values = np.take_along_axis(both, order, 1), np.take_along_axis(values, order, 1)
         was = (order < width) & (both >= 0)
-        # Down to the last old entry: below it, what the old list left out may stand between.
+        # Down to the last old entry: below it, rows outside the old list may rank between the new ones.
         last = both.shape[1] - 1 - was[:, ::-1].argmax(axis=1)
         certain = np.arange(width) <= last[:, None]
         indices[rows[part]] = np.where(certain, both[:, :width], -1)
         scores[rows[part]] = np.where(certain, values[:, :width], -np.inf)
-    return Lists(keys, indices, scores)
+    return NeighbourLists(keys, indices, scores)
 
 
-def kept_path(output: Path) -> Path:
-    """Return where the lists behind a graph are stored: hidden beside it, for Snakemake deletes a job's outputs first."""
+def lists_path(output: Path) -> Path:
+    """Return the path of the lists behind a graph: not an output of the job, which Snakemake would delete first."""
     return output.parent / FOLDER / output.name
 
 
-def read_lists(path: Path, code: str) -> Lists | None:
-    """Return stored lists; None where there are none, or they are of other code or damaged."""
+def read_lists(path: Path, code: str) -> NeighbourLists | None:
+    """Return stored lists; None where there are none, or they have another code version, or are damaged."""
     try:
         table = pq.read_table(path, partitioning=None, page_checksum_verification=True)
         if (table.schema.metadata or {}).get(b"code") != code.encode():
             return None
         columns = [table.column(name).combine_chunks() for name in ("indices", "scores")]
         indices, scores = (c.flatten().to_numpy().reshape(-1, c.type.list_size) for c in columns)
-        return Lists(table.column("key").combine_chunks(), indices, scores)
+        return NeighbourLists(table.column("key").combine_chunks(), indices, scores)
     except FileNotFoundError:
         return None
     except (OSError, KeyError, pa.ArrowException) as error:
-        log.warning("%s cannot be read (%s); all neighbours are searched", path, error)
+        log.warning("%s cannot be read (%s); all rows are searched", path, error)
         return None
 
 
-def write_lists(path: Path, lists: Lists, code: str) -> None:
-    """Store lists for the next time, atomically."""
+def write_lists(path: Path, lists: NeighbourLists, code: str) -> None:
+    """Store lists for the next run, atomically."""
     width = lists.indices.shape[1]
     columns = [
         pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), width)

@@ -1,7 +1,6 @@
 """Stage `similarity`: each item's nearest neighbours by one modality's features."""
 
 import logging
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,10 @@ from cm3.common.arrays import blocks, keep_rows, mean_of_rows
 from cm3.common.cli import stage
 from cm3.common.device import select_device, set_threads
 from cm3.common.errors import UserError
-from cm3.common.tables import SIMILARITY, read_features, write_table
-from cm3.similarity.incremental import kept_path, keys_of, neighbours, read_lists, write_lists
+from cm3.common.features import read_features
+from cm3.common.tables import SIMILARITY, write_table
+from cm3.similarity.approximate import approximate_knn
+from cm3.similarity.incremental import keys_of, lists_path, neighbours, read_lists, write_lists
 
 log = logging.getLogger("cm3.similarity.stage")
 
@@ -31,27 +32,27 @@ def similarity(
 ) -> dict[str, Any]:
     """Write the `knn_k` nearest items of every item that has a vector, itself included (`cm3.common.tables.SIMILARITY`).
 
-    An item without a vector has no rows and is nobody's neighbour (`missing` drop), or has the mean of the others'
-    vectors (mean), as in the reference. A vector of zero length has no direction and is left out by either.
+    An item without a vector has no rows and is no neighbour (`missing` drop), or has the mean of the other vectors
+    (mean), as in the reference implementation. A vector of zero length has no direction and is left out by both.
 
-    An exact graph is brought up to date where one of much the same items was made by the same code: the result is that
-    of a full search to the byte (`cm3.similarity.incremental`). Without a digest of the code nothing is kept.
+    An exact graph is updated from that of an earlier run of the same code with similar items; the result is
+    byte-identical to a full search (`cm3.similarity.incremental`). Without a code version nothing is stored for it.
 
     Args:
-        method: exact, or by faiss hnsw or ivf, whose recall on a sample is measured, logged and written too.
-        code: digest of the code; graphs of other code are not taken up.
+        method: exact, or hnsw or ivf of faiss, whose recall is measured on a sample, logged and recorded.
+        code: version of the code; graphs of another version are not reused.
 
     Returns:
-        Facts for the stage's record: counts of items; of an exact graph how many rows were searched, the others being
-        kept; and the recall of an approximate search.
+        Facts for the stage's record: counts of items; for exact search the number of rows searched, the others being
+        reused; for approximate search its recall.
 
     Raises:
-        UserError: no item has a vector, fewer than `knn_k` have one, or faiss is wanted and absent.
+        UserError: no item has a vector, fewer than `knn_k` have one, or faiss is needed and not installed.
     """
     table = read_features(features)
     n_items, ok, vectors, metadata = len(table.ok), table.ok, table.embedding, table.metadata
     if missing == "mean" and ok.any():
-        # The mean that training fills in with.
+        # The same mean as in training.
         vectors[~ok] = mean_of_rows(vectors, ok)
     directed = np.concatenate([vectors[rows].any(axis=1) for rows in blocks(n_items)] or [ok])
     usable = np.flatnonzero(directed)
@@ -62,28 +63,26 @@ def similarity(
     }
     if not len(usable):
         raise UserError(
-            f"{features}: none of its {n_items} items has a vector; leave this modality out or mend its inputs"
+            f"{features}: none of its {n_items} items has a vector; leave this modality out or fix its inputs"
         )
     if len(usable) < knn_k:
         raise UserError(
             f"{features}: {len(usable)} items have a vector, fewer than knn_k = {knn_k}; lower model.knn_k to {len(usable)} or less"
         )
     if facts["zero_vectors"]:
-        log.warning("%s: %d items have a vector of zero length and get no neighbours", features, facts["zero_vectors"])
+        log.warning("%s: %d items have a vector of zero length and no neighbours", features, facts["zero_vectors"])
     item_ids = [table.item_ids[row] for row in usable]
     del table
     if len(usable) < n_items:
         vectors = keep_rows(vectors, usable)
     described = {"knn_k": knn_k, "method": method, "missing": missing, "features": metadata}
     if method == "exact":
-        rows = torch.from_numpy(vectors).to(_searching(device, vectors.nbytes))
-        earlier = read_lists(kept_path(output), code) if code else None
+        rows = torch.from_numpy(vectors).to(_search_device(device, vectors.nbytes))
+        earlier = read_lists(lists_path(output), code) if code else None
         lists, facts["searched"] = neighbours(keys_of(item_ids, vectors), rows, knn_k, earlier)
         indices, scores = lists.indices[:, :knn_k], lists.scores[:, :knn_k]
     else:
-        # By name, so that the digest of exact graphs' code does not cover it.
-        approximate = import_module("cm3.similarity.approximate")
-        *found, measured = approximate.approximate_knn(torch.from_numpy(vectors), knn_k, method)
+        *found, measured = approximate_knn(torch.from_numpy(vectors), knn_k, method)
         indices, scores = (one.numpy() for one in found)
         facts |= measured
         described |= measured
@@ -98,7 +97,7 @@ def similarity(
     write_table(output, pa.table(columns), SIMILARITY, described)
     log.info("%d of %d items have neighbours, %d each", len(usable), n_items, knn_k)
     if method == "exact" and code:
-        write_lists(kept_path(output), lists, code)
+        write_lists(lists_path(output), lists, code)
         log.info(
             "%s items: %s kept, %s searched",
             *(f"{count:,}" for count in (len(usable), len(usable) - facts["searched"], facts["searched"])),
@@ -106,10 +105,10 @@ def similarity(
     return facts
 
 
-def _searching(device: str, size: int) -> str:
-    """Return where to search vectors of `size` bytes."""
+def _search_device(device: str, size: int) -> str:
+    """Return the device on which to search vectors of `size` bytes."""
     if device == "cuda" and 3 * size > torch.cuda.mem_get_info()[0]:
-        log.warning("%.1f GB of vectors and their copies do not fit on the GPU; the CPU searches", size / 1e9)
+        log.warning("%.1f GB of vectors and their copies do not fit on the GPU; searching on the CPU", size / 1e9)
         return "cpu"
     # MPS has no float64, which the exact scores need.
     return "cpu" if device == "mps" else device

@@ -155,7 +155,7 @@ class TrainingRun:
                 log.info("epoch %d: step %d of %d, %.0f s left in it", state.epoch, state.step, self.steps, left)
             if state.step < self.steps:
                 self.save_if_due(stop)
-        self._check_finite_losses()
+        self.check_finite_losses()
         return last
 
     def _seed(self) -> int:
@@ -170,7 +170,7 @@ class TrainingRun:
         loss = self.model.backward(batches, self._seed())
         state.losses[state.step] = torch.stack([loss.total, *(loss.components[name] for name in self.model.components)])
         if self.device.type == "cpu":
-            self._check_finite(loss)
+            self.check_finite(loss)
         if self.model.shard:
             self.model.shard.sum_gradients(self.model.parameters())
         if settings.clip_norm is not None:
@@ -218,7 +218,7 @@ class TrainingRun:
         """Write a checkpoint when one is due or at the end, and stop where that is requested."""
         if not (finished or stop.requested or self._due()):
             return
-        self._check_finite_losses()
+        self.check_finite_losses()
         self.save()
         if stop.requested:
             log.info("stop requested; the checkpoint is written, the same command resumes from it")
@@ -252,7 +252,8 @@ class TrainingRun:
             seconds,
         )
 
-    def _check_finite_losses(self) -> None:
+    def check_finite_losses(self) -> None:
+        """Raise UserError where a loss of the epoch so far is not finite."""
         bad = torch.nonzero(~torch.isfinite(self.state.losses[: self.state.step]).all(1)).flatten().tolist()
         if bad:
             values = self.state.losses[bad[0], 1:].tolist()
@@ -261,7 +262,8 @@ class TrainingRun:
             ]
             raise UserError(self._not_finite(wrong, bad[0]))
 
-    def _check_finite(self, loss: Loss) -> None:
+    def check_finite(self, loss: Loss) -> None:
+        """Raise UserError where the loss of this step is not finite."""
         if not torch.isfinite(loss.total):
             wrong = [name for name, value in loss.components.items() if not torch.isfinite(value)]
             raise UserError(self._not_finite(wrong, self.state.step))

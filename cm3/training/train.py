@@ -12,11 +12,11 @@ from cm3.common.cli import stage
 from cm3.common.device import select_device, set_threads
 from cm3.common.distributed import ProcessShard, launch, process_group
 from cm3.common.errors import UserError
+from cm3.common.features import read_features
 from cm3.common.files import sha256_of
 from cm3.common.interactions import Interactions, read_interactions
 from cm3.common.keys import key_of
 from cm3.common.strict import validate
-from cm3.common.tables import read_features
 from cm3.common.torchrun import started_by_torchrun
 from cm3.config import WARM, Model, Training, modality_weights
 from cm3.model.graph import item_item_matrix

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from checkout import SMALL, Checkout
 
-from cm3.common.tables import read_features
+from cm3.common.features import read_features
 
 PAGE = "results/compared/comparison.html"
 AFTER = {"study_runs": 1, "study": 1, "study_page": 1}

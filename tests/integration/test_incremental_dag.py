@@ -12,7 +12,7 @@ from checkout import Checkout
 from fixtures_extractors import COLOURS
 from PIL import Image
 
-from cm3.common.tables import read_features
+from cm3.common.features import read_features
 
 METRICS = "results/mine/metrics.json"
 NAMES = list(COLOURS)

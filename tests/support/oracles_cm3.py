@@ -10,7 +10,8 @@ import pyarrow as pa
 import scipy.sparse as sp
 import torch
 
-from cm3.common.tables import INTERACTIONS, ITEMS, SPLITS, USERS, write_features, write_table
+from cm3.common.features import write_features
+from cm3.common.tables import INTERACTIONS, ITEMS, SPLITS, USERS, write_table
 
 
 def unit_rows(x: np.ndarray) -> np.ndarray:

@@ -9,8 +9,9 @@ import numpy as np
 
 from cm3.common.cli import stage
 from cm3.common.errors import UserError
+from cm3.common.features import read_features
 from cm3.common.files import atomic
-from cm3.common.tables import INTERACTIONS, read_features, read_table
+from cm3.common.tables import INTERACTIONS, read_table
 from cm3.datasets.mmrec.export import item_order
 from cm3.datasets.mmrec.format import ITEM, ITEM_ID
 

@@ -14,7 +14,7 @@ from training_shop import one_thread, shop  # noqa: F401
 from cm3.common import arrays
 from cm3.common.arrays import free_memory, keep_rows, mean_of_rows, rows_not_finite, zeros
 from cm3.common.errors import UserError
-from cm3.common.tables import read_features, write_features
+from cm3.common.features import read_features, write_features
 from cm3.similarity.stage import similarity
 
 
@@ -34,12 +34,12 @@ def mapped(x: np.ndarray) -> bool:
     return isinstance(x, np.memmap)
 
 
-def test_an_array_lies_in_memory_while_there_is_room():
+def test_an_array_is_in_memory_while_there_is_room():
     array = zeros((3, 4))
     assert not mapped(array) and array.dtype == np.float32 and not array.any()
 
 
-def test_past_memory_it_lies_in_a_file_without_a_name(no_memory: Path):
+def test_a_large_array_is_in_a_file_without_a_name(no_memory: Path):
     array = zeros((1000, 7), np.int16)
     assert mapped(array) and array.shape == (1000, 7) and array.dtype == np.int16 and not array.any()
     array[:] = np.arange(7)
@@ -80,13 +80,13 @@ def test_a_limit_of_the_jobs_control_group_counts(
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     (tmp_path / "own").write_text(group + "\n")
-    monkeypatch.setattr(arrays, "_CGROUPS", tmp_path)
-    monkeypatch.setattr(arrays, "_OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(arrays, "CGROUP_ROOT", tmp_path)
+    monkeypatch.setattr(arrays, "CGROUP_MEMBERSHIP", tmp_path / "own")
     assert free_memory() == 4_000_000.0
 
 
 def test_without_a_limit_the_machines_memory_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(arrays, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(arrays, "CGROUP_ROOT", tmp_path)
     assert free_memory() == pytest.approx(psutil.virtual_memory().available, rel=0.2)
 
 

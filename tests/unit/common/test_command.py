@@ -55,7 +55,7 @@ def test_it_records_time_memory_code_and_versions(tmp_path: Path):
     assert "demo: done" in (tmp_path / "logs/demo.log").read_text()
 
 
-def test_it_records_the_libraries_of_its_stage_and_what_the_body_knows_better(tmp_path: Path):
+def test_the_record_has_the_libraries_of_the_stage(tmp_path: Path):
     record = tmp_path / "record.json"
     code = STAGE.replace('"demo"', '"cm3.datasets.label"').replace(
         'call.record["rows"] = 3', 'call.record |= {"device": "cuda", "threads": 7}'
@@ -66,7 +66,7 @@ def test_it_records_the_libraries_of_its_stage_and_what_the_body_knows_better(tm
     assert (found["device"], found["threads"]) == ("cuda", 7)
 
 
-def test_a_job_of_the_workflow_that_was_allotted_no_gpu_sees_none_and_one_by_hand_sees_all(tmp_path: Path):
+def test_only_jobs_of_the_workflow_without_a_gpu_see_none(tmp_path: Path):
     code = f"import os\n{STAGE}    print(os.environ.get('CUDA_VISIBLE_DEVICES', 'all'))"
     seen = {}
     for told in ({"gpus": 0}, {}):

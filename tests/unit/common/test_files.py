@@ -12,8 +12,9 @@ import pyarrow as pa
 import pytest
 
 from cm3.common.errors import UserError
+from cm3.common.features import write_features
 from cm3.common.files import atomic, read_json, remove_stale_parts, write_json
-from cm3.common.tables import USERS, write_features, write_table
+from cm3.common.tables import USERS, write_table
 
 
 def names(folder: Path) -> list[str]:

@@ -17,7 +17,7 @@ HOLD = """
 import os, sys, time
 from pathlib import Path
 from cm3.common import gpus
-gpus._SHARED = Path(os.environ["SHARED"])
+gpus.SHARED_FOLDER = Path(os.environ["SHARED"])
 with gpus.own_gpus(1) as held:
     assert os.environ["CUDA_VISIBLE_DEVICES"] == held[0]
     print(*held, flush=True)
@@ -35,7 +35,7 @@ def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("SHARED", str(tmp_path))
-    monkeypatch.setattr(gpus, "_SHARED", tmp_path)
+    monkeypatch.setattr(gpus, "SHARED_FOLDER", tmp_path)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
@@ -50,7 +50,7 @@ def told(job: subprocess.Popen[str]) -> str:
     return job.stdout.readline().strip()
 
 
-def test_jobs_at_once_hold_different_gpus_and_a_third_waits_until_one_is_killed():
+def test_jobs_at_once_hold_different_gpus():
     jobs = [start(30), start(30)]
     held = [told(job) for job in jobs]
     assert sorted(held) == ["0", "1"]
@@ -83,7 +83,7 @@ def test_only_visible_gpus_count(monkeypatch: pytest.MonkeyPatch):
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-abc,3"
 
 
-def test_a_job_that_was_allotted_none_sees_none_and_one_that_nobody_counts_sees_all(monkeypatch: pytest.MonkeyPatch):
+def test_zero_hides_all_gpus_and_none_changes_nothing(monkeypatch: pytest.MonkeyPatch):
     with own_gpus(0) as none:
         assert none == [] and os.environ["CUDA_VISIBLE_DEVICES"] == ""
     with own_gpus(None) as none:
@@ -118,7 +118,7 @@ def test_whether_there_is_a_gpu_is_seen_without_asking_the_driver(
     assert gpu_here(), "an nvidia-smi is there"
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr("sys.platform", "linux")
-    monkeypatch.setattr(gpus, "_DEVICES", tmp_path)
+    monkeypatch.setattr(gpus, "DEVICE_FOLDER", tmp_path)
     (tmp_path / device).touch()
     assert gpu_here() == there
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

@@ -11,16 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cm3.common.errors import UserError
+from cm3.common.features import features_schema, read_features, write_features
 from cm3.common.keys import canonical_json, key_of
-from cm3.common.tables import (
-    SIMILARITY,
-    features_schema,
-    read_features,
-    read_metadata,
-    read_table,
-    write_features,
-    write_table,
-)
+from cm3.common.tables import SIMILARITY, read_metadata, read_table, write_table
 
 IDS = ["a", "b", "c"]
 

@@ -13,7 +13,8 @@ from checkout import Checkout
 from oracles_sources import run_prepare
 
 from cm3.common.errors import UserError
-from cm3.common.tables import INTERACTIONS, ITEMS, USERS, read_features, read_table, write_features, write_table
+from cm3.common.features import read_features, write_features
+from cm3.common.tables import INTERACTIONS, ITEMS, USERS, read_table, write_table
 from cm3.datasets.mmrec.export import export, item_order
 from cm3.datasets.mmrec.export_vectors import export_vectors
 from cm3.datasets.registry import parse_dataset

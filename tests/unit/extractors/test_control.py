@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cm3.common.features import read_features, write_features
 from cm3.common.files import sha256_of
-from cm3.common.tables import FAILED, MISSING, OK, read_features, write_features
+from cm3.common.tables import FAILED, MISSING, OK
 from extractors.control import BLOCK, CONTROLS, control, gaussian
 
 N, D = 60, 16

@@ -14,8 +14,8 @@ from golden import check_golden, digest, summary
 from safetensors.torch import save_file
 
 import extractors
+from cm3.common.features import read_features, write_features
 from cm3.common.stages import STAGES
-from cm3.common.tables import read_features, write_features
 from extractors.control import CONTROLS, control
 from extractors.extract import extract
 from extractors.registry import spec_class

@@ -17,8 +17,9 @@ from fixtures_extractors import plain, shape, write_images, write_items
 from repository import ROOT
 
 import extractors
+from cm3.common.features import Features, read_features
 from cm3.common.keys import key_of
-from cm3.common.tables import CAPTIONS, Features, read_features, read_metadata, read_table
+from cm3.common.tables import CAPTIONS, read_metadata, read_table
 from extractors.caption.stage import caption
 from extractors.extract import extract
 from extractors.image import descriptor

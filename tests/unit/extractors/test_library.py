@@ -14,7 +14,7 @@ from repository import ROOT
 
 import extractors
 from cm3.common.errors import UserError
-from cm3.common.tables import read_features
+from cm3.common.features import read_features
 from extractors import registry
 from extractors.extract import extract
 from extractors.extractor import Advance, Encoded, Extractor, collect, silent

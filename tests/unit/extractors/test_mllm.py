@@ -14,7 +14,8 @@ from PIL import Image
 
 import extractors
 from cm3.common.errors import UserError
-from cm3.common.tables import read_features, read_metadata
+from cm3.common.features import read_features
+from cm3.common.tables import read_metadata
 from extractors.extract import extract
 from extractors.multimodal.transformers import TransformersMllmExtractor, TransformersMllmSpec
 from workflow.plan.config import load_config

@@ -13,7 +13,7 @@ import pytest
 from fixtures_extractors import plain, write_images, write_items
 from repository import ROOT
 
-from cm3.common.tables import read_features
+from cm3.common.features import read_features
 
 COPIED = ("cm3", "config", "extractors", "pyproject.toml", "tests/support", "workflow")
 SECTION = (ROOT / "docs/extractors.md").read_text().partition("\n## A new backend\n")[2].partition("\n## ")[0]

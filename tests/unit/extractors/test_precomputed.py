@@ -12,7 +12,7 @@ from fixtures_extractors import write_items
 
 import extractors
 from cm3.common.errors import UserError
-from cm3.common.tables import read_features, write_features
+from cm3.common.features import read_features, write_features
 from extractors.extract import extract
 from extractors.precomputed.reader import PrecomputedExtractor
 

@@ -16,7 +16,8 @@ from fixtures_extractors import plain, shape, write_images, write_items
 
 import extractors
 from cm3.common.errors import UserError
-from cm3.common.tables import read_features, read_metadata
+from cm3.common.features import read_features
+from cm3.common.tables import read_metadata
 from extractors.extract import extract
 from extractors.extractor import Model
 from extractors.image.item_images import read_images

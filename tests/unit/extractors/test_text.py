@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 import extractors
 from cm3.common.errors import UserError
-from cm3.common.tables import CAPTIONS, read_features, read_metadata, write_table
+from cm3.common.features import read_features
+from cm3.common.tables import CAPTIONS, read_metadata, write_table
 from extractors.extract import extract
 from extractors.text.item_text import item_text, read_captions
 from extractors.text.sentence_transformers import SentenceTransformersExtractor

@@ -12,7 +12,8 @@ from fixtures_extractors import write_items
 
 import extractors
 from cm3.common.errors import UserError
-from cm3.common.tables import read_features, read_metadata
+from cm3.common.features import read_features
+from cm3.common.tables import read_metadata
 from extractors.extract import extract
 from extractors.text.pooling import TokenPooling, pool
 from extractors.text.transformers import TransformersTextExtractor

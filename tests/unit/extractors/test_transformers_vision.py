@@ -16,7 +16,8 @@ from torchvision.transforms import v2
 
 import extractors
 from cm3.common.errors import UserError
-from cm3.common.tables import read_features, read_metadata
+from cm3.common.features import read_features
+from cm3.common.tables import read_metadata
 from extractors.extract import extract
 from extractors.image.transformers import TransformersVisionExtractor
 

@@ -33,11 +33,11 @@ def test_knn_with_repeated_rows_orders_ties_by_lower_index(seed, n, distinct, in
     rng = np.random.default_rng(seed)
     x = rng.integers(-2, 3, (distinct, 3)).astype(np.float32)[rng.integers(0, distinct, n)]
     k = int(rng.integers(1, n))
-    cm3.similarity.exact._BLOCK_ENTRIES, before = block, cm3.similarity.exact._BLOCK_ENTRIES
+    cm3.similarity.exact.BLOCK_ENTRIES, before = block, cm3.similarity.exact.BLOCK_ENTRIES
     try:
         indices, scores = knn(torch.from_numpy(x), k, include_self)
     finally:
-        cm3.similarity.exact._BLOCK_ENTRIES = before
+        cm3.similarity.exact.BLOCK_ENTRIES = before
     expected, cosine = brute_force(x, k, include_self)
     np.testing.assert_allclose(scores.numpy(), cosine, rtol=0, atol=1e-7)
     # Parallel rows of different length have cosines that round alike only almost always: compare where they do.

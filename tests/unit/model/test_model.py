@@ -125,7 +125,7 @@ def assert_near(found: torch.Tensor, expected: torch.Tensor, tolerance: float, n
     assert error <= tolerance * float(expected.detach().abs().max()), f"{name}: off by {error}"
 
 
-def test_a_step_over_two_batches_is_the_mean_of_their_losses_over_one_forward():
+def test_a_step_over_two_batches_is_the_mean_of_their_losses():
     model, _ = build(2)
     one, other = (
         batch(),

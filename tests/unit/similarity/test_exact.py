@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from repository import ROOT
 
 import cm3.similarity.exact as neighbours
-from cm3.similarity.exact import Directions, knn
+from cm3.similarity.exact import UnitRows, knn
 
 
 def brute_force(x: np.ndarray, k: int, include_self: bool = True) -> tuple[np.ndarray, np.ndarray]:
@@ -108,8 +108,8 @@ def test_blocks_groups_and_threads_change_nothing(case, dropped_bits, monkeypatc
     x = torch.from_numpy(drawn(case))
     expected = knn(x, 6)
     for entries, columns, group, threads in [(3000, 50, 2, 1), (20_000, 130, 3, 2), (10**6, 399, 4, 2)]:
-        monkeypatch.setattr(neighbours, "_BLOCK_ENTRIES", entries)
-        monkeypatch.setattr(neighbours, "_CHUNK_COLUMNS", columns)
+        monkeypatch.setattr(neighbours, "BLOCK_ENTRIES", entries)
+        monkeypatch.setattr(neighbours, "CHUNK_COLUMNS", columns)
         monkeypatch.setattr("cm3.common.topk.GROUP", group)
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
@@ -136,7 +136,7 @@ def test_any_small_matrix(seed, n, d, distinct, wide, include_self, bits):
     x[rng.random(n) < 0.1] = 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(neighbours, "_droppable_bits", lambda device: bits)
-        patch.setattr(neighbours, "_MARGIN", int(rng.integers(0, 4)))
+        patch.setattr(neighbours, "MARGIN", int(rng.integers(0, 4)))
         check(x, int(rng.integers(1, n)), include_self)
 
 
@@ -146,13 +146,13 @@ def test_chosen_rows_get_what_they_get_among_all():
     assert all(torch.equal(a[rows], b) for a, b in zip(whole, some, strict=True))
 
 
-def test_the_measured_error_bounds_every_rough_product():
-    space = Directions(torch.from_numpy(drawn("random")))
+def test_the_error_bounds_every_product():
+    unit_rows = UnitRows(torch.from_numpy(drawn("random")))
     rows = torch.arange(400)
-    exact = space.cosines(rows, rows.expand(400, -1))
+    exact = unit_rows.cosines(rows, rows.expand(400, -1))
     for bits, most in [(0, 1e-4), (13, 2e-3), (16, 1e-2)]:
-        rough, error = space.rough(bits)
-        off = (rough @ rough.T - exact).abs().max()
+        copies, error = unit_rows.quantised(bits)
+        off = (copies @ copies.T - exact).abs().max()
         assert (bits == 0 or error / 50 < off) and off < error < most
 
 
@@ -161,8 +161,8 @@ def test_a_device_whose_products_are_worse_than_promised_is_found_out(monkeypatc
         values, places = honest(*arguments)
         return values * 0.97, places.flip(0)
 
-    honest = neighbours._candidates
-    monkeypatch.setattr(neighbours, "_candidates", poor)
+    honest = neighbours.candidates_of
+    monkeypatch.setattr(neighbours, "candidates_of", poor)
     check(drawn("random"), 10)
 
 

@@ -1,29 +1,49 @@
-"""Golden output of the similarity stage: other neighbours or scores need another version."""
+"""Golden outputs of the similarity stage: exact graphs to the last digit, approximate ones by their scores."""
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
-from golden import check_golden, summary
+from golden import check_golden, digest, summary
 
+from cm3.common.features import write_features
 from cm3.common.stages import STAGES
-from cm3.common.tables import write_features
+from cm3.common.tables import SIMILARITY, read_metadata, read_table
 from cm3.similarity.stage import similarity
 
 
+@pytest.fixture
+def features(tmp_path):
+    """300 vectors in groups, with equal rows, a row of zeros, and rows without a vector."""
+    rng = np.random.Generator(np.random.PCG64(11))
+    # Sums of small integers: the same on every machine, with many equal cosines.
+    vectors = (rng.integers(-3, 4, (12, 9))[rng.integers(0, 12, 300)] + rng.integers(-1, 2, (300, 9))).astype(
+        np.float32
+    )
+    vectors[20:40], vectors[77] = vectors[5], 0
+    status = ["ok"] * 300
+    status[3], status[250] = "missing", "failed"
+    write_features(tmp_path / "features.parquet", [f"i{n}" for n in range(300)], vectors, status, {"model": "m"})
+    return tmp_path / "features.parquet"
+
+
 @pytest.mark.parametrize("missing", ["drop", "mean"])
-def test_similarity_gives_its_golden_output(tmp_path, missing):
-    rng = np.random.Generator(np.random.PCG64(5))
-    vectors = rng.standard_normal((60, 12)).astype(np.float32)
-    vectors[7] = vectors[3]  # a tie
-    status = np.array(["ok"] * 60, dtype=object)
-    status[[11, 40]] = "missing"
-    path = tmp_path / "features.parquet"
-    write_features(path, [f"i{row}" for row in range(60)], vectors, status, {})
-    similarity(features=path, output=tmp_path / "graph.parquet", knn_k=5, missing=missing)
-    table = pq.read_table(tmp_path / "graph.parquet")
+def test_exact_search_gives_its_golden_output(features, tmp_path, missing):
+    facts = similarity(features=features, output=tmp_path / "s.parquet", knn_k=7, missing=missing)
+    table = read_table(tmp_path / "s.parquet", SIMILARITY)
     outputs = {
-        "item": table["item"].to_pylist(),
-        "neighbour": table["neighbour"].to_pylist(),
-        "score": summary(table["score"].to_numpy()),
+        "facts": facts,
+        "metadata": read_metadata(tmp_path / "s.parquet"),
+        "neighbours": digest(table.select(["item", "neighbour"]).to_pylist()),
+        "scores": digest(table.column("score").to_numpy().view(np.int32).tolist()),
+        "first": table.slice(0, 7).to_pylist(),
     }
-    check_golden(f"similarity-{missing}", STAGES["similarity"].version, outputs)
+    check_golden(f"similarity-exact-{missing}", STAGES["similarity"].version, outputs, tolerance=0)
+
+
+@pytest.mark.parametrize("method", ["hnsw", "ivf"])
+def test_approximate_search_gives_its_golden_output(features, tmp_path, method):
+    pytest.importorskip("faiss", reason="faiss-cpu is not installed")
+    facts = similarity(features=features, output=tmp_path / "s.parquet", knn_k=7, method=method)
+    table = read_table(tmp_path / "s.parquet", SIMILARITY)
+    # faiss may find other candidates on another CPU: what is compared is how good they are.
+    outputs = {"facts": facts, "items": digest(table["item"].to_pylist()), "scores": summary(table["score"].to_numpy())}
+    check_golden(f"similarity-{method}", STAGES["similarity"].version, outputs, tolerance=0.02)

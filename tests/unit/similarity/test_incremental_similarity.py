@@ -10,13 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cm3.similarity.incremental as kept
-from cm3.common.tables import write_features
+from cm3.common.features import write_features
 from cm3.similarity.exact import knn
 from cm3.similarity.incremental import SPARE, keys_of, neighbours
 from cm3.similarity.stage import similarity
 
 
-def update(ids: list[str], x: np.ndarray, k: int, earlier: kept.Lists | None) -> tuple[kept.Lists, int]:
+def update(
+    ids: list[str], x: np.ndarray, k: int, earlier: kept.NeighbourLists | None
+) -> tuple[kept.NeighbourLists, int]:
     """Return updated lists, held against a search of all rows."""
     lists, searched = neighbours(keys_of(ids, x), torch.from_numpy(x), k, earlier)
     indices, scores = knn(torch.from_numpy(x), k)

@@ -12,7 +12,8 @@ import yaml
 from repository import ROOT
 
 from cm3.common.errors import UserError
-from cm3.common.tables import SIMILARITY, read_metadata, read_table, write_features
+from cm3.common.features import write_features
+from cm3.common.tables import SIMILARITY, read_metadata, read_table
 from cm3.config import Model, settings
 from cm3.similarity.exact import knn
 from cm3.similarity.stage import similarity
@@ -83,7 +84,7 @@ def test_a_modality_without_any_vector(tmp_path):
 def test_nan_in_the_features(tmp_path):
     import pyarrow.parquet as pq
 
-    from cm3.common.tables import features_schema
+    from cm3.common.features import features_schema
 
     schema = features_schema(2, "float32")
     values = pa.array(np.array([1, 0, np.nan, 1], np.float32))
@@ -159,8 +160,8 @@ def test_rows_for_which_faiss_finds_too_little_are_searched_exactly(monkeypatch)
         found[::3, 2:] = -1
         return found, breadth
 
-    honest = approximate._candidates
-    monkeypatch.setattr(approximate, "_candidates", poor)
+    honest = approximate.faiss_candidates
+    monkeypatch.setattr(approximate, "faiss_candidates", poor)
     x = torch.from_numpy(clustered(300))
     indices, scores, facts = approximate.approximate_knn(x, 5, "ivf")
     exact, best = knn(x, 5)
@@ -168,7 +169,7 @@ def test_rows_for_which_faiss_finds_too_little_are_searched_exactly(monkeypatch)
     assert torch.equal(indices[::3], exact[::3]) and torch.equal(scores[::3], best[::3])
 
 
-def test_the_search_widens_until_its_recall_is_good_or_exact_search_would_be_faster(caplog):
+def test_the_search_widens_until_its_recall_is_good(caplog):
     pytest.importorskip("faiss", reason="faiss-cpu is not installed")
     from cm3.similarity.approximate import approximate_knn
 

@@ -1,4 +1,4 @@
-"""Several processes that share each batch train the model that one trains."""
+"""Several processes that share each batch train the same model as one process."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def assert_alike(folder: Path, other: Path, rel: float) -> None:
         ({"epochs": 2, "batches_per_step": 2, "clip_norm": 0.3}, {"dedup_pairs": False, "calibration": False}),
     ],
 )
-def test_two_processes_have_the_losses_gradients_and_scores_of_one(shop, tmp_path, monkeypatch, training, model):
+def test_two_processes_give_the_results_of_one(shop, tmp_path, monkeypatch, training, model):
     (tmp_path / "two").mkdir()
     train(shop, tmp_path / "two", 2, training, model)
     run(shop, tmp_path / "one", training=training, model=model)
@@ -69,7 +69,7 @@ def test_two_processes_have_the_losses_gradients_and_scores_of_one(shop, tmp_pat
 
 
 @pytest.mark.integration
-def test_a_killed_run_of_two_goes_on_with_one(shop, tmp_path):
+def test_a_killed_run_of_two_resumes_with_one(shop, tmp_path):
     training = {"checkpoint_seconds": 0, "epochs": 30, "patience": 40}
     words, environment = command(shop, tmp_path, 2, training)
     started = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -105,7 +105,7 @@ def test_a_loss_that_is_not_finite_ends_all_with_its_message(shop, tmp_path):
     assert done.returncode == 1 and "the loss is not finite" in done.stderr
 
 
-def test_a_model_for_one_process_says_so(shop, tmp_path, monkeypatch):
+def test_a_model_without_ddp_is_refused(shop, tmp_path, monkeypatch):
     monkeypatch.setattr(cm3.model.model.CM3, "supports_ddp", False)
     fit = cm3.training.loop.fit
     monkeypatch.setattr("cm3.training.train.fit", lambda *arguments: fit(*arguments[:-1], ProcessShard(0, 2)))
@@ -125,8 +125,8 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         pass
 
 
-def test_shares_are_a_partition():
-    shares = [ProcessShard(rank, 3) for rank in range(3)]
+def test_shards_are_a_partition():
+    shards = [ProcessShard(rank, 3) for rank in range(3)]
     for n in (0, 1, 2, 7, 64):
-        assert np.concatenate([np.arange(n)[share.pairs(n)] for share in shares]).tolist() == list(range(n))
-        assert all(sum(share.owns(block) for share in shares) == 1 for block in range(n))
+        assert np.concatenate([np.arange(n)[shard.pairs(n)] for shard in shards]).tolist() == list(range(n))
+        assert all(sum(shard.owns(block) for shard in shards) == 1 for block in range(n))

@@ -14,8 +14,9 @@ from training_shop import MODEL, OUTPUTS, TRAINING, history, one_thread, prepare
 import cm3.training.loop
 from cm3.common.embeddings import read_embeddings
 from cm3.common.errors import UserError
+from cm3.common.features import read_features
 from cm3.common.interactions import read_interactions
-from cm3.common.tables import SIMILARITY, read_features, read_table, write_table
+from cm3.common.tables import SIMILARITY, read_table, write_table
 from cm3.config import Model
 from cm3.model.model import CM3
 from cm3.model.sampling import derived_seed, mixing_parameters
@@ -41,7 +42,7 @@ def test_another_seed_gives_another_model(shop, tmp_path):
     assert written(tmp_path / "a")["users.parquet"] != written(tmp_path / "b")["users.parquet"]
 
 
-def test_exported_embeddings_are_the_exported_parameters_at_the_middle_of_the_curve(shop, tmp_path):
+def test_exported_embeddings_are_those_of_the_exported_parameters(shop, tmp_path):
     run(shop, tmp_path)
     model, data = rebuilt(shop)
     model.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True)
@@ -89,7 +90,7 @@ def test_round_valid_keeps_the_first_of_values_that_round_alike(
     assert (facts["best_epoch"], facts["best_valid"]) == (best_epoch, best_valid)
 
 
-def test_last_batch_embeddings_are_those_that_the_last_batch_was_trained_on(shop, tmp_path):
+def test_last_batch_embeddings_are_those_of_the_last_step(shop, tmp_path):
     one_batch = {"epochs": 1, "batch_size": 10_000, "eval_embeddings": "last_batch"}
     run(shop, tmp_path, training=one_batch)
     model, data = rebuilt(shop)
@@ -211,7 +212,7 @@ def test_the_reference_slerp_is_named_when_it_breaks(tmp_path, monkeypatch):
 
 def test_accelerators_check_the_whole_epoch_at_once(shop, tmp_path, monkeypatch):
     # There the loss is not waited for in each step, so the parameters may be spoilt by then.
-    monkeypatch.setattr(cm3.training.loop.TrainingRun, "_check_finite", lambda self, loss: None)
+    monkeypatch.setattr(cm3.training.loop.TrainingRun, "check_finite", lambda self, loss: None)
     mixing = cm3.model.model.mixing_parameters
     bad = derived_seed(42, 2, 1)
     monkeypatch.setattr(cm3.model.model, "mixing_parameters", lambda *a: mixing(*a) * (math.nan if a[-1] == bad else 1))
@@ -263,5 +264,5 @@ def test_interactions_that_do_not_fit_are_refused(shop, tmp_path, users, items, 
 def test_no_cuda_is_said_plainly(shop, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
-    with pytest.raises(UserError, match=r"training.device = .cuda.: not available on this machine"):
+    with pytest.raises(UserError, match=r"training\.device = 'cuda': not available on this machine"):
         run(shop, tmp_path, training={"device": "cuda"})

@@ -45,7 +45,7 @@ def test_a_run_starts_where_the_earlier_one_was_best(shop, tmp_path):
     assert first < cold
 
 
-def test_users_are_known_by_their_ids_and_new_ones_start_afresh(shop, tmp_path):
+def test_known_users_are_matched_by_id(shop, tmp_path):
     run(shop, tmp_path / "earlier")
     # The earlier run knew half of the users, in another order.
     ids = [f"user{n}" for n in range(40)]
@@ -88,14 +88,16 @@ def test_a_model_of_other_settings_is_refused(shop, tmp_path):
         go_on(shop, tmp_path / "later", tmp_path / "nowhere")
 
 
-def test_a_run_that_learnt_what_is_tested_now_is_refused(shop, tmp_path):
+def test_leakage_is_refused(shop, tmp_path):
     run(shop, tmp_path / "earlier")
     data = read_interactions(shop["interactions"], shop["items"], shop["users"])
     (tmp_path / "other").mkdir()
     labels = np.array([2, 1, 0])[data.split]  # train and test change places
     other = shop | oracle.write_interactions(tmp_path / "other", data.users, data.items, labels, 40, 30)
-    told, asked = (data.split == 0).sum(), (data.split != 2).sum()
-    with pytest.raises(UserError, match=rf"trained on {told} of the {asked} interactions of the validation"):
+    leaked, held = (data.split == 0).sum(), (data.split != 2).sum()
+    with pytest.raises(
+        UserError, match=rf"trained on {leaked} of the {held} interactions of the validation and test splits"
+    ):
         go_on(other, tmp_path / "later", tmp_path / "earlier", learnt=shop)
 
 

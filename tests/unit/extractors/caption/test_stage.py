@@ -31,7 +31,8 @@ from caption_server import (
 
 import extractors
 from cm3.common.errors import UserError
-from cm3.common.tables import CAPTIONS, read_features, read_metadata, read_table
+from cm3.common.features import read_features
+from cm3.common.tables import CAPTIONS, read_metadata, read_table
 from extractors.caption.stage import caption
 from extractors.extract import extract
 
