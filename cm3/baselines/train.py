@@ -12,19 +12,18 @@ from cm3.baselines.base import Baseline, ClosedForm, NetworkBaseline, parse_base
 from cm3.baselines.inputs import Inputs, check_modalities, read_inputs
 from cm3.common.cli import stage
 from cm3.common.device import select_device, set_threads
-from cm3.common.errors import UserError
 from cm3.common.files import sha256_of
-from cm3.common.interactions import Interactions, read_interactions
+from cm3.common.interactions import read_interactions
 from cm3.common.keys import key_of
 from cm3.common.strict import validate
 from cm3.config import Training
 from cm3.evaluation.item_weights import ItemWeights
 from cm3.evaluation.ranking import Validation
 from cm3.model.network import Embeddings, Network
-from cm3.model.sampling import Sampler, derived_seed
+from cm3.model.sampling import derived_seed
 from cm3.training.checkpoint import Checkpoint
 from cm3.training.loop import Fitted, fit
-from cm3.training.run import run_facts, validations, write_parameters, write_run
+from cm3.training.run import run_facts, training_sampler, validations, write_parameters, write_run
 from cm3.training.state import Best
 
 log = logging.getLogger("cm3.baselines.train")
@@ -89,7 +88,14 @@ def train(
         network = _initialised(model, inputs, training.seed).to(device)
         inputs = replace(inputs, features={}, neighbours={})  # the network has its own copies
         curves = model_output.parent / "tensorboard"
-        sampler = _sampler(data, network, model, training, device)
+        sampler = training_sampler(
+            data,
+            training,
+            device,
+            negative_sampling=network.negative_sampling,
+            dedup_pairs=getattr(model, "dedup_pairs", False),
+            advice="use a model without negative samples, such as directau, or remove such users",
+        )
         fitted = fit(network, sampler, scored[0], training, checkpoint, scored[1], curves)
         n_parameters = sum(p.numel() for p in network.parameters())
     elif isinstance(model, ClosedForm):
@@ -126,26 +132,6 @@ def _initialised(model: NetworkBaseline, inputs: Inputs, seed: int) -> Network:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derived_seed(seed))
         return model.network(inputs)
-
-
-def _sampler(
-    data: Interactions, network: Network, model: Baseline, training: Training, device: torch.device
-) -> Sampler:
-    users, items = (torch.from_numpy(x).to(device) for x in data.pairs("train"))
-    try:
-        return Sampler(
-            users,
-            items,
-            len(data.item_ids),
-            batch_size=training.batch_size,
-            negative_sampling=network.negative_sampling,
-            dedup_pairs=getattr(model, "dedup_pairs", False),
-            seed=derived_seed(training.seed, 1),
-        )
-    except ValueError as error:
-        raise UserError(
-            f"{error}; use a model without negative samples, such as directau, or remove such users"
-        ) from None
 
 
 def _scored_solution(

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from cm3.common.errors import machine_fault
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 """Formats that are opened: their decoders are part of Pillow and start no other program (EPS, for one, starts Ghostscript)."""
 MAX_PIXELS = 64_000_000
@@ -37,6 +39,7 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Imag
 
     Raises:
         UnreadableError: empty, not an image in one of FORMATS, too many pixels, truncated or corrupt.
+        UserError: a fault of the machine, such as too little memory or too many open files.
     """
     if not data:
         raise UnreadableError("empty", "0 bytes")
@@ -54,8 +57,10 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Imag
         raise UnreadableError("not an image", f"not an image; it starts with {data[:20]!r}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UnreadableError("too many pixels", f"too many pixels ({error})") from None
-    # Decoders raise many types of exception for damaged bytes: OSError, SyntaxError, struct.error, ...
+    # Decoders raise many types of exception for damaged bytes: OSError without a number, SyntaxError, struct.error, ...
     except Exception as error:
+        if fault := machine_fault(error, "decoding an image"):
+            raise fault from error
         reason = str(error) or type(error).__name__
         kind = "truncated" if "truncated" in reason.lower() else "corrupt"
         raise UnreadableError(kind, f"corrupt: {reason}") from error

@@ -19,6 +19,7 @@ from cm3.common.keys import canonical_json
 from cm3.common.tables import SIMILARITY, read_table
 from cm3.config import Training
 from cm3.evaluation.ranking import Validation
+from cm3.model.sampling import NegativeSampling, Sampler, derived_seed
 from cm3.training.loop import Fitted
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,39 @@ def validations(
             ) from None
 
     return scoring("valid"), scoring("test") if training.select_on == "test" else None
+
+
+def training_sampler(
+    data: Interactions,
+    training: Training,
+    device: torch.device,
+    *,
+    negative_sampling: NegativeSampling,
+    dedup_pairs: bool,
+    advice: str,
+) -> Sampler:
+    """Return the sampler of batches of training interactions.
+
+    Args:
+        negative_sampling, dedup_pairs: as in `Sampler`.
+        advice: next step for a user with data that have no negative samples.
+
+    Raises:
+        UserError: a user has interactions with every item, so that no negative item exists.
+    """
+    users, items = (torch.from_numpy(ids).to(device) for ids in data.pairs("train"))
+    try:
+        return Sampler(
+            users,
+            items,
+            len(data.item_ids),
+            batch_size=training.batch_size,
+            negative_sampling=negative_sampling,
+            dedup_pairs=dedup_pairs,
+            seed=derived_seed(training.seed, 1),
+        )
+    except ValueError as error:
+        raise UserError(f"{error}; {advice}") from None
 
 
 def write_run(

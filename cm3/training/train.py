@@ -6,25 +6,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cm3.common.cli import stage
 from cm3.common.device import select_device, set_threads
 from cm3.common.distributed import ProcessShard, launch, process_group
 from cm3.common.errors import UserError
 from cm3.common.features import read_features
 from cm3.common.files import sha256_of
-from cm3.common.interactions import Interactions, read_interactions
+from cm3.common.interactions import read_interactions
 from cm3.common.keys import key_of
 from cm3.common.strict import validate
 from cm3.common.torchrun import started_by_torchrun
 from cm3.config import WARM, Model, Training, modality_weights
 from cm3.model.graph import item_item_matrix
 from cm3.model.model import build_model, fill_missing
-from cm3.model.sampling import Sampler, derived_seed
 from cm3.training.checkpoint import Checkpoint
 from cm3.training.loop import fit
-from cm3.training.run import read_neighbours, run_facts, validations, write_run
+from cm3.training.run import read_neighbours, run_facts, training_sampler, validations, write_run
 from cm3.training.warm_start import check_no_leakage, warm_start
 
 log = logging.getLogger("cm3.training.train")
@@ -104,7 +101,14 @@ def train(
         device.type,
     )
     valid, test = validations(data, observed, training, device, interactions)
-    sampler = _sampler(data, model, training, device)
+    sampler = training_sampler(
+        data,
+        training,
+        device,
+        negative_sampling=model.uniformity_items,
+        dedup_pairs=model.dedup_pairs,
+        advice="set model.uniformity_items to positive or uniform",
+    )
     curves = model_output.parent / "tensorboard"
     fitted = fit(network, sampler, valid, training, checkpoint, test, curves, shard)
     if shard and shard.rank:
@@ -120,22 +124,6 @@ def train(
     )
     checkpoint.remove()
     return run_facts(fitted, training, device, n_parameters) | {"modality_weights": weights} | started
-
-
-def _sampler(data: Interactions, model: Model, training: Training, device: torch.device) -> Sampler:
-    users, items = (torch.from_numpy(x).to(device) for x in data.pairs("train"))
-    try:
-        return Sampler(
-            users,
-            items,
-            len(data.item_ids),
-            batch_size=training.batch_size,
-            negative_sampling=model.uniformity_items,
-            dedup_pairs=model.dedup_pairs,
-            seed=derived_seed(training.seed, 1),
-        )
-    except ValueError as error:
-        raise UserError(f"{error}; set model.uniformity_items to positive or uniform") from None
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import aiohttp
 import tenacity
 from yarl import URL
 
-from cm3.common.errors import UserError
+from cm3.common.errors import UserError, machine_fault
 from cm3.common.http import USER_AGENT, FetchError, TransientError, back_off, check_status, one_line
 from cm3.common.image_decode import UnreadableError
 from cm3.common.progress import Progress
@@ -145,6 +145,8 @@ class Fetcher:
             try:
                 return await self._tries(url)
             except BaseException as error:
+                if fault := machine_fault(error, f"a download from {host.name}"):
+                    raise fault from error
                 if (explained := _explain(error)) is None:
                     raise
                 outcome = explained

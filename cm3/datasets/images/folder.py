@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from cm3.common.errors import UserError
+from cm3.common.errors import UserError, machine_fault
 from cm3.common.http import one_line
 from cm3.common.image_decode import UnreadableError
 from cm3.common.paths import expand
@@ -73,6 +73,8 @@ def _try(folder: Path, real: Path, spec: dict[str, Any], name: str) -> Found:
         status = MISSING if isinstance(error, PlaceholderError) else FAILED
         return Found(str(path), status, (one_line(str(error)),), (error.kind,))
     except (OSError, ValueError) as error:
+        if fault := machine_fault(error, f"reading {path}"):
+            raise fault from error
         return Found(str(path), FAILED, (one_line(f"cannot be read: {error}"),), ("cannot be read",))
 
 

@@ -1,10 +1,14 @@
 """Decoding of untrusted images: every mode becomes RGB, and unreadable bytes fail with a reason."""
 
+import errno
+from typing import Any
+
 import numpy as np
 import pytest
 from fixtures_extractors import encoded, plain, png_header, shape
 from PIL import Image
 
+from cm3.common.errors import UserError
 from cm3.common.image_decode import UnreadableError, decode
 from extractors.caption.base import MAX_ASPECT, limit_size
 
@@ -112,3 +116,13 @@ def test_a_thin_image_is_reduced_before_it_is_widened(monkeypatch: pytest.Monkey
     monkeypatch.setattr(Image, "new", lambda mode, size, *more: (made.append(size), new(mode, size, *more))[1])
     assert limit_size(image, 250_000).size == (2236, 111)
     assert made == [(2236, 111)]
+
+
+@pytest.mark.parametrize("fault", [MemoryError(), OSError(errno.EMFILE, "Too many open files")])
+def test_a_fault_of_the_machine_is_not_one_of_the_image(monkeypatch: pytest.MonkeyPatch, fault: Exception) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise fault
+
+    monkeypatch.setattr(Image.Image, "convert", fail)
+    with pytest.raises(UserError, match="decoding an image failed for a reason of this machine"):
+        decode(encoded(Image.new("L", (4, 4))))

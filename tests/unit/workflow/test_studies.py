@@ -1,55 +1,23 @@
 """Studies: what is refused, which runs they expand to, and which keys those have."""
 
-import copy
 import re
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 from checkout import SMALL
+from study_config import checked, compared_runs, config, refused
 
-from cm3.baselines.bpr_mf import BPRMF
 from cm3.common.errors import UserError
 from cm3.common.strict import validate
 from cm3.model_registry import spec_classes
 from cm3.reports.analysis.spec import StudySpec, check_study
 from extractors.control import CONTROLS
 from workflow.plan import comparison, publish
-from workflow.plan.config import Config, load_config
+from workflow.plan.config import load_config
 from workflow.plan.experiments import Kind
 from workflow.plan.runs import runs_of, selected_run, train, train_inputs, train_module
 from workflow.plan.storage import root_of
-
-EXPERIMENTS: dict[str, Any] = {
-    "noise": {"like": "shop", "control": "gaussian"},
-    "lightgcn": {"like": "shop", "model": {"name": "lightgcn"}},
-    "ease": {"like": "shop", "model": {"name": "ease"}},
-    "content": {"like": "shop", "model": {"name": "itemknn-content"}},
-}
-
-
-def config(study: dict[str, Any] | None = None, /, **experiments: Any) -> dict[str, Any]:
-    """The small shop with more experiments, and a study `compared`."""
-    whole = copy.deepcopy(SMALL)
-    whole["experiments"] |= copy.deepcopy(EXPERIMENTS) | experiments
-    if study is not None:
-        whole["studies"] = {"compared": study}
-    return whole
-
-
-def checked(study: dict[str, Any] | None = None, /, **experiments: Any) -> Config:
-    return load_config(config(study, **experiments))
-
-
-def compared_runs(settings: Config) -> list[dict[str, Any]]:
-    """The runs of the study `compared`, as the comparison gets them."""
-    return comparison.compare(settings, "compared").spec["cells"]
-
-
-def refused(whole: dict[str, Any]) -> str:
-    with pytest.raises(UserError) as error:
-        load_config(whole)
-    return str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -147,69 +115,6 @@ def test_faults_of_an_experiment_are_told_once_and_not_again_for_its_study():
     assert told == "experiments.odd.model.gama: unknown key (did you mean 'gamma'?)"
 
 
-@pytest.mark.parametrize(
-    ("section", "message"),
-    [
-        ({"like": "shp"}, r"experiments\.odd\.like = 'shp': no such name \(did you mean 'shop'\?\)"),
-        ({"like": "odd"}, r"experiments\.odd\.like = 'odd': experiments are like each other in a circle: odd, odd"),
-        ({"like": "shop", "model": {"name": "lightgc"}}, r"model\.name = 'lightgc'.*did you mean 'lightgcn'"),
-        ({"like": "lightgcn", "model": {"gamma": 1}}, r"experiments\.odd\.model\.gamma: unknown key"),
-        ({"like": "lightgcn", "modalities": {"text": "words"}}, r"modalities = .*lightgcn reads no features"),
-        (
-            {"dataset": "shop", "model": {"name": "vbpr"}},
-            r"odd\.modalities = \{\}: vbpr reads features and needs at least",
-        ),
-        ({"like": "lightgcn", "control": "gaussian"}, r"odd\.control = 'gaussian': there are no features to replace"),
-        ({"like": "shop", "control": "gausian"}, r"odd\.control = 'gausian': no control.*mean 'gaussian'"),
-        ({"like": "shop", "control": {"text": "shufled"}}, r"odd\.control = .*no control 'shufled'.*mean 'shuffled'"),
-        ({"like": "shop", "control": {"imge": "constant"}}, r"odd\.control\.imge: .*did you mean 'image'"),
-        (
-            {"like": "ease", "training": {"lr": 0.1}},
-            r"training\.lr: ease is computed in closed form and does not train",
-        ),
-        (
-            {"like": "lightgcn", "training": {"processes": 2}},
-            r"odd\.training\.processes: not supported by lightgcn, only by cm3",
-        ),
-        (
-            {"like": "ease", "evaluation": {"score": "cosine"}},
-            r"odd\.evaluation\.score = 'cosine': ease exports item weights",
-        ),
-        (
-            {"like": "lightgcn", "preset": "official"},
-            r"preset = 'official': a preset of cm3, but the model is lightgcn",
-        ),
-    ],
-)
-def test_a_wrong_variant_is_refused(section: dict[str, Any], message: str):
-    assert re.search(message, refused(config(odd=section)))
-
-
-def test_like_takes_over_what_is_not_said_again():
-    whole = config(
-        wide={
-            "like": "shop",
-            "model": {"embedding_dim": 32},
-            "training": {"lr": 0.1, "precision": "bfloat16"},
-            "modalities": {"image": "coarse"},
-        },
-        wider={"like": "wide", "model": {"hidden_factor": 2}},
-        mf={"like": "wide", "model": {"name": "bpr-mf"}},
-        popular={"like": "wide", "model": {"name": "mostpop"}, "training": {"monitor": "ndcg@5"}},
-    )
-    found = load_config(whole).experiments
-    assert found["wider"].training.precision == "bfloat16" and found["mf"].training.precision == "float32"
-    assert found["wider"].model.embedding_dim == 32
-    assert found["wider"].model.hidden_factor == 2
-    assert found["wider"].modalities == {"image": "coarse"}
-    assert (found["wider"].training.lr, found["wider"].training.epochs) == (0.1, 4)
-    assert found["wider"].evaluation.ks == [5, 10]
-    assert found["mf"].modalities == {}
-    assert found["mf"].model == BPRMF()
-    assert found["mf"].training.lr == 0.1
-    assert found["popular"].training_identity() == {"monitor": "ndcg@5"}
-
-
 def test_commands_name_the_config_files_and_do_not_decide_what_is_rerun():
     study = {"experiments": ["shop", "ease"], "seeds": [1]}
     plain = checked(study)
@@ -222,25 +127,6 @@ def test_commands_name_the_config_files_and_do_not_decide_what_is_rerun():
     assert publish.publish(plain, "shop").spec["command"] == "snakemake --cores 8 results/shop/metrics.json"
     assert comparison.compare(elsewhere, "compared").identity == comparison.compare(plain, "compared").identity
     assert publish.publish(elsewhere, "shop").identity == publish.publish(plain, "shop").identity
-
-
-def test_a_model_has_a_patience_of_its_own():
-    whole = config(
-        hasty={"like": "shop", "training": {"patience": 3}},
-        hastier={"like": "hasty", "control": "gaussian"},
-        mf={"like": "hasty", "model": {"name": "bpr-mf"}},
-        told={"like": "hasty", "model": {"name": "bpr-mf"}, "training": {"patience": 4}},
-        told_too={"like": "told", "model": {"embedding_dim": 8}},
-    )
-    found = {name: one.training.patience for name, one in load_config(whole).experiments.items()}
-    expected = {"hasty": 3, "hastier": 3, "mf": 20, "told": 4, "told_too": 4}
-    assert {name: found[name] for name in expected} == expected
-
-
-def test_a_variant_that_says_all_again_is_the_same_run():
-    said = {**SMALL["experiments"]["shop"]}
-    same = checked(again=said, short={"like": "shop"})
-    assert selected_run(same, "again") == selected_run(same, "short") == selected_run(same, "shop")
 
 
 def test_a_study_is_every_experiment_at_every_point_and_seed():
