@@ -1,6 +1,8 @@
-"""The exception for errors that the user can fix."""
+"""Exceptions for errors that the user can fix."""
 
 import errno
+import os
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -8,6 +10,23 @@ class UserError(Exception):
 
     A stage that raises it ends with exit status 1 and this message alone, without a traceback.
     """
+
+
+class DamagedFileError(UserError):
+    """A file of the pipeline is cut, altered or unreadable: its bytes are not those that a stage wrote.
+
+    A stage that reads a damaged input of another stage marks it, and the next run makes it again. A stage that finds a
+    damaged file of its own (a checkpoint, a finished shard, a cached vector) logs a warning and makes it again at once.
+
+    Attributes:
+        path: the file.
+        reason: what is wrong with it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
+        self.path = Path(path)
+        self.reason = reason
+        super().__init__(f"{path}: damaged ({reason}); delete it and run the same command again, which makes it anew")
 
 
 _MACHINE_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
