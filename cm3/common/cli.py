@@ -19,7 +19,7 @@ from typing import Any
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from cm3.common.errors import DamagedFileError, UserError
+from cm3.common.errors import DamagedFileError, UserError, path_fault
 from cm3.common.files import exclusive, read_json, remove_stale_parts, write_json
 from cm3.common.gpus import own_gpus
 from cm3.common.inputs import Watch, check_made_from
@@ -174,6 +174,12 @@ def stage(name: str) -> Iterator[Call]:
     except UserError as error:
         log.error("%s: %s", name, error)
         sys.exit(1)
+    except OSError as error:
+        fault = path_fault(error)
+        if fault is None:
+            raise
+        log.error("%s: %s", name, fault)
+        sys.exit(1)
     except KeyboardInterrupt:
         log.error("%s: interrupted; run the same command again to go on", name)
         sys.exit(130)
@@ -211,10 +217,13 @@ def _pair(text: str) -> tuple[str, Path]:
 def _configure_logging(path: Path | None, role: ProcessRole) -> None:
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Opened for appending, because several processes may write to it; the first one empties it.
-        path.open("a" if role.started else "w").close()
-        handlers.append(logging.FileHandler(path, mode="a", encoding="utf-8"))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Opened for appending, because several processes may write to it; the first one empties it.
+            path.open("a" if role.started else "w").close()
+            handlers.append(logging.FileHandler(path, mode="a", encoding="utf-8"))
+        except OSError as error:
+            sys.exit(f"ERROR: {path_fault(error) or error}")
     logging.basicConfig(
         level=logging.WARNING if role.rank else logging.INFO,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",

@@ -8,7 +8,7 @@ from snakemake.exceptions import WorkflowError
 ROOT = Path(str(workflow.current_basedir)).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from cm3.common.errors import UserError
+from cm3.common.errors import UserError, path_fault
 from cm3.common.files import write_json
 from cm3.common.gpus import gpu_here
 from cm3.common.keys import canonical_json
@@ -46,14 +46,18 @@ except UserError as error:
 needs = Needs(settings)
 
 set_job_environment(ROOT)
-store_metadata_with_data()
-migrate_records(METADATA)
 ledger = Ledger()
 compare_inputs_by_content(ledger)
-if is_main_process(workflow):
-    for warning in check_outputs(ledger):
-        print(f"WARNING: {warning}", file=sys.stderr)
 run_lock = RunLock()
+
+try:
+    store_metadata_with_data()
+    migrate_records(METADATA)
+    warnings = check_outputs(ledger) if is_main_process(workflow) else []
+except OSError as error:
+    raise WorkflowError(str(path_fault(error) or error)) from None
+for warning in warnings:
+    print(f"WARNING: {warning}", file=sys.stderr)
 
 
 def one_of(names):
@@ -142,7 +146,10 @@ def share_of_cores(function):
 
 
 onstart:
-    run_lock.acquire()
+    try:
+        run_lock.acquire()
+    except OSError as error:
+        raise WorkflowError(str(path_fault(error) or error)) from None
 
 
 onsuccess:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -58,6 +59,7 @@ def test_a_file_that_changes_meanwhile_is_noticed(tmp_path: Path, change: str):
 
 STAGE = """
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from cm3.common.cli import stage
 from cm3.common.errors import DamagedFileError
@@ -120,3 +122,33 @@ def test_a_stage_marks_a_damaged_input_of_the_workflow(folder: Path):
 def test_tables_hold_what_they_were_made_from_in_their_footer(tmp_path: Path):
     table = users(tmp_path / "users.parquet", {"prepare": "aaa"})
     assert json.loads(pq.read_schema(table).metadata[b"made_from"]) == {"prepare": "aaa"}
+
+
+def folder_in_the_place_of_an_output(folder: Path) -> str:
+    (folder / "processed/out").mkdir()
+    return "processed/out: is a folder where a file is expected"
+
+
+def dangling_link_in_the_place_of_the_log_folder(folder: Path) -> str:
+    (folder / "logs").symlink_to("/nowhere")
+    return "logs: is a symbolic link to /nowhere, which does not exist"
+
+
+def file_in_the_place_of_the_log_folder(folder: Path) -> str:
+    (folder / "logs").write_text("")
+    return "logs: is a file where a folder is expected"
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        folder_in_the_place_of_an_output,
+        dangling_link_in_the_place_of_the_log_folder,
+        file_in_the_place_of_the_log_folder,
+    ],
+)
+def test_a_path_of_the_wrong_kind_is_named_in_one_line(folder: Path, fault: Callable[[Path], str]):
+    message = fault(folder)
+    done = run(folder, "none", "--log", "logs/demo.log")
+    assert done.returncode == 1
+    assert message in done.stderr and "Traceback" not in done.stderr
