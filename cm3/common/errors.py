@@ -61,7 +61,7 @@ def path_fault(error: OSError) -> UserError | None:
     path = Path(os.fsdecode(error.filename2 or error.filename))
     reason = (error.strerror or str(error)).lower()
     if path.is_symlink() and not path.exists():
-        reason = f"is a symbolic link to {os.readlink(path)}, which does not exist"
+        reason = f"is a symbolic link to {path.readlink()}, which does not exist"
     elif isinstance(error, FileExistsError | NotADirectoryError) and path.is_file():
         reason = "is a file where a folder is expected"
     elif isinstance(error, IsADirectoryError):
