@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import platform
-import resource
 import signal
 import sys
 import threading
@@ -26,6 +25,7 @@ from cm3.common.inputs import Watch, check_made_from
 from cm3.common.ledger import Ledger
 from cm3.common.stages import STAGES
 from cm3.common.torchrun import started_by_torchrun, torchrun_rank
+from cm3.common.usage import Usage
 
 log = logging.getLogger("stage")
 
@@ -81,8 +81,8 @@ class ProcessRole:
 def stage(name: str) -> Iterator[Call]:
     """Parse the command line, run the body with logging set up, and write the stage's record.
 
-    The record (output `record`, if given) holds wall_seconds, peak_memory_mb, started, code, device, threads, the versions
-    of the libraries of the stage and its parts, and what the body added to `call.record`; a body that uses another device
+    The record (output `record`, if given) holds time and memory (`cm3.common.usage`), started, code, device, threads, the
+    versions of the libraries of the stage and its parts, and what the body added to `call.record`; a body that uses another device
     than the CPU adds `device`. A UserError, Ctrl-C or SIGTERM ends the process with a message of one line and status 1,
     130 or 143; partial results stay for the stage to resume from.
 
@@ -132,13 +132,15 @@ def stage(name: str) -> Iterator[Call]:
     signal.signal(signal.SIGTERM, _terminate)
     if os.environ.get("CM3_STOP_WITH_PARENT") or role.started:
         threading.Thread(target=_stop_with_parent, args=(os.getppid(),), daemon=True).start()
-    started, clock = time.time(), time.perf_counter()
+    started = time.time()
     written = list(call.outputs.values()) if role.writes else []
     lock = exclusive(written[0].parent / f".{written[0].name}.lock") if written else contextlib.nullcontext()
     try:
         # The number of GPUs that the workflow allots to the job; stages have no such setting.
         gpus = call.runtime.pop("gpus", None)
-        with logging_redirect_tqdm(), lock, own_gpus(None if role.started else gpus):
+        note = written[0].parent / f".{written[0].name}.usage" if written else None
+        own = own_gpus(None if role.started else gpus)
+        with logging_redirect_tqdm(), lock, own, Usage(note, f"{name} {call.identity}") as usage:
             for output in written:
                 remove_stale_parts(output)
             watch = Watch(call.inputs)
@@ -153,15 +155,15 @@ def stage(name: str) -> Iterator[Call]:
                 call.record.update(
                     stage=name,
                     started=started,
-                    wall_seconds=time.perf_counter() - clock,
-                    peak_memory_mb=peak_memory_mb(),
+                    **usage.facts(),
                     code=call.code,
                     versions=versions(_libraries(name, call)),
                 )
                 write_json(path, call.record)
             if call.identity and role.writes:
                 _enter_outputs(call)
-        log.info("%s: done in %.1f s, %.0f MB at peak", name, time.perf_counter() - clock, peak_memory_mb())
+            used = usage.facts()
+        log.info("%s: done in %.1f s, %.0f MB at peak", name, used["wall_seconds"], used["peak_memory_mb"])
     except DamagedFileError as error:
         if Ledger().mark_damaged(_as_named(error.path), error.reason):
             log.error(
@@ -242,12 +244,6 @@ def _stop_with_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def peak_memory_mb() -> float:
-    """Return the peak resident memory of this process in MB (10^6 bytes)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
 def versions(libraries: Iterable[str]) -> dict[str, str]:
