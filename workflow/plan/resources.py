@@ -8,6 +8,7 @@ with more. Nothing here changes what a job computes, and jobs on this machine ar
 
 import functools
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,8 +21,11 @@ from workflow.plan.features import encoder_of
 Files = Mapping[str, str]
 """Input files of a job by their names in its rule."""
 
-LONGEST_MINUTES = 24 * 60
-"""Largest first request. Stages that take longer store their progress and resume at the next attempt."""
+LONGEST_MINUTES = int(os.environ.get("CM3_LONGEST_MINUTES", 24 * 60))
+"""Largest request of any attempt. Stages that take longer store their progress and resume at the next attempt."""
+
+USUAL_EPOCHS = 100
+"""Epochs that a run is expected to take at most, because early stopping ends it."""
 
 MEBIBYTE = 1e6
 
@@ -34,9 +38,12 @@ class Need:
     minutes: float
 
     def for_attempt(self, attempt: int) -> "Need":
-        """Return the request of the n-th attempt: n times the estimate, rounded up to 100 MB and whole minutes."""
-        minutes = math.ceil(min(self.minutes, LONGEST_MINUTES))
-        return Need(attempt * 100 * math.ceil(self.mem_mb / 100), attempt * minutes)
+        """Return the request of the n-th attempt: n times the estimate, rounded up to 100 MB and whole minutes.
+
+        The time is at most `LONGEST_MINUTES`, because a partition refuses a job that asks for more than it allows.
+        """
+        minutes = min(attempt * math.ceil(self.minutes), LONGEST_MINUTES)
+        return Need(attempt * 100 * math.ceil(self.mem_mb / 100), minutes)
 
 
 @dataclass(frozen=True)
@@ -129,7 +136,8 @@ class Needs:
         shapes = [self._vectors(files, name, wildcards) for name in files if name.startswith("features")]
         sizes = self._sizes(wildcards, files, features=[(shape.rows, shape.dim) for shape in shapes])
         training = experiment.training
-        found = experiment.model.training_estimate(sizes, epochs=training.epochs, batch_size=training.batch_size)
+        epochs = min(training.epochs, USUAL_EPOCHS)
+        found = experiment.model.training_estimate(sizes, epochs=epochs, batch_size=training.batch_size)
         return Need(found.memory_mb, found.minutes)
 
     def evaluate(self, wildcards: Any, files: Files) -> Need:
