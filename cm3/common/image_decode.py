@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from cm3.common.errors import UserError, machine_fault
-from cm3.common.image_metadata import Pixels, jpeg_scans, orientation, without_metadata
+from cm3.common.image_metadata import Pixels, TooManyPartsError, jpeg_scans, orientation, without_metadata
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 """Formats that are opened: their decoders are part of Pillow and start no other program (EPS, for one, starts Ghostscript)."""
@@ -26,8 +26,6 @@ MAX_SCANS = 100
 """Scans of a JPEG. A progressive one has about 10, and each takes the time of decoding the whole image."""
 MAX_SCANNED_PIXELS = 20 * MAX_PIXELS
 """Pixels of a JPEG times its scans: at most a minute of decoding."""
-MAX_TILES = 100_000
-"""Strips or tiles of a TIFF that Pillow decodes one by one."""
 
 _DECODING = "decoding an image"
 # Memory of a decoder: coefficients of a progressive JPEG in four colours (8 bytes) and the pixels.
@@ -94,13 +92,16 @@ def load_image(data: bytes, max_pixels: int = MAX_PIXELS, prepare: Prepare = nul
     if not data:
         raise UnreadableError("empty", "0 bytes")
     first: UnreadableError | None = None
-    for pixels in without_metadata(data):
-        try:
-            return _load(pixels, max_pixels, prepare)
-        except UnreadableError as error:
-            first = first or error
-            if not error.decoder:
-                break
+    try:
+        for pixels in without_metadata(data):
+            try:
+                return _load(pixels, max_pixels, prepare)
+            except UnreadableError as error:
+                if not error.decoder:
+                    raise
+                first = first or error
+    except TooManyPartsError as error:
+        raise UnreadableError("too many parts", str(error)) from None
     assert first is not None
     raise first
 
@@ -115,7 +116,7 @@ def _load(pixels: Pixels, max_pixels: int, prepare: Prepare) -> LoadedImage:
                 raise UnreadableError(
                     "too many pixels", f"{width} x {height} pixels are more than the {max_pixels} allowed"
                 )
-            _require_fast(image, pixels.data)
+            _require_few_scans(image, pixels.data)
             with prepare(image):
                 image.load()
             return LoadedImage(image, size, image.format or "", _orientation(image, pixels))
@@ -142,8 +143,7 @@ def _orientation(image: Image.Image, pixels: Pixels) -> int:
     return orientation(exif or pixels.exif, xmp or pixels.xmp)
 
 
-def _require_fast(image: Image.Image, data: bytes) -> None:
-    """Raise UnreadableError for an image whose parts take far longer to decode than its size suggests."""
+def _require_few_scans(image: Image.Image, data: bytes) -> None:
     if image.format in ("JPEG", "MPO"):
         scans = jpeg_scans(data)
         most = min(MAX_SCANS, max(MAX_SCANNED_PIXELS // max(1, image.width * image.height), 1))
@@ -153,10 +153,6 @@ def _require_fast(image: Image.Image, data: bytes) -> None:
                 f"a JPEG of {image.width} x {image.height} pixels in {scans} scans, more than the {most} allowed: "
                 "each takes the time of decoding a whole image",
             )
-    if (tiles := len(getattr(image, "tile", ()))) > MAX_TILES:
-        raise UnreadableError(
-            "too many tiles", f"an image of {tiles} strips or tiles, more than the {MAX_TILES} allowed"
-        )
 
 
 def _memory_fault(needed: int) -> UserError | None:

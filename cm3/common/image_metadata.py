@@ -14,6 +14,11 @@ _MAX_TEXT = 1 << 20
 """Longest text with an orientation that is decompressed."""
 _MAX_XMP_SEARCH = 1 << 20
 
+MAX_PARTS = 500_000
+"""Segments of a JPEG, chunks of a PNG or WebP, blocks of a GIF before its image."""
+MAX_TILES = 100_000
+"""Strips or tiles of a TIFF."""
+
 ORIENTATION = 0x0112
 _EXIF_PREFIX = re.compile(rb"(?:Exif\0\0){1,2}")
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
@@ -43,6 +48,10 @@ _TIFF_KEPT = frozenset(
 )
 
 
+class TooManyPartsError(Exception):
+    """A file of so many parts that they take longer to read than the pixels."""
+
+
 @dataclass(frozen=True, slots=True)
 class Pixels:
     """An image file without metadata.
@@ -61,6 +70,9 @@ def without_metadata(data: bytes) -> Iterator[Pixels]:
     """Yield an image file with less and less metadata: if one cannot be decoded, the next may be.
 
     The pixels of each are those of the file. Files of other formats, or too damaged to be parsed, are yielded unchanged.
+
+    Raises:
+        TooManyPartsError: the file has over MAX_PARTS parts or MAX_TILES strips or tiles.
     """
     if data.startswith(b"\xff\xd8\xff"):
         yield from _jpeg(data)
@@ -71,11 +83,21 @@ def without_metadata(data: bytes) -> Iterator[Pixels]:
         yield _webp(data)
     elif data[4:8] == b"ftyp":
         yield Pixels(_AVIF_EXIF.sub(rb"\1skip", data[: 1 << 16]) + data[1 << 16 :])
-    elif data[:4] in (b"II*\0", b"MM\0*"):
+    elif data[:4] in _TIFF_ORDERS:
+        pixels = _tiff(data)
         yield Pixels(data)
-        yield Pixels(_tiff(data))
+        yield Pixels(pixels)
+    elif data[:4] == b"GIF8":
+        _require_few_blocks(data)
+        yield Pixels(data)
     else:
         yield Pixels(data)
+
+
+def _counted(count: int) -> int:
+    if count == MAX_PARTS:
+        raise TooManyPartsError(f"a file of more than the {MAX_PARTS} segments, chunks or blocks allowed")
+    return count + 1
 
 
 def orientation(exif: bytes, xmp: bytes) -> int:
@@ -144,8 +166,9 @@ def _jpeg(data: bytes) -> Iterator[Pixels]:
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     """Yield (marker, begin, end) of the segments of a JPEG's first image, without scan data; stop where it makes no sense."""
-    place = 2
+    place, count = 2, 0
     while (begin := data.find(b"\xff", place)) >= 0:
+        count = _counted(count)
         while data[begin + 1 : begin + 2] == b"\xff":
             begin += 1
         marker = data[begin + 1] if begin + 1 < len(data) else 0
@@ -178,8 +201,9 @@ def jpeg_scans(data: bytes) -> int:
 def _png(data: bytes) -> Pixels:
     kept = [_PNG]
     found: dict[bytes, tuple[bytes, bytes]] = {}
-    place, animated, pixels, ended = len(_PNG), False, False, False
+    place, count, animated, pixels, ended = len(_PNG), 0, False, False, False
     while place + 8 <= len(data) and not ended:
+        count = _counted(count)
         kind = data[place + 4 : place + 8]
         end = place + 12 + int.from_bytes(data[place : place + 4], "big")
         if not kind.isalpha():
@@ -239,8 +263,9 @@ def _raw_profile(text: bytes) -> bytes:
 
 
 def _webp(data: bytes) -> Pixels:
-    kept, place, found = [b"WEBP"], 12, dict.fromkeys(_WEBP_METADATA, b"")
+    kept, place, count, found = [b"WEBP"], 12, 0, dict.fromkeys(_WEBP_METADATA, b"")
     while place + 8 <= len(data):
+        count = _counted(count)
         kind = data[place : place + 4]
         end = place + 8 + int.from_bytes(data[place + 4 : place + 8], "little")
         body = data[place + 8 : end]
@@ -266,7 +291,30 @@ def _tiff(data: bytes) -> bytes:
         return data
     if start + 2 + 12 * count > len(data):
         return data  # an entry that is cut off may be one of the pixels
+    _require_few_tiles(data, order, start, count)
     entries = [data[at : at + 12] for at in range(start + 2, start + 2 + 12 * count, 12)]
     kept = [entry for entry in entries if struct.unpack_from(order + "H", entry)[0] in _TIFF_KEPT]
     directory = struct.pack(order + "H", len(kept)) + b"".join(kept) + bytes(4)  # no next directory
     return data[:start] + directory + data[start + len(directory) :]
+
+
+def _require_few_tiles(data: bytes, order: str, start: int, entries: int) -> None:
+    for entry in range(start + 2, start + 2 + 12 * entries, 12):
+        tag, _, count = struct.unpack_from(order + "HHL", data, entry)
+        if tag in (273, 324) and count > MAX_TILES:
+            raise TooManyPartsError(f"a TIFF of {count} strips or tiles, more than the {MAX_TILES} allowed")
+
+
+def _require_few_blocks(data: bytes) -> None:
+    """Count the blocks of a GIF's extensions before its first image."""
+    place, count = 13 + (3 << (data[10] & 7) + 1 if len(data) > 10 and data[10] & 0x80 else 0), 0
+    while data[place : place + 1] not in (b",", b";", b""):
+        count = _counted(count)
+        if data[place] != 0x21:
+            place += 1
+            continue
+        place += 2
+        while place < len(data) and (size := data[place]):
+            count = _counted(count)
+            place += 1 + size
+        place += 1
