@@ -1,5 +1,6 @@
 """Reading the original bytes of product images back from their shards; each is compared with its sha256 in the manifest."""
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -7,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from cm3.common.errors import DamagedFileError
-from cm3.common.tables import IMAGES, MANIFEST, OK, read_table
+from cm3.common.errors import DamagedFileError, machine_fault
+from cm3.common.tables import IMAGES, MANIFEST, OK, open_parquet, read_table
 
 IMAGES_PER_ROW_GROUP = 64
 
@@ -60,9 +60,7 @@ def images_at(
         yield from _iter_shard(path, items[first:last], row[first:last], expected[first:last])
 
 
-def _iter_shard(
-    path: Path, items: np.ndarray, rows: np.ndarray, digests: Sequence[str]
-) -> Iterator[tuple[int, bytes]]:
+def _iter_shard(path: Path, items: np.ndarray, rows: np.ndarray, digests: Sequence[str]) -> Iterator[tuple[int, bytes]]:
     read = 0
     for start, group in row_groups(path, rows):
         data = group.column("bytes")
@@ -89,7 +87,7 @@ def row_groups(path: Path, rows: np.ndarray | None = None) -> Iterator[tuple[int
     """
     if not path.is_file():
         raise DamagedFileError(path, "it is missing")
-    with open_parquet(path) as file:
+    with memory_for(path), open_parquet(path) as file:
         if not file.schema_arrow.remove_metadata().equals(IMAGES):
             raise DamagedFileError(path, "its columns are not those of an image shard")
         start = 0
@@ -98,3 +96,20 @@ def row_groups(path: Path, rows: np.ndarray | None = None) -> Iterator[tuple[int
             if rows is None or np.searchsorted(rows, start) < np.searchsorted(rows, start + count):
                 yield start, file.read_row_group(group)
             start += count
+
+
+@contextlib.contextmanager
+def memory_for(path: Path) -> Iterator[None]:
+    """Raise DamagedFileError for a MemoryError in the body, unless there is too little memory even for the whole file.
+
+    A damaged length in a file makes Arrow ask for any number of bytes.
+    """
+    try:
+        yield
+    except MemoryError as error:
+        try:
+            np.empty(max(2 * path.stat().st_size, 1 << 24), np.uint8)
+        except MemoryError:
+            if fault := machine_fault(error, f"reading {path}"):
+                raise fault from error
+        raise DamagedFileError(path, f"a length in it is wrong ({error})") from error
