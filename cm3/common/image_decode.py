@@ -15,7 +15,14 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from cm3.common.errors import UserError, machine_fault
-from cm3.common.image_metadata import Pixels, TooManyPartsError, jpeg_scans, orientation, without_metadata
+from cm3.common.image_metadata import (
+    Pixels,
+    TooManyPartsError,
+    jpeg_scans,
+    orientation,
+    stated_pixels,
+    without_metadata,
+)
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 """Formats that are opened: their decoders are part of Pillow and start no other program (EPS, for one, starts Ghostscript)."""
@@ -107,11 +114,10 @@ def load_image(data: bytes, max_pixels: int = MAX_PIXELS, prepare: Prepare = nul
 
 
 def _load(pixels: Pixels, max_pixels: int, prepare: Prepare) -> LoadedImage:
-    needed = 0
+    size = None
     try:
         with _bomb_warnings_are_errors, Image.open(io.BytesIO(pixels.data), formats=_available_formats()) as image:
             size = width, height = image.size
-            needed = width * height * _BYTES_PER_PIXEL
             if width * height > max_pixels:
                 raise UnreadableError(
                     "too many pixels", f"{width} x {height} pixels are more than the {max_pixels} allowed"
@@ -126,7 +132,9 @@ def _load(pixels: Pixels, max_pixels: int, prepare: Prepare) -> LoadedImage:
         raise UnreadableError("too many pixels", f"too many pixels ({error})") from None
     # Decoders raise many types of exception for damaged bytes: OSError without a number, SyntaxError, struct.error, ...
     except Exception as error:
-        if fault := machine_fault(error, _DECODING) or _memory_fault(min(needed, max_pixels * _BYTES_PER_PIXEL)):
+        if fault := machine_fault(error, _DECODING) or _memory_fault(
+            min(size[0] * size[1] if size else stated_pixels(pixels.data), max_pixels)
+        ):
             raise fault from error
         if isinstance(error, UnidentifiedImageError):
             reason = f"not an image; it starts with {pixels.data[:20]!r}"
@@ -155,10 +163,10 @@ def _require_few_scans(image: Image.Image, data: bytes) -> None:
             )
 
 
-def _memory_fault(needed: int) -> UserError | None:
-    """Return the error to raise if `needed` bytes cannot be allocated: some decoders call that a corrupt image."""
+def _memory_fault(pixels: int) -> UserError | None:
+    """Return the error to raise if there is no memory to decode so many pixels: some decoders call that a corrupt image."""
     try:
-        np.empty(max(needed, _LEAST_MEMORY), np.uint8)
+        np.empty(max(pixels * _BYTES_PER_PIXEL, _LEAST_MEMORY), np.uint8)
     except MemoryError as error:
         return machine_fault(error, _DECODING)
     return None

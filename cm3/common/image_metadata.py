@@ -94,6 +94,22 @@ def without_metadata(data: bytes) -> Iterator[Pixels]:
         yield Pixels(data)
 
 
+def stated_pixels(data: bytes) -> int:
+    """Return the width x height that a WebP or AVIF states, whose decoders allocate memory when they are made; else 0."""
+    if data[:4] == b"RIFF" and len(data) >= 30:
+        if data[12:16] == b"VP8X":
+            return (1 + int.from_bytes(data[24:27], "little")) * (1 + int.from_bytes(data[27:30], "little"))
+        if data[12:16] == b"VP8L":
+            sides = int.from_bytes(data[21:25], "little")
+            return (1 + (sides & 0x3FFF)) * (1 + (sides >> 14 & 0x3FFF))
+        return (int.from_bytes(data[26:28], "little") & 0x3FFF) * (int.from_bytes(data[28:30], "little") & 0x3FFF)
+    if data[4:8] == b"ftyp" and (place := data.find(b"ispe", 0, 1 << 16)) >= 0 and place + 16 <= len(data):
+        return int.from_bytes(data[place + 8 : place + 12], "big") * int.from_bytes(
+            data[place + 12 : place + 16], "big"
+        )
+    return 0
+
+
 def _counted(count: int) -> int:
     if count == MAX_PARTS:
         raise TooManyPartsError(f"a file of more than the {MAX_PARTS} segments, chunks or blocks allowed")
