@@ -72,7 +72,7 @@ def _try(folder: Path, real: Path, spec: dict[str, Any], name: str) -> Found:
     except UnreadableError as error:
         status = MISSING if isinstance(error, PlaceholderError) else FAILED
         return Found(str(path), status, (one_line(str(error)),), (error.kind,))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, MemoryError) as error:
         if fault := machine_fault(error, f"reading {path}"):
             raise fault from error
         return Found(str(path), FAILED, (one_line(f"cannot be read: {error}"),), ("cannot be read",))
