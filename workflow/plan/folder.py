@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cm3.common.errors import UserError
-from cm3.common.files import atomic, read_json, sha256_of
+from cm3.common.files import atomic, sha256_of
 
 log = logging.getLogger(__name__)
 
@@ -95,14 +95,14 @@ def _content(path: str) -> str | None:
 def _read_cache(store: Path) -> dict[str, list[Any]]:
     """Return [size, time, inode, digest] by path; files of earlier releases have no inode and no checksum."""
     try:
-        found = read_json(store)
+        found = json.loads(store.read_text("utf-8"))
         checksum, entries = (found["checksum"], found["files"]) if "checksum" in found else (None, found)
         if checksum is not None and checksum != _checksum(entries):
             raise ValueError("its checksum differs")
         return {path: entry for path, entry in entries.items() if entry[-1] != _UNREADABLE}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         log.warning("%s: damaged (%s); all files of the folder are read again", store, error)
         return {}
 
