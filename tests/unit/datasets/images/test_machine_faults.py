@@ -72,6 +72,38 @@ def test_while_a_file_of_a_folder_is_read(
         collect(tmp_path, {"a": []}, local(shop))
 
 
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (OSError(errno.EIO, "Input/output error"), r"a\.jpg: cannot be read \(Input/output error\)"),
+        (OSError(errno.ESTALE, "Stale file handle"), r"a\.jpg: cannot be read \(Stale file handle\)"),
+        (PermissionError(errno.EACCES, "Permission denied"), r"a\.jpg: cannot be read .*check the permissions"),
+    ],
+)
+def test_a_disk_or_a_permission_stops_the_stage(
+    tmp_path: Path, shop: Path, monkeypatch: pytest.MonkeyPatch, fault: OSError, reason: str
+) -> None:
+    open_file = Path.open
+
+    def fail(path: Path, *options: Any) -> Any:
+        if path.suffix == ".jpg":
+            raise fault
+        return open_file(path, *options)
+
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(UserError, match=reason):
+        collect(tmp_path, {"a": []}, local(shop))
+
+
+def test_odd_entries_of_a_folder_fail_for_their_items(tmp_path: Path, shop: Path) -> None:
+    (shop / "dangling.jpg").symlink_to(shop / "nothing")
+    (shop / "loop.jpg").symlink_to("loop.jpg")
+    os.mkfifo(shop / "pipe.jpg")
+    (shop / os.fsdecode(b"caf\xe9.jpg")).write_bytes(image())
+    rows = collect(tmp_path, {name: [] for name in ("a", "dangling", "loop", "pipe", "x" * 300)}, local(shop))
+    assert [row["status"] for row in rows] == ["ok", "missing", "failed", "failed", "failed"]
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_while_a_download_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception) -> None:
     def fail(*_: Any, **__: Any) -> None:
