@@ -84,7 +84,7 @@ def check_tensors(path: str | os.PathLike[str]) -> bool:
         if size < 8:
             raise DamagedFileError(path, f"cut to {size} bytes")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            place = content.find(PREFIX.encode(), 8, 8 + int.from_bytes(content[:8], "little"))
+            place = content.find(PREFIX.encode(), 8, min(size, 8 + int.from_bytes(content[:8], "little")))
             if place < 0:
                 return False
             place += len(PREFIX)
@@ -162,9 +162,7 @@ def _page_headers(path: Path) -> Iterator[tuple[int, int]]:
         for group in range(metadata.num_row_groups):
             for column in range(metadata.num_columns):
                 chunk = metadata.row_group(group).column(column)
-                at = chunk.data_page_offset
-                if chunk.has_dictionary_page:
-                    at = min(at, chunk.dictionary_page_offset)
+                at = chunk.dictionary_page_offset if chunk.has_dictionary_page else chunk.data_page_offset
                 stop = at + chunk.total_compressed_size
                 while at < stop:
                     after, size = _page_header(content, at)

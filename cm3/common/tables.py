@@ -137,7 +137,7 @@ def read_parquet(path: str | os.PathLike[str], columns: Sequence[str] | None = N
     Args:
         path: the file.
         columns: their names; None: all.
-        rows: an Arrow expression that is true for the rows wanted; the file is read batch by batch.
+        rows: an Arrow expression over these columns, true for the rows wanted; the file is read batch by batch.
 
     Raises:
         DamagedFileError: as `open_parquet`.
