@@ -123,6 +123,8 @@ def train(
         )
     checkpoint.remove()
     facts = run_facts(fitted, training, device, n_parameters)
+    if history_output is not None and model.exports != "item_weights":
+        facts["history_sha256"] = sha256_of(history_output)
     facts |= {"model": model.name, "modality_weights": dict(inputs.weights) or None}
     if not model.trains:
         facts |= dict.fromkeys(("epochs", "best_epoch", "best_loss", "seconds_per_epoch"))

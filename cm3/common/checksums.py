@@ -1,6 +1,8 @@
-"""Checksums within files: one key of a JSON record, and a block in front of a Parquet file's footer.
+"""Checksums within files: a key of a JSON record or of a tensor file's metadata, and a block in Parquet files.
 
-Parquet's own checksums cover the data of pages. The block covers the rest of what a reader uses: the headers of all pages,
+A JSON record has the sha256 of its values, and a safetensors file that of all its bytes, with zeros in the checksum's place.
+
+Parquet's own checksums cover the data of pages. A block in front of the footer covers the rest of what a reader uses: the headers of all pages,
 which hold those checksums, and the footer. Programs that do not know the block skip it.
 
     pages | offsets n x uint64 | lengths n x uint32 | sha256 | n uint64 | b"cm3check" | footer | its length, b"PAR1"
@@ -27,6 +29,9 @@ PARQUET_KEY = "cm3.checksum"
 """Key in the footer of a Parquet file that has a block of checksums."""
 PREFIX = "cm3-sha256:"
 """Beginning of a record's checksum."""
+
+_DIGITS = 64
+NO_CHECKSUM = PREFIX + "0" * _DIGITS
 
 _MAGIC = b"cm3check"
 _END = 8  # length of the footer and b"PAR1"
@@ -58,6 +63,37 @@ def verified(path: str | os.PathLike[str], record: dict[str, Any]) -> dict[str, 
 
 def _checksum(values: dict[str, Any]) -> str:
     return PREFIX + hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def add_tensors_checksum(path: Path) -> None:
+    """Replace `NO_CHECKSUM` in the header of a finished safetensors file by the checksum of the file."""
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as content:
+        place = content.find(NO_CHECKSUM.encode()) + len(PREFIX)
+        content[place : place + _DIGITS] = hashlib.sha256(content).hexdigest().encode()
+
+
+def check_tensors(path: str | os.PathLike[str]) -> bool:
+    """Return whether a safetensors file has a checksum, which is that of the file.
+
+    Raises:
+        DamagedFileError: it is another one, or the file is cut.
+        OSError: the file is absent or cannot be read.
+    """
+    with Path(path).open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < 8:
+            raise DamagedFileError(path, f"cut to {size} bytes")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            place = content.find(PREFIX.encode(), 8, min(size, 8 + int.from_bytes(content[:8], "little")))
+            if place < 0:
+                return False
+            place += len(PREFIX)
+            digest = hashlib.sha256(content[:place] + b"0" * _DIGITS)
+            with memoryview(content) as view, view[place + _DIGITS :] as rest:
+                digest.update(rest)
+            if content[place : place + _DIGITS] != digest.hexdigest().encode():
+                raise DamagedFileError(path, "its content does not match its checksum")
+    return True
 
 
 def add_parquet_checksum(path: Path) -> None:
@@ -126,9 +162,7 @@ def _page_headers(path: Path) -> Iterator[tuple[int, int]]:
         for group in range(metadata.num_row_groups):
             for column in range(metadata.num_columns):
                 chunk = metadata.row_group(group).column(column)
-                at = chunk.data_page_offset
-                if chunk.has_dictionary_page:
-                    at = min(at, chunk.dictionary_page_offset)
+                at = chunk.dictionary_page_offset if chunk.has_dictionary_page else chunk.data_page_offset
                 stop = at + chunk.total_compressed_size
                 while at < stop:
                     after, size = _page_header(content, at)

@@ -46,3 +46,24 @@ def machine_fault(error: BaseException, what: str) -> UserError | None:
         f"{what} failed for a reason of this machine, not of the data: {reason}. Use fewer workers, or allow more memory "
         "or open files (ulimit -n), and run the same command again"
     )
+
+
+_PATH_ERRORS = (PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
+_PATH_ERRNOS = frozenset(
+    {errno.EROFS, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+)
+
+
+def path_fault(error: OSError) -> UserError | None:
+    """Return the error to raise if `error` says what is wrong with a path, such as a missing permission; else None."""
+    if error.filename is None or not (isinstance(error, _PATH_ERRORS) or error.errno in _PATH_ERRNOS):
+        return None
+    path = Path(os.fsdecode(error.filename2 or error.filename))
+    reason = (error.strerror or str(error)).lower()
+    if path.is_symlink() and not path.exists():
+        reason = f"is a symbolic link to {path.readlink()}, which does not exist"
+    elif isinstance(error, FileExistsError | NotADirectoryError) and path.is_file():
+        reason = "is a file where a folder is expected"
+    elif isinstance(error, IsADirectoryError):
+        reason = "is a folder where a file is expected"
+    return UserError(f"{path}: {reason}; correct this and run the same command again")

@@ -76,6 +76,15 @@ def file_error(path: str | os.PathLike[str], error: OSError, what: str = "read")
     )
 
 
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn errors of the system, such as a full disk, into a UserError about `path`, a file or folder being written."""
+    try:
+        yield
+    except OSError as error:
+        raise file_error(path, error, "written") from error
+
+
 def remove_stale_parts(path: str | os.PathLike[str]) -> None:
     """Remove the temporary files that a killed writer of `path` left; call it while holding `exclusive`."""
     target = Path(path)
@@ -127,11 +136,9 @@ def exclusive(path: str | os.PathLike[str]) -> Iterator[None]:
     A job that outlives its killed Snakemake (an orphan) is waited for, so two writers never meet.
     """
     lock = Path(path)
-    try:
+    with writing(lock):
         lock.parent.mkdir(parents=True, exist_ok=True)
         opened = lock.open("a")
-    except OSError as error:
-        raise file_error(lock, error, "written") from None
     with opened as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -18,6 +18,8 @@ from cm3.common.files import atomic, file_error
 OK, MISSING, FAILED = "ok", "missing", "failed"
 SPLITS = ("train", "valid", "test")
 ROW_GROUP = 8192
+MADE_FROM = "made_from"
+"""Key in the metadata of a table whose path does not tell its settings: stage -> key of the settings that made it."""
 
 CATEGORY = pa.dictionary(pa.int8(), pa.string())
 
@@ -131,12 +133,26 @@ def open_parquet(path: str | os.PathLike[str], **options: Any) -> Iterator[pq.Pa
             yield file
 
 
-def read_parquet(path: str | os.PathLike[str], columns: Sequence[str] | None = None) -> pa.Table:
-    """Return a Parquet table of the pipeline, or some of its columns; raises as `open_parquet`."""
+def read_parquet(path: str | os.PathLike[str], columns: Sequence[str] | None = None, rows: Any = None) -> pa.Table:
+    """Return a Parquet table of the pipeline, or some of its columns and rows.
+
+    Args:
+        path: the file.
+        columns: their names; None: all.
+        rows: an Arrow expression over these columns, true for the rows wanted; the file is read batch by batch.
+
+    Raises:
+        DamagedFileError: as `open_parquet`.
+        UserError: absent, or without such a column.
+    """
     with open_parquet(path) as file:
         if columns is not None and (absent := [name for name in columns if name not in file.schema_arrow.names]):
             raise UserError(f"{path}: has no column {', '.join(absent)}; delete it and run again")
-        return file.read(None if columns is None else list(columns))
+        names = file.schema_arrow.names if columns is None else list(columns)
+        if rows is None:
+            return file.read(names)
+        parts = [pa.Table.from_batches([batch]).filter(rows) for batch in file.iter_batches(columns=names)]
+        return pa.concat_tables(parts) if parts else file.read(names)
 
 
 def read_table(path: str | os.PathLike[str], schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
