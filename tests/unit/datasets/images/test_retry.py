@@ -152,7 +152,7 @@ while status:
         left = kill
         pathlib.Path.replace, pathlib.Path.unlink = deadly(pathlib.Path.replace), deadly(pathlib.Path.unlink)
         os.unlink, os.rmdir = deadly(os.unlink), deadly(os.rmdir)
-        cm3.datasets.images.stage.collect_images.__defaults__ = (30_000,)
+        cm3.datasets.images.stage.collect_images.__defaults__ = (30_000, None)
         sys.argv = [word.replace(base, f"{base}{kill}") for word in sys.argv]
         cm3.datasets.images.stage.main()
         os._exit(0)
