@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import scipy.sparse as sp
 import torch
 
@@ -17,7 +16,7 @@ from cm3.common.embeddings import read_embeddings, write_embeddings
 from cm3.common.files import read_json
 from cm3.common.interactions import read_interactions
 from cm3.common.strict import nearest
-from cm3.common.tables import read_table, write_table
+from cm3.common.tables import read_parquet, read_table, write_table
 from cm3.config import Model, Training, modality_weights, settings
 from cm3.evaluation.ranking import Ranking, Validation
 from cm3.model.graph import item_item_matrix
@@ -181,7 +180,8 @@ def load(path: str | Path, interactions: str | Path | None = None) -> Recommende
             if it exists. Users and items are matched by their ids; those that the model does not know are ignored.
 
     Raises:
-        UserError: files are missing or unreadable.
+        DamagedFileError: a file is damaged.
+        UserError: files are missing.
     """
     folder = Path(path)
     user_ids, item_ids = _ids(folder / USERS, "user_id"), _ids(folder / ITEMS, "item_id")
@@ -227,7 +227,7 @@ def _prepared(folder: Path) -> Path | None:
 def _ids(path: Path, name: str) -> list[str]:
     if not path.exists():
         raise ValueError(f"{path}: no such file; is it the folder of an experiment, or of a saved Recommender?")
-    ids: list[str] = pq.read_table(path, columns=[name]).column(name).to_pylist()
+    ids: list[str] = read_parquet(path, [name]).column(name).to_pylist()
     return ids
 
 

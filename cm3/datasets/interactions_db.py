@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from cm3.common.errors import UserError
+from cm3.common.files import writing
 from cm3.datasets.reader import ROWS
 
 log = logging.getLogger("cm3.datasets.interactions_db")
@@ -22,6 +23,8 @@ IDS_SHOWN = 20
 _MEMORY = "800MB"
 _FOLDER = ".interactions-"
 _ROWS_AT_ONCE = 250_000
+_NO_ROOM = ("space", "quota", "file too large", "could not write")
+"""What DuckDB says where a disk is full."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,11 @@ class InteractionsDatabase:
     """
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob(f"{_FOLDER}*"):  # of a killed process; the stage holds a lock
-            shutil.rmtree(stale, ignore_errors=True)
-        self.folder = Path(tempfile.mkdtemp(prefix=_FOLDER, dir=folder))
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for stale in folder.glob(f"{_FOLDER}*"):  # of a killed process; the stage holds a lock
+                shutil.rmtree(stale, ignore_errors=True)
+            self.folder = Path(tempfile.mkdtemp(prefix=_FOLDER, dir=folder))
         self._batches: list[pa.Table] = []
 
     def __enter__(self) -> "InteractionsDatabase":
@@ -70,10 +74,15 @@ class InteractionsDatabase:
             "temp_directory": str(self.folder),
             "preserve_insertion_order": "false",
         }
-        self.base = duckdb.connect(str(self.folder / "rows.duckdb"), config=settings)
-        self.base.execute(
-            "create table raw (user_id varchar, item_id varchar, rating float, timestamp bigint, split tinyint)"
-        )
+        try:
+            self.base = duckdb.connect(str(self.folder / "rows.duckdb"), config=settings)
+            self.base.execute(
+                "create table raw (user_id varchar, item_id varchar, rating float, timestamp bigint, split tinyint)"
+            )
+        except duckdb.Error as error:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self._report_full_disk(error)
+            raise
         return self
 
     def __exit__(
@@ -81,7 +90,10 @@ class InteractionsDatabase:
     ) -> None:
         self.base.close()
         shutil.rmtree(self.folder, ignore_errors=True)
-        if isinstance(error, duckdb.Error) and "space" in str(error).lower():
+        self._report_full_disk(error)
+
+    def _report_full_disk(self, error: BaseException | None) -> None:
+        if isinstance(error, duckdb.Error) and any(words in str(error).lower() for words in _NO_ROOM):
             raise UserError(
                 f"{self.folder.parent}: no space left on the disk ({error}); free some space and run again"
             ) from None

@@ -123,7 +123,8 @@ def train(
         items_output=items_output,
     )
     checkpoint.remove()
-    return run_facts(fitted, training, device, n_parameters) | {"modality_weights": weights} | started
+    facts = run_facts(fitted, training, device, n_parameters) | {"history_sha256": sha256_of(history_output)}
+    return facts | {"modality_weights": weights} | started
 
 
 def main() -> None:
