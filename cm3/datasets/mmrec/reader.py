@@ -15,7 +15,7 @@ from cm3.common.errors import UserError
 from cm3.common.strict import nearest
 from cm3.common.tables import SPLITS
 from cm3.datasets.files.lines import line_blocks
-from cm3.datasets.files.times import seconds_of
+from cm3.datasets.times import seconds_of
 from cm3.datasets.mmrec.format import ITEM, LABEL, RATING, TIME, USER
 from cm3.datasets.mmrec.tables import item_of, number_in, read_mapping, read_table
 from cm3.datasets.reader import Item, interaction_table
