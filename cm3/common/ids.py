@@ -4,6 +4,7 @@ A missing value (null, NaN, NaT, an empty cell, or the text that programs write 
 """
 
 import math
+import re
 from decimal import Decimal
 from typing import Any
 from uuid import UUID
@@ -72,6 +73,11 @@ def id_text(value: Any) -> str | None:
         return None
     kind = {dict: "an object", list: "a list", tuple: "a list"}.get(type(value), f"a {type(value).__name__}")
     raise ValueError(f"is {kind}; {_KINDS}")
+
+
+def is_index(column: str) -> bool:
+    """Return whether a column of a text file is the row index that pandas writes, which has no name of its own."""
+    return re.fullmatch(r"|Unnamed: \d+|__index_level_\d+__", column) is not None
 
 
 def missing_id(value: Any) -> str:

@@ -28,6 +28,22 @@ def shown(value: Any) -> str:
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
+def without_views(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return a column with views (of text, bytes or lists) and tensors as the types that all functions of Arrow take."""
+    kind = values.type
+    if isinstance(kind, pa.FixedShapeTensorType):
+        storage = [chunk.storage for chunk in values.chunks]
+        return pa.chunked_array(storage, kind.storage_type)
+    if pa.types.is_string_view(kind):
+        return values.cast(pa.string())
+    if pa.types.is_binary_view(kind):
+        return values.cast(pa.binary())
+    if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
+        # Not a cast, which returns an empty last list (pyarrow 25).
+        return pa.chunked_array([pa.array(values.to_pylist(), pa.large_list(kind.value_type))])
+    return values
+
+
 def plain_column(values: pa.Array | pa.ChunkedArray) -> pa.ChunkedArray:
     """Return a column without encodings: dictionaries, views and extension types as their values, binary as UTF-8 text.
 
@@ -43,7 +59,7 @@ def plain_column(values: pa.Array | pa.ChunkedArray) -> pa.ChunkedArray:
     if pa.types.is_dictionary(kind):
         return plain_column(values.cast(kind.value_type))
     if pa.types.is_string_view(kind):
-        return values.cast(pa.string())
+        return without_views(values)
     if is_binary(kind):
         return _decoded(values)
     return values
@@ -62,6 +78,11 @@ def is_binary(kind: pa.DataType) -> bool:
         or pa.types.is_binary_view(kind)
         or pa.types.is_fixed_size_binary(kind)
     )
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Return whether a column of this type, after `without_views`, holds lists."""
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def python_value(values: pa.ChunkedArray, row: int) -> Any:
