@@ -82,7 +82,9 @@ def is_index(column: str) -> bool:
 
 def missing_id(value: Any) -> str:
     """Return the complaint about a missing id, to follow "column = value" in a message."""
-    return "is the text of a missing value" if str(value) in MISSING_TEXTS and value is not None else "is empty"
+    if value is None or not str(value).strip():
+        return "is empty"
+    return "is the text of a missing value" if isinstance(value, str) else "is a missing value"
 
 
 def _checked(text: str) -> str | None:

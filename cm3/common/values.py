@@ -39,7 +39,7 @@ def without_views(values: pa.ChunkedArray) -> pa.ChunkedArray:
     if pa.types.is_binary_view(kind):
         return values.cast(pa.binary())
     if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
-        # Not a cast, which returns an empty last list (pyarrow 25).
+        # Not a cast, which returns an empty last list (pyarrow 26).
         return pa.chunked_array([pa.array(values.to_pylist(), pa.large_list(kind.value_type))])
     return values
 

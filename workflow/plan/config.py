@@ -16,6 +16,7 @@ from extractors.registry import parse_extractor
 from extractors.spec import BackendSpec
 from workflow.plan.experiments import Experiment, ExperimentSection, inherit, parse_settings
 from workflow.plan.studies import Study, parse_study
+from workflow.plan.yaml_keys import check_duplicate_keys, default_config
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -58,8 +59,10 @@ def load_config(raw: Any, files: Sequence[Path] = ()) -> Config:
         files: the files that `--configfile` names.
 
     Raises:
-        UserError: all faults, one per line: path of the key, value, and the nearest valid name.
+        UserError: all faults, one per line: path of the key, value, and the nearest valid name; or a key that is given
+            twice in `files` or in the default config.yaml.
     """
+    check_duplicate_keys([default_config(), *files])
     sections = validate(Sections, raw, "")
     faults: list[str] = []
     datasets = _parse_each("datasets", sections.datasets, parse_dataset, faults)

@@ -20,6 +20,7 @@ from workflow.plan.storage import root_of
 from workflow.snakemake_internals import (
     METADATA,
     config_files,
+    literal_path,
     resource_limit,
     runs_elsewhere,
     store_metadata_with_data,
@@ -72,7 +73,7 @@ def planned(function):
 # Input files by name. `items` is a method of Snakemake's named lists, so within rules the item table is `items_`.
 def files(function):
     return lambda wildcards: {
-        "items_" if name == "items" else name: path
+        "items_" if name == "items" else name: literal_path(path)
         for name, path in planned(function)(wildcards).items()
     }
 

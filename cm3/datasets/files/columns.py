@@ -22,7 +22,7 @@ def parse_ids(table: Columns, column: str) -> pa.ChunkedArray:
     values = table.values[column]
     with _naming(table, column):
         ids, missing = id_column(values)
-    reason = missing_id(ids[int(np.flatnonzero(missing)[0])].as_py()) if missing.any() else ""
+    reason = missing_id(python_value(values, int(np.flatnonzero(missing)[0]))) if missing.any() else ""
     _check(table, column, missing, values, f"{reason}; every interaction needs a user and an item")
     return ids
 
