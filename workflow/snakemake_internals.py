@@ -41,6 +41,11 @@ def literal_path(path: str) -> str:
     return flagged
 
 
+def has_local_files(workflow: Any) -> bool:
+    """Return whether the files of the workflow are on this machine, not in an object storage."""
+    return workflow.storage_settings.default_storage_provider is None
+
+
 def runs_elsewhere(workflow: Any) -> bool:
     """Return whether jobs run on other machines (a cluster), or not at all (a dry run)."""
     return bool(workflow.non_local_exec_or_dryrun)

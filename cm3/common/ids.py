@@ -116,7 +116,7 @@ def _from_decimal(value: Decimal) -> str | None:
     if value.is_nan():
         return None
     if value.is_infinite() or value != value.to_integral_value():
-        raise ValueError(_NOT_WHOLE)
+        raise ValueError(f"is not a whole number; {_KINDS}")
     return str(int(value))
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 _SHOWN = 80
+_BYTES = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
 
 
 class InvalidValueError(ValueError):
@@ -48,7 +49,7 @@ def plain_column(values: pa.Array | pa.ChunkedArray) -> pa.ChunkedArray:
     """Return a column without encodings: dictionaries, views and extension types as their values, binary as UTF-8 text.
 
     Raises:
-        InvalidValueError: binary data are not UTF-8 text.
+        InvalidValueError: binary data, or what a file marks as text, are not UTF-8.
     """
     if isinstance(values, pa.Array):
         values = pa.chunked_array([values])
@@ -59,10 +60,11 @@ def plain_column(values: pa.Array | pa.ChunkedArray) -> pa.ChunkedArray:
     if pa.types.is_dictionary(kind):
         return plain_column(values.cast(kind.value_type))
     if pa.types.is_string_view(kind):
-        return without_views(values)
+        return plain_column(without_views(values))
     if is_binary(kind):
         return _decoded(values)
-    return values
+    # Arrow does not check text when it reads a file.
+    return _decoded(values.cast(_BYTES[kind])) if is_text(kind) else values
 
 
 def is_text(kind: pa.DataType) -> bool:

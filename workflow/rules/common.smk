@@ -20,6 +20,7 @@ from workflow.plan.storage import root_of
 from workflow.snakemake_internals import (
     METADATA,
     config_files,
+    has_local_files,
     literal_path,
     resource_limit,
     runs_elsewhere,
@@ -36,7 +37,7 @@ configfile:
 
 
 try:
-    settings = load_config(config, config_files(workflow))
+    settings = load_config(config, config_files(workflow), has_local_files(workflow))
 except UserError as error:
     raise WorkflowError(f"The configuration is refused:\n{error}") from None
 

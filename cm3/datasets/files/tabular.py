@@ -160,7 +160,7 @@ def read_rows(path: Path, format: str, names: Sequence[str]) -> Iterator[tuple[s
                 if (row := first_valid(values)) is not None and _holds_objects(values.type):
                     value = shown(python_value(values, row))
                     raise UserError(f"{part.place(row)}: {name} = {value} {_NESTED.format(_short(values.type))}")
-            for number, found in enumerate(pa.table(part.values).to_pylist(), part.first):
+            for number, found in enumerate(_python_rows(part), part.first):
                 yield f"{path}, row {number}", found
     elif format == "jsonl":
         yield from _read_jsonl(path, names)
@@ -173,6 +173,20 @@ def read_rows(path: Path, format: str, names: Sequence[str]) -> Iterator[tuple[s
             if len(values) != len(found):
                 raise UserError(f"{path}, line {number}: has {len(values)} values, the header has {len(found)}")
             yield f"{path}, line {number}", dict(zip(found, values, strict=True))
+
+
+def _python_rows(part: Columns) -> list[dict[str, Any]]:
+    try:
+        rows: list[dict[str, Any]] = pa.table(part.values).to_pylist()
+        return rows
+    except ValueError:  # text that is not UTF-8, or a time that Python does not have
+        for row in range(len(next(iter(part.values.values())))):
+            for name, values in part.values.items():
+                try:
+                    values[row].as_py()
+                except ValueError as error:
+                    raise UserError(f"{part.place(row)}: {name} cannot be read ({error}); store it as text") from None
+        raise
 
 
 def _holds_objects(kind: pa.DataType) -> bool:
