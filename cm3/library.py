@@ -299,9 +299,7 @@ def _check_length(k: int) -> None:
 def _nothing_held_out(interactions: int, users: int, share: float) -> str:
     message = f"valid_share = {share} holds out none of {interactions} interactions for validation"
     if interactions == users:
-        return (
-            f"{message}: each of the {users} users has only one, which is needed for training; give users more interactions"
-        )
+        return f"{message}: each of the {users} users has only one, which is needed for training; give users more interactions"
     return f"{message}; raise it"
 
 

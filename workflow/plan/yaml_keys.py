@@ -59,16 +59,18 @@ def _duplicates(root: yaml.Node | None) -> Iterator[tuple[str, yaml.Node, yaml.N
         if id(node) in seen:
             continue
         seen.add(id(node))
+        below: list[tuple[str, yaml.Node | None]] = []
         if isinstance(node, yaml.SequenceNode):
-            waiting += [(f"{path}[{place}]", value) for place, value in enumerate(node.value)]
+            below = [(f"{path}[{place}]", value) for place, value in enumerate(node.value)]
         elif isinstance(node, yaml.MappingNode):
             keys: dict[tuple[str, str], yaml.Node] = {}
             for key, value in node.value:
                 name = str(key.value) if isinstance(key, yaml.ScalarNode) else "?"
-                below = f"{path}.{name}".strip(".")
-                waiting.append((below, value))
+                key_path = f"{path}.{name}".strip(".")
+                below.append((key_path, value))
                 if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE:
                     continue
                 first = keys.setdefault((key.tag, name), key)
                 if first is not key:
-                    yield below, first, key
+                    yield key_path, first, key
+        waiting += reversed(below)  # in the order of the file, so that an alias comes after its anchor
