@@ -71,7 +71,8 @@ def id_text(value: Any) -> str | None:
         return _from_decimal(value)
     if str(value) in MISSING_TEXTS:  # NA and NaT of pandas and NumPy
         return None
-    kind = {dict: "an object", list: "a list", tuple: "a list"}.get(type(value), f"a {type(value).__name__}")
+    kinds: dict[type, str] = {dict: "an object", list: "a list", tuple: "a list"}
+    kind = kinds.get(type(value), f"a {type(value).__name__}")
     raise ValueError(f"is {kind}; {_KINDS}")
 
 

@@ -242,7 +242,7 @@ class InteractionsDatabase:
 
 def _known(name: str, values: Any) -> np.ndarray | None:
     """Return a column with unknown ratings and times filled in, None if all values are unknown."""
-    unknown = int(np.ma.count_masked(values))
+    unknown = int(np.ma.getmaskarray(values).sum())
     if unknown == len(values) and unknown:
         return None
     if unknown:

@@ -99,7 +99,8 @@ class _Part:
         row = beyond_float32(numbers)
         if row is not None:
             raise self._error(row, column, lists[row].as_py(), "holds a number beyond float32; scale the vectors")
-        return numbers.astype(np.float32)
+        found: np.ndarray = numbers.astype(np.float32)
+        return found
 
     def _column(self, name: str) -> pa.ChunkedArray:
         # Arrow filters no views.

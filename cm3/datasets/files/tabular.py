@@ -160,8 +160,8 @@ def read_rows(path: Path, format: str, names: Sequence[str]) -> Iterator[tuple[s
                 if (row := first_valid(values)) is not None and _holds_objects(values.type):
                     value = shown(python_value(values, row))
                     raise UserError(f"{part.place(row)}: {name} = {value} {_NESTED.format(_short(values.type))}")
-            for number, found in enumerate(_python_rows(part), part.first):
-                yield f"{path}, row {number}", found
+            for number, cells in enumerate(_python_rows(part), part.first):
+                yield f"{path}, row {number}", cells
     elif format == "jsonl":
         yield from _read_jsonl(path, names)
     else:
