@@ -25,6 +25,7 @@ _FOLDER = ".interactions-"
 _ROWS_AT_ONCE = 250_000
 _NO_ROOM = ("space", "quota", "file too large", "could not write")
 """What DuckDB says where a disk is full."""
+_UNKNOWN = {"rating": np.nan, "timestamp": 0}
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class InteractionArrays:
 
     Attributes:
         user, item: (N,) int32 codes, in the order of the ids.
-        rating: (N,) float32, or None if the source has none.
-        timestamp: (N,) int64 Unix seconds, or None if the source has none.
+        rating: (N,) float32, NaN where unknown, or None if no interaction has one.
+        timestamp: (N,) int64 Unix seconds, 0 where unknown, or None if no interaction has one.
         split: (N,) int8, 0 train, 1 valid, 2 test, or None if the source has no published split.
     """
 
@@ -161,7 +162,8 @@ class InteractionsDatabase:
             the number of unknown items, the number of their interactions, and their first ids.
 
         Raises:
-            UserError: there are unknown items and the policy is `error`.
+            UserError: there are unknown items and the policy is `error`, or ids of unknown items equal those of known ones
+                except for a ".0".
         """
         if known is None:
             return {"items": 0, "interactions": 0, "first": []}
@@ -179,6 +181,7 @@ class InteractionsDatabase:
             ).fetchall()
         ]
         if count:
+            self._check_floats()
             message = f"{count} items with {rows} interactions are not in the item table: {', '.join(first)}"
             message += ", ..." if count > IDS_SHOWN else ""
             if policy == "error":
@@ -191,6 +194,17 @@ class InteractionsDatabase:
                     "create or replace table distinct_pairs as select distinct_pairs.* from distinct_pairs anti join unknown on code = item"
                 )
         return {"items": int(count), "interactions": int(rows), "first": first}
+
+    def _check_floats(self) -> None:
+        row = self.base.execute(
+            "select unknown_id, known.id, count(*) over () from (select id as unknown_id from items semi join unknown using (code)) "
+            "join known on known.id || '.0' = unknown_id or known.id = unknown_id || '.0' order by unknown_id limit 1"
+        ).fetchone()
+        if row:
+            raise UserError(
+                f"{row[2]} item ids are written as floats in one table and as integers in the other, such as {row[0]!r} in "
+                f"the interactions and {row[1]!r} in the item table; write them alike (in pandas: .astype('Int64'))"
+            )
 
     def size(self) -> dict[str, int]:
         """Return the numbers of users, items and interactions that remain."""
@@ -209,10 +223,8 @@ class InteractionsDatabase:
                 table = "pruned"
             before, left = left, self._one("select count(*) from pruned")[0]
         found = self.base.execute(f"select user, item, rating, timestamp, split from {table}").fetchnumpy()
-        whole: dict[str, Any] = {
-            name: None if np.ma.is_masked(values) else np.ma.getdata(values) for name, values in found.items()
-        }
-        return InteractionArrays(**whole)
+        columns: dict[str, Any] = {name: _known(name, values) for name, values in found.items()}
+        return InteractionArrays(**columns)
 
     def ids(self, name: str, codes: np.ndarray) -> list[str]:
         """Return the ids of the codes of a "user" or "item", in the same order."""
@@ -238,3 +250,14 @@ class InteractionsDatabase:
         row = self.base.execute(query).fetchone()
         assert row is not None, query
         return row
+
+
+def _known(name: str, values: Any) -> np.ndarray | None:
+    """Return a column with unknown ratings and times filled in, None if all values are unknown."""
+    unknown = int(np.ma.getmaskarray(values).sum())
+    if unknown == len(values) and unknown:
+        return None
+    if unknown:
+        log.warning("%d of %d interactions have no %s; it counts as unknown", unknown, len(values), name)
+    found: np.ndarray = np.ma.filled(values, _UNKNOWN.get(name)) if unknown else np.ma.getdata(values)
+    return found

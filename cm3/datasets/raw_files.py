@@ -6,6 +6,7 @@ from typing import Any
 
 from cm3.common.errors import UserError
 from cm3.common.files import read_json, sha256_of
+from cm3.common.input_files import unreadable
 
 log = logging.getLogger("cm3.datasets.raw_files")
 
@@ -27,7 +28,7 @@ def provenance(inputs: dict[str, Path], expected: dict[str, dict[str, Any]]) -> 
     """
     facts = {}
     for name, path in inputs.items():
-        if not path.is_file():
+        if unreadable(path):
             continue  # The reader reports it.
         record = read_json(record_of(path)) if record_of(path).exists() else {}
         size = path.stat().st_size

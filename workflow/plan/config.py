@@ -16,6 +16,7 @@ from extractors.registry import parse_extractor
 from extractors.spec import BackendSpec
 from workflow.plan.experiments import Experiment, ExperimentSection, inherit, parse_settings
 from workflow.plan.studies import Study, parse_study
+from workflow.plan.yaml_keys import check_duplicate_keys, default_config
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -41,6 +42,7 @@ class Config:
 
     Attributes:
         files: the files that `--configfile` names, for the commands that results state.
+        local: the user's files are on this machine, not in an object storage.
     """
 
     datasets: Mapping[str, SourceSpec]
@@ -48,18 +50,22 @@ class Config:
     experiments: Mapping[str, Experiment]
     studies: Mapping[str, Study]
     files: Sequence[Path] = ()
+    local: bool = True
 
 
-def load_config(raw: Any, files: Sequence[Path] = ()) -> Config:
+def load_config(raw: Any, files: Sequence[Path] = (), local: bool = True) -> Config:
     """Check the configuration as a whole.
 
     Args:
         raw: the content of config.yaml.
         files: the files that `--configfile` names.
+        local: the user's files are on this machine, not in an object storage.
 
     Raises:
-        UserError: all faults, one per line: path of the key, value, and the nearest valid name.
+        UserError: all faults, one per line: path of the key, value, and the nearest valid name; or a key that is given
+            twice in `files` or in the default config.yaml.
     """
+    check_duplicate_keys([default_config(), *files])
     sections = validate(Sections, raw, "")
     faults: list[str] = []
     datasets = _parse_each("datasets", sections.datasets, parse_dataset, faults)
@@ -113,7 +119,7 @@ def load_config(raw: Any, files: Sequence[Path] = ()) -> Config:
     if faults:
         raise UserError("\n".join(faults))
     checked = {name: study for name, study in studies.items() if study}
-    return Config(datasets, extractors, experiments, checked, files)
+    return Config(datasets, extractors, experiments, checked, files, local)
 
 
 def _parse_each(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cm3.common.errors import UserError
+from cm3.common.input_files import check_readable
 from cm3.common.paths import expand
 from workflow.plan.config import Config
 from workflow.plan.folder import digest_of_folder
@@ -59,8 +60,16 @@ def download(config: Config, dataset: str, file: str) -> Task:
 
 
 def prepare_inputs(config: Config, dataset: str) -> dict[str, str]:
-    """Return the raw files of a dataset."""
-    return config.datasets[dataset].prepare_inputs(dataset)
+    """Return the raw files of a dataset.
+
+    Raises:
+        UserError: one of the user's own tables does not exist or cannot be read.
+    """
+    inputs = config.datasets[dataset].prepare_inputs(dataset)
+    if config.local and config.datasets[dataset].source == "files":
+        for name, path in inputs.items():
+            check_readable(Path(path), f"datasets.{dataset}.{name}.path")
+    return inputs
 
 
 def prepare(config: Config, dataset: str) -> Task:
