@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cm3.common import tables
 from cm3.common.embeddings import read_embeddings, write_embeddings
-from cm3.common.errors import UserError
+from cm3.common.errors import DamagedFileError, UserError
 from cm3.common.features import read_features, write_features
 from cm3.common.files import read_json, sha256_of, write_json
 from cm3.common.tables import read_metadata, read_table, write_table
@@ -209,7 +209,7 @@ def _unfinished(folder: Path) -> dict[str, Kind]:
             return None
         try:
             return sorted((some.tolist(), table.to_pydict()) for some, table in cache.read(rows, positions))
-        except tables.DamagedFileError as error:
+        except DamagedFileError as error:
             set_aside(error)
             return None
 

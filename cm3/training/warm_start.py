@@ -87,7 +87,7 @@ def check_no_leakage(data: Interactions, earlier: Interactions, vectors: Path) -
 
 
 def _read(model: Path, users: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
-    with _earlier_files():
+    with earlier_files():
         tensors, _ = read_tensors(model)
     ids = _user_ids(users)
     if len(tensors.get("users", ())) != len(ids):
@@ -96,13 +96,13 @@ def _read(model: Path, users: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
 
 
 def _user_ids(vectors: Path) -> list[str]:
-    with _earlier_files():
+    with earlier_files():
         found: list[str] = read_parquet(vectors, ["user_id"]).column("user_id").to_pylist()
     return found
 
 
 @contextlib.contextmanager
-def _earlier_files() -> Iterator[None]:
+def earlier_files() -> Iterator[None]:
     """Name the setting in errors: the files are the user's, and no stage makes them again."""
     try:
         yield
