@@ -181,7 +181,7 @@ class Evaluation(Strict):
 
     ks: list[Positive] = Field([10, 20], min_length=1, description="cut-offs of the metrics")
     score: Literal["dot", "cosine"] = Field(
-        "dot", description="score of the main metrics; metrics.json also has those of the other"
+        "dot", description="score of the main metrics; metrics.json also has those of the other, see also_report"
     )
     mask: Literal["train", "train+valid"] = Field(
         "train",
@@ -189,6 +189,16 @@ class Evaluation(Strict):
         "other mask",
     )
     top_n: int = Field(50, gt=0, description="recommendations written per test user")
+    also_report: list[Literal["dot", "cosine"]] | None = Field(
+        None,
+        description="further scores whose metrics metrics.json has; null: the other score, too; []: none, which halves the "
+        "time of an evaluation",
+    )
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings, also_report only where it is set: the keys of existing runs were computed without it."""
+        found = super().identity()
+        return found if self.also_report is not None else {k: v for k, v in found.items() if k != "also_report"}
 
     @field_validator("ks")
     @classmethod

@@ -18,7 +18,7 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
     computed as cos(t w) a + sin(t w) n with n the unit vector along b - <a, b> a, which does not lose digits
     near w = pi. Where the angle is tiny the chord is followed and normalised. Where b = -a every great circle
     is as short as another; a fixed one through `a` is taken. On an accelerator `cm3.model.fused_slerp` computes the
-    same up to rounding, in a third of the kernel launches.
+    same up to rounding, with fewer kernel launches.
 
     Args:
         a, b: (..., d) unit vectors.

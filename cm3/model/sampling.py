@@ -91,7 +91,7 @@ class Sampler:
 
     def epoch(self, number: int, first: int = 0) -> Iterator[Batch]:
         """Yield the batches of epoch `number` from batch `first` on."""
-        generator = torch.Generator(self.users.device).manual_seed(derived_seed(self.seed, number))
+        generator = seeded_generator(self.users.device, derived_seed(self.seed, number))
         order = torch.randperm(len(self.users), generator=generator, device=self.users.device)
         users, items = self.users[order], self.items[order]
         negatives = items if self.negative_sampling == "positive" else self._draw(users, generator)
@@ -148,6 +148,11 @@ def derived_seed(*parts: int) -> int:
     """Return a 63-bit seed; different `parts` give independent random streams."""
     # The length is included: trailing zeros alone would not change the sequence.
     return int(np.random.SeedSequence((len(parts), *parts)).generate_state(1, np.uint64)[0] >> 1)
+
+
+def seeded_generator(device: torch.device, seed: int) -> torch.Generator:
+    """Return a generator of a device with a seed."""
+    return torch.Generator(device).manual_seed(seed)
 
 
 SMALL_ALPHA = 0.01

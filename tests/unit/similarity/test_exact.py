@@ -76,7 +76,7 @@ CASES = ["random", "repeated", "noise", "near", "zeros", "constant", "signs", "s
 @pytest.fixture(params=[0, 13, 16], ids=["float32", "tf32", "bfloat16"])
 def dropped_bits(request, monkeypatch):
     """Every device's rounding on this one."""
-    monkeypatch.setattr(neighbours, "_droppable_bits", lambda device: request.param)
+    monkeypatch.setattr(neighbours, "droppable_bits", lambda device: request.param)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -135,7 +135,7 @@ def test_any_small_matrix(seed, n, d, distinct, wide, include_self, bits):
     x = rng.standard_normal((distinct, d)).astype(np.float64 if wide else np.float32)[rng.integers(0, distinct, n)]
     x[rng.random(n) < 0.1] = 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(neighbours, "_droppable_bits", lambda device: bits)
+        patch.setattr(neighbours, "droppable_bits", lambda device: bits)
         patch.setattr(neighbours, "MARGIN", int(rng.integers(0, 4)))
         check(x, int(rng.integers(1, n)), include_self)
 
