@@ -143,9 +143,18 @@ class Validation:
     """Users, truth and masks of one split, to score embeddings by one metric after every epoch."""
 
     def __init__(
-        self, truth: sp.csr_matrix, masked: sp.csr_matrix, monitor: str, device: torch.device | str = "cpu"
+        self,
+        truth: sp.csr_matrix,
+        masked: sp.csr_matrix,
+        monitor: str,
+        device: torch.device | str = "cpu",
+        on_device: bool | None = None,
     ) -> None:
         """Take truth and masked items, (U, I) each, and a metric at a cut-off, such as recall@20.
+
+        Args:
+            on_device: count the hits on the device, so that one number leaves it; None: on all devices but the CPU. Only
+                additive metrics are; on the CPU the value differs from that of NumPy in the last digit.
 
         Raises:
             ValueError: no user has any truth.
@@ -157,9 +166,9 @@ class Validation:
             raise ValueError("no user has a row in this split")
         self.truth, self.n_truth = truth[users], self.n_truth[users]
         self.ranking = Ranking(users, masked, device)
-        self.on_device = self.ranking.users.device.type != "cpu" and self.metric.additive
+        where = self.ranking.users.device
+        self.on_device = self.metric.additive and (where.type != "cpu" if on_device is None else on_device)
         if self.on_device:
-            where = self.ranking.users.device
             self.known = torch.from_numpy(pair_keys(self.truth)).to(where)
             gains = torch.from_numpy(hit_gains(self.metric, self.n_truth, self.k))
             self.gains = gains.to(where, torch.float32 if where.type == "mps" else torch.float64)

@@ -40,11 +40,12 @@ class Launches(TorchDispatchMode):
 
     Attributes:
         counts: operations by name.
+        largest: entries of the largest tensor that an operation made.
     """
 
     def __init__(self, device: str) -> None:
         super().__init__()
-        self.device, self.counts = device, Counter[str]()
+        self.device, self.counts, self.largest = device, Counter[str](), 0
 
     @property
     def total(self) -> int:
@@ -62,6 +63,7 @@ class Launches(TorchDispatchMode):
             raise WaitsError(f"{name}: the host waits for the device")
         if name not in _FREE:
             self.counts[name] += 1
+            self.largest = max([self.largest, *(x.numel() for x in made)])
         return found
 
     def _copies(self, name: str, given: list[Tensor], made: list[Tensor]) -> bool:

@@ -21,7 +21,7 @@ from cm3.model.fusion import lerp, reference_slerp, slerp, spherical_bezier
 from cm3.model.losses import alignment
 from cm3.model.model import build_model
 from cm3.model.network import Network
-from cm3.model.pair_potential import tiled_calibrated_uniformity, tiled_uniformity
+from cm3.model.pair_potential import BLOCK_ENTRIES, default_block_rows, tiled_calibrated_uniformity, tiled_uniformity
 from cm3.model.sampling import Batch, Sampler
 from cm3.model_registry import spec_classes
 from cm3.similarity.exact import UnitRows, scan
@@ -136,6 +136,18 @@ def test_kernel_launches_of_a_loss_do_not_depend_on_the_batch(n):
     with fake_device(), Launches("meta") as launches:
         tiled_uniformity(torch.empty(n, D, device="meta", requires_grad=True)).backward()
     assert launches.total <= 50, launches.counts
+
+
+@pytest.mark.parametrize("processes", [1, 2, 8])
+@pytest.mark.parametrize("n", [1, 8192, 65_536, 10**6])
+def test_blocks_of_pairs_are_bounded(n, processes):
+    assert 1 <= default_block_rows(n, "cuda", processes) * n <= BLOCK_ENTRIES
+    assert default_block_rows(8192, "cuda") == 8192, "one block"
+    if n == 65_536 and processes == 1:
+        with fake_device(), Launches("cuda") as launches:
+            x, counts = torch.empty(n, 4, device="cuda"), torch.empty(n, dtype=torch.int64, device="cuda")
+            tiled_calibrated_uniformity(x, x, (0, 1), counts=counts)
+        assert launches.largest <= BLOCK_ENTRIES, "entries of the largest table"
 
 
 @pytest.mark.parametrize("interpolate", [slerp, fused_slerp, reference_slerp, lerp])
