@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from checkout import METRICS, Checkout
 from filelock import FileLock
 
@@ -82,3 +83,11 @@ def real_weights(real_data: Path) -> Path:
     if not folder.is_dir():
         pytest.skip(f"real weights are not at {folder}")
     return folder
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device that a formula is compared with its oracle on; `cuda` is skipped on a machine without a GPU."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    return torch.device(request.param)

@@ -76,7 +76,9 @@ def evaluate(
     elif user_embeddings is not None and item_embeddings is not None:
         user_vectors, _ = read_embeddings(user_embeddings, "user_id", data.user_ids)
         item_vectors, metadata = read_embeddings(item_embeddings, "item_id", data.item_ids)
-        by_name = embedding_scores(*(torch.as_tensor(vectors, device=device) for vectors in (user_vectors, item_vectors)))
+        by_name = embedding_scores(
+            *(torch.as_tensor(vectors, device=device) for vectors in (user_vectors, item_vectors))
+        )
     else:
         raise ValueError("neither the embeddings of users and items nor item weights are given")
     if settings.score not in by_name:

@@ -205,7 +205,7 @@ class UnitRows:
         # 1 for a row of zeros; NaN and infinity stay, for `check_finite`.
         self._length = torch.where(self._length == 0, 1, self._length)
 
-    def check_finite(self) -> "UnitRows":
+    def check_finite(self) -> UnitRows:
         """Return self.
 
         Raises:

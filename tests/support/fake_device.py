@@ -24,10 +24,34 @@ import cm3.model.sampling
 from cm3.model.graph import SparseMatrix
 
 # Of an operation: it changes how a tensor is seen, or makes memory, and launches no kernel.
-_FREE = (
-    "detach alias view _unsafe_view expand permute transpose t select slice split split_with_sizes unsqueeze squeeze "
-    "unbind as_strided device empty empty_like empty_strided new_empty new_empty_strided lift_fresh diagonal unfold _reshape_alias"
-).split()
+_FREE = [
+    "detach",
+    "alias",
+    "view",
+    "_unsafe_view",
+    "expand",
+    "permute",
+    "transpose",
+    "t",
+    "select",
+    "slice",
+    "split",
+    "split_with_sizes",
+    "unsqueeze",
+    "squeeze",
+    "unbind",
+    "as_strided",
+    "device",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "lift_fresh",
+    "diagonal",
+    "unfold",
+    "_reshape_alias",
+]
 _WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "item")
 
 

@@ -171,3 +171,32 @@ def test_validation_averages_over_users_with_truth(monitor):
 def test_validation_needs_someone_to_score():
     with pytest.raises(ValueError, match="no user"):
         Validation(oracle.csr([[], []], 4), oracle.csr([[], []], 4), "recall@2")
+
+
+@pytest.mark.parametrize("monitor", ["recall@3", "ndcg@5", "precision@5", "ndcg@40"])
+@pytest.mark.parametrize("block", [1, 7, 1000])
+@pytest.mark.parametrize("levels", [2, 10**3])
+def test_hits_that_are_counted_on_the_device(monitor, block, levels):
+    """Few levels of scores give ties at the end of nearly every list."""
+    rng = np.random.default_rng(block)
+    truth, masked = (sp.csr_matrix(rng.random((60, 30)) < share) for share in (0.1, 0.2))
+    users = torch.from_numpy(rng.integers(0, levels, (60, 3)).astype(np.float32))
+    items = torch.from_numpy(rng.integers(0, levels, (30, 3)).astype(np.float32))
+    on_host, counted = (Validation(truth, masked, monitor, on_device=value) for value in (False, True))
+    counted.ranking.block = block
+    assert counted.score(users, items) == pytest.approx(on_host.score(users, items), rel=1e-12)
+    lists = counted.ranking.on_device(lambda rows: users[rows] @ items.T, 5)
+    assert levels > 2 or lists.tied.any()
+    counted.ranking.settle(lists, lists.tied.tolist(), lambda rows: users[rows] @ items.T)
+    expected = on_host.ranking.top(users, items, 5)
+    np.testing.assert_array_equal(lists.items, expected[0])
+    np.testing.assert_array_equal(lists.scores, expected[1])
+
+
+def test_additive_metrics_are_sums_over_hits():
+    rng = np.random.default_rng(0)
+    hits, n_truth = rng.random((50, 8)) < 0.3, rng.integers(1, 12, 50)
+    for name in METRICS:
+        metric = metric_class(name)
+        summed = (hits * cm3.evaluation.ranking.hit_gains(metric, n_truth, 8)).sum(1)
+        assert np.allclose(summed, metric.values(hits, n_truth, 8)) == metric.additive, name

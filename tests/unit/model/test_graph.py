@@ -1,5 +1,7 @@
 """Nearest neighbours, the two graphs, and propagation against dense matrices."""
 
+import warnings
+
 import numpy as np
 import oracles_cm3 as oracle
 import pytest
@@ -128,3 +130,25 @@ def test_add_neighbours_and_its_gradient(layers):
 def test_a_matrix_without_entries_gives_zeros():
     empty = SparseMatrix(sp.csr_matrix((4, 5)))
     assert torch.equal(empty.product(torch.ones(5, 2)), torch.zeros(4, 2))
+
+
+def test_the_sparse_matrix_of_a_device_is_made_once(monkeypatch):
+    made, make = [], torch.sparse_csr_tensor
+
+    def count(*arguments, **options):
+        made.append(1)
+        return make(*arguments, **options)
+
+    monkeypatch.setattr(torch, "sparse_csr_tensor", count)
+    matrix = SparseMatrix(sp.random_array((7, 5), density=0.4, format="csr", rng=0))
+    x = torch.randn(5, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            torch.testing.assert_close(matrix.csr_product(x), matrix.product(x))
+    assert len(made) == 1
+    torch.testing.assert_close(matrix.csr_product(x.double()), matrix.product(x.double()))
+    assert len(made) == 2
+    matrix.to("cpu")
+    matrix.csr_product(x)
+    assert len(made) == 3, "after a move"

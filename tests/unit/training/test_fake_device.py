@@ -77,7 +77,13 @@ def baseline(name: str) -> Network:
 def sampler(sampling: str, dedup: bool) -> Sampler:
     users, items = (torch.from_numpy(ids.astype(np.int64)) for ids in some((USERS, ITEMS)).nonzero())
     return Sampler(
-        users, items, ITEMS, batch_size=64, negative_sampling=sampling, dedup_pairs=dedup, seed=0  # type: ignore[arg-type]
+        users,
+        items,
+        ITEMS,
+        batch_size=64,
+        negative_sampling=sampling,
+        dedup_pairs=dedup,
+        seed=0,  # type: ignore[arg-type]
     )
 
 
@@ -263,4 +269,3 @@ def test_a_buffer_that_stays_on_the_cpu_is_found():
         model.modalities[1].features = torch.empty(ITEMS, 7)  # type: ignore[index, union-attr, assignment]
         with pytest.raises(FakeTensorDeviceMismatchError), torch.no_grad():
             model.training_embeddings(0)
-

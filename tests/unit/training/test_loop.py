@@ -136,7 +136,9 @@ def test_out_of_memory_says_what_to_lower(shop, tmp_path, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(cm3.training.loop.TrainingRun, "step", fail)
-    with pytest.raises(UserError, match=r"^training on cpu ran out of memory .*batch_size \(now 64\).*bfloat16") as found:
+    with pytest.raises(
+        UserError, match=r"^training on cpu ran out of memory .*batch_size \(now 64\).*bfloat16"
+    ) as found:
         run(shop, tmp_path)
     assert "\n" not in str(found.value)
     error = RuntimeError("another error")
