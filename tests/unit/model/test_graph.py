@@ -48,10 +48,10 @@ def test_knn_with_repeated_rows_orders_ties_by_lower_index(seed, n, distinct, in
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_knn_of_wide_rows(dtype):
+def test_knn_of_wide_rows(dtype, device):
     x = np.random.default_rng(0).standard_normal((300, 700)).astype(dtype)
     x[200:260] = x[17]
-    indices, scores = knn(torch.from_numpy(x), 10)
+    indices, scores = (found.cpu() for found in knn(torch.from_numpy(x).to(device), 10))
     expected, cosine = brute_force(x, 10, True)
     assert indices.tolist() == expected
     np.testing.assert_allclose(scores.numpy(), cosine, rtol=0, atol=1e-7)
@@ -95,13 +95,13 @@ def test_repeated_purchases_count_once(interactions):
 
 
 @pytest.mark.parametrize("layers", [0, 1, 3])
-def test_propagation_is_the_sum_of_powers_and_so_is_its_gradient(interactions, layers):
-    dense = torch.from_numpy(oracle.dense_adjacency(interactions.toarray()))
+def test_propagation_is_the_sum_of_powers_and_so_is_its_gradient(interactions, layers, device):
+    dense = torch.from_numpy(oracle.dense_adjacency(interactions.toarray())).to(device)
     power = sum(torch.linalg.matrix_power(dense, layer) for layer in range(layers + 1))
-    x = torch.randn(21, 4, dtype=torch.float64, requires_grad=True)
-    y = propagate(SparseMatrix(user_item_matrix(interactions)).double(), x, layers)
+    x = torch.randn(21, 4, dtype=torch.float64, device=device, requires_grad=True)
+    y = propagate(SparseMatrix(user_item_matrix(interactions)).double().to(device), x, layers)
     torch.testing.assert_close(y, power @ x, rtol=1e-6, atol=1e-6)
-    weights = torch.randn(21, 4, dtype=torch.float64)
+    weights = torch.randn(21, 4, dtype=torch.float64, device=device)
     torch.testing.assert_close(torch.autograd.grad((y * weights).sum(), x)[0], power.T @ weights, rtol=1e-6, atol=1e-6)
 
 
@@ -115,15 +115,17 @@ def test_item_graph_weighs_modalities_and_rescales_rows_with_missing_ones():
 
 
 @pytest.mark.parametrize("layers", [0, 1, 2])
-def test_add_neighbours_and_its_gradient(layers):
+def test_add_neighbours_and_its_gradient(layers, device):
     rng = np.random.default_rng(3)
     dense = np.where(rng.random((8, 8)) < 0.4, rng.random((8, 8)), 0).astype(np.float32)
     matrix = sp.csr_matrix(dense)
     power = torch.eye(8, dtype=torch.float64) + torch.linalg.matrix_power(torch.from_numpy(dense).double(), layers)
-    x = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
-    y = add_neighbours(SparseMatrix(matrix).double(), SparseMatrix(matrix.T.tocsr()).double(), x, layers)
+    power = power.to(device)
+    x = torch.randn(8, 3, dtype=torch.float64, device=device, requires_grad=True)
+    matrices = (SparseMatrix(some).double().to(device) for some in (matrix, matrix.T.tocsr()))
+    y = add_neighbours(*matrices, x, layers)
     torch.testing.assert_close(y, power @ x)
-    weights = torch.randn(8, 3, dtype=torch.float64)
+    weights = torch.randn(8, 3, dtype=torch.float64, device=device)
     torch.testing.assert_close(torch.autograd.grad((y * weights).sum(), x)[0], power.T @ weights)
 
 

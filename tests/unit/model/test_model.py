@@ -33,8 +33,8 @@ def build(modalities: int, **changes: object) -> tuple[CM3, dict[str, torch.Tens
     return model, dense | {f"x{m}": x.double() for m, x in enumerate(features)}
 
 
-def batch(dedup: bool = True) -> Batch:
-    users, items, negatives = (torch.tensor(x) for x in BATCH)
+def batch(dedup: bool = True, device: str = "cpu") -> Batch:
+    users, items, negatives = (torch.tensor(x, device=device) for x in BATCH)
     return Batch(
         users,
         items,
@@ -65,7 +65,7 @@ ABLATIONS = [
 @pytest.mark.parametrize("modalities", [1, 2, 3, 5])
 @pytest.mark.parametrize("changes", CHANGES + ABLATIONS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-4)])
-def test_forward_loss_and_gradients(modalities, changes, dtype, tolerance):
+def test_forward_loss_and_gradients(modalities, changes, dtype, tolerance, device):
     model, dense = build(modalities, **changes)
     chosen = model.settings
     t = torch.rand(ITEMS, dtype=torch.float64) * 0.9 + 0.05
@@ -95,13 +95,13 @@ def test_forward_loss_and_gradients(modalities, changes, dtype, tolerance):
     )
     plain_gradients = torch.autograd.grad(expected, list(weights.values()), allow_unused=True)
 
-    model = model.to(dtype)
-    embeddings = model(t.to(dtype))
+    model, t = model.to(device, dtype), t.to(device, dtype)
+    embeddings = model(t)
     for found, plain in ((embeddings.users, users), (embeddings.items, items), (embeddings.fused, fused)):
         assert_near(found, plain, tolerance, "embeddings")
     # What a training step computes embeds the batch's users alone; it must be the same loss.
-    model.sample_t = lambda seed: t.to(dtype)
-    some = batch(chosen.dedup_pairs)
+    model.sample_t = lambda seed: t
+    some = batch(chosen.dedup_pairs, device)
     for run in (
         lambda: backward_of(model.loss(embeddings, some)),
         lambda: model.backward([some], 0),
@@ -122,7 +122,7 @@ def backward_of(loss: Loss) -> Loss:
 
 def assert_near(found: torch.Tensor, expected: torch.Tensor, tolerance: float, name: str) -> None:
     """Whether the largest error is small against the largest entry."""
-    error = float((found.double() - expected).detach().abs().max())
+    error = float((found.double().cpu() - expected).detach().abs().max())
     assert error <= tolerance * float(expected.detach().abs().max()), f"{name}: off by {error}"
 
 

@@ -29,9 +29,9 @@ def brute_force(x: np.ndarray, k: int, include_self: bool = True) -> tuple[np.nd
     return order, np.take_along_axis(cosine, order, 1)
 
 
-def check(x: np.ndarray, k: int, include_self: bool = True) -> None:
+def check(x: np.ndarray, k: int, include_self: bool = True, device: str = "cpu") -> None:
     before = x.copy()
-    indices, scores = knn(torch.from_numpy(x), k, include_self)
+    indices, scores = (found.cpu() for found in knn(torch.from_numpy(x).to(device), k, include_self))
     expected, cosine = brute_force(x, k, include_self)
     if x.dtype == np.float32:
         np.testing.assert_array_equal(scores.numpy(), cosine)
@@ -80,8 +80,8 @@ def dropped_bits(request, monkeypatch):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_neighbours_and_scores_are_those_of_brute_force(case, dropped_bits):
-    check(drawn(case), 10)
+def test_neighbours_and_scores_are_those_of_brute_force(case, dropped_bits, device):
+    check(drawn(case), 10, device=device)
 
 
 @pytest.mark.parametrize("case", ["repeated", "noise", "zeros"])
