@@ -73,7 +73,7 @@ class Ranking:
         if not blocks:
             empty = self.users.new_zeros(0, k)
             return DeviceLists(empty, empty.float(), spans, torch.zeros(0, dtype=torch.bool, device=empty.device))
-        items, scores = (torch.cat([block[part] for block in blocks]) for part in (2, 3))
+        items, scores = torch.cat([block[2] for block in blocks]), torch.cat([block[3] for block in blocks])
         return DeviceLists(items, scores, spans, torch.stack([block[4].any() for block in blocks]))
 
     @torch.no_grad()

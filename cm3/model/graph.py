@@ -46,7 +46,7 @@ class SparseMatrix(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # The buffers move to another device or type: the matrices made of them are out of date.
         self._csr = {}
-        return super()._apply(fn, recurse)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def product(self, x: Tensor) -> Tensor:
         """Return the dense (N, D) product with `x` (K, D), outside autograd.

@@ -321,7 +321,8 @@ def build_model(
         torch.default_generator.manual_seed(derived_seed(seed))
         model = CM3(given, interactions, item_graph, settings)
     for modality in model.modalities:
-        modality.tf32 = precision == "tf32"
+        if isinstance(modality, Modality):
+            modality.tf32 = precision == "tf32"
     return model
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks the pipeline on a GPU in less than four minutes and prints a Markdown table; docs/gpu.md says where to send it.
+# Checks the pipeline on a GPU in some four minutes and prints a Markdown table; docs/gpu.md says where to send it.
 # CM3_CHECK_DEVICE=cpu tries the script itself on a machine without one, on tiny data.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
