@@ -37,7 +37,7 @@ from cm3.model.model import build_model
 from cm3.model.sampling import Sampler
 from cm3.similarity.exact import knn
 from cm3.training.checkpoint import NullCheckpoint
-from cm3.training.loop import _Run
+from cm3.training.loop import TrainingRun
 
 BATCH, TURN, K = 2048, 3, 20
 
@@ -164,7 +164,7 @@ def main() -> None:
     sampler = Sampler(users, items, n_items, batch_size=BATCH, negative_sampling="negative", dedup_pairs=True, seed=0)
     valid = matrix(splits["val"], (n_users, n_items))
     ranking = Validation(valid, train, "recall@20", device)
-    run = _Run(ours, sampler, ranking, training, NullCheckpoint(), None)
+    run = TrainingRun(ours, sampler, ranking, training, NullCheckpoint(), None)
     optimiser = torch.optim.Adam(theirs.parameters(), lr=1e-3)
     batches, seen = sampler.epoch(1), {user: set(mine) for user, mine in splits["train"].items()}
     pairs = [(user, item) for user, mine in splits["train"].items() for item in mine]

@@ -82,3 +82,14 @@ def real_weights(real_data: Path) -> Path:
     if not folder.is_dir():
         pytest.skip(f"real weights are not at {folder}")
     return folder
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Each device that a formula is compared with its oracle on; `cuda` is skipped on a machine without a GPU."""
+    if request.param == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA GPU")
+    return str(request.param)

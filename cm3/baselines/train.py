@@ -11,7 +11,7 @@ import torch
 from cm3.baselines.base import Baseline, ClosedForm, NetworkBaseline, parse_baseline
 from cm3.baselines.inputs import Inputs, check_modalities, read_inputs
 from cm3.common.cli import stage
-from cm3.common.device import select_device, set_threads
+from cm3.common.device import memory_advice, select_device, set_threads
 from cm3.common.files import sha256_of
 from cm3.common.interactions import read_interactions
 from cm3.common.keys import key_of
@@ -23,7 +23,7 @@ from cm3.evaluation.ranking import Validation
 from cm3.model.network import Embeddings, Network
 from cm3.model.sampling import derived_seed
 from cm3.training.checkpoint import Checkpoint
-from cm3.training.loop import Fitted, fit
+from cm3.training.loop import Fitted, fit, memory_hint
 from cm3.training.run import run_facts, training_sampler, validations, write_run
 from cm3.training.state import Best
 
@@ -86,7 +86,9 @@ def train(
     checkpoint = Checkpoint(model_output.parent / "checkpoints", fingerprint)
     if isinstance(model, NetworkBaseline):
         scored = validations(data, inputs.interactions, training, device, interactions)
-        network = _initialised(model, inputs, training.seed).to(device)
+        network = _initialised(model, inputs, training.seed)
+        with memory_advice(f"copying the model to {device.type}", memory_hint(training)):
+            network = network.to(device)
         inputs = replace(inputs, features={}, neighbours={})  # the network has its own copies
         curves = model_output.parent / "tensorboard"
         sampler = training_sampler(

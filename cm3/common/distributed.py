@@ -1,8 +1,11 @@
 """Training of one model by several processes that torchrun starts: each computes a part of every batch."""
 
 import contextlib
+import hashlib
 import os
+import signal
 import sys
+import threading
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -61,6 +64,31 @@ class ProcessShard:
         distributed.broadcast_object_list(values, src=0)
         return values[0]
 
+    def check_equal(self, tensors: Iterable[Tensor], what: str) -> None:
+        """Check that all processes have the same values.
+
+        Args:
+            tensors: this process's; copied to the host.
+            what: what they are, for the message.
+
+        Raises:
+            UserError: in every process, if they differ; the message names the devices.
+        """
+        tensors = list(tensors)
+        digest = hashlib.sha256()
+        for tensor in tensors:
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        device = tensors[0].device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        found: list[Any] = [None] * self.size
+        distributed.all_gather_object(found, (digest.hexdigest()[:12], name))
+        if len({value for value, _ in found}) > 1:
+            each = ", ".join(f"process {rank} on {device} has {value}" for rank, (value, device) in enumerate(found))
+            raise UserError(
+                f"training.processes: the processes drew different {what} from the same seed ({each}); random numbers "
+                "differ between GPU models and library versions: use equal GPUs, or set training.processes to 1"
+            )
+
 
 class _Sum(torch.autograd.Function):
     @staticmethod
@@ -79,7 +107,9 @@ class _Sum(torch.autograd.Function):
 def process_group(device: torch.device) -> Iterator[ProcessShard | None]:
     """Connect the processes that torchrun started, and yield this one's shard; None for a single process.
 
-    On CUDA each process uses the GPU of its local rank and NCCL; on the CPU they use gloo.
+    On CUDA each process uses the GPU of its local rank and NCCL; on the CPU they use gloo. After an error of the body,
+    disconnecting may take `TEARDOWN_SECONDS`, as it can wait for processes that wait for this one; a process that is
+    still there `EXIT_SECONDS` later is ended by the kernel. The launcher then ends the others.
 
     Raises:
         UserError: fewer GPUs than processes.
@@ -98,7 +128,29 @@ def process_group(device: torch.device) -> Iterator[ProcessShard | None]:
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield ProcessShard(distributed.get_rank(), distributed.get_world_size())
-    finally:
+    except BaseException:
+        _disconnect_within(TEARDOWN_SECONDS)
+        raise
+    distributed.destroy_process_group()
+
+
+TEARDOWN_SECONDS = 10.0
+EXIT_SECONDS = 30
+
+
+def _disconnect_within(seconds: float) -> None:
+    thread = threading.Thread(target=_destroy_quietly, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive() and threading.current_thread() is threading.main_thread():
+        # Threads of the communication library can block the end of the process, too.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(EXIT_SECONDS)
+
+
+def _destroy_quietly() -> None:
+    # A group whose peers are gone may raise anything; the error of the body is the one to report.
+    with contextlib.suppress(Exception):
         distributed.destroy_process_group()
 
 

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,10 @@ log = logging.getLogger("stage")
 _POLL_SECONDS = 0.5
 DEVICE_FOLDER = Path("/dev")
 SHARED_FOLDER = Path("/tmp")
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
+
+ALLOTTED = "CM3_ALLOTTED_GPUS"
+"""Environment variable of a job that asked for GPUs: their number. Processes that the job starts inherit it."""
 
 # Values of CUDA_VISIBLE_DEVICES without a GPU: empty, the usual -1, and SLURM's name.
 _NONE = ("", "-1", "NoDevFiles")
@@ -39,15 +44,47 @@ def gpu_here() -> bool:
     return sys.platform == "darwin" or devices or shutil.which("nvidia-smi") is not None
 
 
+def nvidia_gpu_here() -> bool:
+    """Return whether this process should find an NVIDIA GPU: a device file or nvidia-smi shows one that is not hidden."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") is not None and not visible_gpus():
+        return False
+    return any(DEVICE_FOLDER.glob("nvidia[0-9]*")) or bool(_listed())
+
+
+def allotted_gpus() -> int:
+    """Return the number of GPUs that this process was allotted: by the workflow, or by a scheduler that shows them."""
+    given = int(os.environ.get(ALLOTTED, "0"))
+    return given or (len(visible_gpus()) if os.environ.get("CUDA_VISIBLE_DEVICES") is not None else 0)
+
+
+def driver_version() -> str | None:
+    """Return the version of the NVIDIA driver, from nvidia-smi or the kernel module; None where neither states it."""
+    rows = _asked("driver_version")
+    if rows:
+        return rows[0].strip()
+    try:
+        found = re.search(r"\b\d+\.\d+(\.\d+)?\b", DRIVER_FILE.read_text())
+    except OSError:
+        return None
+    return found.group() if found else None
+
+
 def _listed() -> dict[str, str]:
     """Return the GPUs of nvidia-smi: index -> UUID."""
-    if shutil.which("nvidia-smi") is None:
-        return {}
-    query = ["nvidia-smi", "--query-gpu=index,uuid", "--format=csv,noheader"]
-    answer = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
-    rows = answer.stdout.splitlines() if answer.returncode == 0 else []
-    pairs = ([part.strip() for part in row.split(",")] for row in rows if row.strip())
+    pairs = ([part.strip() for part in row.split(",")] for row in _asked("index,uuid"))
     return {pair[0]: pair[-1] for pair in pairs}
+
+
+def _asked(fields: str) -> list[str]:
+    """Return the rows of a query of nvidia-smi; none where it is absent or fails."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [row for row in answer.stdout.splitlines() if row.strip()] if answer.returncode == 0 else []
 
 
 @contextlib.contextmanager
@@ -70,8 +107,12 @@ def own_gpus(wanted: int | None) -> Iterator[list[str]]:
         with _showing([]):
             yield []
         return
-    if not wanted or not (ids := visible_gpus()):
+    if not wanted:
         yield []
+        return
+    if not (ids := visible_gpus()):
+        with _environment(ALLOTTED, str(wanted)):
+            yield []
         return
     folder = _locks()
     uuids = _listed()
@@ -83,7 +124,7 @@ def own_gpus(wanted: int | None) -> Iterator[list[str]]:
         time.sleep(_POLL_SECONDS)
         held = _free(folder, devices, min(wanted, len(ids)))
     try:
-        with _showing(held):
+        with _environment(ALLOTTED, str(len(held))), _showing(held):
             yield list(held)
     finally:
         for lock in held.values():
@@ -97,18 +138,22 @@ def _locks() -> Path:
     return folder
 
 
-@contextlib.contextmanager
-def _showing(ids: Iterable[str]) -> Iterator[None]:
+def _showing(ids: Iterable[str]) -> contextlib.AbstractContextManager[None]:
     """Make only these GPUs visible to CUDA while the body runs."""
-    before = os.environ.get("CUDA_VISIBLE_DEVICES")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(ids)
+    return _environment("CUDA_VISIBLE_DEVICES", ",".join(ids))
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
     try:
         yield
     finally:
         if before is None:
-            del os.environ["CUDA_VISIBLE_DEVICES"]
+            del os.environ[name]
         else:
-            os.environ["CUDA_VISIBLE_DEVICES"] = before
+            os.environ[name] = before
 
 
 def _free(folder: Path, devices: dict[str, str], wanted: int) -> dict[str, IO[str]]:

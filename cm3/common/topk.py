@@ -11,25 +11,13 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return (indices, values), both (N, k), of the k largest entries of each row of (N, I) scores.
 
     Ordered by value, largest first; among equal values the lower index comes first and is kept first, which
-    `torch.topk` alone does not guarantee.
+    `torch.topk` alone does not guarantee. Waits for a GPU: see `top_k_and_ties`.
 
     Raises:
         ValueError: k is not in 1..I.
     """
-    width = scores.shape[1]
-    if not 0 < k <= width:
-        raise ValueError(f"k = {k} is not between 1 and the {width} columns")
-    if k == width:
-        values, indices = torch.sort(scores, dim=1, descending=True, stable=True)
-        return indices, values
-    values, indices = largest(scores, k + 1)
-    values, order = values.sort(dim=1, descending=True)
-    indices = indices.gather(1, order)
-    # A tie across the boundary: topk may have kept any of the equal entries.
-    torn = torch.nonzero((values[:, k - 1] == values[:, k]) & (values[:, k] > -torch.inf)).squeeze(1)
-    indices, by_index = indices[:, :k].sort(dim=1)
-    values, by_value = values[:, :k].gather(1, by_index).sort(dim=1, descending=True, stable=True)
-    indices = indices.gather(1, by_value)
+    indices, values, tied = top_k_and_ties(scores, k)
+    torn = torch.nonzero(tied).squeeze(1)
     if len(torn):
         # Keep all that is above the k-th value (a NaN is, to topk), and of its equals the first. Counting them is an
         # order of magnitude cheaper than sorting whole rows.
@@ -42,6 +30,30 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
         values[torn], order = again.gather(1, columns).sort(dim=1, descending=True, stable=True)
         indices[torn] = columns.gather(1, order)
     return indices, values
+
+
+def top_k_and_ties(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return indices and values as `top_k`, and (N,) bool: which of several equal entries came last is not settled.
+
+    Never waits for a GPU. Other rows, nearly all of real scores, are final.
+
+    Raises:
+        ValueError: k is not in 1..I.
+    """
+    width = scores.shape[1]
+    if not 0 < k <= width:
+        raise ValueError(f"k = {k} is not between 1 and the {width} columns")
+    if k == width:
+        values, indices = torch.sort(scores, dim=1, descending=True, stable=True)
+        return indices, values, torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
+    values, indices = largest(scores, k + 1)
+    values, order = values.sort(dim=1, descending=True)
+    indices = indices.gather(1, order)
+    # A tie across the boundary: topk may have kept any of the equal entries.
+    tied = (values[:, k - 1] == values[:, k]) & (values[:, k] > -torch.inf)
+    indices, by_index = indices[:, :k].sort(dim=1)
+    values, by_value = values[:, :k].gather(1, by_index).sort(dim=1, descending=True, stable=True)
+    return indices.gather(1, by_value), values, tied
 
 
 def largest(scores: Tensor, width: int) -> tuple[Tensor, Tensor]:

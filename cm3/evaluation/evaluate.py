@@ -52,7 +52,8 @@ def evaluate(
     Scores are computed from the embeddings of users and items, or from the item `weights` and the training interactions.
     Writes evaluation.json (test, valid, detail, counts), per_user.parquet (user, n_test, a float64 column per
     metric@k of the main test metrics) and recommendations.parquet (user_id, item_id, rank from 1, score).
-    Validation always masks the training items; the test mask is `settings.mask`.
+    Validation always masks the training items; the test mask is `settings.mask`. The metrics of the other score are in the
+    detail, too, unless `settings.also_report` leaves it out.
 
     Returns:
         The content of evaluation.json.
@@ -75,13 +76,17 @@ def evaluate(
     elif user_embeddings is not None and item_embeddings is not None:
         user_vectors, _ = read_embeddings(user_embeddings, "user_id", data.user_ids)
         item_vectors, metadata = read_embeddings(item_embeddings, "item_id", data.item_ids)
-        by_name = _scores(*(torch.as_tensor(vectors, device=device) for vectors in (user_vectors, item_vectors)))
+        by_name = embedding_scores(
+            *(torch.as_tensor(vectors, device=device) for vectors in (user_vectors, item_vectors))
+        )
     else:
         raise ValueError("neither the embeddings of users and items nor item weights are given")
     if settings.score not in by_name:
         raise UserError(
             f"evaluation.score = {settings.score!r}: {weights} holds item weights and no embeddings; set score to dot"
         )
+    if settings.also_report is not None:
+        by_name = {name: of for name, of in by_name.items() if name in (settings.score, *settings.also_report)}
 
     k, longest = max(settings.ks), max(*settings.ks, settings.top_n)
     tested, validated = (np.diff(split.indptr) > 0 for split in (test, valid))
@@ -136,7 +141,8 @@ def evaluate(
     return result
 
 
-def _scores(users: Tensor, items: Tensor) -> dict[str, Score]:
+def embedding_scores(users: Tensor, items: Tensor) -> dict[str, Score]:
+    """Return by name the scores, functions from user indices (b,) to (b, I), of embeddings (U, D) and (I, D)."""
     unit_items = functional.normalize(items, dim=1)
     return {
         "dot": lambda rows: users[rows] @ items.T,
@@ -198,8 +204,11 @@ def main() -> None:
     """
     with stage("cm3.evaluation.evaluate") as call:
         set_threads(call.runtime.get("threads"))
-        # On the CPU by default, so that results do not depend on the machine that trained.
-        device = select_device(call.runtime.get("device", "cpu"))
+        # The workflow hides the GPUs from a job that was allotted none.
+        wanted = call.runtime.get("device", "auto")
+        device = select_device(wanted, "device")
+        if wanted == "auto" and device.type == "mps":
+            device = torch.device("cpu")
         names = ("interactions", "items", "users")
         scored = [n for n in ("user_embeddings", "item_embeddings", "weights") if n in call.inputs]
         result = evaluate(

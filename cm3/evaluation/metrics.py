@@ -17,6 +17,7 @@ class Recall(Metric):
     version: ClassVar[int | None] = 1
     name = "recall"
     title = "Recall"
+    additive = True
     formula = "hits among the first `k` / `n`"
 
     @staticmethod
@@ -32,6 +33,7 @@ class NDCG(Metric):
     version: ClassVar[int | None] = 1
     name = "ndcg"
     title = "NDCG"
+    additive = True
     formula = "sum over hits at rank `j ≤ k` of 1 / log2(`j` + 1), / the same sum for min(`k`, `n`) hits in front"
 
     @staticmethod
@@ -51,6 +53,7 @@ class Precision(Metric):
     version: ClassVar[int | None] = 1
     name = "precision"
     title = "Precision"
+    additive = True
     formula = "hits among the first `k` / `k`"
 
     @staticmethod

@@ -1,16 +1,18 @@
 """Full ranking of all items for many users, and the validation score of a split."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from cm3.common.topk import top_k
-from cm3.evaluation.hits import hit_matrix
-from cm3.evaluation.registry import metric_class
+from cm3.common.device import is_out_of_memory
+from cm3.common.topk import top_k, top_k_and_ties
+from cm3.evaluation.hits import hit_matrix, hits_on_device, pair_keys
+from cm3.evaluation.registry import Metric, metric_class
 
 log = logging.getLogger(__name__)
 
@@ -54,45 +56,105 @@ class Ranking:
         width = min(k, self.n_items)
         best = np.full((len(self.users), k), -1, np.int64)
         values = np.full((len(self.users), k), -np.inf, np.float32)
-        for start, indices, top in self._blocks(score, width):
-            best[start : start + len(top), :width] = indices.cpu().numpy()
-            values[start : start + len(top), :width] = top.cpu().numpy()
+        if self.users.device.type != "cpu":
+            lists = self.on_device(score, width)
+            self.settle(lists, lists.tied.tolist(), score)
+            best[:, :width], values[:, :width] = lists.items.cpu().numpy(), lists.scores.cpu().numpy()
+            return best, values
+        for start, stop, indices, top, _ in self._blocks(score, width, top_k_settled):
+            best[start:stop, :width] = indices.numpy()
+            values[start:stop, :width] = top.numpy()
         return best, values
 
+    def on_device(self, score: Callable[[Tensor], Tensor], k: int) -> "DeviceLists":
+        """Return the lists of all chosen users for k <= I, without waiting for the device; `settle` makes them final."""
+        blocks = list(self._blocks(score, k, top_k_and_ties))
+        spans = [(start, stop) for start, stop, *_ in blocks]
+        if not blocks:
+            empty = self.users.new_zeros(0, k)
+            return DeviceLists(empty, empty.float(), spans, torch.zeros(0, dtype=torch.bool, device=empty.device))
+        items, scores = torch.cat([block[2] for block in blocks]), torch.cat([block[3] for block in blocks])
+        return DeviceLists(items, scores, spans, torch.stack([block[4].any() for block in blocks]))
+
     @torch.no_grad()
-    def _blocks(self, score: Callable[[Tensor], Tensor], k: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def settle(self, lists: "DeviceLists", tied: Sequence[bool], score: Callable[[Tensor], Tensor]) -> None:
+        """Rank the blocks that are `tied` once more, in place; of equal scores the lower items are then kept."""
+        for (start, stop), again in zip(lists.spans, tied, strict=True):
+            if again:
+                found = self._best(score, start, stop, lists.items.shape[1], top_k_settled)
+                lists.items[start:stop], lists.scores[start:stop] = found[:2]
+
+    @torch.no_grad()
+    def _blocks(
+        self, score: Callable[[Tensor], Tensor], k: int, select: "Select"
+    ) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor]]:
         start = 0
         while start < len(self.users):
             stop = min(start + self.block, len(self.users))
             try:
-                found = self._best(score, start, stop, k)
-            except torch.OutOfMemoryError:
-                if self.block == 1:
+                found = self._best(score, start, stop, k, select)
+            except (RuntimeError, MemoryError) as error:
+                if self.block == 1 or not is_out_of_memory(error):
                     raise
                 self.block = -(-(stop - start) // 2)
                 log.warning("out of memory while ranking; continuing with blocks of %d users", self.block)
                 continue
-            yield start, *found
+            yield start, stop, *found
             start = stop
 
-    def _best(self, score: Callable[[Tensor], Tensor], start: int, stop: int, k: int) -> tuple[Tensor, Tensor]:
+    def _best(
+        self, score: Callable[[Tensor], Tensor], start: int, stop: int, k: int, select: "Select"
+    ) -> tuple[Tensor, Tensor, Tensor]:
         rows = self.users[start:stop]
         # A block below the multiple is one that memory was too small for.
         padding = rows[-1:].expand(-len(rows) % ROW_MULTIPLE if self.block >= ROW_MULTIPLE else 0)
         scores = score(torch.cat([rows, padding]))[: len(rows)]
         part = slice(self.offsets[start], self.offsets[stop])
         scores[self.rows[part] - start, self.columns[part]] = -torch.inf
-        indices, top = top_k(scores, k)
-        return indices.masked_fill_(top == -torch.inf, -1), top
+        indices, top, tied = select(scores, k)
+        return indices.masked_fill_(top == -torch.inf, -1), top, tied
+
+
+Select = Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
+
+
+def top_k_settled(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `top_k` in the form of `top_k_and_ties`, with no tie left."""
+    return *top_k(scores, k), torch.zeros((), dtype=torch.bool, device=scores.device)
+
+
+@dataclass(frozen=True)
+class DeviceLists:
+    """Ranked lists of R users on a device.
+
+    Attributes:
+        items, scores: (R, k), best first; -1 and -inf after the last item.
+        spans: first user and end of each of B blocks.
+        tied: (B,) bool, whether equal scores at the end of a list are not settled in a block.
+    """
+
+    items: Tensor
+    scores: Tensor
+    spans: list[tuple[int, int]]
+    tied: Tensor
 
 
 class Validation:
     """Users, truth and masks of one split, to score embeddings by one metric after every epoch."""
 
     def __init__(
-        self, truth: sp.csr_matrix, masked: sp.csr_matrix, monitor: str, device: torch.device | str = "cpu"
+        self,
+        truth: sp.csr_matrix,
+        masked: sp.csr_matrix,
+        monitor: str,
+        device: torch.device | str = "cpu",
+        on_device: bool | None = None,
     ) -> None:
         """Take truth and masked items, (U, I) each, and a metric at a cut-off, such as recall@20.
+
+        Args:
+            on_device: count the hits on the device, so that one number leaves it; None: on all devices but the CPU. Only
+                additive metrics are; on the CPU the value differs from that of NumPy in the last digit.
 
         Raises:
             ValueError: no user has any truth.
@@ -104,6 +166,12 @@ class Validation:
             raise ValueError("no user has a row in this split")
         self.truth, self.n_truth = truth[users], self.n_truth[users]
         self.ranking = Ranking(users, masked, device)
+        where = self.ranking.users.device
+        self.on_device = self.metric.additive and (where.type != "cpu" if on_device is None else on_device)
+        if self.on_device:
+            self.known = torch.from_numpy(pair_keys(self.truth)).to(where)
+            gains = torch.from_numpy(hit_gains(self.metric, self.n_truth, self.k))
+            self.gains = gains.to(where, torch.float32 if where.type == "mps" else torch.float64)
 
     def score(self, users: Tensor, items: Tensor) -> float:
         """Return the mean of the metric over the users that have truth, for embeddings (U, D) and (I, D)."""
@@ -111,5 +179,32 @@ class Validation:
 
     def score_by(self, score: Callable[[Tensor], Tensor]) -> float:
         """Return the same for any function from user indices (b,) to scores (b, I)."""
-        best, _ = self.ranking.top_by(score, self.k)
-        return float(self.metric.values(hit_matrix(best, self.truth), self.n_truth, self.k).mean())
+        if not self.on_device:
+            best, _ = self.ranking.top_by(score, self.k)
+            return float(self.metric.values(hit_matrix(best, self.truth), self.n_truth, self.k).mean())
+        lists = self.ranking.on_device(score, min(self.k, self.ranking.n_items))
+        value, *tied = torch.cat([self.mean(lists)[None], lists.tied.to(self.gains.dtype)]).tolist()
+        if any(tied):
+            self.ranking.settle(lists, [bool(block) for block in tied], score)
+            value = self.mean(lists).item()
+        return float(value)
+
+    @torch.no_grad()
+    def mean(self, lists: DeviceLists) -> Tensor:
+        """Return the mean of an additive metric over lists on the device, a scalar there."""
+        hits = hits_on_device(lists.items, self.known, self.ranking.n_items)
+        return torch.where(hits, self.gains[:, : hits.shape[1]], 0).sum() / len(hits)
+
+
+def hit_gains(metric: type[Metric], n_truth: np.ndarray, k: int) -> np.ndarray:
+    """Return what a hit at each rank adds to an additive metric of each user, (U, k) float64.
+
+    Args:
+        metric: its value is the sum over hits.
+        n_truth: (U,) numbers of relevant items.
+        k: cut-off.
+    """
+    sizes, places = np.unique(n_truth, return_inverse=True)
+    by_size = [metric.values(np.eye(k, dtype=bool), np.full(k, size), k) for size in sizes]
+    gains: np.ndarray = np.stack(by_size)[places]
+    return gains

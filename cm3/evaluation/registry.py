@@ -30,12 +30,15 @@ class Metric(Part):
         title: as papers write it.
         formula: what docs/metrics.md has: per user, with hit_j = 1 where the item at rank j is one of the n relevant ones.
         larger_is_better: False for an error or a distance.
+        additive: the value of a list is the sum of the values of lists with one of its hits each. Such a metric can be
+            computed on a GPU during training.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     formula: ClassVar[str]
     larger_is_better: ClassVar[bool] = True
+    additive: ClassVar[bool] = False
 
     @staticmethod
     @abstractmethod

@@ -1,5 +1,6 @@
 """The two graphs of CM3, user-item and item-item, and sparse products with them."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,6 +41,12 @@ class SparseMatrix(nn.Module):
         self.register_buffer("offsets", torch.from_numpy(matrix.indptr.astype(index)), persistent=False)
         self.register_buffer("columns", torch.from_numpy(matrix.indices.astype(index)), persistent=False)
         self.register_buffer("values", torch.from_numpy(matrix.data.copy()), persistent=False)
+        self._csr: dict[torch.dtype, Tensor] = {}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # The buffers move to another device or type: the matrices made of them are out of date.
+        self._csr = {}
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def product(self, x: Tensor) -> Tensor:
         """Return the dense (N, D) product with `x` (K, D), outside autograd.
@@ -55,13 +62,23 @@ class SparseMatrix(nn.Module):
                 self.columns, x, self.offsets, mode="sum", per_sample_weights=values, include_last_offset=True
             )
         if x.device.type == "cuda":
-            values = self.values.to(x.dtype)
-            matrix = torch.sparse_csr_tensor(self.offsets, self.columns, values, self.shape, check_invariants=False)
-            return matrix @ x
+            return self.csr_product(x)
         lengths = (self.offsets[1:] - self.offsets[:-1]).long()
         rows = torch.arange(self.shape[0], device=x.device).repeat_interleave(lengths, output_size=len(self.columns))
         weighted = x.index_select(0, self.columns) * self.values.to(x.dtype)[:, None]
         return x.new_zeros((self.shape[0], x.shape[1])).index_add_(0, rows, weighted)
+
+    def csr_product(self, x: Tensor) -> Tensor:
+        """Return the product with `x` (K, D) through torch's sparse kernel, the fastest one on a CUDA GPU."""
+        if x.dtype not in self._csr:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+                values = self.values.to(x.dtype)
+                self._csr[x.dtype] = torch.sparse_csr_tensor(
+                    self.offsets, self.columns, values, self.shape, check_invariants=False
+                )
+        product: Tensor = self._csr[x.dtype] @ x
+        return product
 
 
 def user_item_matrix(interactions: sp.csr_matrix) -> sp.csr_matrix:

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from cm3.common.arrays import blocks, mean_of_rows, zeros
+from cm3.common.device import float32_arithmetic
 from cm3.common.errors import UserError
 from cm3.config import Model
 from cm3.model.fused_slerp import fused_slerp
@@ -43,9 +44,13 @@ class Modality(nn.Module):
     """Projects one modality's features x, (I, d_m), onto its stream h and its control point c, both (I, d).
 
     h = normalise(W2 LeakyReLU(W1 x + b1)), c = normalise(V x + a).
+
+    Attributes:
+        tf32: whether a GPU may compute the products with the features in TF32.
     """
 
     features: Tensor
+    tf32: bool = False
 
     def __init__(self, features: Tensor, hidden_dim: int, d: int) -> None:
         super().__init__()
@@ -62,11 +67,31 @@ class Modality(nn.Module):
         bias = torch.cat([self.hidden.bias, self.point.bias])
         if self.features.dtype == torch.bfloat16:
             both = functional.linear(self.features, weight.bfloat16()).to(weight.dtype) + bias
+        elif self.tf32:
+            both = _TF32Linear.apply(self.features, weight, bias)
         else:
             both = functional.linear(self.features, weight, bias)
         inner, control = both.split([self.hidden.out_features, self.point.out_features], dim=1)
         stream = self.output(functional.leaky_relu(inner))
         return functional.normalize(stream, dim=1), functional.normalize(control, dim=1)
+
+
+class _TF32Linear(torch.autograd.Function):
+    """x W^T + b for constant x, its product and that of the gradient of W in TF32 where the device has it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        with float32_arithmetic(tf32=True):
+            return functional.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor]:
+        (x,) = ctx.saved_tensors
+        with float32_arithmetic(tf32=True):
+            by_weight = grad.T @ x
+        return None, by_weight, grad.sum(0)
 
 
 class CM3(Network):
@@ -137,6 +162,10 @@ class CM3(Network):
         """Return a forward pass with t ~ Beta(alpha, alpha), one value per item, sampled by `seed`."""
         found: FusedEmbeddings = self(self.sample_t(seed))
         return found
+
+    def random_draws(self, seed: int) -> tuple[Tensor, ...]:
+        """Return the positions on the fusion curves."""
+        return (self.sample_t(seed),)
 
     def sample_t(self, seed: int) -> Tensor:
         """Return a training step's positions on the fusion curves, (I,) from Beta(alpha, alpha)."""
@@ -284,12 +313,17 @@ def build_model(
 ) -> CM3:
     """Return a CM3 whose initial weights depend on `seed` alone; torch's global generator is not changed.
 
-    With `precision` bfloat16 the features are stored in that type, and so are the factors of their products.
+    With `precision` bfloat16 the features are stored in that type, and so are the factors of their products. With tf32
+    a GPU computes the products of float32 features in TF32.
     """
-    given = [torch.from_numpy(x) if precision == "float32" else _bfloat16(x) for x in features]
+    given = [_bfloat16(x) if precision == "bfloat16" else torch.from_numpy(x) for x in features]
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derived_seed(seed))
-        return CM3(given, interactions, item_graph, settings)
+        model = CM3(given, interactions, item_graph, settings)
+    for modality in model.modalities:
+        if isinstance(modality, Modality):
+            modality.tf32 = precision == "tf32"
+    return model
 
 
 def _bfloat16(x: np.ndarray) -> Tensor:

@@ -94,6 +94,10 @@ class Network(nn.Module):
         """Return the `Embeddings` of a training step; all random numbers come from `seed`, none from a global generator."""
         raise NotImplementedError
 
+    def random_draws(self, seed: int) -> tuple[Tensor, ...]:
+        """Return the random numbers of a training step, which processes that train one model must have in common."""
+        return ()
+
     def loss(self, embeddings: Any, batch: Batch) -> Loss:
         """Return the loss of a batch given the embeddings of a training step."""
         raise NotImplementedError

@@ -14,6 +14,9 @@ from cm3.common.distributed import ProcessShard
 CPU_BLOCK_ROWS = 256
 """Rows of a block on the CPU: its exponents stay in a core's cache."""
 
+BLOCK_ENTRIES = 2**26
+"""Pairs of a block on an accelerator, 256 MB in float32; a block has up to four such tables. A batch of 8,192 is one block."""
+
 
 def tiled_uniformity(
     x: Tensor,
@@ -27,7 +30,7 @@ def tiled_uniformity(
     Args:
         x, t, counts: as there.
         shard: of several processes; the value is that of all pairs, the gradient that of this process's pairs.
-        block_rows: rows of a block; None: `CPU_BLOCK_ROWS`, or a quarter of the rows on a GPU.
+        block_rows: rows of a block; None: `CPU_BLOCK_ROWS`, or as many as `BLOCK_ENTRIES` holds on a GPU.
     """
     found: Tensor = _PairPotential.apply(x, None, counts, t, None, shard, block_rows)
     return found
@@ -80,7 +83,7 @@ class _PairPotential(torch.autograd.Function):
         offset = x.square().sum(1) * t
         if counts is not None:
             offset -= counts.to(x.dtype).log()
-        size = block_rows or _default_block_rows(x, shard)
+        size = block_rows or default_block_rows(n, x.device.type, shard.size if shard else 1)
         for block, start in enumerate(range(0, n, size)):
             if shard and not shard.owns(block):
                 continue
@@ -96,8 +99,10 @@ class _PairPotential(torch.autograd.Function):
             corner = q[:, : len(q)]
             corner.masked_fill_(torch.ones_like(corner, dtype=torch.bool).tril_(), -torch.inf)
             sums.add(q, rows, columns, clamped)
-        n_pairs = n * (n - 1) // 2 if counts is None else (counts.sum().square() - counts.square().sum()) // 2
-        n_pairs = torch.as_tensor(n_pairs, device=x.device)
+        if counts is None:
+            n_pairs = torch.full((), n * (n - 1) // 2, device=x.device)
+        else:
+            n_pairs = (counts.sum().square() - counts.square().sum()) // 2
         if shard:
             sums.merge(shard)
         ctx.save_for_backward(*sums.gradients(torch.where(n_pairs > 0, t / sums.total, torch.zeros_like(sums.total))))
@@ -110,10 +115,15 @@ class _PairPotential(torch.autograd.Function):
         return *(None if part is None else part * grad for part in ctx.saved_tensors), None, None, None, None, None
 
 
-def _default_block_rows(x: Tensor, shard: ProcessShard | None) -> int:
-    # Four blocks per process or more: half of the first block's products are below the diagonal and thrown away.
-    quarter = -(-max(len(x), 1) // (4 * shard.size if shard else 1))
-    return min(quarter, CPU_BLOCK_ROWS) if x.device.type == "cpu" else quarter
+def default_block_rows(n: int, device_type: str, processes: int = 1) -> int:
+    """Return the rows of a block of the (n, n) pairs.
+
+    One process on an accelerator takes all rows at once, to launch few kernels, as long as `BLOCK_ENTRIES` allows it.
+    Several processes have four blocks each or more, as blocks of a triangle differ in size.
+    """
+    shares = 4 * processes if processes > 1 else 1
+    most = CPU_BLOCK_ROWS if device_type == "cpu" else max(1, BLOCK_ENTRIES // max(n, 1))
+    return min(-(-max(n, 1) // shares), most)
 
 
 class _Sums:

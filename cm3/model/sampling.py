@@ -91,7 +91,7 @@ class Sampler:
 
     def epoch(self, number: int, first: int = 0) -> Iterator[Batch]:
         """Yield the batches of epoch `number` from batch `first` on."""
-        generator = torch.Generator(self.users.device).manual_seed(derived_seed(self.seed, number))
+        generator = seeded_generator(self.users.device, derived_seed(self.seed, number))
         order = torch.randperm(len(self.users), generator=generator, device=self.users.device)
         users, items = self.users[order], self.items[order]
         negatives = items if self.negative_sampling == "positive" else self._draw(users, generator)
@@ -150,11 +150,37 @@ def derived_seed(*parts: int) -> int:
     return int(np.random.SeedSequence((len(parts), *parts)).generate_state(1, np.uint64)[0] >> 1)
 
 
+def seeded_generator(device: torch.device, seed: int) -> torch.Generator:
+    """Return a generator of a device with a seed."""
+    return torch.Generator(device).manual_seed(seed)
+
+
+SMALL_ALPHA = 0.01
+"""Below it, both gamma variates of a Beta variate often underflow, even in float64."""
+
+
 def mixing_parameters(alpha: float, n: int, device: torch.device, seed: int) -> Tensor:
-    """Draw t ~ Beta(alpha, alpha) for `n` items on `device`, by `seed`; the global generators are not changed."""
+    """Draw t ~ Beta(alpha, alpha), (n,) float32, on `device`, by `seed`; the global generators are not changed."""
     source = torch.device("cpu") if device.type == "mps" else device
     with torch.random.fork_rng(devices=[source] if source.type == "cuda" else []):
         # torch.manual_seed would seed the generators of all GPUs.
         (torch.cuda.manual_seed if source.type == "cuda" else torch.default_generator.manual_seed)(seed)
-        shape = torch.full((n,), alpha, device=source)
-        return torch.distributions.Beta(shape, shape, validate_args=False).sample().to(device)
+        return (_by_log_gamma if alpha < SMALL_ALPHA else _beta)(alpha, n, source).float().to(device)
+
+
+def _beta(alpha: float, n: int, device: torch.device) -> Tensor:
+    # torch draws the underlying gamma variates in float64 on the CPU, but in the type of the result on a GPU, where
+    # those of alpha below .05 underflow in float32.
+    dtype = torch.float64 if device.type == "cuda" else torch.float32
+    shape = torch.full((n,), alpha, dtype=dtype, device=device)
+    return torch.distributions.Beta(shape, shape, validate_args=False).sample()
+
+
+def _by_log_gamma(alpha: float, n: int, device: torch.device) -> Tensor:
+    """Draw from Beta(alpha, alpha) as G / (G + H), with gamma variates by their logarithms: log G_a = log G_{a+1} + log(U) / a.
+
+    Source: Devroye, Non-Uniform Random Variate Generation (1986), section IX.3.
+    """
+    shape = torch.full((2, n), alpha + 1, dtype=torch.float64, device=device)
+    logs = torch._standard_gamma(shape).log() + torch.rand_like(shape).log() / alpha
+    return (logs[0] - logs[1]).sigmoid()

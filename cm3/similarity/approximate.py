@@ -51,7 +51,7 @@ def approximate_knn(features: Tensor, k: int, method: str) -> tuple[Tensor, Tens
     if not 0 < k <= n:
         raise ValueError(f"k = {k} neighbours of {n} rows")
     features = features.cpu()
-    unit_rows = UnitRows(features)
+    unit_rows = UnitRows(features).check_finite()
     sample = torch.from_numpy(np.random.default_rng(_SEED).choice(n, min(n, SAMPLE), replace=False))
     _, exact = knn(features, k, rows=sample)
     unit = unit_rows.quantised(0)[0].numpy()

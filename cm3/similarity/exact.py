@@ -49,7 +49,7 @@ def knn(
     n = len(x if among is None else among)
     if not 0 < k <= n - (not include_self):
         raise ValueError(f"k = {k} neighbours of {n} rows{'' if include_self else ' without the row itself'}")
-    unit_rows = UnitRows(x)
+    unit_rows = UnitRows(x).check_finite()
     rows = torch.arange(len(x), device=x.device) if rows is None else rows.to(x.device)
     if include_self:
         return _nearest(unit_rows, rows, k, None if among is None else among.to(x.device))
@@ -67,16 +67,16 @@ def _nearest(unit_rows: UnitRows, rows: Tensor, k: int, among: Tensor | None) ->
     indices = torch.empty((len(rows), k), dtype=torch.int64, device=rows.device)
     scores = torch.empty((len(rows), k), dtype=unit_rows.dtype, device=rows.device)
     pending = torch.arange(len(rows), device=rows.device)
-    for dropped_bits in dict.fromkeys((_droppable_bits(rows.device), 0)):
+    for dropped_bits in dict.fromkeys((droppable_bits(rows.device), 0)):
         if len(pending):
-            indices[pending], scores[pending], unsure = _scan(unit_rows, rows[pending], k, among, dropped_bits)
+            indices[pending], scores[pending], unsure = scan(unit_rows, rows[pending], k, among, dropped_bits)
             pending = pending[unsure]
     if len(pending):
         indices[pending], scores[pending] = _finish(unit_rows, rows[pending], k, among, scores[pending, -1])
     return indices, scores
 
 
-def _droppable_bits(device: torch.device) -> int:
+def droppable_bits(device: torch.device) -> int:
     """Return how many low bits of a float32 the device's fastest product ignores; 0: reduced products do not pay."""
     if device.type == "cuda":
         return 13 if torch.cuda.get_device_capability(device) >= (8, 0) else 0
@@ -95,7 +95,7 @@ def _reduced_products(allowed: bool) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _scan(
+def scan(
     unit_rows: UnitRows, rows: Tensor, k: int, among: Tensor | None, dropped_bits: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return indices and scores (R, k) of the nearest candidates, and (R,) bool: the result of the row is not certain.
@@ -111,7 +111,7 @@ def _scan(
     scores = torch.empty((len(rows), k), dtype=unit_rows.dtype, device=rows.device)
     unsure = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
     columns = min(n, CHUNK_COLUMNS)
-    block = max(1, min(len(rows), _entries(rows.device) // columns))
+    block = max(1, min(len(rows), block_entries(rows.device) // columns))
     # Page faults of fresh memory for each product would cost more than the selection.
     buffer = torch.empty(block * columns, device=rows.device)
     with _reduced_products(dropped_bits > 0):
@@ -133,7 +133,8 @@ def _scan(
     return indices, scores, unsure
 
 
-def _entries(device: torch.device) -> int:
+def block_entries(device: torch.device) -> int:
+    """Return the entries of a block's product: what a CPU's memory bus favours, or a quarter of a GPU's free memory."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return min(CUDA_BLOCK_ENTRIES, free // 16)
@@ -167,8 +168,8 @@ def _finish(unit_rows: UnitRows, rows: Tensor, k: int, among: Tensor | None, flo
     every = torch.arange(unit_rows.shape[0], device=rows.device) if among is None else among
     n = len(every)
     error = (d + 8) * 2.0**-50
-    columns = max(1, min(n, 8192, _entries(rows.device) // (4 * d)))
-    block = max(1, _entries(rows.device) // (16 * columns))
+    columns = max(1, min(n, 8192, block_entries(rows.device) // (4 * d)))
+    block = max(1, block_entries(rows.device) // (16 * columns))
     indices, scores = [], []
     for part, least in zip(rows.split(block), floor.split(block), strict=True):
         vectors = unit_rows.unit(part)
@@ -192,9 +193,6 @@ class UnitRows:
 
     Args:
         x: float32 or float64, also the type of the scores; other types are converted to float32.
-
-    Raises:
-        ValueError: a value is not finite.
     """
 
     def __init__(self, x: Tensor) -> None:
@@ -204,9 +202,18 @@ class UnitRows:
         self._length = torch.empty(len(x), dtype=torch.float64, device=x.device)
         for part in self._parts():
             self._length[part] = _sum(self._x[part].double().square()).sqrt_()
+        # 1 for a row of zeros; NaN and infinity stay, for `check_finite`.
+        self._length = torch.where(self._length == 0, 1, self._length)
+
+    def check_finite(self) -> UnitRows:
+        """Return self.
+
+        Raises:
+            ValueError: a value is not finite.
+        """
         if not torch.isfinite(self._length).all():
             raise ValueError("the features hold NaN or infinity")
-        self._length[self._length == 0] = 1
+        return self
 
     def _parts(self) -> list[slice]:
         size = max(1, _PIECE.get(self._x.device.type, 2**18) // max(1, self.shape[1]))

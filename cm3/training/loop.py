@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cm3.common.device import memory_advice
 from cm3.common.distributed import ProcessShard
 from cm3.common.errors import UserError
 from cm3.config import Training
@@ -69,12 +70,37 @@ def fit(
 
     Raises:
         UserError: the loss is not finite; the message names the epoch, the batch, the component or parameter, and the
-            checkpoint. Or several processes train a model that supports one process only.
+            checkpoint. Or memory ran out, several processes train a model that supports one process only, or they
+            drew different batches.
         SystemExit: SIGTERM requested a stop; the checkpoint is written.
     """
     if shard and not model.supports_ddp:
         raise UserError("training.processes: this model supports one process only; set it to 1")
     model.shard = shard
+    with memory_advice(f"training on {sampler.users.device.type}", memory_hint(settings)):
+        return _fit(model, sampler, validation, settings, checkpoint, test, curves, shard)
+
+
+def memory_hint(settings: Training) -> str:
+    """Return what a user can do about too little memory for training."""
+    steps = [f"lower training.batch_size (now {settings.batch_size})"]
+    if settings.precision != "bfloat16":
+        steps.append("set training.precision to bfloat16, which halves the features")
+    if settings.batches_per_step > 1:
+        steps.append(f"lower training.batches_per_step (now {settings.batches_per_step})")
+    return f"{', or '.join(steps)}, or use a device with more memory; the same command resumes from the last checkpoint"
+
+
+def _fit(
+    model: Network,
+    sampler: Sampler,
+    validation: Validation,
+    settings: Training,
+    checkpoint: Checkpoint,
+    test: Validation | None,
+    curves: Path | None,
+    shard: ProcessShard | None,
+) -> Fitted:
     first = shard is None or shard.rank == 0
     run = TrainingRun(model, sampler, validation, settings, checkpoint, test)
     plotted = Curves(curves if settings.tensorboard and first else None, run.state.epoch)
@@ -126,7 +152,7 @@ class TrainingRun:
             fused=self.device.type in ("cpu", "cuda"),
         )
         self.steps = -(-sampler.n_batches // settings.batches_per_step)
-        losses = torch.zeros(self.steps, 1 + len(model.components), device=self.device)
+        losses = torch.zeros(self.steps, 2 + len(model.components), device=self.device)
         stored = State.load(checkpoint, model, self.optimiser, losses)
         self.state = stored or State(losses)
         if stored:
@@ -134,6 +160,7 @@ class TrainingRun:
                 "resuming from the checkpoint: epoch %d, after step %d of %d", stored.epoch, stored.step, self.steps
             )
         self.saved, self.writing = time.monotonic(), 0.0
+        self.draws_checked = False
 
     def epoch(self, stop: GracefulStop) -> Embeddings | None:
         """Take the remaining steps of the epoch; return the last step's embeddings where `eval_embeddings` wants them."""
@@ -146,6 +173,7 @@ class TrainingRun:
             if self.settings.eval_embeddings == "last_batch" and state.step == self.steps - 1:
                 with torch.no_grad():
                     last = self.model.training_embeddings(self._seed())
+            self.check_shared_draws(batches)
             self.step(batches)
             state.step += 1
             now = time.monotonic()
@@ -158,6 +186,18 @@ class TrainingRun:
         self.check_finite_losses()
         return last
 
+    def check_shared_draws(self, batches: Sequence[Batch]) -> None:
+        """Check before the first step that all processes have the same batches and random numbers.
+
+        Raises:
+            UserError: they differ.
+        """
+        if self.model.shard is None or self.draws_checked:
+            return
+        self.draws_checked = True
+        drawn = [ids for batch in batches for ids in (batch.users, batch.items, batch.negatives)]
+        self.model.shard.check_equal([*drawn, *self.model.random_draws(self._seed())], "batches")
+
     def _seed(self) -> int:
         return derived_seed(self.settings.seed, self.state.epoch, self.state.step)
 
@@ -168,20 +208,20 @@ class TrainingRun:
             group["lr"] = settings.lr * lr_factor(settings, state.epoch, state.step, self.steps)
         self.optimiser.zero_grad(set_to_none=True)
         loss = self.model.backward(batches, self._seed())
-        state.losses[state.step] = torch.stack([loss.total, *(loss.components[name] for name in self.model.components)])
+        values = [loss.total, *(loss.components[name] for name in self.model.components)]
         if self.device.type == "cpu":
             self.check_finite(loss)
         if self.model.shard:
             self.model.shard.sum_gradients(self.model.parameters())
-        if settings.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
+        state.losses[state.step] = torch.stack([*values, self._clipped_norm()])
         self.optimiser.step()
 
     def validate(self, last: Embeddings | None) -> None:
         """Add the epoch to the history, with scores where a validation is due: of `last`, or else of a new forward pass."""
         state, settings, name = self.state, self.settings, self.settings.monitor
-        means = dict(zip(("loss", *self.model.components), state.losses.cpu().double().mean(0).tolist(), strict=True))
-        row: dict[str, Any] = {"epoch": state.epoch, **means, "grad_norm": self._gradient_norm(), **self.model.curves()}
+        names = ("loss", *self.model.components, "grad_norm")
+        means = dict(zip(names, state.losses.cpu().double().mean(0).tolist(), strict=True))
+        row: dict[str, Any] = {"epoch": state.epoch, **means, **self.model.curves()}
         row |= {f"valid_{name}": None} | ({f"test_{name}": None} if self.test is not None else {})
         state.history.append(row)
         if state.epoch % settings.validate_every and state.epoch != settings.epochs:
@@ -202,9 +242,13 @@ class TrainingRun:
             state.best_tensors |= {f"best.{name}": p.detach().clone() for name, p in self.model.named_parameters()}
             state.best_tensors |= {"best_users": users.clone(), "best_items": items.clone()}
 
-    def _gradient_norm(self) -> float:
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return float(torch.nn.utils.get_total_norm(gradients))
+    def _clipped_norm(self) -> Tensor:
+        """Return the norm of the gradient, then clip it where that is set."""
+        held = [p for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in held if p.grad is not None])
+        if self.settings.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(held, self.settings.clip_norm, norm)
+        return norm.detach()
 
     def finished(self) -> str:
         """Return why training is finished, or an empty string."""
@@ -254,12 +298,11 @@ class TrainingRun:
 
     def check_finite_losses(self) -> None:
         """Raise UserError where a loss of the epoch so far is not finite."""
-        bad = torch.nonzero(~torch.isfinite(self.state.losses[: self.state.step]).all(1)).flatten().tolist()
+        values = self.state.losses[: self.state.step, : 1 + len(self.model.components)]
+        bad = torch.nonzero(~torch.isfinite(values).all(1)).flatten().tolist()
         if bad:
-            values = self.state.losses[bad[0], 1:].tolist()
-            wrong = [
-                name for name, value in zip(self.model.components, values, strict=True) if not math.isfinite(value)
-            ]
+            by_name = zip(self.model.components, values[bad[0], 1:].tolist(), strict=True)
+            wrong = [name for name, value in by_name if not math.isfinite(value)]
             raise UserError(self._not_finite(wrong, bad[0]))
 
     def check_finite(self, loss: Loss) -> None:

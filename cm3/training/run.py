@@ -9,6 +9,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
+from cm3.common.device import has_tf32
 from cm3.common.embeddings import write_embeddings
 from cm3.common.errors import UserError
 from cm3.common.files import atomic
@@ -136,6 +137,7 @@ def run_facts(fitted: Fitted, training: Training, device: torch.device, n_parame
         "best_loss": {k: v for k, v in fitted.history[best.epoch - 1].items() if k not in ("epoch",) and "@" not in k},
         "seconds_per_epoch": fitted.seconds_per_epoch,
         "device": device.type,
+        "precision": "float32" if training.precision == "tf32" and not has_tf32(device) else training.precision,
         "threads": torch.get_num_threads(),
         "processes": training.processes,
         "seed": training.seed,

@@ -26,7 +26,7 @@ class State:
     Attributes:
         epoch, step: the next ones, from 1 and from 0.
         stale: validations since the best.
-        losses: (S, 1 + C) the loss and its C components at each step of the epoch.
+        losses: (S, 2 + C) the loss, its C components and the norm of the gradient at each step of the epoch.
         best_tensors: `best.NAME` of each parameter, `best_users`, `best_items`.
     """
 
@@ -66,4 +66,5 @@ class State:
         optimiser.load_state_dict(whole)
         best_tensors = {name: value.to(losses.device) for name, value in tensors.items() if name.startswith("best")}
         counts["best"] = Best(**counts["best"])
-        return State(losses.copy_(tensors["parts"]), **counts, best_tensors=best_tensors)
+        losses[:, : tensors["parts"].shape[1]] = tensors["parts"]  # earlier versions stored no norms
+        return State(losses, **counts, best_tensors=best_tensors)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cm3.common.cli import stage
-from cm3.common.device import select_device, set_threads
+from cm3.common.device import memory_advice, select_device, set_threads
 from cm3.common.distributed import ProcessShard, launch, process_group
 from cm3.common.errors import UserError
 from cm3.common.features import read_features
@@ -20,7 +20,7 @@ from cm3.config import WARM, Model, Training, modality_weights
 from cm3.model.graph import item_item_matrix
 from cm3.model.model import build_model, fill_missing
 from cm3.training.checkpoint import Checkpoint
-from cm3.training.loop import fit
+from cm3.training.loop import fit, memory_hint
 from cm3.training.run import read_neighbours, run_facts, training_sampler, validations, write_run
 from cm3.training.warm_start import check_no_leakage, earlier_files, warm_start
 
@@ -82,7 +82,9 @@ def train(
     weights = modality_weights(model, modalities)
     neighbours = [read_neighbours(similarity[m], model.knn_k, len(data.item_ids))[:2] for m in modalities]
     graph = item_item_matrix(neighbours, [weights[m] for m in modalities], len(data.item_ids))
-    network = build_model(filled, observed, graph, model, training.seed, training.precision).to(device)
+    network = build_model(filled, observed, graph, model, training.seed, training.precision)
+    with memory_advice(f"copying the model to {device.type}", memory_hint(training)):
+        network = network.to(device)
     del vectors, filled, neighbours, graph  # the network has its own copies, perhaps in fewer bytes
     network.stream_names = [*modalities, "fused"]
     started = {}

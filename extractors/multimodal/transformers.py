@@ -45,9 +45,10 @@ class TransformersMllmSpec(PromptedSpec, CodeSpec):
 
     modality: str = Field(description="Any name, such as mllm.")
     backend: Literal["transformers-mllm"] = Field(description="Pool hidden states of a vision-language model.")
-    precision: Literal["float32", "autocast", "bfloat16"] = Field(
+    precision: Literal["float32", "tf32", "autocast", "bfloat16"] = Field(
         "bfloat16",
-        description="Number format; autocast: float32 weights, products in bfloat16, norms and sums in float32.",
+        description="Number format; tf32: float32 weights, products and convolutions with a mantissa of ten bits on NVIDIA "
+        "GPUs; autocast: float32 weights, products in bfloat16, norms and sums in float32.",
     )
     prompt: str = Field(PROMPT, min_length=1, description="Text after the image; " + PLACEHOLDERS)
     layer: int = Field(-1, description="Layer of the hidden states: -1 is the last layer, 0 the input of the first.")
@@ -66,7 +67,7 @@ class TransformersMllmSpec(PromptedSpec, CodeSpec):
         """
         parameters = parameters_of(model_path(self))
         if select_device(self.device, "device").type == "cpu" and parameters >= LARGE:
-            speed = seconds_per_parameter("float32" if self.precision == "float32" else "bfloat16")
+            speed = seconds_per_parameter("float32" if self.precision in ("float32", "tf32") else "bfloat16")
             estimate = hours(parameters, items, tokens_of(self.max_pixels, self.prompt), 0, speed)
             check_cpu_hours(parameters, items, estimate, self.allow_slow)
 

@@ -4,17 +4,12 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
+from cm3.common.device import is_out_of_memory
 from cm3.common.errors import UserError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that the memory of a GPU or of the host ran out."""
-    message = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in message or "can't allocate memory" in message
 
 
 class Batch:

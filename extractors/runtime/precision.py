@@ -3,6 +3,8 @@
 import contextlib
 from typing import TYPE_CHECKING
 
+from cm3.common.device import float32_arithmetic
+
 if TYPE_CHECKING:
     import torch
 
@@ -11,13 +13,17 @@ def torch_dtype(precision: str) -> "torch.dtype":
     """Return the dtype of a model's weights for a precision setting."""
     import torch
 
-    return {"float32": torch.float32, "autocast": torch.float32, "bfloat16": torch.bfloat16}[precision]
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
 
 def arithmetic(device: str, precision: str) -> contextlib.AbstractContextManager[object]:
-    """Return the context of forward passes: `autocast` computes products in bfloat16, norms and sums in float32."""
+    """Return the context of forward passes.
+
+    `autocast` computes products in bfloat16, norms and sums in float32; `tf32` computes products and convolutions on a
+    GPU in TF32. `float32` does neither: torch alone would use TF32 in convolutions.
+    """
     import torch
 
     if precision == "autocast":
         return torch.autocast(device, dtype=torch.bfloat16)
-    return contextlib.nullcontext()
+    return float32_arithmetic(tf32=precision == "tf32")

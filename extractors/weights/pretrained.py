@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from cm3.common.device import is_out_of_memory
 from cm3.common.errors import UserError
-from extractors.runtime.batch import is_out_of_memory
 from extractors.runtime.precision import torch_dtype
 from extractors.weights.completeness import check_checkpoint, check_loading_info
 from extractors.weights.hub import quiet, without_bars

@@ -35,9 +35,10 @@ class ModelSpec(BackendSpec):
     )
     weights: str | None = Field(None, description="Local file or folder instead of the hub, identified by its content.")
     local_files_only: bool = Field(False, description="Do not contact the hub; use earlier downloads.")
-    precision: Literal["float32", "autocast", "bfloat16"] = Field(
+    precision: Literal["float32", "tf32", "autocast", "bfloat16"] = Field(
         "float32",
-        description="Number format; autocast: float32 weights, products in bfloat16, norms and sums in float32.",
+        description="Number format; tf32: float32 weights, products and convolutions with a mantissa of ten bits on NVIDIA "
+        "GPUs; autocast: float32 weights, products in bfloat16, norms and sums in float32.",
     )
 
     @model_validator(mode="before")

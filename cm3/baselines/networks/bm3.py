@@ -14,7 +14,7 @@ from cm3.baselines.inputs import Inputs
 from cm3.baselines.networks.layers import by_name, layer_mean, lookup, projections, xavier_embedding
 from cm3.model.graph import SparseMatrix, user_item_matrix
 from cm3.model.network import Embeddings, Loss, Network
-from cm3.model.sampling import Batch
+from cm3.model.sampling import Batch, seeded_generator
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Bootstrapped(Network):
         """Return a forward whose dropout comes from `seed`."""
         users, items = self._sources()
         contents = [modality() for modality in self.modalities]
-        generator = torch.Generator(users.device).manual_seed(seed)
+        generator = seeded_generator(users.device, seed)
         target_users, target_items, *targets = (self._target(h, generator) for h in (users, items, *contents))
         return BootstrappedEmbeddings(
             self.predictor(users),

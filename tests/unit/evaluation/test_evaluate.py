@@ -235,3 +235,13 @@ def test_the_package_resolves_its_names_lazily():
     assert cm3.slerp is slerp and cm3.evaluation.metrics.per_user is cm3.per_user and set(cm3.__all__) == set(dir(cm3))
     with pytest.raises(AttributeError, match="no attribute 'absent'"):
         _ = cm3.absent
+
+
+def test_the_other_score_can_be_left_out(shop, tmp_path):
+    whole = run(shop, tmp_path, score="cosine")
+    for also, names in (([], {"cosine"}), (["cosine"], {"cosine"}), (["dot"], {"cosine", "dot"})):
+        some = run(shop, tmp_path, score="cosine", also_report=also)
+        assert {way.split(",")[0].removeprefix("score ") for way in some["detail"]["test"]} == names
+        assert some["detail"]["test"].items() <= whole["detail"]["test"].items() and some["test"] == whole["test"]
+    assert "also_report" not in Evaluation().identity(), "the keys of earlier results"
+    assert Evaluation(also_report=[]).identity()["also_report"] == []

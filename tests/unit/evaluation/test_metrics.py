@@ -97,24 +97,26 @@ def test_an_item_outside_the_matrix_is_refused():
     levels=st.integers(1, 99),
     group=st.integers(1, 4),
 )
-def test_top_k_orders_ties_by_lower_index(seed, k, n, levels, group):
+def test_top_k_orders_ties_by_lower_index(device, seed, k, n, levels, group):
     scores = np.random.default_rng(seed).integers(0, levels, (7, n)).astype(np.float32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cm3.common.topk.GROUP", group)
-        indices, values = top_k(torch.from_numpy(scores), k)
+        indices, values = (found.cpu() for found in top_k(torch.from_numpy(scores).to(device), k))
     for row, found in zip(scores, indices.tolist(), strict=True):
         assert found == oracle.ranked(row, set(), k)
     np.testing.assert_array_equal(values.numpy(), np.take_along_axis(scores, indices.numpy(), 1))
 
 
 @pytest.mark.parametrize("block", [1, 60, 10**6])
-def test_ranking_masks_ties_and_runs_out_of_items(block, monkeypatch):
-    monkeypatch.setattr(cm3.evaluation.ranking, "BLOCK_ENTRIES", block)
+def test_ranking_masks_ties_and_runs_out_of_items(block, monkeypatch, device):
+    for name in ("BLOCK_ENTRIES", "CUDA_BLOCK_ENTRIES"):
+        monkeypatch.setattr(cm3.evaluation.ranking, name, block)
     rng = np.random.default_rng(3)
     users, items = (rng.integers(-1, 2, (n, 3)).astype(np.float32) for n in (9, 15))
     masked = [sorted(rng.permutation(15)[: rng.integers(0, 13)].tolist()) for _ in range(9)]
     chosen = np.array([0, 2, 3, 5, 8])
-    found, scores = Ranking(chosen, oracle.csr(masked, 15)).top(torch.from_numpy(users), torch.from_numpy(items), 20)
+    vectors = (torch.from_numpy(x).to(device) for x in (users, items))
+    found, scores = Ranking(chosen, oracle.csr(masked, 15), device).top(*vectors, 20)
     for row, user in enumerate(chosen):
         expected = oracle.ranked(users[user] @ items.T, set(masked[user]), 20)
         assert found[row].tolist() == expected
@@ -153,12 +155,13 @@ def test_docs_have_the_formula_of_each_metric():
 
 
 @pytest.mark.parametrize("monitor", ["recall@5", "ndcg@5"])
-def test_validation_averages_over_users_with_truth(monitor):
+def test_validation_averages_over_users_with_truth(monitor, device):
     rng = np.random.default_rng(4)
     users, items = (torch.from_numpy(rng.standard_normal((n, 4)).astype(np.float32)) for n in (20, 30))
     masked = [sorted(rng.permutation(30)[:6].tolist()) for _ in range(20)]
     truth = [sorted(set(rng.permutation(30)[: rng.integers(0, 5)].tolist()) - set(masked[u])) for u in range(20)]
-    score = Validation(oracle.csr(truth, 30), oracle.csr(masked, 30), monitor).score(users, items)
+    validation = Validation(oracle.csr(truth, 30), oracle.csr(masked, 30), monitor, device)
+    score = validation.score(users.to(device), items.to(device))
     name = monitor.split("@")[0]
     expected = [
         oracle.metrics_of(oracle.ranked((users @ items.T)[u].numpy(), set(masked[u]), 5), set(truth[u]), 5)[name]
@@ -171,3 +174,32 @@ def test_validation_averages_over_users_with_truth(monitor):
 def test_validation_needs_someone_to_score():
     with pytest.raises(ValueError, match="no user"):
         Validation(oracle.csr([[], []], 4), oracle.csr([[], []], 4), "recall@2")
+
+
+@pytest.mark.parametrize("monitor", ["recall@3", "ndcg@5", "precision@5", "ndcg@40"])
+@pytest.mark.parametrize("block", [1, 7, 1000])
+@pytest.mark.parametrize("levels", [2, 10**3])
+def test_hits_that_are_counted_on_the_device(monitor, block, levels):
+    """Few levels of scores give ties at the end of nearly every list."""
+    rng = np.random.default_rng(block)
+    truth, masked = (sp.csr_matrix(rng.random((60, 30)) < share) for share in (0.1, 0.2))
+    users = torch.from_numpy(rng.integers(0, levels, (60, 3)).astype(np.float32))
+    items = torch.from_numpy(rng.integers(0, levels, (30, 3)).astype(np.float32))
+    on_host, counted = (Validation(truth, masked, monitor, on_device=value) for value in (False, True))
+    counted.ranking.block = block
+    assert counted.score(users, items) == pytest.approx(on_host.score(users, items), rel=1e-12)
+    lists = counted.ranking.on_device(lambda rows: users[rows] @ items.T, 5)
+    assert levels > 2 or lists.tied.any()
+    counted.ranking.settle(lists, lists.tied.tolist(), lambda rows: users[rows] @ items.T)
+    expected = on_host.ranking.top(users, items, 5)
+    np.testing.assert_array_equal(lists.items, expected[0])
+    np.testing.assert_array_equal(lists.scores, expected[1])
+
+
+def test_additive_metrics_are_sums_over_hits():
+    rng = np.random.default_rng(0)
+    hits, n_truth = rng.random((50, 8)) < 0.3, rng.integers(1, 12, 50)
+    for name in METRICS:
+        metric = metric_class(name)
+        summed = (hits * cm3.evaluation.ranking.hit_gains(metric, n_truth, 8)).sum(1)
+        assert np.allclose(summed, metric.values(hits, n_truth, 8)) == metric.additive, name

@@ -20,20 +20,22 @@ def random_units(seed: int, *shape: int) -> torch.Tensor:
 
 
 @both
-def test_slerp_is_the_textbook_formula(interpolate):
+def test_slerp_is_the_textbook_formula(interpolate, device):
     a, b = random_units(0, 50, 8), random_units(1, 50, 8)
     t = torch.linspace(0, 1, 50, dtype=torch.float64)
     expected = [oracle.slerp(x, y, float(s)) for x, y, s in zip(a.numpy(), b.numpy(), t, strict=True)]
-    np.testing.assert_allclose(interpolate(a, b, t).numpy(), expected, rtol=0, atol=1e-13)
-    np.testing.assert_allclose(reference_slerp(a, b, t).numpy(), expected, rtol=0, atol=1e-13)
+    a, b, t = a.to(device), b.to(device), t.to(device)
+    np.testing.assert_allclose(interpolate(a, b, t).cpu().numpy(), expected, rtol=0, atol=1e-13)
+    np.testing.assert_allclose(reference_slerp(a, b, t).cpu().numpy(), expected, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("modalities", [1, 2, 3, 5])
-def test_bezier_is_de_casteljau(modalities):
+def test_bezier_is_de_casteljau(modalities, device):
     points = random_units(modalities, modalities, 20, 6)
     t = torch.linspace(0.05, 0.95, 20, dtype=torch.float64)
     expected = [oracle.bezier(list(points[:, i].numpy()), float(t[i])) for i in range(20)]
-    np.testing.assert_allclose(spherical_bezier(points, t).numpy(), expected, rtol=0, atol=1e-12)
+    found = spherical_bezier(points.to(device), t.to(device)).cpu()
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-12)
 
 
 def test_bezier_starts_and_ends_at_the_outer_points():
@@ -75,9 +77,9 @@ def pair_at(angle: float, n: int, d: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @both
 @pytest.mark.parametrize("angle", ANGLES)
-def test_gradients_match_finite_differences(interpolate, angle):
-    a, b = pair_at(angle, 4, 5)
-    t = torch.tensor([0.1, 0.4, 0.5, 0.9], dtype=torch.float64)
+def test_gradients_match_finite_differences(interpolate, angle, device):
+    a, b = (x.to(device) for x in pair_at(angle, 4, 5))
+    t = torch.tensor([0.1, 0.4, 0.5, 0.9], dtype=torch.float64, device=device)
 
     def on_the_sphere(x, y, at):
         return interpolate(torch.nn.functional.normalize(x, dim=-1), torch.nn.functional.normalize(y, dim=-1), at)

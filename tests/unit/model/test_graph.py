@@ -1,5 +1,7 @@
 """Nearest neighbours, the two graphs, and propagation against dense matrices."""
 
+import warnings
+
 import numpy as np
 import oracles_cm3 as oracle
 import pytest
@@ -46,10 +48,10 @@ def test_knn_with_repeated_rows_orders_ties_by_lower_index(seed, n, distinct, in
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_knn_of_wide_rows(dtype):
+def test_knn_of_wide_rows(dtype, device):
     x = np.random.default_rng(0).standard_normal((300, 700)).astype(dtype)
     x[200:260] = x[17]
-    indices, scores = knn(torch.from_numpy(x), 10)
+    indices, scores = (found.cpu() for found in knn(torch.from_numpy(x).to(device), 10))
     expected, cosine = brute_force(x, 10, True)
     assert indices.tolist() == expected
     np.testing.assert_allclose(scores.numpy(), cosine, rtol=0, atol=1e-7)
@@ -93,13 +95,13 @@ def test_repeated_purchases_count_once(interactions):
 
 
 @pytest.mark.parametrize("layers", [0, 1, 3])
-def test_propagation_is_the_sum_of_powers_and_so_is_its_gradient(interactions, layers):
-    dense = torch.from_numpy(oracle.dense_adjacency(interactions.toarray()))
+def test_propagation_is_the_sum_of_powers_and_so_is_its_gradient(interactions, layers, device):
+    dense = torch.from_numpy(oracle.dense_adjacency(interactions.toarray())).to(device)
     power = sum(torch.linalg.matrix_power(dense, layer) for layer in range(layers + 1))
-    x = torch.randn(21, 4, dtype=torch.float64, requires_grad=True)
-    y = propagate(SparseMatrix(user_item_matrix(interactions)).double(), x, layers)
+    x = torch.randn(21, 4, dtype=torch.float64, device=device, requires_grad=True)
+    y = propagate(SparseMatrix(user_item_matrix(interactions)).double().to(device), x, layers)
     torch.testing.assert_close(y, power @ x, rtol=1e-6, atol=1e-6)
-    weights = torch.randn(21, 4, dtype=torch.float64)
+    weights = torch.randn(21, 4, dtype=torch.float64, device=device)
     torch.testing.assert_close(torch.autograd.grad((y * weights).sum(), x)[0], power.T @ weights, rtol=1e-6, atol=1e-6)
 
 
@@ -113,18 +115,42 @@ def test_item_graph_weighs_modalities_and_rescales_rows_with_missing_ones():
 
 
 @pytest.mark.parametrize("layers", [0, 1, 2])
-def test_add_neighbours_and_its_gradient(layers):
+def test_add_neighbours_and_its_gradient(layers, device):
     rng = np.random.default_rng(3)
     dense = np.where(rng.random((8, 8)) < 0.4, rng.random((8, 8)), 0).astype(np.float32)
     matrix = sp.csr_matrix(dense)
     power = torch.eye(8, dtype=torch.float64) + torch.linalg.matrix_power(torch.from_numpy(dense).double(), layers)
-    x = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
-    y = add_neighbours(SparseMatrix(matrix).double(), SparseMatrix(matrix.T.tocsr()).double(), x, layers)
+    power = power.to(device)
+    x = torch.randn(8, 3, dtype=torch.float64, device=device, requires_grad=True)
+    matrices = (SparseMatrix(some).double().to(device) for some in (matrix, matrix.T.tocsr()))
+    y = add_neighbours(*matrices, x, layers)
     torch.testing.assert_close(y, power @ x)
-    weights = torch.randn(8, 3, dtype=torch.float64)
+    weights = torch.randn(8, 3, dtype=torch.float64, device=device)
     torch.testing.assert_close(torch.autograd.grad((y * weights).sum(), x)[0], power.T @ weights)
 
 
 def test_a_matrix_without_entries_gives_zeros():
     empty = SparseMatrix(sp.csr_matrix((4, 5)))
     assert torch.equal(empty.product(torch.ones(5, 2)), torch.zeros(4, 2))
+
+
+def test_the_sparse_matrix_of_a_device_is_made_once(monkeypatch):
+    made, make = [], torch.sparse_csr_tensor
+
+    def count(*arguments, **options):
+        made.append(1)
+        return make(*arguments, **options)
+
+    monkeypatch.setattr(torch, "sparse_csr_tensor", count)
+    matrix = SparseMatrix(sp.random_array((7, 5), density=0.4, format="csr", rng=0))
+    x = torch.randn(5, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            torch.testing.assert_close(matrix.csr_product(x), matrix.product(x))
+    assert len(made) == 1
+    torch.testing.assert_close(matrix.csr_product(x.double()), matrix.product(x.double()))
+    assert len(made) == 2
+    matrix.to("cpu")
+    matrix.csr_product(x)
+    assert len(made) == 3, "after a move"

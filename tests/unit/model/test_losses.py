@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cm3.model.losses import alignment, calibrated_uniformity, uniformity
+from cm3.model.pair_potential import tiled_calibrated_uniformity, tiled_uniformity
 
 
 @pytest.fixture
@@ -15,25 +16,35 @@ def rows() -> np.ndarray:
     return oracle.unit_rows(np.random.default_rng(0).standard_normal((23, 6)))
 
 
-def test_alignment(rows):
+def test_alignment(rows, device):
     other = rows[::-1].copy()
     expected = np.mean([((a - b) ** 2).sum() for a, b in zip(rows, other, strict=True)])
-    assert float(alignment(torch.from_numpy(rows), torch.from_numpy(other))) == pytest.approx(expected, rel=1e-12)
+    found = alignment(torch.from_numpy(rows).to(device), torch.from_numpy(other).to(device))
+    assert float(found) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("t", [0.5, 2.0])
 @pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_uniformity(rows, t, scale):
-    found = uniformity(torch.from_numpy(rows * scale), t)
-    assert float(found) == pytest.approx(oracle.log_mean_potential(rows * scale, None, t), rel=1e-12)
+def test_uniformity(rows, t, scale, device):
+    expected = pytest.approx(oracle.log_mean_potential(rows * scale, None, t), rel=1e-12)
+    x = torch.from_numpy(rows * scale).to(device)
+    assert float(uniformity(x, t)) == expected
+    assert float(tiled_uniformity(x, t)) == expected and float(tiled_uniformity(x, t, block_rows=5)) == expected
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_calibrated_uniformity(rows, symmetric):
+def test_calibrated_uniformity(rows, symmetric, device):
     similarity = np.random.default_rng(2).uniform(-0.2, 1, (len(rows), len(rows)))
     if symmetric:
         similarity = (similarity + similarity.T) / 2
-    found = calibrated_uniformity(torch.from_numpy(rows), torch.from_numpy(similarity))
+    found = calibrated_uniformity(torch.from_numpy(rows).to(device), torch.from_numpy(similarity).to(device))
+    assert float(found) == pytest.approx(oracle.log_mean_potential(rows, similarity), rel=1e-12)
+
+
+def test_tiled_calibrated_uniformity(rows, device):
+    similarity = (rows @ rows.T).clip(0, 0.9)
+    x = torch.from_numpy(rows).to(device)
+    found = tiled_calibrated_uniformity(x, x, (0, 0.9), block_rows=5)
     assert float(found) == pytest.approx(oracle.log_mean_potential(rows, similarity), rel=1e-12)
 
 

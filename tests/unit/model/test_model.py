@@ -8,10 +8,11 @@ import oracles_cm3 as oracle
 import pytest
 import scipy.sparse as sp
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cm3.common.errors import UserError
 from cm3.config import Evaluation, Model, Training, modality_weights, settings
-from cm3.model.model import CM3
+from cm3.model.model import CM3, build_model
 from cm3.model.network import Loss
 from cm3.model.sampling import Batch, Sampler, count_by_batch, mixing_parameters
 
@@ -32,8 +33,8 @@ def build(modalities: int, **changes: object) -> tuple[CM3, dict[str, torch.Tens
     return model, dense | {f"x{m}": x.double() for m, x in enumerate(features)}
 
 
-def batch(dedup: bool = True) -> Batch:
-    users, items, negatives = (torch.tensor(x) for x in BATCH)
+def batch(dedup: bool = True, device: str = "cpu") -> Batch:
+    users, items, negatives = (torch.tensor(x, device=device) for x in BATCH)
     return Batch(
         users,
         items,
@@ -64,7 +65,7 @@ ABLATIONS = [
 @pytest.mark.parametrize("modalities", [1, 2, 3, 5])
 @pytest.mark.parametrize("changes", CHANGES + ABLATIONS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-4)])
-def test_forward_loss_and_gradients(modalities, changes, dtype, tolerance):
+def test_forward_loss_and_gradients(modalities, changes, dtype, tolerance, device):
     model, dense = build(modalities, **changes)
     chosen = model.settings
     t = torch.rand(ITEMS, dtype=torch.float64) * 0.9 + 0.05
@@ -94,13 +95,13 @@ def test_forward_loss_and_gradients(modalities, changes, dtype, tolerance):
     )
     plain_gradients = torch.autograd.grad(expected, list(weights.values()), allow_unused=True)
 
-    model = model.to(dtype)
-    embeddings = model(t.to(dtype))
+    model, t = model.to(device, dtype), t.to(device, dtype)
+    embeddings = model(t)
     for found, plain in ((embeddings.users, users), (embeddings.items, items), (embeddings.fused, fused)):
         assert_near(found, plain, tolerance, "embeddings")
     # What a training step computes embeds the batch's users alone; it must be the same loss.
-    model.sample_t = lambda seed: t.to(dtype)
-    some = batch(chosen.dedup_pairs)
+    model.sample_t = lambda seed: t
+    some = batch(chosen.dedup_pairs, device)
     for run in (
         lambda: backward_of(model.loss(embeddings, some)),
         lambda: model.backward([some], 0),
@@ -121,7 +122,7 @@ def backward_of(loss: Loss) -> Loss:
 
 def assert_near(found: torch.Tensor, expected: torch.Tensor, tolerance: float, name: str) -> None:
     """Whether the largest error is small against the largest entry."""
-    error = float((found.double() - expected).detach().abs().max())
+    error = float((found.double().cpu() - expected).detach().abs().max())
     assert error <= tolerance * float(expected.detach().abs().max()), f"{name}: off by {error}"
 
 
@@ -379,3 +380,45 @@ def test_modality_weights_must_name_the_modalities():
         modality_weights(Model(modality_weights={"txt": 1.0}), ["text"], "e.model")
     with pytest.raises(UserError, match="modality 'image' has no weight"):
         modality_weights(Model(modality_weights={"text": 1.0}), ["text", "image"])
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.01, 0.009, 0.001])
+def test_small_alphas_give_values_near_both_ends(alpha):
+    """Two gamma variates that underflow would give 0.5."""
+    t = mixing_parameters(alpha, 200_000, torch.device("cpu"), 1)
+    assert t.dtype == torch.float32 and bool(((t >= 0) & (t <= 1)).all())
+    assert float(t.mean()) == pytest.approx(0.5, abs=0.01)
+    assert float(t.double().var()) == pytest.approx(0.25 / (2 * alpha + 1), rel=0.02)
+    assert float(((t > 0.4) & (t < 0.6)).double().mean()) == pytest.approx(0.405 * alpha, abs=1.5e-3)
+    assert torch.equal(t, mixing_parameters(alpha, 200_000, torch.device("cpu"), 1))
+
+
+def test_ordinary_alphas_give_the_draws_of_torch_on_the_cpu():
+    torch.manual_seed(5)
+    shape = torch.full((100,), 0.5)
+    expected = torch.distributions.Beta(shape, shape).sample()
+    assert torch.equal(mixing_parameters(0.5, 100, torch.device("cpu"), 5), expected)
+
+
+def test_tf32_is_allowed_for_products_with_features_alone():
+    class Flags(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found = func(*args, **(kwargs or {}))
+            if "mm" in func.overloadpacket.__name__:
+                wide = any(11 in x.shape for x in args if isinstance(x, torch.Tensor))
+                seen.setdefault(wide, set()).add(torch.backends.cuda.matmul.allow_tf32)
+            return found
+
+    rng, seen = np.random.default_rng(0), {}
+    interactions, graph = (sp.csr_matrix(rng.random(shape) < 0.3, dtype=np.float32) for shape in ((9, 7), (7, 7)))
+    features = [rng.standard_normal((7, 11)).astype(np.float32) for _ in range(2)]
+    model = build_model(features, interactions, graph, Model(embedding_dim=4), 0, "tf32")
+    with Flags():
+        embeddings = model.training_embeddings(0)
+        (embeddings.items.square().sum() + embeddings.users.square().sum()).backward()
+    assert seen == {True: {True}, False: {False}}
+    strict = build_model(features, interactions, graph, Model(embedding_dim=4), 0)
+    embeddings = strict.training_embeddings(0)
+    (embeddings.items.square().sum() + embeddings.users.square().sum()).backward()
+    for a, b in zip(model.parameters(), strict.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)

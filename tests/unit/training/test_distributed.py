@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from repository import ROOT
 from training_shop import MODEL, OUTPUTS, TRAINING, history, one_thread, run, shop
 
+import cm3.common.distributed
 import cm3.training.loop
 from cm3.common.distributed import ProcessShard, process_group
 from cm3.common.errors import UserError
@@ -130,3 +132,78 @@ def test_shards_are_a_partition():
     for n in (0, 1, 2, 7, 64):
         assert np.concatenate([np.arange(n)[shard.pairs(n)] for shard in shards]).tolist() == list(range(n))
         assert all(sum(shard.owns(block) for shard in shards) == 1 for block in range(n))
+
+
+def started_by_torchrun(patch: pytest.MonkeyPatch) -> None:
+    patch.setenv("TORCHELASTIC_RUN_ID", "run")
+    for name, value in {"WORLD_SIZE": 2, "RANK": 0, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}.items():
+        patch.setenv(name, str(value))
+    for name, value in {"init_process_group": None, "get_rank": 0, "get_world_size": 2}.items():
+        patch.setattr(torch.distributed, name, lambda *arguments, value=value: value)
+
+
+def test_a_teardown_that_hangs_does_not_hide_the_error(monkeypatch):
+    started_by_torchrun(monkeypatch)
+    released, alarms = threading.Event(), []
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", released.wait)
+    monkeypatch.setattr(cm3.common.distributed, "TEARDOWN_SECONDS", 0.1)
+    monkeypatch.setattr(signal, "alarm", alarms.append)
+    started = time.monotonic()
+    with pytest.raises(UserError, match="out of memory"), process_group(torch.device("cpu")):
+        raise UserError("out of memory")
+    assert time.monotonic() - started < 5
+    assert alarms == [cm3.common.distributed.EXIT_SECONDS], "the kernel ends a process that does not end itself"
+    released.set()
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+
+def test_a_process_that_cannot_end_is_ended():
+    code = """
+import atexit, os, threading, torch
+from cm3.common import distributed as ours
+ours.TEARDOWN_SECONDS, ours.EXIT_SECONDS = 0.1, 1
+hang = threading.Event().wait
+for name, value in {"init_process_group": None, "get_rank": 0, "get_world_size": 2}.items():
+    setattr(torch.distributed, name, lambda *arguments, value=value: value)
+torch.distributed.destroy_process_group = hang
+os.environ |= {"TORCHELASTIC_RUN_ID": "run", "WORLD_SIZE": "2", "RANK": "0"}
+atexit.register(hang)
+with ours.process_group(torch.device("cpu")):
+    raise ValueError("the reason")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == -signal.SIGALRM and "the reason" in done.stderr
+
+
+def test_a_group_that_ended_well_is_left_once(monkeypatch):
+    started_by_torchrun(monkeypatch)
+    left = []
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: left.append(1))
+    with process_group(torch.device("cpu")) as shard:
+        assert shard == ProcessShard(0, 2)
+    assert left == [1]
+
+
+def test_processes_that_drew_different_batches_are_an_error(shop, tmp_path, monkeypatch):
+    """As GPUs of different models may from the same seed."""
+    calls = []
+
+    def gather(found, mine):
+        calls.append(mine)
+        found[:] = [mine, ("0123456789ab", "NVIDIA A100")]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    fit = cm3.training.loop.fit
+    monkeypatch.setattr("cm3.training.train.fit", lambda *arguments: fit(*arguments[:-1], ProcessShard(0, 2)))
+    with pytest.raises(
+        UserError, match=r"different batches .*process 0 on cpu has .*process 1 on NVIDIA A100 has 0123"
+    ):
+        run(shop, tmp_path)
+    assert len(calls) == 1
+
+
+def test_equal_draws_are_equal(monkeypatch):
+    monkeypatch.setattr(
+        torch.distributed, "all_gather_object", lambda found, mine: found.__setitem__(slice(None), [mine] * 2)
+    )
+    ProcessShard(0, 2).check_equal([torch.arange(3)], "batches")

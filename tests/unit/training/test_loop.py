@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_shop import OUTPUTS, history, one_thread, run, shop
 
@@ -69,18 +71,86 @@ def test_no_curves_are_written_where_none_are_wanted(shop, tmp_path):
     assert not (tmp_path / "tensorboard").exists()
 
 
-def test_the_gradient_norm_is_that_of_the_last_step(shop, tmp_path, monkeypatch):
+def test_the_gradient_norm_is_the_mean_over_the_steps(shop, tmp_path, monkeypatch):
     seen = []
-    validate = cm3.training.loop.TrainingRun.validate
+    step = cm3.training.loop.TrainingRun.step
 
-    def look(self, last):
+    def look(self, batches):
+        step(self, batches)
         gradients = [p.grad.double().square().sum() for p in self.model.parameters() if p.grad is not None]
         seen.append(math.sqrt(sum(gradients)))
-        validate(self, last)
 
-    monkeypatch.setattr(cm3.training.loop.TrainingRun, "validate", look)
+    monkeypatch.setattr(cm3.training.loop.TrainingRun, "step", look)
     run(shop, tmp_path, training={"epochs": 2})
-    assert [float(row["grad_norm"]) for row in history(tmp_path)] == [pytest.approx(norm, rel=1e-5) for norm in seen]
+    means = np.array(seen).reshape(2, -1).mean(1)
+    assert [float(row["grad_norm"]) for row in history(tmp_path)] == [pytest.approx(mean, rel=1e-5) for mean in means]
+
+
+def test_the_gradient_norm_is_from_before_it_is_clipped(shop, tmp_path):
+    one_step = {"epochs": 1, "batches_per_step": 1000}
+    run(shop, tmp_path / "free", training=one_step)
+    run(shop, tmp_path / "clipped", training=one_step | {"clip_norm": 1e-3})
+    norms = [float(history(tmp_path / name)[0]["grad_norm"]) for name in ("free", "clipped")]
+    assert norms[0] == norms[1] > 1e-3
+
+
+def test_a_checkpoint_without_gradient_norms_is_resumed(shop, tmp_path, monkeypatch):
+    """Those of 0.1.0 have none; all else is as in a run without a stop."""
+    training = {"checkpoint_seconds": 0, "epochs": 3}
+    run(shop, tmp_path / "whole", training=training)
+    save, saves = cm3.training.loop.TrainingRun.save, 0
+
+    def die(self):
+        nonlocal saves
+        saves += 1
+        save(self)
+        if saves == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(cm3.training.loop.TrainingRun, "save", die)
+        run(shop, tmp_path / "stopped", training=training)
+    path = tmp_path / "stopped/checkpoints/last.safetensors"
+    with safe_open(path, "pt") as file:
+        header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(tensors | {"parts": tensors["parts"][:, :-1].contiguous()}, path, header)
+    run(shop, tmp_path / "stopped", training=training)
+    whole, stopped = outputs(tmp_path / "whole"), outputs(tmp_path / "stopped")
+    assert {name for name in whole if whole[name] != stopped[name]} <= {"history.csv"}
+    rows = [[row | {"grad_norm": ""} for row in history(tmp_path / name)] for name in ("whole", "stopped")]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 14.00 GiB."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("NCCL error in: ProcessGroupNCCL.cpp:1\nncclUnhandledCudaError: out of memory"),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_says_what_to_lower(shop, tmp_path, monkeypatch, error):
+    def fail(self, batches):
+        raise error
+
+    monkeypatch.setattr(cm3.training.loop.TrainingRun, "step", fail)
+    with pytest.raises(
+        UserError, match=r"^training on cpu ran out of memory .*batch_size \(now 64\).*bfloat16"
+    ) as found:
+        run(shop, tmp_path)
+    assert "\n" not in str(found.value)
+    error = RuntimeError("another error")
+    with pytest.raises(RuntimeError, match="another error"):
+        run(shop, tmp_path)
+
+
+def test_the_precision_that_ran_is_recorded(shop, tmp_path):
+    for asked, ran in (("float32", "float32"), ("tf32", "float32"), ("bfloat16", "bfloat16")):
+        assert run(shop, tmp_path / asked, training={"precision": asked, "epochs": 1})["precision"] == ran
+    first = [float(history(tmp_path / name)[0]["loss"]) for name in ("float32", "tf32")]
+    assert first[0] == pytest.approx(first[1], rel=1e-6), "a CPU has no TF32"
 
 
 @pytest.mark.parametrize("per_step", [2, 3, 1000])

@@ -32,9 +32,9 @@ class Stopped(BaseException):
 @pytest.mark.parametrize("stop_after", [1, 2, 5, 9, 13])
 @pytest.mark.parametrize("eval_embeddings", ["fresh", "last_batch"])
 def test_a_run_that_is_stopped_again_and_again_ends_as_if_it_never_was(
-    shop, tmp_path, monkeypatch, stop_after, eval_embeddings
+    shop, tmp_path, monkeypatch, stop_after, eval_embeddings, device
 ):
-    training = {"checkpoint_seconds": 0, "eval_embeddings": eval_embeddings}
+    training = {"checkpoint_seconds": 0, "eval_embeddings": eval_embeddings, "device": device}
     run(shop, tmp_path / "whole", training=training)
     save, stops = Checkpoint.save, 0
 
@@ -54,7 +54,12 @@ def test_a_run_that_is_stopped_again_and_again_ends_as_if_it_never_was(
         except Stopped:
             stops += 1
     assert stops >= 1
-    assert written(tmp_path / "stopped") == written(tmp_path / "whole")
+    stopped, whole = written(tmp_path / "stopped"), written(tmp_path / "whole")
+    if device == "cpu":
+        assert stopped == whole
+    else:  # the sparse product of a GPU sums in no fixed order
+        losses = [[float(row["loss"]) for row in history(tmp_path / name)] for name in ("stopped", "whole")]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 @pytest.mark.integration
