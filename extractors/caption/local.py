@@ -9,7 +9,7 @@ from PIL import Image
 
 from cm3.common.errors import UserError
 from extractors.caption.base import Answer, Captioner, CaptionResult, load_image
-from extractors.caption.prompt import Prompted
+from extractors.caption.prompt import Prompted, PromptedSpec
 from extractors.extractor import Advance, silent
 from extractors.runtime.prefetch import chunks
 from extractors.weights.pretrained import load_part
@@ -36,7 +36,7 @@ class BatchCaptioner(Captioner):
         """Caption images in input order; undecodable images and empty answers are failed with the reason."""
         answers: list[Answer] = []
         for group in chunks(inputs, self.size):
-            images = [load_image(one.image, self.spec.max_pixels) for one in group]
+            images = [load_image(one.image, self.spec.max_pixels, self.spec.min_pixels) for one in group]
             decoded = [(i, one.prompt) for i, one in zip(images, group, strict=True) if not isinstance(i, str)]
             given = iter(self.answer(decoded) if decoded else [])
             part = [Answer("", reason=i) if isinstance(i, str) else next(given) for i in images]
@@ -46,10 +46,21 @@ class BatchCaptioner(Captioner):
         return CaptionResult.of(answers)
 
 
-def chat_of(prompt: str, image: Image.Image | None = None) -> list[dict[str, object]]:
-    """Return a chat of one message: an image (or a placeholder without one), then the prompt."""
+def chat_of(spec: PromptedSpec, prompt: str, image: Image.Image | None = None) -> list[dict[str, object]]:
+    """Return a chat: the system prompt if there is one; then an image (or a placeholder without one) and the prompt."""
     part: dict[str, object] = {"type": "image"} if image is None else {"type": "image", "image": image}
-    return [{"role": "user", "content": [part, {"type": "text", "text": prompt}]}]
+    message: dict[str, object] = {"role": "user", "content": [part, {"type": "text", "text": prompt}]}
+    if spec.system_prompt is None:
+        return [message]
+    return [{"role": "system", "content": [{"type": "text", "text": spec.system_prompt}]}, message]
+
+
+def rendered(processor: Any, spec: PromptedSpec, prompt: str) -> str:
+    """Return the text of a chat with a placeholder for its image, up to the beginning of the answer."""
+    text: str = processor.apply_chat_template(
+        chat_of(spec, prompt), add_generation_prompt=True, tokenize=False, **(spec.chat_template_kwargs or {})
+    )
+    return text
 
 
 def processor_of(spec: ModelSpec, folder: Path) -> Any:

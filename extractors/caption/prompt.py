@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, field_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from cm3.common.strict import nearest
 from cm3.common.tables import ITEMS, read_table
@@ -21,6 +21,26 @@ from extractors.text import item_text
 
 PROMPT_FIELDS: tuple[str, ...] = get_args(item_text.Field)
 PLACEHOLDERS = "may contain " + ", ".join(f"{{{name}}}" for name in PROMPT_FIELDS) + "."
+
+_NOT_OF_TEMPLATES = frozenset(
+    {
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "documents",
+        "load_audio_from_video",
+        "messages",
+        "processor_kwargs",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "sanitize_control_tokens",
+        "tokenize",
+        "tools",
+    }
+)
+"""Arguments of apply_chat_template that are not variables of a template."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +59,17 @@ class PromptedSpec(BackendSpec):
     max_pixels: int = Field(
         262_144, ge=784, description="Maximum area of an image in pixels; larger images are downscaled."
     )
+    min_pixels: int | None = Field(
+        None, gt=0, description="Minimum area of an image in pixels; smaller images are upscaled; default: none."
+    )
+    system_prompt: str | None = Field(
+        None, min_length=1, description="System message before the prompt; default: none, or the template's own."
+    )
+    chat_template_kwargs: dict[str, JsonValue] | None = Field(
+        None,
+        min_length=1,
+        description="Variables of the model's chat template, such as {enable_thinking: false}; default: none.",
+    )
 
     @field_validator("prompt")
     @classmethod
@@ -51,6 +82,19 @@ class PromptedSpec(BackendSpec):
             if name is not None and (name not in PROMPT_FIELDS or form or conversion):
                 raise ValueError(f"{{{name}}} is not a field of an item{nearest(name, PROMPT_FIELDS)}")
         return value
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _variables_of_the_template(cls, value: dict[str, JsonValue] | None) -> dict[str, JsonValue] | None:
+        if reserved := sorted(_NOT_OF_TEMPLATES & set(value or ())):
+            raise ValueError(f"{reserved[0]} is not a variable of a chat template; remove it")
+        return value
+
+    @model_validator(mode="after")
+    def _pixel_limits_in_order(self) -> "PromptedSpec":
+        if self.min_pixels is not None and self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels = {self.min_pixels} exceeds max_pixels = {self.max_pixels}")
+        return self
 
     def needs(self) -> set[str]:
         """Return items and manifest."""
@@ -77,3 +121,12 @@ class PromptedSpec(BackendSpec):
         return self.prompt.format(
             **{name: item_text.clean(item.get(name))[: self.field_chars] for name in PROMPT_FIELDS}
         )
+
+    def chat_facts(self) -> dict[str, Any]:
+        """Return the system prompt and the variables of the chat template, where they are set."""
+        facts = {"system_prompt": self.system_prompt, "chat_template_kwargs": self.chat_template_kwargs}
+        return {name: value for name, value in facts.items() if value is not None}
+
+    def pixel_facts(self) -> dict[str, int]:
+        """Return the limits of an image's area."""
+        return {"max_pixels": self.max_pixels} | ({} if self.min_pixels is None else {"min_pixels": self.min_pixels})

@@ -103,8 +103,9 @@ class TransformersMllmExtractor(Extractor[Prompted]):
             "prompt": self.spec.prompt,
             "layer": self.spec.layer,
             "pooling": self.spec.pooling,
+            **self.spec.chat_facts(),
             "preprocessing": {
-                "max_pixels": self.spec.max_pixels,
+                **self.spec.pixel_facts(),
                 "max_aspect": MAX_ASPECT,
                 "processor": type(self.processor).__name__,
                 "library": "transformers",
@@ -124,7 +125,7 @@ class TransformersMllmExtractor(Extractor[Prompted]):
         for group in chunks(inputs, lambda: self.batch.size):
             asked: dict[int, tuple[Image.Image, str]] = {}
             for row, one in enumerate(group, first):
-                image = load_image(one.image, self.spec.max_pixels)
+                image = load_image(one.image, self.spec.max_pixels, self.spec.min_pixels)
                 if isinstance(image, str):
                     errors[row] = image
                 else:
@@ -139,13 +140,14 @@ class TransformersMllmExtractor(Extractor[Prompted]):
         import torch
 
         batch = self.processor.apply_chat_template(
-            [chat_of(prompt, image) for image, prompt in asked],
+            [chat_of(self.spec, prompt, image) for image, prompt in asked],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
             processor_kwargs={"padding": True},
             sanitize_control_tokens=True,  # a title may hold the model's own control tokens
+            **(self.spec.chat_template_kwargs or {}),
         ).to(self.device, dtype=self.model.dtype)
         with torch.inference_mode(), arithmetic(self.device, self.spec.precision):
             output = self.model(**batch, use_cache=False, output_hidden_states=not self.last)
