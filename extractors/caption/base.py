@@ -26,6 +26,7 @@ PROMPT = (
 )
 MAX_ASPECT = 20
 """Longest side over shortest side of an image, as a model gets it."""
+NOTHING_AFTER_THOUGHT = "the model answered nothing after its thought"
 UNFINISHED = "the answer is an unfinished thought"
 UNFINISHED_CUT = "the thought was cut at the limit of tokens (set max_thought_tokens, or chat_template_kwargs: {enable_thinking: false})"
 # All known control tokens of chat models contain these brackets: <|im_end|>, <image>, </s>, [INST].
@@ -110,7 +111,7 @@ class Answer(NamedTuple):
             return cls("", tokens, reason=UNFINISHED_CUT if cut else UNFINISHED)
         caption = clean(parts.answer)
         if parts.thought and not caption:
-            return cls("", tokens, reason=UNFINISHED_CUT if cut else "the model answered nothing after its thought")
+            return cls("", tokens, reason=UNFINISHED_CUT if cut else NOTHING_AFTER_THOUGHT)
         return cls(caption, tokens, cut)
 
 

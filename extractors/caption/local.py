@@ -1,5 +1,6 @@
 """Common to captioners that run the model on this machine: processor, chat messages, batches of decoded images."""
 
+import re
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -67,7 +68,7 @@ def processor_of(spec: ModelSpec, folder: Path) -> Any:
     """Return the multimodal processor in a model's folder, with left padding.
 
     Raises:
-        UserError: the folder has no such processor.
+        UserError: the folder has no such processor, or its chat template lacks a variable of chat_template_kwargs.
     """
     from transformers import AutoProcessor
 
@@ -76,7 +77,17 @@ def processor_of(spec: ModelSpec, folder: Path) -> Any:
         raise UserError(f"{folder}: has no processor of images and texts, so it is not {KIND}")
     # A decoder continues at the right end, where it would continue the padding.
     processor.tokenizer.padding_side = "left"
+    if isinstance(spec, PromptedSpec):
+        _check_variables(spec, processor, folder)
     return processor
+
+
+def _check_variables(spec: PromptedSpec, processor: Any, folder: Path) -> None:
+    template = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
+    for name in spec.chat_template_kwargs or ():
+        # A template ignores variables that it does not know.
+        if isinstance(template, str) and not re.search(rf"\b{re.escape(name)}\b", template):
+            raise UserError(f"{folder}: its chat template has no variable {name!r}; correct chat_template_kwargs")
 
 
 def name_of(spec: ModelSpec) -> str:
