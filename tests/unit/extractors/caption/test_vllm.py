@@ -162,9 +162,7 @@ def test_thoughts_are_no_captions(vllm: types.ModuleType, weights: Path, monkeyp
     def generate(self: Engine, prompts: list[dict[str, Any]], sampling: Any, *, use_tqdm: bool) -> list[Any]:
         assert sampling.max_tokens == 108 and "You are brief." in prompts[0]["prompt"]
         return [
-            types.SimpleNamespace(
-                outputs=[types.SimpleNamespace(text=text, token_ids=(1, 2), finish_reason=end)]
-            )
+            types.SimpleNamespace(outputs=[types.SimpleNamespace(text=text, token_ids=(1, 2), finish_reason=end)])
             for text, end in zip(said, ["stop", "stop", "length", "length"], strict=True)
         ]
 
