@@ -14,7 +14,7 @@ from pydantic import Field
 
 from cm3.common.image_decode import UnreadableError, decode
 from cm3.common.tables import FAILED, MISSING, OK
-from extractors.caption.prompt import PLACEHOLDERS, Prompted, PromptedSpec
+from extractors.caption.prompt import PLACEHOLDERS, Prompted, PromptedSpec, without_control_tokens
 from extractors.caption.thoughts import split_thoughts
 from extractors.extractor import Advance, Model, Result, silent
 from extractors.image.item_images import image_of
@@ -29,8 +29,6 @@ MAX_ASPECT = 20
 NOTHING_AFTER_THOUGHT = "the model answered nothing after its thought"
 UNFINISHED = "the answer is an unfinished thought"
 UNFINISHED_CUT = "the thought was cut at the limit of tokens (set max_thought_tokens, or chat_template_kwargs: {enable_thinking: false})"
-# All known control tokens of chat models contain these brackets: <|im_end|>, <image>, </s>, [INST].
-_BRACKETS = str.maketrans("<>[]", "‹›()")
 
 
 class CaptionSpec(PromptedSpec):
@@ -62,7 +60,7 @@ class CaptionSpec(PromptedSpec):
         """Return the prompt for an item, each placeholder replaced by the item's field (empty if missing)."""
         prompt = super().prompt_of(item)
         # After formatting: two harmless fields in a row may form a control token.
-        return prompt.translate(_BRACKETS) if self.replace_brackets else prompt
+        return without_control_tokens(prompt) if self.replace_brackets else prompt
 
     def facts(self, model: str) -> dict[str, Any]:
         """Return the metadata of the captions file: model, prompt, decoding and image preprocessing.

@@ -2,7 +2,7 @@
 
 import hashlib
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -22,6 +22,8 @@ from extractors.text import item_text
 PROMPT_FIELDS: tuple[str, ...] = get_args(item_text.Field)
 PLACEHOLDERS = "may contain " + ", ".join(f"{{{name}}}" for name in PROMPT_FIELDS) + "."
 
+# All known control tokens of chat models contain these brackets: <|im_end|>, <image>, </s>, [INST].
+_BRACKETS = str.maketrans("<>[]", "‹›()")
 _NOT_OF_TEMPLATES = frozenset(
     {
         "add_generation_prompt",
@@ -102,19 +104,7 @@ class PromptedSpec(BackendSpec):
 
     def read(self, inputs: Mapping[str, Path]) -> Source[Prompted]:
         """Return the images of the manifest, each with the prompt of its item."""
-        images = read_images(inputs["items"], inputs["manifest"])
-        items = read_table(inputs["items"], ITEMS, list(PROMPT_FIELDS))
-
-        def stream(rows: np.ndarray) -> Iterator[Prompted]:
-            fields = items.take(rows).to_pylist()
-            for one, image in zip(fields, images.stream(rows), strict=True):
-                yield Prompted(image, self.prompt_of(one))
-
-        digests = (
-            image and hashlib.sha256(image + self.prompt_of(one).encode("utf-8", "surrogatepass")).digest()
-            for image, one in zip(images.digests.to_pylist(), items.to_pylist(), strict=True)
-        )
-        return Source(images.item_ids, images.status, images.rows, stream, pa.array(digests, DIGEST), images.errors)
+        return read_prompted(inputs, self.prompt_of)
 
     def prompt_of(self, item: Mapping[str, Any]) -> str:
         """Return the prompt for an item, each placeholder replaced by the item's field (empty if missing)."""
@@ -130,3 +120,25 @@ class PromptedSpec(BackendSpec):
     def pixel_facts(self) -> dict[str, int]:
         """Return the limits of an image's area."""
         return {"max_pixels": self.max_pixels} | ({} if self.min_pixels is None else {"min_pixels": self.min_pixels})
+
+
+def without_control_tokens(text: str) -> str:
+    """Return a text with its brackets replaced, so that no part of it is a control token of a model."""
+    return text.translate(_BRACKETS)
+
+
+def read_prompted(inputs: Mapping[str, Path], prompt_of: Callable[[Mapping[str, Any]], str]) -> Source[Prompted]:
+    """Return the images of a manifest, each with the text that `prompt_of` makes of its item's fields."""
+    images = read_images(inputs["items"], inputs["manifest"])
+    items = read_table(inputs["items"], ITEMS, list(PROMPT_FIELDS))
+
+    def stream(rows: np.ndarray) -> Iterator[Prompted]:
+        fields = items.take(rows).to_pylist()
+        for one, image in zip(fields, images.stream(rows), strict=True):
+            yield Prompted(image, prompt_of(one))
+
+    digests = (
+        image and hashlib.sha256(image + prompt_of(one).encode("utf-8", "surrogatepass")).digest()
+        for image, one in zip(images.digests.to_pylist(), items.to_pylist(), strict=True)
+    )
+    return Source(images.item_ids, images.status, images.rows, stream, pa.array(digests, DIGEST), images.errors)
