@@ -84,6 +84,10 @@ def vision_models() -> dict[str, transformers.PreTrainedConfig]:
         "clip-tower": transformers.CLIPVisionConfig(**_VISION, projection_dim=16),
         "dinov2": transformers.Dinov2Config(**_VISION),
         "dinov2-registers": transformers.Dinov2WithRegistersConfig(**_VISION, num_register_tokens=3),
+        "siglip2-naflex": transformers.Siglip2Config(
+            text_config=text, vision_config=_WIDTHS | {"patch_size": PATCH, "num_patches": 16}
+        ),
+        "dinov3": transformers.DINOv3ViTConfig(**_VISION, num_register_tokens=4, pos_embed_rescale=None),
         "vit": transformers.ViTConfig(**_VISION),
         "resnet": transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"),
     }
@@ -96,6 +100,9 @@ def save_vision(kind: str, folder: Path, model: type | None = None) -> Path:
     made = transformers.AutoModel.from_config(config) if model is None else model(config)
     _shake(made)
     made.save_pretrained(folder)
+    if kind == "siglip2-naflex":
+        transformers.Siglip2ImageProcessor(patch_size=PATCH, max_num_patches=14).save_pretrained(folder)
+        return folder
     size = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
     transformers.CLIPImageProcessor(**size, image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.2, 0.2]).save_pretrained(
         folder
