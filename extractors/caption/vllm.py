@@ -96,7 +96,7 @@ class VllmCaptioner(BatchCaptioner):
         """Return the number of images to decode at a time; vLLM forms its own batches from them."""
         return self.spec.batch_size or _IMAGES_AT_ONCE
 
-    def answer(self, asked: Sequence[Asked]) -> list[Answer]:
+    def answer(self, asked: Sequence[Asked], features: Any = None) -> list[Answer]:
         """Return the answer to each image and prompt; an input that vLLM refuses fails without its batch."""
         try:
             return self._generate(asked)

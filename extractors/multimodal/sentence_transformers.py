@@ -11,11 +11,10 @@ from PIL import Image
 from cm3.common.device import select_device
 from cm3.common.errors import UserError
 from extractors.caption.base import MAX_ASPECT, load_image
-from extractors.caption.local import IMAGES_PER_BATCH
+from extractors.caption.local import image_batch
 from extractors.caption.prompt import Prompted
 from extractors.extractor import Advance, Encoded, Extractor, collect, silent
 from extractors.image.item_images import image_of
-from extractors.runtime.batch import Batch
 from extractors.runtime.precision import arithmetic
 from extractors.runtime.prefetch import chunks
 from extractors.text.sentence_transformers import KIND, SentenceTransformersSpec, library_model
@@ -34,7 +33,7 @@ class SentenceTransformersImages(Extractor[Prompted]):
         if not self.model.supports("image" if spec.modality == "image" else ("image", "text")):
             modalities = ", ".join(str(one) for one in self.model.modalities)
             raise UserError(f"{folder}: does not encode inputs of modality {spec.modality}, only {modalities}")
-        self.batch = Batch(spec.batch_size or IMAGES_PER_BATCH[self.device])
+        self.batch = image_batch(spec.batch_size, self.device)
         white = (Image.new("RGB", (64, 64), "white"), "" if spec.modality == "image" else "a")
         self.dim = loaded(lambda: self._encode([white]).shape[1], KIND, spec, folder)
         if spec.truncate_dim is not None and spec.truncate_dim > self.dim:

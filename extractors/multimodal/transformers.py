@@ -10,11 +10,10 @@ from pydantic import Field
 from cm3.common.device import select_device
 from cm3.common.errors import UserError
 from extractors.caption.base import MAX_ASPECT, load_image
-from extractors.caption.local import IMAGES_PER_BATCH, KIND, chat_of, processor_of
+from extractors.caption.local import KIND, chat_of, image_batch, processor_of
 from extractors.caption.prompt import PLACEHOLDERS, Prompted, PromptedSpec
 from extractors.extractor import Advance, Encoded, Extractor, collect, silent
 from extractors.image.item_images import image_of
-from extractors.runtime.batch import Batch
 from extractors.runtime.cpu_estimate import (
     LARGE,
     check_cpu_hours,
@@ -92,7 +91,7 @@ class TransformersMllmExtractor(Extractor[Prompted]):
         layers = self.model.config.get_text_config().num_hidden_layers
         if not -layers - 1 <= spec.layer <= layers:
             raise UserError(f"layer = {spec.layer}: the model has {layers} layers, so it is {-layers - 1} to {layers}")
-        self.batch = Batch(spec.batch_size or IMAGES_PER_BATCH[self.device])
+        self.batch = image_batch(spec.batch_size, self.device)
         white = Image.new("RGB", (56, 56), "white")
         self.dim = loaded(lambda: self._encode([(white, spec.prompt_of({}))]).shape[1], KIND, spec, folder)
 
