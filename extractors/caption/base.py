@@ -1,6 +1,7 @@
 """Common to all captioners: settings, default prompt, image preparation and the result."""
 
 import hashlib
+import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +14,11 @@ from pydantic import Field
 
 from cm3.common.image_decode import UnreadableError, decode
 from cm3.common.tables import FAILED, MISSING, OK
-from extractors.caption.prompt import PLACEHOLDERS, Prompted, PromptedSpec
+from extractors.caption.prompt import PLACEHOLDERS, Prompted, PromptedSpec, without_control_tokens
+from extractors.caption.thoughts import split_thoughts
 from extractors.extractor import Advance, Model, Result, silent
 from extractors.image.item_images import image_of
+from extractors.text.item_text import clean
 
 PROMPT = (
     "Describe this product in one or two plain sentences for someone who decides whether it suits them: "
@@ -23,8 +26,9 @@ PROMPT = (
 )
 MAX_ASPECT = 20
 """Longest side over shortest side of an image, as a model gets it."""
-# All known control tokens of chat models contain these brackets: <|im_end|>, <image>, </s>, [INST].
-_BRACKETS = str.maketrans("<>[]", "‹›()")
+NOTHING_AFTER_THOUGHT = "the model answered nothing after its thought"
+UNFINISHED = "the answer is an unfinished thought"
+UNFINISHED_CUT = "the thought was cut at the limit of tokens (set max_thought_tokens, or chat_template_kwargs: {enable_thinking: false})"
 
 
 class CaptionSpec(PromptedSpec):
@@ -41,12 +45,22 @@ class CaptionSpec(PromptedSpec):
     encoder: str = Field(description="Name of the text extractor that encodes the captions.")
     prompt: str = Field(PROMPT, min_length=1, description="Prompt of the model; " + PLACEHOLDERS)
     max_new_tokens: int = Field(64, gt=0, le=128, description="Maximum length of a caption in tokens.")
+    max_thought_tokens: int | None = Field(
+        None,
+        gt=0,
+        le=32_768,
+        description="Tokens that a model which thinks first may generate in addition to max_new_tokens; default: none.",
+    )
+
+    def token_limit(self) -> int:
+        """Return the maximum number of generated tokens: thoughts and caption."""
+        return self.max_new_tokens + (self.max_thought_tokens or 0)
 
     def prompt_of(self, item: Mapping[str, Any]) -> str:
         """Return the prompt for an item, each placeholder replaced by the item's field (empty if missing)."""
         prompt = super().prompt_of(item)
         # After formatting: two harmless fields in a row may form a control token.
-        return prompt.translate(_BRACKETS) if self.replace_brackets else prompt
+        return without_control_tokens(prompt) if self.replace_brackets else prompt
 
     def facts(self, model: str) -> dict[str, Any]:
         """Return the metadata of the captions file: model, prompt, decoding and image preprocessing.
@@ -58,8 +72,10 @@ class CaptionSpec(PromptedSpec):
             "model": model,
             "prompt": self.prompt,
             "prompt_key": hashlib.sha256(self.prompt.encode()).hexdigest()[:12],
-            "decoding": {"strategy": "greedy", "max_new_tokens": self.max_new_tokens},
-            "preprocessing": {"max_pixels": self.max_pixels, "max_aspect": MAX_ASPECT, "field_chars": self.field_chars},
+            "decoding": {"strategy": "greedy", "max_new_tokens": self.max_new_tokens}
+            | ({} if self.max_thought_tokens is None else {"max_thought_tokens": self.max_thought_tokens}),
+            "preprocessing": {**self.pixel_facts(), "max_aspect": MAX_ASPECT, "field_chars": self.field_chars},
+            **self.chat_facts(),
         }
 
 
@@ -77,6 +93,24 @@ class Answer(NamedTuple):
     tokens: int = 0
     cut: bool = False
     reason: str = "the model answered nothing"
+
+    @classmethod
+    def of(cls, text: str, tokens: int, cut: bool, inside: bool = False) -> "Answer":
+        """Return the answer in a generated text, without the thoughts in it.
+
+        Args:
+            text: the generated text, with the markers of thoughts.
+            tokens: number of generated tokens.
+            cut: whether the text was truncated.
+            inside: whether the text begins inside a thought, because the prompt ends with the opening marker.
+        """
+        parts = split_thoughts(text, inside)
+        if parts.unfinished:
+            return cls("", tokens, reason=UNFINISHED_CUT if cut else UNFINISHED)
+        caption = clean(parts.answer)
+        if parts.thought and not caption:
+            return cls("", tokens, reason=UNFINISHED_CUT if cut else NOTHING_AFTER_THOUGHT)
+        return cls(caption, tokens, cut)
 
 
 @dataclass(kw_only=True)
@@ -142,26 +176,34 @@ class Captioner(Model[Prompted]):
         return result
 
 
-def load_image(data: bytes, max_pixels: int) -> Image.Image | str:
-    """Return a decoded image of at most max_pixels, or the reason why it cannot be decoded."""
+def load_image(data: bytes, max_pixels: int, min_pixels: int | None = None) -> Image.Image | str:
+    """Return a decoded image of min_pixels to max_pixels, or the reason why it cannot be decoded."""
     try:
-        return limit_size(decode(data), max_pixels)
+        return limit_size(decode(data), max_pixels, min_pixels)
     except UnreadableError as error:
         return str(error)
 
 
-def limit_size(image: Image.Image, max_pixels: int) -> Image.Image:
-    """Return an image of at most max_pixels, padded with white to an aspect ratio of at most MAX_ASPECT."""
+def limit_size(image: Image.Image, max_pixels: int, min_pixels: int | None = None) -> Image.Image:
+    """Return an image of min_pixels to max_pixels, padded with white to an aspect ratio of at most MAX_ASPECT."""
     shortest = -(-max(image.size) // MAX_ASPECT)
     wide = max(image.width, shortest), max(image.height, shortest)
     scale = (max_pixels / (wide[0] * wide[1])) ** 0.5
     if scale < 1:  # before padding: the canvas of a thin image may not fit into memory
         image, wide = image.resize(_scaled(image.size, scale)), _scaled(wide, scale)
-    if image.size == wide:
-        return image
-    canvas = Image.new("RGB", wide, "white")
-    canvas.paste(image, ((wide[0] - image.width) // 2, (wide[1] - image.height) // 2))
-    return canvas
+    if image.size != wide:
+        canvas = Image.new("RGB", wide, "white")
+        canvas.paste(image, ((wide[0] - image.width) // 2, (wide[1] - image.height) // 2))
+        image = canvas
+    area = image.width * image.height
+    return image if min_pixels is None or area >= min_pixels else image.resize(_enlarged(wide, min_pixels, max_pixels))
+
+
+def _enlarged(size: tuple[int, int], min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Return a size of at least min_pixels; slightly less where rounding up would exceed max_pixels."""
+    scale = (min_pixels / (size[0] * size[1])) ** 0.5
+    width, height = math.ceil(size[0] * scale), math.ceil(size[1] * scale)
+    return (width, height) if width * height <= max_pixels else _scaled(size, scale)
 
 
 def _scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:

@@ -11,15 +11,24 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from PIL import Image
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, field_validator
 
 from cm3.common.strict import Float
-from extractors.caption.base import PROMPT, Answer, Captioner, CaptionResult, CaptionSpec, load_image
+from extractors.caption.base import (
+    NOTHING_AFTER_THOUGHT,
+    PROMPT,
+    UNFINISHED_CUT,
+    Answer,
+    Captioner,
+    CaptionResult,
+    CaptionSpec,
+    load_image,
+)
 from extractors.caption.prompt import Prompted
+from extractors.caption.thoughts import split_thoughts
 from extractors.extractor import Advance, silent
 from extractors.runtime.prefetch import default_workers
 from extractors.spec import Cost
-from extractors.text.item_text import clean
 
 if TYPE_CHECKING:
     import openai
@@ -38,6 +47,17 @@ _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 _JPEG_QUALITY = 90
 _LETTERS_PER_TOKEN = 40  # more than any tokenizer's: a longer answer ignored max_tokens
 _MAX_NAMES = 20
+_PROBE_TOKENS = 2048  # enough for a model that thinks to end its thought
+_SET_ELSEWHERE = {
+    "model": "use model",
+    "messages": "use prompt and system_prompt",
+    "max_tokens": "use max_new_tokens and max_thought_tokens",
+    "max_completion_tokens": "use max_new_tokens and max_thought_tokens",
+    "chat_template_kwargs": "use chat_template_kwargs of the extractor",
+    "stream": "answers are not streamed",
+    "n": "one answer per image is used",
+}
+"""Fields of a request that `extra_body` cannot set, with what to use instead."""
 
 
 def _without_secrets(value: Any) -> Any:
@@ -92,6 +112,11 @@ class ServerCaptionSpec(CaptionSpec):
     backend: Literal["openai-caption"] = Field(description="Caption images on an OpenAI-compatible server.")
     url: Address = Field(description="Base URL of the server, such as http://127.0.0.1:8000/v1.")
     model: str = Field(min_length=1, description="Name of the model on the server.")
+    extra_body: dict[str, JsonValue] | None = Field(
+        None,
+        min_length=1,
+        description="Further fields of each request, such as {reasoning_effort: low}; default: none. They are recorded.",
+    )
     revision: str | None = Field(
         None,
         min_length=1,
@@ -115,6 +140,14 @@ class ServerCaptionSpec(CaptionSpec):
         300.0, gt=0, le=86400, description="Seconds without any successful answer until the job ends."
     )
 
+    @field_validator("extra_body")
+    @classmethod
+    def _fields_of_its_own(cls, value: dict[str, JsonValue] | None) -> dict[str, JsonValue] | None:
+        if set_elsewhere := sorted(_SET_ELSEWHERE.keys() & set(value or ())):
+            name = set_elsewhere[0]
+            raise ValueError(f"{name} is not set here; {_SET_ELSEWHERE[name]}")
+        return value
+
     def uses_gpu(self) -> bool:
         """Return False: the GPU is the server's."""
         return False
@@ -136,6 +169,7 @@ class ServerCaptioner(Captioner):
         self.spec: ServerCaptionSpec = spec
         self._client = ChatClient(spec.url, spec.api_key_env, spec.concurrency, spec.timeout)
         self._breaker = CircuitBreaker(self._client, spec.attempts, spec.patience)
+        self._inside: bool | None = None  # whether answers begin inside a thought; None: not known yet
         self._models: set[str] = set()
         self._fingerprints: set[str] = set()
         served = _run_async(self._client.models(spec.attempts))
@@ -151,7 +185,14 @@ class ServerCaptioner(Captioner):
             "fingerprints": sorted(self._fingerprints),
             "roots": [self._root] if self._root else [],
         }
-        return self.spec.facts(name) | {"answered_by": answered_by}
+        facts = self.spec.facts(name) | {"answered_by": answered_by}
+        if self.spec.extra_body is not None:
+            facts["extra_body"] = self.spec.extra_body
+        if refused := sorted(self._client.parameters.refused):
+            facts["decoding"] = facts["decoding"] | {"refused_parameters": refused}
+            if "temperature" in refused:
+                facts["decoding"]["strategy"] = "the server's own"
+        return facts
 
     def run(self, inputs: Iterable[Prompted], advance: Advance = silent) -> CaptionResult:
         """Caption images and return the captions in input order; images without an answer are failed.
@@ -166,6 +207,7 @@ class ServerCaptioner(Captioner):
         loop.set_default_executor(ThreadPoolExecutor(max(1, default_workers(self.spec.workers))))
         answers: dict[int, Answer] = {}
         self._breaker.reset_clock()
+        self._probing = asyncio.Lock()
         async with self._client.session() as session:
             early = await self._ask_all(session, enumerate(inputs), answers, advance)
             if early and not self._breaker.answered:  # too few items to tell a broken server by
@@ -207,22 +249,53 @@ class ServerCaptioner(Captioner):
         image, reason = await asyncio.to_thread(self._encode, one.image)
         if image is None:
             return Answer("", reason=reason)
-        completion = await self._breaker.complete(session, self._request(image, one.prompt))
+        request = self._request(image, one.prompt)
+        completion = await self._breaker.complete(session, request)
         self._record_model(completion)
-        letters = len(completion.text)
-        if letters > _LETTERS_PER_TOKEN * self.spec.max_new_tokens:
-            reason = f"the answer has {letters} letters, more than {self.spec.max_new_tokens} tokens can hold"
+        letters, limit = len(completion.text), self.spec.token_limit()
+        if letters > _LETTERS_PER_TOKEN * limit:
+            reason = f"the answer has {letters} letters, more than {limit} tokens can hold"
             return Answer("", completion.tokens, reason=reason)
-        return Answer(clean(completion.text), completion.tokens, completion.cut)
+        if not completion.text.strip():
+            reason = UNFINISHED_CUT if completion.cut else NOTHING_AFTER_THOUGHT
+            return Answer("", completion.tokens, reason=reason)
+        inside = (
+            completion.cut
+            and not completion.thought
+            and not split_thoughts(completion.text).thought
+            and await self._starts_inside_thought(session, request)
+        )
+        return Answer.of(completion.text, completion.tokens, completion.cut, inside)
+
+    async def _starts_inside_thought(self, session: "openai.AsyncOpenAI", request: dict[str, Any]) -> bool:
+        """Return whether answers begin inside a thought, which shows in an answer that is long enough to end it.
+
+        A template may put the opening marker into the prompt. A thought that is cut then looks like a caption.
+        """
+        from extractors.caption.openai_client import RejectedError
+
+        async with self._probing:
+            if self._inside is None:
+                try:
+                    probe = await self._breaker.complete(session, request | {"max_tokens": _PROBE_TOKENS})
+                    self._inside = split_thoughts(probe.text).opened_before
+                except RejectedError as error:
+                    log.warning("%s: whether its cut answers are thoughts is unknown: %s", self.spec.url, error)
+                    self._inside = False
+        return self._inside
 
     def _request(self, image: str, prompt: str) -> dict[str, Any]:
         content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": prompt}]
+        system = [] if self.spec.system_prompt is None else [{"role": "system", "content": self.spec.system_prompt}]
+        variables = self.spec.chat_template_kwargs
         return {
             "model": self.spec.model,
-            "messages": [{"role": "user", "content": content}],
-            "max_tokens": self.spec.max_new_tokens,
+            "messages": [*system, {"role": "user", "content": content}],
+            "max_tokens": self.spec.token_limit(),
             "temperature": 0,
             "seed": 0,
+            **({} if variables is None else {"chat_template_kwargs": variables}),
+            **(self.spec.extra_body or {}),
         }
 
     def _encode(self, data: bytes) -> tuple[str | None, str]:
@@ -231,7 +304,7 @@ class ServerCaptioner(Captioner):
         Encoding anew gives the server the pixels that a local model would get, without the file's metadata (place, time,
         camera).
         """
-        image = load_image(data, self.spec.max_pixels)
+        image = load_image(data, self.spec.max_pixels, self.spec.min_pixels)
         if isinstance(image, str):
             return None, image
         return _data_url(image), ""

@@ -16,6 +16,8 @@ import openai
 
 from cm3.common.errors import UserError
 from cm3.common.http import is_offline, retry_after
+from extractors.caption.openai_message import has_thought, text_of
+from extractors.caption.openai_parameters import ParameterNames
 
 MAX_BODY = 1 << 20
 """Bytes of the longest response that is read."""
@@ -67,6 +69,8 @@ class Completion:
     """A chat completion.
 
     Attributes:
+        text: the answer; empty where the model only thought.
+        thought: whether the server reports thoughts in a field of their own.
         tokens: generated tokens, 0 if the server does not report them.
         cut: whether the text ended at the limit of tokens.
         model, fingerprint: the model and system fingerprint that the server reports.
@@ -77,6 +81,7 @@ class Completion:
     cut: bool
     model: str
     fingerprint: str
+    thought: bool = False
 
 
 class ChatClient:
@@ -103,6 +108,7 @@ class ChatClient:
                 f"the environment variable {key_env} holds no API key: it contains blanks or non-ASCII letters"
             )
         parts = urlsplit(url)
+        self.parameters = ParameterNames(url)
         local = parts.hostname in _LOCAL
         if is_offline() and not local:
             raise UserError(f"CM3_OFFLINE is set, so {url} is not asked; only a server on this machine would be")
@@ -146,7 +152,7 @@ class ChatClient:
                 return {}  # not every server lists its models
 
     async def complete(self, session: openai.AsyncOpenAI, request: Mapping[str, Any]) -> Completion:
-        """Send one chat completion request.
+        """Send one chat completion request, adapted to the parameters that the server accepts.
 
         Raises:
             TransientError: time-out, HTTP 5xx, 408 or 425, a broken, empty or oversized answer.
@@ -154,34 +160,45 @@ class ChatClient:
             RejectedError: HTTP 400 and the like.
             UserError: no request can succeed: HTTP 401 to 405, a redirect, a used up quota, no valid certificate.
         """
-        try:
-            async with asyncio.timeout(self.timeout):  # httpx limits each read, not the whole answer
-                # Not chat.completions.create, which takes twice the time to check the request and build typed answers.
-                response = await session.post("/chat/completions", cast_to=httpx2.Response, body=request)
-        except TimeoutError:
-            raise TransientError(f"no answer in {self.timeout:g} s") from None
-        except openai.APIStatusError as error:
-            raise self._status_error(error) from None
-        except openai.APIConnectionError as error:
-            raise self._connection_error(error) from None
-        except UnicodeEncodeError as error:  # half of a surrogate pair in an item's text
-            raise RejectedError(f"the prompt is not valid Unicode ({error.reason})") from None
+        while True:
+            body = self.parameters.adapted(request)
+            try:
+                response = await self._post(session, body)
+                break
+            except openai.APIStatusError as error:
+                # Each repetition has one refused parameter less.
+                if not self.parameters.refused_by(error, body):
+                    raise self._status_error(error) from None
         try:
             answer = response.json()
             choice = answer["choices"][0]
-            text, end = choice["message"]["content"], choice.get("finish_reason")
+            message, end = choice["message"], choice.get("finish_reason")
+            text, thought = text_of(message.get("content")), has_thought(message)
             tokens = (answer.get("usage") or {}).get("completion_tokens")
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise TransientError(f"the answer is no chat completion ({self.quote(response.text)})") from None
-        if not isinstance(text, str) or not text.strip():
+        if not text.strip() and not thought:
             raise TransientError(f"the answer is empty (finish_reason {self.quote(str(end))})")
         return Completion(
             text=self._without_key(text),
+            thought=thought,
             tokens=tokens if isinstance(tokens, int) and 0 <= tokens < 1 << 31 else 0,
             cut=end == "length",
             model=self._name(answer.get("model")),
             fingerprint=self._name(answer.get("system_fingerprint")),
         )
+
+    async def _post(self, session: openai.AsyncOpenAI, body: Mapping[str, Any]) -> httpx2.Response:
+        try:
+            async with asyncio.timeout(self.timeout):  # httpx limits each read, not the whole answer
+                # Not chat.completions.create, which takes twice the time to check the request and build typed answers.
+                return await session.post("/chat/completions", cast_to=httpx2.Response, body=body)
+        except TimeoutError:
+            raise TransientError(f"no answer in {self.timeout:g} s") from None
+        except openai.APIConnectionError as error:
+            raise self._connection_error(error) from None
+        except UnicodeEncodeError as error:  # half of a surrogate pair in an item's text
+            raise RejectedError(f"the prompt is not valid Unicode ({error.reason})") from None
 
     def fatal(self, reason: str) -> UserError:
         """Return the error that ends the job."""

@@ -6,6 +6,7 @@ python -m extractors.caption.stage --spec '{"name": .., "settings": {..}, "ident
 """
 
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pyarrow as pa
 
 from cm3.common.cli import stage
 from cm3.common.tables import CAPTIONS, OK, write_table
+from extractors.caption.base import CaptionSpec
 from extractors.runtime.job import Job, spec_of
 from extractors.runtime.shards import notes_of
 from extractors.spec import BackendSpec
@@ -34,6 +36,9 @@ def caption(
     threads: int | None = None,
 ) -> dict[str, Any]:
     """Write the captions file of all items; return the record: counts, failures, speed.
+
+    In the record, `captions_cut` counts the new captions that were truncated at the limit of tokens; `captions_at_limit`
+    counts all captions of so many tokens, earlier ones included.
 
     The file's metadata contain `model`, `prompt`, `prompt_key` (12 hex digits of the prompt's sha256), `decoding` and, for
     a server, `answered_by`: the models that it reported, over all shards.
@@ -71,7 +76,9 @@ def caption(
     reported = {kind: sorted(values) for kind, values in answered_by.items()}
     provenance = job.provenance() | ({"answered_by": reported} if reported else {})
     write_table(captions, pa.table(columns, names=CAPTIONS.names), CAPTIONS, provenance)
-    record = job.finish() | {"tokens": int(tokens.sum())}
+    limit = spec.token_limit() if isinstance(spec, CaptionSpec) else math.inf
+    at_limit = int(((job.status == OK) & (tokens >= limit)).sum())
+    record = job.finish() | {"tokens": int(tokens.sum()), "captions_at_limit": at_limit}
     _log_captions(name, job, texts, reported.get("models", []), record.get("captions_cut", 0))
     return record
 

@@ -1,5 +1,6 @@
 """Captions from a vision-language model through transformers."""
 
+import threading
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
@@ -7,8 +8,17 @@ from pydantic import Field
 
 from cm3.common.device import select_device
 from extractors.caption.base import Answer, CaptionSpec
-from extractors.caption.local import IMAGES_PER_BATCH, KIND, Asked, BatchCaptioner, chat_of, name_of, processor_of
-from extractors.runtime.batch import Batch
+from extractors.caption.local import (
+    KIND,
+    Asked,
+    BatchCaptioner,
+    chat_of,
+    image_batch,
+    name_of,
+    processor_of,
+    rendered,
+)
+from extractors.caption.thoughts import MarkerTokens, ends_inside_thought
 from extractors.runtime.cpu_estimate import (
     LARGE,
     check_cpu_hours,
@@ -18,9 +28,8 @@ from extractors.runtime.cpu_estimate import (
     tokens_of,
 )
 from extractors.spec import Cost
-from extractors.text.item_text import clean
 from extractors.weights.hub import model_path
-from extractors.weights.pretrained import load_model, on_device
+from extractors.weights.pretrained import load_model, loaded, on_device
 from extractors.weights.spec import ModelSpec
 
 _SERVER = "use a server that has one (backend: openai-caption, see docs/captions.md), "
@@ -50,7 +59,7 @@ class TransformersCaptionSpec(CaptionSpec, ModelSpec):
         parameters = parameters_of(model_path(self))
         if select_device(self.device, "device").type == "cpu" and parameters >= LARGE:
             tokens, speed = tokens_of(self.max_pixels, self.prompt), seconds_per_parameter(self.precision)
-            estimate = hours(parameters, items, tokens, self.max_new_tokens, speed)
+            estimate = hours(parameters, items, tokens, self.token_limit(), speed)
             check_cpu_hours(parameters, items, estimate, self.allow_slow, _SERVER)
 
     def load(self) -> "TransformersCaptioner":
@@ -68,9 +77,15 @@ class TransformersCaptioner(BatchCaptioner):
         self.device = select_device(spec.device, "device").type
         folder = model_path(spec)
         self.processor = processor_of(spec, folder)
+        self.markers = MarkerTokens(self.processor.tokenizer)
+        self.inside = loaded(
+            lambda: ends_inside_thought(rendered(self.processor, spec, spec.prompt_of({}))), KIND, spec, folder
+        )
         model = load_model(AutoModelForImageTextToText, spec, folder, KIND, use_safetensors=True)
         self.model = on_device(model, self.device, KIND, spec, folder)
-        self.batch = Batch(spec.batch_size or IMAGES_PER_BATCH[self.device])
+        self.batch = image_batch(spec.batch_size, self.device)
+        # A tokenizer is not safe for two threads: one prepares a batch while the other decodes answers.
+        self.tokenizing = threading.Lock()
 
     def facts(self) -> dict[str, Any]:
         """Return the model, its architecture, the prompt and the decoding in use."""
@@ -80,27 +95,39 @@ class TransformersCaptioner(BatchCaptioner):
         """Return the current batch size, which shrinks when memory runs out."""
         return self.batch.size
 
-    def answer(self, asked: Sequence[Asked]) -> list[Answer]:
+    def answer(self, asked: Sequence[Asked], features: Any = None) -> list[Answer]:
         """Return the answer to each image and prompt."""
+        if features is not None and len(asked) <= self.batch.size:
+            answers = self.batch.attempt(lambda part: self._generate(part, features), asked)
+            if answers is not None:
+                return answers
         return self.batch.all(self._generate, asked)
 
-    def _generate(self, asked: Sequence[Asked]) -> list[Answer]:
+    def features_of(self, asked: Sequence[Asked]) -> Any:
+        """Return the tokens and pixels of images and prompts."""
+        with self.tokenizing:
+            return self.processor.apply_chat_template(
+                [chat_of(self.spec, prompt, image) for image, prompt in asked],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs={"padding": True},
+                sanitize_control_tokens=True,  # a title may contain control tokens of the model
+                **(self.spec.chat_template_kwargs or {}),
+            )
+
+    def _generate(self, asked: Sequence[Asked], features: Any = None) -> list[Answer]:
         import torch
 
-        batch = self.processor.apply_chat_template(
-            [chat_of(prompt, image) for image, prompt in asked],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True},
-            sanitize_control_tokens=True,  # a title may contain control tokens of the model
-        ).to(self.device, dtype=self.model.dtype)
+        prepared = self.features_of(asked) if features is None else features
+        batch = prepared.to(self.device, dtype=self.model.dtype)
+        limit = self.spec.token_limit()
         with torch.inference_mode():
             # The model's own generation config may sample or penalise repetition; captions are plain argmax.
             output = self.model.generate(
                 **batch,
-                max_new_tokens=self.spec.max_new_tokens,
+                max_new_tokens=limit,
                 do_sample=False,
                 num_beams=1,
                 repetition_penalty=1.0,
@@ -109,11 +136,19 @@ class TransformersCaptioner(BatchCaptioner):
                 top_k=None,
             )
         answers = output[:, batch["input_ids"].shape[1] :]
-        texts = self.processor.batch_decode(answers, skip_special_tokens=True)
+        tokens_of_answers = answers.tolist()
+        with self.tokenizing:
+            texts = self.processor.batch_decode(answers, skip_special_tokens=True)
+            texts = [self.markers.decode(*one) for one in zip(tokens_of_answers, texts, strict=True)]
         counts = (answers != self.processor.tokenizer.pad_token_id).sum(dim=1).tolist()
         ends = self.model.generation_config.eos_token_id
-        last, ended = answers[:, -1].tolist(), ends if isinstance(ends, list) else [ends]
+        ended = ends if isinstance(ends, list) else [ends]
         return [
-            Answer(clean(text), int(count), cut=count >= self.spec.max_new_tokens and end not in ended)
-            for text, count, end in zip(texts, counts, last, strict=True)
+            Answer.of(
+                text,
+                int(count),
+                cut=count >= limit and tokens[-1] not in ended,
+                inside=self.inside,
+            )
+            for text, count, tokens in zip(texts, counts, tokens_of_answers, strict=True)
         ]

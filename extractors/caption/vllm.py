@@ -8,10 +8,11 @@ from pydantic import Field
 from cm3.common.errors import UserError
 from cm3.common.strict import Float
 from extractors.caption.base import Answer, CaptionSpec
-from extractors.caption.local import Asked, BatchCaptioner, chat_of, name_of, processor_of
+from extractors.caption.local import KIND, Asked, BatchCaptioner, name_of, processor_of, rendered
+from extractors.caption.thoughts import MarkerTokens, ends_inside_thought
 from extractors.spec import Cost
-from extractors.text.item_text import clean
 from extractors.weights.hub import model_path
+from extractors.weights.pretrained import loaded
 from extractors.weights.spec import ModelSpec
 
 INSTALL = "pip install vllm"
@@ -66,6 +67,10 @@ class VllmCaptioner(BatchCaptioner):
         self.version = str(getattr(vllm, "__version__", "unknown"))
         folder = model_path(spec)
         self.processor = processor_of(spec, folder)
+        self.markers = MarkerTokens(self.processor.tokenizer)
+        self.inside = loaded(
+            lambda: ends_inside_thought(rendered(self.processor, spec, spec.prompt_of({}))), KIND, spec, folder
+        )
         try:
             self.engine = vllm.LLM(
                 model=str(folder),
@@ -81,7 +86,7 @@ class VllmCaptioner(BatchCaptioner):
         except Exception as error:  # engines raise many types, depending on the folder and the GPU
             raise UserError(f"{folder}: vLLM failed to start with this model: {error}") from error
         # Explicit parameters, so that the model's own generation config can't sample or penalise.
-        self.sampling = vllm.SamplingParams(temperature=0.0, max_tokens=spec.max_new_tokens, seed=0)
+        self.sampling = vllm.SamplingParams(temperature=0.0, max_tokens=spec.token_limit(), seed=0)
 
     def facts(self) -> dict[str, Any]:
         """Return the model, vLLM's version, the prompt and the decoding in use."""
@@ -91,7 +96,7 @@ class VllmCaptioner(BatchCaptioner):
         """Return the number of images to decode at a time; vLLM forms its own batches from them."""
         return self.spec.batch_size or _IMAGES_AT_ONCE
 
-    def answer(self, asked: Sequence[Asked]) -> list[Answer]:
+    def answer(self, asked: Sequence[Asked], features: Any = None) -> list[Answer]:
         """Return the answer to each image and prompt; an input that vLLM refuses fails without its batch."""
         try:
             return self._generate(asked)
@@ -105,9 +110,7 @@ class VllmCaptioner(BatchCaptioner):
             {
                 # vLLM replaces the template's placeholder by the image's tokens. It searches for the placeholder's
                 # text, which `replace_brackets` removes from prompts.
-                "prompt": self.processor.apply_chat_template(
-                    chat_of(prompt), add_generation_prompt=True, tokenize=False
-                ),
+                "prompt": rendered(self.processor, self.spec, prompt),
                 "multi_modal_data": {"image": image},
             }
             for image, prompt in asked
@@ -118,4 +121,12 @@ class VllmCaptioner(BatchCaptioner):
                 f"vLLM gave {len(outputs)} answers to {len(asked)} images; finished shards are kept, run the same command again"
             )
         first = [output.outputs[0] for output in outputs]
-        return [Answer(clean(one.text), len(one.token_ids), cut=one.finish_reason == "length") for one in first]
+        return [
+            Answer.of(
+                self.markers.decode(list(one.token_ids), one.text),
+                len(one.token_ids),
+                cut=one.finish_reason == "length",
+                inside=self.inside,
+            )
+            for one in first
+        ]

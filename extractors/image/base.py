@@ -64,12 +64,12 @@ class ImageModel(Extractor[bytes]):
         self.lookahead = 0 if self.device == "cpu" else 3
 
     @abstractmethod
-    def prepare(self, image: Image.Image) -> "torch.Tensor":
-        """Return an RGB image as a tensor; `forward` gets a stack of them. Runs in threads."""
+    def prepare(self, image: Image.Image) -> Any:
+        """Return an RGB image as a tensor, or as tensors by name; `forward` gets stacks of them. Runs in threads."""
 
     @abstractmethod
-    def forward(self, stack: "torch.Tensor") -> "torch.Tensor":
-        """Return (n, d) vectors of a stack of n prepared images on the device."""
+    def forward(self, stack: Any) -> "torch.Tensor":
+        """Return (n, d) vectors of n prepared images, stacked on the device."""
 
     def measured_dim(self) -> int:
         """Return d, measured by encoding a white image."""
@@ -95,20 +95,29 @@ class ImageModel(Extractor[bytes]):
                 advance(len(prepared), ok=len(good), failed=len(prepared) - len(good))
         return collect(vectors, errors, first, self.dim)
 
-    def _decoded(self, data: bytes) -> "torch.Tensor | str":
+    def _decoded(self, data: bytes) -> Any:
         try:
             return self.prepare(decode(data))
         except UnreadableError as reason:
             return str(reason)
 
-    def _encode(self, prepared: Sequence["torch.Tensor"]) -> np.ndarray:
+    def _encode(self, prepared: Sequence[Any]) -> np.ndarray:
         import torch
 
         with torch.inference_mode(), arithmetic(self.device, self.spec.precision):
-            stack = torch.stack(list(prepared))
-            if self.device == "cuda":
-                stack = stack.pin_memory().to(self.device, non_blocking=True)
-            vectors = self.forward(stack.to(self.device)).float()
+            if isinstance(prepared[0], dict):
+                stack: Any = {name: self._stacked([one[name] for one in prepared]) for name in prepared[0]}
+            else:
+                stack = self._stacked(prepared)
+            vectors = self.forward(stack).float()
             if self.spec.normalise:
                 vectors = torch.nn.functional.normalize(vectors, dim=-1)
             return vectors.cpu().numpy()
+
+    def _stacked(self, tensors: Sequence["torch.Tensor"]) -> "torch.Tensor":
+        import torch
+
+        stack = torch.stack(list(tensors))
+        if self.device == "cuda":
+            stack = stack.pin_memory().to(self.device, non_blocking=True)
+        return stack.to(self.device)

@@ -1,4 +1,4 @@
-"""Image encoders of transformers: CLIP, SigLIP, DINOv2, ViT and similar models."""
+"""Image encoders of transformers: CLIP, SigLIP, SigLIP 2 (NaFlex too), DINOv2, DINOv3, ViT and similar models."""
 
 import json
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -10,6 +10,7 @@ from cm3.common.errors import UserError
 from extractors.image.base import ImageModel, ImageModelSpec
 from extractors.runtime.precision import torch_dtype
 from extractors.spec import Cost
+from extractors.text.pooling import pool
 from extractors.weights.hub import checked_path
 from extractors.weights.pretrained import load_model, load_part, loaded, on_device
 from extractors.weights.spec import CodeSpec
@@ -30,7 +31,10 @@ _PREPROCESSING = (
     "do_normalize",
     "image_mean",
     "image_std",
+    "max_num_patches",
 )
+_OF_PATCHES = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
+"""Inputs of models that read an image of any shape as a padded list of patches (NaFlex)."""
 
 
 class TransformersVisionSpec(ImageModelSpec, CodeSpec):
@@ -74,7 +78,7 @@ class TransformersVisionExtractor(ImageModel):
         elif self.projected and hasattr(model, "text_model"):
             model.text_model = None  # unused: frees its memory
         self.model = on_device(model, self.device, "a vision model", spec, folder)
-        shapes = {tuple(self.prepare(Image.new("RGB", size, "white")).shape) for size in ((64, 64), (96, 48))}
+        shapes = {tuple(self._pixels(Image.new("RGB", size, "white")).shape) for size in ((64, 64), (96, 48))}
         if len(shapes) > 1:
             raise UserError(
                 f"{folder}: its preprocessing gives images of different sizes, which cannot be batched; "
@@ -97,18 +101,36 @@ class TransformersVisionExtractor(ImageModel):
             },
         }
 
-    def prepare(self, image: Image.Image) -> "torch.Tensor":
-        """Return a (3, height, width) float tensor: resized, cropped and normalised."""
-        prepared: torch.Tensor = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
-        return prepared
+    def prepare(self, image: Image.Image) -> "torch.Tensor | dict[str, torch.Tensor]":
+        """Return a (3, height, width) float tensor: resized, cropped and normalised; of a NaFlex model, its inputs."""
+        prepared = self.processor(images=image, return_tensors="pt")
+        if "spatial_shapes" in prepared:
+            return {name: prepared[name][0] for name in _OF_PATCHES}
+        pixels: torch.Tensor = prepared["pixel_values"][0]
+        return pixels
 
-    def forward(self, stack: "torch.Tensor") -> "torch.Tensor":
+    def _pixels(self, image: Image.Image) -> "torch.Tensor":
+        prepared = self.prepare(image)
+        return prepared["pixel_values"] if isinstance(prepared, dict) else prepared
+
+    def forward(self, stack: "torch.Tensor | dict[str, torch.Tensor]") -> "torch.Tensor":
         """Return (n, d) pooled vectors."""
-        pixels = stack.to(torch_dtype(self.spec.precision))
+        inputs = dict(stack) if isinstance(stack, dict) else {"pixel_values": stack}
+        inputs["pixel_values"] = inputs["pixel_values"].to(torch_dtype(self.spec.precision))
         if self.projected:
-            return _own(self.model.get_image_features(pixel_values=pixels))
-        output = self.model(pixel_values=pixels)
-        return _own(output) if self.spec.pooling == "model" else self._pooled(output.last_hidden_state, stack)
+            return _own(self.model.get_image_features(**inputs))
+        output = self.model(**inputs)
+        if self.spec.pooling == "model":
+            return _own(output)
+        if isinstance(stack, dict):
+            return self._pooled_patches(output.last_hidden_state, stack["pixel_attention_mask"])
+        return self._pooled(output.last_hidden_state, stack)
+
+    def _pooled_patches(self, states: "torch.Tensor", mask: "torch.Tensor") -> "torch.Tensor":
+        """Return (n, d), the mean of (n, patches, d) hidden states; padding (zeros of the mask) does not count."""
+        if self.spec.pooling == "cls":
+            raise self._no_class_token()
+        return pool(states, mask, "mean")
 
     def _pooled(self, states: "torch.Tensor", stack: "torch.Tensor") -> "torch.Tensor":
         """Return (n, d) of (n, tokens, d) hidden states, or of the (n, d, h, w) maps of a convolutional network."""
@@ -120,10 +142,11 @@ class TransformersVisionExtractor(ImageModel):
         if self.spec.pooling == "mean":
             return states[:, first:].mean(dim=1)
         if first == 0:
-            raise UserError(
-                f"pooling = 'cls': {type(self.model).__name__} has no class token; set pooling: model or mean"
-            )
+            raise self._no_class_token()
         return states[:, 0]
+
+    def _no_class_token(self) -> UserError:
+        return UserError(f"pooling = 'cls': {type(self.model).__name__} has no class token; set pooling: model or mean")
 
     def _patches(self, stack: "torch.Tensor") -> int:
         """Return the number of patch tokens, which class and register tokens precede.

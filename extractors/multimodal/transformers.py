@@ -10,11 +10,10 @@ from pydantic import Field
 from cm3.common.device import select_device
 from cm3.common.errors import UserError
 from extractors.caption.base import MAX_ASPECT, load_image
-from extractors.caption.local import IMAGES_PER_BATCH, KIND, chat_of, processor_of
+from extractors.caption.local import KIND, chat_of, image_batch, processor_of
 from extractors.caption.prompt import PLACEHOLDERS, Prompted, PromptedSpec
 from extractors.extractor import Advance, Encoded, Extractor, collect, silent
 from extractors.image.item_images import image_of
-from extractors.runtime.batch import Batch
 from extractors.runtime.cpu_estimate import (
     LARGE,
     check_cpu_hours,
@@ -93,7 +92,7 @@ class TransformersMllmExtractor(Extractor[Prompted]):
         layers = self.model.config.get_text_config().num_hidden_layers
         if not -layers - 1 <= spec.layer <= layers:
             raise UserError(f"layer = {spec.layer}: the model has {layers} layers, so it is {-layers - 1} to {layers}")
-        self.batch = Batch(spec.batch_size or IMAGES_PER_BATCH[self.device])
+        self.batch = image_batch(spec.batch_size, self.device)
         white = Image.new("RGB", (56, 56), "white")
         self.dim = loaded(lambda: self._encode([(white, spec.prompt_of({}))]).shape[1], KIND, spec, folder)
 
@@ -104,8 +103,9 @@ class TransformersMllmExtractor(Extractor[Prompted]):
             "prompt": self.spec.prompt,
             "layer": self.spec.layer,
             "pooling": self.spec.pooling,
+            **self.spec.chat_facts(),
             "preprocessing": {
-                "max_pixels": self.spec.max_pixels,
+                **self.spec.pixel_facts(),
                 "max_aspect": MAX_ASPECT,
                 "processor": type(self.processor).__name__,
                 "library": "transformers",
@@ -125,7 +125,7 @@ class TransformersMllmExtractor(Extractor[Prompted]):
         for group in chunks(inputs, lambda: self.batch.size):
             asked: dict[int, tuple[Image.Image, str]] = {}
             for row, one in enumerate(group, first):
-                image = load_image(one.image, self.spec.max_pixels)
+                image = load_image(one.image, self.spec.max_pixels, self.spec.min_pixels)
                 if isinstance(image, str):
                     errors[row] = image
                 else:
@@ -140,13 +140,14 @@ class TransformersMllmExtractor(Extractor[Prompted]):
         import torch
 
         batch = self.processor.apply_chat_template(
-            [chat_of(prompt, image) for image, prompt in asked],
+            [chat_of(self.spec, prompt, image) for image, prompt in asked],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
             processor_kwargs={"padding": True},
             sanitize_control_tokens=True,  # a title may hold the model's own control tokens
+            **(self.spec.chat_template_kwargs or {}),
         ).to(self.device, dtype=self.model.dtype)
         with torch.inference_mode(), arithmetic(self.device, self.spec.precision):
             output = self.model(**batch, use_cache=False, output_hidden_states=not self.last)

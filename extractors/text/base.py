@@ -4,7 +4,7 @@ import sys
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -22,6 +22,8 @@ USUAL_LIMIT = 512
 """Token limit of models that do not define one."""
 NO_LIMIT = sys.maxsize
 """Token limit of models without positions, which truncate nothing."""
+UNSET_LIMIT = 10**18
+"""Tokenizers without a limit report a larger one, 10**30, which no array of 64-bit integers holds."""
 
 _TOKENS_PER_BATCH = {"cpu": 2048, "mps": 16_384, "cuda": 65_536}
 _TEXTS_AT_ONCE = 256
@@ -32,7 +34,6 @@ class TextModelSpec(CodeSpec):
 
     modalities: ClassVar[tuple[str, ...]] = ("text",)
 
-    modality: Literal["text"] = Field(description="Always text.")
     fields: list[item_text.Field] = Field(
         list(item_text.FIELDS), min_length=1, description="Item fields that the text is made of, in this order."
     )
@@ -141,6 +142,14 @@ class TextModel(Extractor[str]):
     def counted(self, texts: Sequence[str]) -> list[int]:
         """Return the numbers of tokens of n texts without truncation."""
         return [len(ids) for ids in self.tokenizer(texts, truncation=False, padding=False)["input_ids"]]
+
+
+def text_positions_of(model: Any) -> int | None:
+    """Return the number of positions in a transformers model's config or in the text part of it; None if unlimited."""
+    config = model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    positions: int | None = getattr(text, "max_position_embeddings", None)
+    return None if positions is None or positions < 0 else positions
 
 
 def positions_of(model: Any, max_length: int | None) -> int | None:

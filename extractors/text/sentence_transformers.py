@@ -1,65 +1,140 @@
-"""Text encoders of sentence-transformers."""
+"""Models of sentence-transformers: settings of all of them, and the encoder of texts."""
 
 import math
-from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cm3.common.errors import UserError
+from extractors.caption.prompt import read_prompted, without_control_tokens
+from extractors.extractor import Extractor
 from extractors.runtime.precision import arithmetic, torch_dtype
+from extractors.runtime.source import Source
 from extractors.spec import Cost
-from extractors.text.base import NO_LIMIT, USUAL_LIMIT, TextModel, TextModelSpec, positions_of
+from extractors.text.base import (
+    NO_LIMIT,
+    UNSET_LIMIT,
+    USUAL_LIMIT,
+    TextModel,
+    TextModelSpec,
+    positions_of,
+    text_positions_of,
+)
+from extractors.text.item_text import item_text
 from extractors.weights.completeness import check_checkpoint
 from extractors.weights.hub import checked_path, quiet, without_bars
 from extractors.weights.pretrained import check_code, loaded
 
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+KIND = "a sentence-transformers model"
+_IMAGES_PER_SHARD = 512
+
 
 class SentenceTransformersSpec(TextModelSpec):
-    """A model of sentence-transformers."""
+    """A model of sentence-transformers: of texts, of images, or of images together with texts."""
 
     version: ClassVar[int | None] = 1
     libraries: ClassVar[tuple[str, ...]] = ("sentence-transformers", "torch", "transformers", "tokenizers")
     cost: ClassVar[Cost] = Cost(2500, 1500, 30)
+    modalities: ClassVar[tuple[str, ...]] = ("text", "image", "multimodal")
 
-    backend: Literal["sentence-transformers"] = Field(description="Encode texts with a sentence-transformers model.")
+    modality: Literal["text", "image", "multimodal"] = Field(
+        description="Input: text, image, or image and text together (multimodal)."
+    )
+    backend: Literal["sentence-transformers"] = Field(
+        description="Encode texts, images or both with a sentence-transformers model."
+    )
+    max_pixels: int | None = Field(
+        None, ge=784, description="Maximum area of an image in pixels; default: that of the model's own preprocessing."
+    )
+    min_pixels: int | None = Field(
+        None, gt=0, description="Minimum area of an image in pixels; default: that of the model's own preprocessing."
+    )
 
-    def load(self) -> "SentenceTransformersExtractor":
+    @model_validator(mode="after")
+    def _settings_of_the_modality(self) -> "SentenceTransformersSpec":
+        if self.modality == "text":
+            for name in ("max_pixels", "min_pixels"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} is for images, but modality is text; remove it")
+        elif self.max_length is not None:
+            raise ValueError(f"max_length is for texts, but modality is {self.modality}; remove it")
+        if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels = {self.min_pixels} exceeds max_pixels = {self.max_pixels}")
+        return self
+
+    def needs(self) -> set[str]:
+        """Return items, and the manifest where images are read."""
+        return {"items"} if self.modality == "text" else {"items", "manifest"}
+
+    def items_per_shard(self) -> int | None:
+        """Return the number of items per shard: fewer images than texts."""
+        return super().items_per_shard() if self.modality == "text" else self.shard_size or _IMAGES_PER_SHARD
+
+    def text_of(self, item: Mapping[str, Any]) -> str:
+        """Return the text that goes with an item's image: none for modality image."""
+        # A title may contain the placeholder of an image.
+        return "" if self.modality == "image" else without_control_tokens(item_text(item, self.fields) or "")
+
+    def read(self, inputs: Mapping[str, Path]) -> Source[Any]:
+        """Return the texts, the images, or the images with their texts."""
+        return super().read(inputs) if self.modality == "text" else read_prompted(inputs, self.text_of)
+
+    def load(self) -> Extractor[Any]:
         """Load the model."""
-        return SentenceTransformersExtractor(self)
+        if self.modality == "text":
+            return SentenceTransformersExtractor(self)
+        from extractors.multimodal.sentence_transformers import SentenceTransformersImages
+
+        return SentenceTransformersImages(self)
+
+
+def library_model(spec: SentenceTransformersSpec, device: str) -> "SentenceTransformer":
+    """Return a model of the library with every weight from its checkpoint.
+
+    Raises:
+        UserError: the folder is not such a model, weights are missing, or loading would run code that is not trusted.
+    """
+    from sentence_transformers import SentenceTransformer
+    from transformers import PreTrainedModel
+
+    folder = checked_path(spec)
+    check_code(spec, folder)
+    without_bars()
+    with quiet("transformers"):
+        model = loaded(
+            lambda: SentenceTransformer(
+                str(folder),
+                device=device,
+                local_files_only=True,
+                trust_remote_code=spec.trust_remote_code,
+                model_kwargs={"dtype": torch_dtype(spec.precision), "ignore_mismatched_sizes": True},
+            ),
+            KIND,
+            spec,
+            folder,
+        )
+        # The library does not report missing weights.
+        bodies = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+        inner = {id(part) for body in bodies for part in body.modules() if part is not body}
+        outermost = [body for body in bodies if id(body) not in inner]
+        loaded(lambda: check_checkpoint(outermost, KIND, folder, unused=("pooler.",)), KIND, spec, folder)
+    return model
 
 
 class SentenceTransformersExtractor(TextModel):
-    """A loaded sentence-transformers model."""
+    """A loaded sentence-transformers model that encodes texts."""
 
     def __init__(self, spec: SentenceTransformersSpec) -> None:
-        from sentence_transformers import SentenceTransformer
-        from transformers import PreTrainedModel
-
         super().__init__(spec)
-        folder = checked_path(spec)
-        check_code(spec, folder)
-        kind = "a sentence-transformers model"
-        without_bars()
-        with quiet("transformers"):
-            self.model = loaded(
-                lambda: SentenceTransformer(
-                    str(folder),
-                    device=self.device,
-                    local_files_only=True,
-                    trust_remote_code=spec.trust_remote_code,
-                    model_kwargs={"dtype": torch_dtype(spec.precision), "ignore_mismatched_sizes": True},
-                ),
-                kind,
-                spec,
-                folder,
-            )
-            # The library does not report missing weights.
-            bodies = [part for part in self.model.modules() if isinstance(part, PreTrainedModel)]
-            inner = {id(part) for body in bodies for part in body.modules() if part is not body}
-            outermost = [body for body in bodies if id(body) not in inner]
-            loaded(lambda: check_checkpoint(outermost, kind, folder, unused=("pooler.",)), kind, spec, folder)
+        self.model = library_model(spec, self.device)
+        # The library opens a text that looks like the address or the path of an image, unless it is marked as a text.
+        self.marks_texts = any(modality != "text" for modality in self.model.modalities)
         self.limit = self._token_limit()
         self.tokenizer = self.model.tokenizer
         own = self.model.prompts.get(self.model.default_prompt_name or "") or ""
@@ -75,7 +150,7 @@ class SentenceTransformersExtractor(TextModel):
         """Return (n, dim) float32 vectors of n texts in one forward pass."""
         with arithmetic(self.device, self.spec.precision):
             vectors = self.model.encode(
-                list(texts),
+                [{"text": text} for text in texts] if self.marks_texts else list(texts),
                 prompt=self.spec.prompt,
                 batch_size=len(texts),
                 show_progress_bar=False,
@@ -101,6 +176,9 @@ class SentenceTransformersExtractor(TextModel):
             return NO_LIMIT
         if self.model.transformers_model is not None:
             positions_of(self.model.transformers_model, asked)
+        if asked is None and own is not None and own >= UNSET_LIMIT:
+            body = self.model.transformers_model
+            asked = (text_positions_of(body) if body is not None else None) or USUAL_LIMIT
         if asked is not None:
             self.model.max_seq_length = asked
         return asked or own or USUAL_LIMIT

@@ -42,6 +42,7 @@ class Asked:
     prompt: str
     request: dict[str, Any]
     headers: Mapping[str, str]
+    size: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -109,14 +110,15 @@ class CaptionServer(http.server.ThreadingHTTPServer):
         self._before: collections.Counter[tuple[str, str]] = collections.Counter()
 
     def note(self, request: dict[str, Any], headers: Mapping[str, str]) -> Asked:
-        image, prompt = request["messages"][0]["content"]
+        image, prompt = request["messages"][-1]["content"]
         data = base64.b64decode(image["image_url"]["url"].partition("base64,")[2], validate=True)
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as decoded:
+            size = decoded.size
             mean = np.asarray(decoded.convert("RGB"), float).mean(axis=(0, 1))
         colour = min(COLOURS, key=lambda name: float(np.abs(mean - COLOURS[name]).sum()))
         with self.lock:
             key = (colour, prompt["text"])
-            asked = Asked(len(self.asked), self._before[key], colour, prompt["text"], request, headers)
+            asked = Asked(len(self.asked), self._before[key], colour, prompt["text"], request, headers, size)
             self._before[key] += 1
             self.asked.append(asked)
         return asked

@@ -67,10 +67,17 @@ def write_captions(path: Path) -> Path:
         failed = item == 8
         text = None if failed else f"an image of thing {item}" if item else SCRIPT
         for name, value in zip(
-            columns, (f"item{item}", text, "failed" if failed else "ok", "the server says no" if failed else None, 4)
+            columns,
+            (
+                f"item{item}",
+                text,
+                "failed" if failed else "ok",
+                "the server says no" if failed else None,
+                64 if item in (3, 8) else 4,
+            ),
         ):
             columns[name].append(value)
-    write_table(path, pa.Table.from_pydict(columns, schema=CAPTIONS), CAPTIONS)
+    write_table(path, pa.Table.from_pydict(columns, schema=CAPTIONS), CAPTIONS, {"decoding": {"max_new_tokens": 64}})
     return path
 
 

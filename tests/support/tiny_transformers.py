@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import tiny_vlm
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -83,6 +84,10 @@ def vision_models() -> dict[str, transformers.PreTrainedConfig]:
         "clip-tower": transformers.CLIPVisionConfig(**_VISION, projection_dim=16),
         "dinov2": transformers.Dinov2Config(**_VISION),
         "dinov2-registers": transformers.Dinov2WithRegistersConfig(**_VISION, num_register_tokens=3),
+        "siglip2-naflex": transformers.Siglip2Config(
+            text_config=text, vision_config=_WIDTHS | {"patch_size": PATCH, "num_patches": 16}
+        ),
+        "dinov3": transformers.DINOv3ViTConfig(**_VISION, num_register_tokens=4, pos_embed_rescale=None),
         "vit": transformers.ViTConfig(**_VISION),
         "resnet": transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"),
     }
@@ -95,11 +100,89 @@ def save_vision(kind: str, folder: Path, model: type | None = None) -> Path:
     made = transformers.AutoModel.from_config(config) if model is None else model(config)
     _shake(made)
     made.save_pretrained(folder)
+    if kind == "siglip2-naflex":
+        transformers.Siglip2ImageProcessor(patch_size=PATCH, max_num_patches=14).save_pretrained(folder)
+        return folder
     size = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
     transformers.CLIPImageProcessor(**size, image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.2, 0.2]).save_pretrained(
         folder
     )
     return folder
+
+
+def embedders() -> dict[str, tuple[transformers.PreTrainedModel, Any]]:
+    """Return a multimodal embedder of each kind with its processor: a vision-language model, and two dual encoders.
+
+    The tokenizer of the vision-language model has no limit, and its positions are in the nested config of the text.
+    """
+    torch.manual_seed(0)
+    processor, _ = tiny_vlm.build()
+    words = processor.tokenizer
+    number = words.convert_tokens_to_ids
+    text = _WIDTHS | {
+        "vocab_size": len(words),
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+        "pad_token_id": number("<|endoftext|>"),
+    }
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "deepstack_visual_indexes": [0],
+        "num_position_embeddings": 16,
+    }
+    config = transformers.Qwen3VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=number("<|image_pad|>"),
+        video_token_id=number("<|video_pad|>"),
+        vision_start_token_id=number("<|vision_start|>"),
+        vision_end_token_id=number("<|vision_end|>"),
+    )
+    chat = transformers.Qwen3VLProcessor(
+        tokenizer=words,
+        image_processor=transformers.Qwen2VLImageProcessor(
+            patch_size=16, size={"shortest_edge": 32**2, "longest_edge": 16 * 32**2}
+        ),
+        video_processor=transformers.Qwen3VLVideoProcessor(),
+        chat_template=tiny_vlm.TEMPLATE,
+    )
+    side = {"height": SIDE, "width": SIDE}
+    clip = transformers.CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=side)
+    dual = {
+        "clip": transformers.CLIPProcessor(image_processor=clip, tokenizer=tokenizer()),
+        "siglip": transformers.SiglipProcessor(
+            image_processor=transformers.SiglipImageProcessor(size=side), tokenizer=tokenizer()
+        ),
+    }
+    return {"qwen3-vl": (transformers.Qwen3VLModel(config), chat)} | {
+        kind: (transformers.AutoModel.from_config(vision_models()[kind]), one) for kind, one in dual.items()
+    }
+
+
+def save_embedder(kind: str, folder: Path) -> Path:
+    """Save a multimodal embedder as a model of sentence-transformers."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    model, processor = embedders()[kind]
+    _shake(model)
+    bare = folder / "bare"
+    model.save_pretrained(bare)
+    processor.save_pretrained(bare)
+    body = Transformer(str(bare))
+    pooled = [] if kind in ("clip", "siglip") else [Pooling(body.get_embedding_dimension(), "lasttoken")]
+    SentenceTransformer(modules=[body, *pooled], device="cpu").save(str(folder / "model"), create_model_card=False)
+    return folder / "model"
 
 
 def _shake(model: torch.nn.Module) -> None:

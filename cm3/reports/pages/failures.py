@@ -1,13 +1,16 @@
 """Failed and missing images, captions, vectors and texts by reason, with a few examples."""
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from cm3.common.files import read_json
-from cm3.common.tables import CAPTIONS, MANIFEST, OK, read_table
+from cm3.common.tables import CAPTIONS, MANIFEST, OK, read_metadata, read_table
 from cm3.reports.pages.item_cards import Shop
 
 EXAMPLES, KINDS = 5, 12
@@ -16,6 +19,8 @@ _DETAIL = re.compile(r"b'.*'|b\".*\"|\([^)]*\)|\d+|\S+/\S+")
 
 def failures_of(shop: Shop, inputs: Mapping[str, Path]) -> list[dict[str, Any]]:
     """Return a table of failures for each kind of input, by reason, most frequent first; inputs without any are skipped.
+
+    Captions that were cut at the limit of tokens are listed, too.
 
     Args:
         shop: the dataset's tables.
@@ -31,6 +36,7 @@ def failures_of(shop: Shop, inputs: Mapping[str, Path]) -> list[dict[str, Any]]:
         if name.startswith("captions."):
             table = read_table(path, CAPTIONS)
             rows = _rows(shop, table.column("status").to_pylist(), table.column("error").to_pylist())
+            rows["kinds"] += _cut(shop, table, read_metadata(path).get("decoding", {}))
             found.append({"what": f"Captions ({name.removeprefix('captions.')})", **rows})
     for name, path in inputs.items():
         if name.startswith("record.extract."):
@@ -66,6 +72,16 @@ def _rows(shop: Shop, status: list[str], errors: list[str | None]) -> dict[str, 
         "count": sum(len(items) for _, items in ranked),
         "total": len(status),
     }
+
+
+def _cut(shop: Shop, captions: pa.Table, decoding: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return captions with as many tokens as the model may generate, as a row of the table; they count as ok."""
+    limit = decoding.get("max_new_tokens", math.inf) + decoding.get("max_thought_tokens", 0)
+    states = zip(captions.column("status").to_pylist(), captions.column("tokens").to_pylist(), strict=True)
+    items = [item for item, (state, tokens) in enumerate(states) if state == OK and tokens >= limit]
+    examples = [{**shop.card(item), "error": None} for item in items[:EXAMPLES]]
+    kind = f"cut at the limit of {limit} tokens"
+    return [{"status": OK, "kind": kind, "count": len(items), "examples": examples}] if items else []
 
 
 def _recorded(shop: Shop, record: Mapping[str, Any]) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def age_of(path: Path, seconds: int) -> None:
         ),
         ({"modality": "image"}, "extractors.mine.backend: required"),
         (TIMM | {"weight": "w"}, "extractors.mine.weight: unknown key (did you mean 'weights'?)"),
-        (MINILM | {"modality": "image"}, "extractors.mine.modality = 'image': "),
+        (MINILM | {"modality": "audio"}, "extractors.mine.modality = 'audio': "),
         (MINILM | {"fields": ["titel"]}, "extractors.mine.fields.0 = 'titel'"),
         (MINILM | {"fields": ["title", "title"]}, "duplicate field in fields"),
         (MINILM | {"batch_size": 0}, "extractors.mine.batch_size = 0"),

@@ -26,7 +26,7 @@ IMAGES = [
 ]
 KINDS = list(tiny_transformers.vision_models())
 POOLINGS = ("model", "cls", "mean")
-WITHOUT_CLASS = ("siglip", "resnet")
+WITHOUT_CLASS = ("siglip", "siglip2-naflex", "resnet")
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,9 @@ def pixels(image: Image.Image) -> torch.Tensor:
 def bare(folder: Path, kind: str, pooling: str, image: Image.Image) -> np.ndarray:
     """Return an image's vector by the library alone, each kind by hand."""
     model = transformers.AutoModel.from_pretrained(folder).eval()
-    before = {"dinov2-registers": 4}.get(kind, 0 if kind in WITHOUT_CLASS else 1)
+    if kind == "siglip2-naflex":
+        return bare_naflex(model, folder, pooling, image)
+    before = {"dinov2-registers": 4, "dinov3": 5}.get(kind, 0 if kind in WITHOUT_CLASS else 1)
     with torch.inference_mode():
         if kind in ("clip", "siglip"):
             output = model.vision_model(pixel_values=pixels(image)[None])
@@ -72,6 +74,18 @@ def bare(folder: Path, kind: str, pooling: str, image: Image.Image) -> np.ndarra
         states = states.flatten(2).transpose(1, 2) if kind == "resnet" else states
     found = {"model": own.flatten(1), "cls": states[:, 0], "mean": states[:, before:].mean(1)}
     return found[pooling][0].numpy()
+
+
+def bare_naflex(model: Any, folder: Path, pooling: str, image: Image.Image) -> np.ndarray:
+    inputs = transformers.AutoImageProcessor.from_pretrained(folder, backend="torchvision")(
+        images=image, return_tensors="pt"
+    )
+    assert inputs["pixel_attention_mask"].sum() < 14, "an image whose patches are padded"
+    with torch.inference_mode():
+        output = model.vision_model(**inputs)
+    rows, columns = inputs["spatial_shapes"][0].tolist()
+    states = output.last_hidden_state[0, : rows * columns]
+    return (output.pooler_output[0] if pooling == "model" else states.mean(0)).numpy()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -89,7 +103,7 @@ def test_vectors_are_those_of_the_library_itself(folders: dict[str, Path], kind:
     assert extractor.dim == found.shape[1] and not np.allclose(found[0], found[1], atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2"])
+@pytest.mark.parametrize("kind", ["clip", "siglip", "siglip2-naflex", "dinov2", "dinov3"])
 def test_batch_equals_single_whatever_the_batch_size_and_workers(folders: dict[str, Path], kind: str) -> None:
     extractor = load(folders[kind])
     alone = np.concatenate([extractor.run([image]).embedding for image in IMAGES])

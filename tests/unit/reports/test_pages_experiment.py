@@ -207,6 +207,9 @@ def test_what_failed_is_counted_with_its_reasons(made):
     assert "Texts: 30 of 30" not in text, "items with a title have a text"
     assert ["missing", "1", "no input", "item5"] in [[" ".join(cell.split()) for cell in row] for row in page.rows]
     assert any("the server says no" in " ".join(row) for row in page.rows)
+    assert ["ok", "1", "cut at the limit of 64 tokens", "item3"] in [
+        [" ".join(c.split()) for c in r] for r in page.rows
+    ]
 
 
 def test_the_same_files_make_the_same_page_and_figures(made, tmp_path):

@@ -195,7 +195,10 @@ def test_metadata_hold_model_prompt_and_truncated_captions(
     stored = read_metadata(tmp_path / "c.parquet")
     assert stored["model"].startswith("weights_sha256 ") and stored["architecture"].startswith("Qwen2_5_VL")
     assert stored["prompt_key"] == hashlib.sha256(stored["prompt"].encode()).hexdigest()[:12]
-    assert record["captions_cut"] == 2 and "2 captions were cut at max_new_tokens" in caplog.text
+    assert (
+        record["captions_cut"] == record["captions_at_limit"] == 2
+        and "2 captions were cut at max_new_tokens" in caplog.text
+    )
     assert "item i0: a red" in caplog.text
     whole = caption(spec_of(vlm), {"items": items, "manifest": manifest}, tmp_path / "d.parquet")
-    assert whole["captions_cut"] == 0
+    assert whole["captions_cut"] == whole["captions_at_limit"] == 0

@@ -154,3 +154,20 @@ def test_settings_of_speed_are_not_in_the_identity(weights: Path) -> None:
         assert spec_of(weights, **knob).identity() == spec_of(weights).identity()
     assert spec_of(weights, precision="float32").identity() != spec_of(weights).identity()
     assert spec_of(weights).uses_gpu()
+
+
+def test_thoughts_are_no_captions(vllm: types.ModuleType, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = ["<think>hm, red</think> a red shoe", "hm</think>a bag", "<think>hm, a", "a pan"]
+
+    def generate(self: Engine, prompts: list[dict[str, Any]], sampling: Any, *, use_tqdm: bool) -> list[Any]:
+        assert sampling.max_tokens == 108 and "You are brief." in prompts[0]["prompt"]
+        return [
+            types.SimpleNamespace(outputs=[types.SimpleNamespace(text=text, token_ids=(1, 2), finish_reason=end)])
+            for text, end in zip(said, ["stop", "stop", "length", "length"], strict=True)
+        ]
+
+    monkeypatch.setattr(Engine, "generate", generate)
+    captioner = load(spec_of(weights, max_thought_tokens=100, system_prompt="You are brief."))
+    result = captioner.caption(ITEMS[:4])
+    assert result.captions == ["a red shoe", "a bag", "", "a pan"] and result.counts == {"captions_cut": 1}
+    assert result.status.tolist() == ["ok", "ok", "failed", "ok"] and "thought was cut" in result.errors[2]
