@@ -6,7 +6,7 @@ from pydantic import Field
 
 from cm3.baselines.base import ClosedForm
 from cm3.common.strict import Float
-from cm3.model_spec import MEGABYTE, Estimate, Sizes, Weighted
+from cm3.model_spec import MEGABYTE, Estimate, Sizes, Weight, Weighted
 
 if TYPE_CHECKING:
     import torch
@@ -21,14 +21,22 @@ class MMGF(ClosedForm, Weighted):
     version: ClassVar[int | None] = 1
     reads_features: ClassVar[bool] = True
     exports: ClassVar[Literal["embeddings", "item_weights"]] = "item_weights"
+    image_share: ClassVar[float] = 1 / 6000
 
     name: Literal["mm-gf"] = "mm-gf"
     alpha: Float = Field(
         0.89, ge=0, le=1, description="exponent of the normalisation: rows by sum^-alpha, columns by sum^(alpha - 1)"
     )
     power: Float = Field(0.67, gt=0, description="exponent s of each entry of an item-item graph")
-    content_weight: Float = Field(
-        600.0, ge=0, description="weight of all item graphs of features against that of interactions"
+    content_weight: Float | None = Field(
+        None,
+        ge=0,
+        description="weight of all item graphs of features against that of interactions; null: 600, or 0.1 with image alone",
+    )
+    modality_weights: dict[str, Weight] | None = Field(
+        None,
+        description="weight of each modality's item graph, scaled to sum 1; null: 1/6000 for image and equal shares of the "
+        "rest for the others; equal shares without image or with image alone",
     )
     max_items: int = Field(
         25_000, gt=0, description="maximum number of items; memory grows with its square, and more are an error"

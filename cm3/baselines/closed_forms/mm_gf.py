@@ -9,6 +9,7 @@ from cm3.baselines.mm_gf import MMGF
 from cm3.common.errors import UserError
 from cm3.evaluation.item_weights import ItemWeights
 
+CONTENT_WEIGHT, IMAGE_WEIGHT = 600.0, 0.1
 BLOCK_ENTRIES = 16_000_000  # float64 entries of a block of rows of an item-item graph
 
 
@@ -20,9 +21,10 @@ def solve(inputs: Inputs, settings: MMGF, device: torch.device) -> ItemWeights:
     interquartile range, and shifted so that the least entry is 0. An item without a vector has no content edges.
 
     Roh et al., Training-free Graph Filtering via Multimodal Feature Refinement for Extremely Fast Multimodal
-    Recommendation, arXiv 2503.04406, with the settings of the published code, whose filter is linear as here. It takes
-    R from training and validation interactions; here R is of training interactions alone. The weights are 600 for text
-    and 0.1 for images there. W is built in blocks of rows; it is the only matrix of items by items.
+    Recommendation, arXiv 2503.04406, with the settings of the published code, whose filter is linear as here; later
+    versions of the paper have polynomials of P. The code takes R from training and validation interactions; here R is
+    of training interactions alone. It weighs text by 600 and images by 0.1, which are the defaults here. W is built in
+    blocks of rows; it is the only matrix of items by items.
 
     Raises:
         UserError: more items than `settings.max_items`.
@@ -38,7 +40,7 @@ def solve(inputs: Inputs, settings: MMGF, device: torch.device) -> ItemWeights:
     on = torch.device("cpu") if device.type == "mps" else device
     observed = normalised_interactions(inputs.interactions, settings.alpha)
     by_item = sp.csr_matrix(observed.T)
-    shares = {m: settings.content_weight * inputs.weights[m] for m in inputs.features}
+    shares = {m: content_weight(inputs, settings) * inputs.weights[m] for m in inputs.features}
     contents = [
         (share, torch.from_numpy(refined_features(inputs.features[m], settings.alpha)).to(on))
         for m, share in shares.items()
@@ -53,6 +55,13 @@ def solve(inputs: Inputs, settings: MMGF, device: torch.device) -> ItemWeights:
             block += share * (values[rows] @ values.T).pow_(settings.power).cpu().numpy()
         weights[rows] = block
     return ItemWeights(weights)
+
+
+def content_weight(inputs: Inputs, settings: MMGF) -> float:
+    """Return the weight of all item graphs of features."""
+    if settings.content_weight is not None:
+        return settings.content_weight
+    return IMAGE_WEIGHT if set(inputs.features) == {"image"} else CONTENT_WEIGHT
 
 
 def normalised_interactions(interactions: sp.csr_matrix, alpha: float) -> sp.csr_matrix:

@@ -1,5 +1,6 @@
 """LIRDRec: items represented by their features alone, with learnt weights of the modalities per user."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -136,7 +137,7 @@ def transformed(features: Mapping[str, np.ndarray]) -> np.ndarray:
 
 def computed_share(settings: LIRDRec, epoch: int) -> float:
     """Return w of an epoch, from 1; 0 stands for the state before the first."""
-    ratio = settings.copy_start / (1 - settings.copy_start) * settings.copy_decay ** (epoch * (epoch + 1) / 2)
+    ratio = settings.copy_start / (1 - settings.copy_start) * math.pow(settings.copy_decay, epoch * (epoch + 1) / 2)
     return ratio / (1 + ratio)
 
 
