@@ -25,7 +25,7 @@ class MMGCF(NetworkBaseline, FilledFeatures):
         "mean", description="how vectors are fused: their mean, their sum, or a linear map of their concatenation"
     )
     weighting: Literal["equal", "alpha", "normalized"] = Field(
-        "equal",
+        "normalized",
         description="equal: the modalities are fused first, then the result with the ID embedding; alpha: all at once, with "
         "a trained weight a for the ID embedding and 1 - a for each modality; normalized: all at once as unit vectors, the "
         "ID embedding times the number of modalities",
