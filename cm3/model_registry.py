@@ -21,6 +21,10 @@ MODELS = {
     "bm3": "cm3.baselines.bm3:BM3",
     "freedom": "cm3.baselines.freedom:FREEDOM",
     "mgcn": "cm3.baselines.mgcn:MGCN",
+    "mmgcf": "cm3.baselines.mmgcf:MMGCF",
+    "mm-gf": "cm3.baselines.mm_gf:MMGF",
+    "lirdrec": "cm3.baselines.lirdrec:LIRDRec",
+    "smore": "cm3.baselines.smore:SMORE",
 }
 
 DEFAULT_MODEL = "cm3"

@@ -128,7 +128,13 @@ class ItemGraphs(Strict):
 
 
 class Weighted(Strict):
-    """Weights of a model's modalities."""
+    """Weights of a model's modalities.
+
+    Attributes:
+        image_share: default weight of the image modality next to others.
+    """
+
+    image_share: ClassVar[float] = 0.1
 
     modality_weights: dict[str, Weight] | None = Field(
         None,
@@ -153,8 +159,8 @@ def modality_weights(model: Weighted, modalities: Sequence[str], where: str = "m
     given = model.modality_weights
     if given is None:
         image = "image" in modalities and len(modalities) > 1
-        rest = (0.9 if image else 1.0) / (len(modalities) - image)
-        return {m: 0.1 if image and m == "image" else rest for m in modalities}
+        rest = (1 - model.image_share if image else 1.0) / (len(modalities) - image)
+        return {m: model.image_share if image and m == "image" else rest for m in modalities}
     path = f"{where}.modality_weights"
     for name in given:
         if name not in modalities:

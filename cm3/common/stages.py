@@ -36,7 +36,7 @@ STAGES = {
     "train-baseline": Stage("cm3.baselines.train", 1, ("numpy", "pyarrow", "scipy", "torch")),
     "evaluate": Stage("cm3.evaluation.evaluate", 1, ("numpy", "pyarrow", "scipy", "torch")),
     "publish": Stage("workflow.publish", 1, ("snakemake",)),
-    "compare": Stage("cm3.reports.analysis.compare", 1, ("numpy", "pyarrow", "scipy")),
+    "compare": Stage("cm3.reports.analysis.compare", 2, ("numpy", "pyarrow", "scipy")),
     "experiment-page": Stage("cm3.reports.pages.experiment_page", 1, ("matplotlib", "pillow")),
     "study-page": Stage("cm3.reports.pages.study_page", 1, ("matplotlib",)),
     "mmrec": Stage("cm3.datasets.mmrec.export", 1),

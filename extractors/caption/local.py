@@ -9,11 +9,12 @@ from typing import Any
 
 from PIL import Image
 
+from cm3.common.device import is_out_of_memory
 from cm3.common.errors import UserError
 from extractors.caption.base import Answer, Captioner, CaptionResult, load_image
 from extractors.caption.prompt import Prompted, PromptedSpec
 from extractors.extractor import Advance, silent
-from extractors.runtime.batch import Batch, CudaMemory, MeasuredBatch, is_out_of_memory
+from extractors.runtime.batch import Batch, CudaMemory, MeasuredBatch
 from extractors.runtime.prefetch import chunks, map_ahead
 from extractors.weights.pretrained import load_part
 from extractors.weights.spec import ModelSpec

@@ -29,6 +29,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "mgcn": {"knn_k": 4},
     "bm3": {"dropout": 0.2},
     "directau": {"gamma": 0.3},
+    "mmgcf": {"dropout": 0.2},
+    "lirdrec": {"knn_k": 4},
+    "smore": {"knn_k": 4},
 }
 TRAINING: dict[str, Any] = {
     "batch_size": 256,

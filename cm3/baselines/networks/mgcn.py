@@ -21,6 +21,7 @@ from cm3.baselines.networks.layers import (
     projections,
     xavier_embedding,
 )
+from cm3.baselines.smore import SMORE
 from cm3.model.graph import SparseMatrix, user_item_matrix
 from cm3.model.network import Embeddings, Loss, Network
 from cm3.model.sampling import Batch
@@ -98,21 +99,28 @@ class MultiViewNetwork(Network):
 
     def loss(self, embeddings: MultiViewEmbeddings, batch: Batch) -> Loss:
         """Return BPR + reg_weight * penalty + cl_weight * contrast."""
-        users = lookup(embeddings.users, batch.users)
-        items, others = (lookup(embeddings.items, ids) for ids in (batch.items, batch.negatives))
-        ranking, size = bpr_loss(users, items, others), l2_penalty(users, items, others)
-        nodes = (batch.users, batch.items + len(self.users))
-        temperature = self.settings.temperature
-        contrast = torch.stack(
-            [info_nce(lookup(embeddings.content, ids), lookup(embeddings.behaviour, ids), temperature) for ids in nodes]
-        ).sum()
-        total = ranking + self.settings.reg_weight * size + self.settings.cl_weight * contrast
-        return Loss(total, by_name(self.components, (ranking, size, contrast)))
+        return multi_view_loss(embeddings, batch, self.settings, self.components)
 
     @torch.no_grad()
     def embed(self) -> MultiViewEmbeddings:
         """Return the embeddings."""
         return self.training_embeddings(0)
+
+
+def multi_view_loss(
+    embeddings: MultiViewEmbeddings, batch: Batch, settings: MGCN | SMORE, components: Sequence[str]
+) -> Loss:
+    """Return BPR + reg_weight * L2 penalty + cl_weight * InfoNCE of content and behaviour, of a batch's users and items."""
+    users = lookup(embeddings.users, batch.users)
+    items, others = (lookup(embeddings.items, ids) for ids in (batch.items, batch.negatives))
+    ranking, size = bpr_loss(users, items, others), l2_penalty(users, items, others)
+    nodes = (batch.users, batch.items + len(embeddings.users))
+    temperature = settings.temperature
+    contrast = torch.stack(
+        [info_nce(lookup(embeddings.content, ids), lookup(embeddings.behaviour, ids), temperature) for ids in nodes]
+    ).sum()
+    total = ranking + settings.reg_weight * size + settings.cl_weight * contrast
+    return Loss(total, by_name(components, (ranking, size, contrast)))
 
 
 def info_nce(x: Tensor, y: Tensor, temperature: float) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import scipy.sparse as sp
 
 from cm3.common.cli import stage
 from cm3.common.embeddings import read_embeddings
@@ -20,6 +21,7 @@ from cm3.common.files import write_json
 from cm3.common.interactions import Interactions, read_interactions
 from cm3.common.strict import validate
 from cm3.reports.analysis.beyond_accuracy import beyond_accuracy
+from cm3.reports.analysis.category_calibration import category_divergence, read_item_categories
 from cm3.reports.analysis.findings import sentences
 from cm3.reports.analysis.geometry import EmbeddingSample, draw_sample, measure
 from cm3.reports.analysis.pairs import ALPHA, CONFIDENCE, best_of, compare_pairs, pairs_to_test
@@ -46,7 +48,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Data:
-    """The data set and test users that all runs share."""
+    """The data set and test users that all runs share; `categories` (I, C) is None where no item has any."""
 
     interactions: Interactions
     user_ids: pa.Array
@@ -56,6 +58,8 @@ class Data:
     n_train_users: int
     slices: Slices
     sample: EmbeddingSample
+    history: sp.csr_matrix
+    categories: sp.csr_matrix | None
 
 
 def compare(
@@ -169,7 +173,19 @@ def _read_data(study: StudySpec, inputs: Mapping[str, Path], first: Run) -> Data
     slices = Slices(users, train, test, cutoffs)
     user_ids, item_ids = (pa.array(ids, pa.string()) for ids in (interactions.user_ids, interactions.item_ids))
     sample = draw_sample(train, study.bootstrap_seed)
-    return Data(interactions, user_ids, item_ids, users, counts, n_users, slices, sample)
+    categories = read_item_categories(inputs["items"])
+    return Data(
+        interactions,
+        user_ids,
+        item_ids,
+        users,
+        counts,
+        n_users,
+        slices,
+        sample,
+        sp.csr_matrix(train[users]),
+        categories,
+    )
 
 
 def _cutoff(metric: str) -> int:
@@ -213,6 +229,8 @@ def _measure_run(run: Run, data: Data, metrics: Sequence[str]) -> tuple[np.ndarr
         geometry = measure(users, items, sample)
     kept = [{metric: mean[metric] for metric in metrics if metric in mean} for mean in means]
     beyond = beyond_accuracy(lists, data.counts, data.n_train_users, cutoffs)
+    if data.categories is not None:
+        beyond |= category_divergence(lists, data.history, data.categories, cutoffs)
     return values, Measured(values.mean(0), beyond, geometry, kept)
 
 

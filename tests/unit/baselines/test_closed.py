@@ -11,14 +11,16 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from training_shop import prepared
 
-from cm3.baselines.closed_forms import itemknn
+from cm3.baselines.closed_forms import itemknn, mm_gf
 from cm3.baselines.ease import EASE
 from cm3.baselines.inputs import Inputs
 from cm3.baselines.itemknn import ItemKNN
 from cm3.baselines.itemknn_content import ItemKNNContent
+from cm3.baselines.mm_gf import MMGF
 from cm3.baselines.mostpop import MostPop
 from cm3.common.errors import UserError
 from cm3.evaluation.item_weights import read_item_weights
+from cm3.model_spec import modality_weights
 
 CPU = torch.device("cpu")
 
@@ -114,6 +116,72 @@ def test_content_of_too_few_items_is_refused():
         ItemKNNContent(k=4).solve(Inputs(shop(0), features, {}, {"text": 1.0}), CPU)
 
 
+def filter_inputs() -> Inputs:
+    """Two modalities of twelve items; item 9 has no vector, and a column is constant."""
+    rng = np.random.default_rng(1)
+    features = {m: rng.standard_normal((12, d)).astype(np.float32) for m, d in (("text", 4), ("image", 3))}
+    features["text"][:, 2] = 0.5
+    features["text"][9] = features["image"][9] = 0
+    return Inputs(shop(0), features, {}, {"text": 0.75, "image": 0.25})
+
+
+def test_mm_gf_is_the_sum_of_filters_of_co_occurrence_and_content():
+    given = filter_inputs()
+    found = dense(MMGF(alpha=0.8, power=0.6, content_weight=7.0).solve(given, CPU))
+    x = given.interactions.toarray().astype(float)
+    expected = np.zeros((12, 12))
+    for i in range(12):
+        for j in range(12):
+            both = [u for u in range(30) if x[u, i] and x[u, j]]
+            total = sum(x[u].sum() ** -1.6 * (x[:, i].sum() * x[:, j].sum()) ** -0.2 for u in both)
+            expected[i, j] = total**0.6
+    usable = [i for i in range(12) if i != 9]
+    for weight, values in zip((0.75, 0.25), given.features.values(), strict=True):
+        scaled = np.zeros((11, values.shape[1]))
+        for column in range(values.shape[1]):
+            entries = values[usable, column].astype(float)
+            low, high = np.quantile(entries, 0.25), np.quantile(entries, 0.75)
+            scaled[:, column] = (entries - np.median(entries)) / ((high - low) or 1)
+        scaled -= scaled.min()
+        for a, i in enumerate(usable):
+            for b, j in enumerate(usable):
+                entries = scaled[a] * scaled[b] * scaled.sum(0) ** -0.4
+                similarity = entries.sum() * (scaled[a].sum() * scaled[b].sum()) ** -0.8
+                expected[i, j] += 7.0 * weight * similarity**0.6
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+    assert found.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("modalities", "expected"),
+    [
+        (["text", "image"], {"text": 599.9, "image": 0.1}),
+        (["image"], {"image": 0.1}),
+        (["text"], {"text": 600.0}),
+        (["text", "image", "caption"], {"text": 299.95, "image": 0.1, "caption": 299.95}),
+    ],
+)
+def test_mm_gf_weighs_modalities_as_the_published_code_does(modalities, expected):
+    settings = MMGF()
+    given = Inputs(shop(0), dict.fromkeys(modalities, np.zeros((12, 2))), {}, modality_weights(settings, modalities))
+    found = {m: mm_gf.content_weight(given, settings) * share for m, share in given.weights.items()}
+    assert found == pytest.approx(expected)
+
+
+def test_mm_gf_is_the_same_in_blocks_of_any_size(monkeypatch):
+    whole = dense(MMGF().solve(filter_inputs(), CPU))
+    monkeypatch.setattr(mm_gf, "BLOCK_ENTRIES", 60)
+    np.testing.assert_allclose(dense(MMGF().solve(filter_inputs(), CPU)), whole, rtol=1e-6, atol=0)
+
+
+def test_mm_gf_of_too_many_items_is_refused_with_the_reason():
+    with pytest.raises(UserError, match=r"63001 x 63001 items, which takes about 32 GB .* use itemknn-content"):
+        MMGF().solve(Inputs(sp.csr_matrix((3, 63_001))), CPU)
+    with pytest.raises(UserError, match=r"model\.max_items = 11"):
+        MMGF(max_items=11).solve(filter_inputs(), CPU)
+    MMGF(max_items=12).solve(filter_inputs(), CPU)
+
+
 @pytest.mark.parametrize("l2", [0.5, 20.0])
 def test_ease_is_ridge_regression_of_each_item_on_the_others(l2):
     x = shop(4, 60, 12).toarray().astype(float)
@@ -135,7 +203,7 @@ def test_ease_of_too_many_items_is_refused_with_the_reason():
     EASE(max_items=12).solve(Inputs(shop(0)), CPU)
 
 
-@pytest.mark.parametrize("name", ["ease", "itemknn"])
+@pytest.mark.parametrize("name", ["ease", "itemknn", "mm-gf"])
 def test_weights_come_back_from_their_file(tmp_path, name):
     (tmp_path / "data").mkdir()
     data = prepared(tmp_path / "data")

@@ -151,7 +151,7 @@ def test_an_unknown_model_is_refused_with_the_nearest_name():
             parse_baseline(data)
 
 
-@pytest.mark.parametrize("name", ["freedom", "itemknn-content"])
+@pytest.mark.parametrize("name", ["freedom", "itemknn-content", "mm-gf", "lirdrec"])
 def test_weights_of_other_modalities_are_refused(shop, tmp_path, name):
     with pytest.raises(UserError, match=r"modality_weights\.sound"):
         small.fit(shop, tmp_path, name, modality_weights={"text": 1.0, "sound": 1.0})
@@ -159,13 +159,13 @@ def test_weights_of_other_modalities_are_refused(shop, tmp_path, name):
         small.settings(name, modality_weights={"text": 0.0, "image": 0.0})
 
 
-@pytest.mark.parametrize("name", ["freedom", "mgcn"])
+@pytest.mark.parametrize("name", ["freedom", "mgcn", "lirdrec", "smore"])
 def test_graphs_of_another_size_are_refused(shop, tmp_path, name):
     with pytest.raises(UserError, match="has 4 neighbours, but knn_k is 5"):
         small.fit(shop, tmp_path, name, knn_k=5)
 
 
-@pytest.mark.parametrize("name", ["vbpr", "bm3", "freedom", "mgcn", "itemknn-content"])
+@pytest.mark.parametrize("name", [name for name, spec in BASELINES.items() if spec.reads_features])
 def test_items_without_vectors_are_taken(tmp_path, name):
     shop = prepared(tmp_path, n_users=120, n_items=50, per_user=10, missing={"text": [0, 3, 7], "image": [3, 9]})
     small.fit(shop, tmp_path / "run", name, FEW)
