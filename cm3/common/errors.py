@@ -1,7 +1,9 @@
 """Exceptions for errors that the user can fix."""
 
+import contextlib
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -30,6 +32,31 @@ class DamagedFileError(UserError):
 
 
 _MACHINE_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
+
+
+_FILE_ERRORS = (
+    PermissionError,
+    FileNotFoundError,
+    FileExistsError,
+    IsADirectoryError,
+    NotADirectoryError,
+)
+
+
+@contextlib.contextmanager
+def explained_file_errors() -> Iterator[None]:
+    """Raise UserError with the path for a file that cannot be read or written, or that is of the wrong kind."""
+    try:
+        yield
+    except OSError as error:
+        known = isinstance(error, _FILE_ERRORS) or error.errno in (errno.EROFS, errno.ELOOP)
+        if not known or error.filename is None:
+            raise
+        path = Path(error.filename2 or error.filename)
+        reason = "is a link to nothing" if path.is_symlink() and not path.exists() else str(error.strerror).lower()
+        raise UserError(
+            f"{path}: {reason}; correct the path or its permissions, and run the same command again"
+        ) from error
 
 
 def machine_fault(error: BaseException, what: str) -> UserError | None:

@@ -1,5 +1,6 @@
 """The whole configuration as one strict model: datasets, extractors and experiments, checked against each other."""
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ class Config:
 
     Attributes:
         files: the files that `--configfile` names, for the commands that results state.
+        exists: whether there is a file at a path, for raw files that users put in place; on disk by default.
     """
 
     datasets: Mapping[str, SourceSpec]
@@ -48,6 +50,7 @@ class Config:
     experiments: Mapping[str, Experiment]
     studies: Mapping[str, Study]
     files: Sequence[Path] = ()
+    exists: Callable[[str], bool] = os.path.exists
 
 
 def load_config(raw: Any, files: Sequence[Path] = ()) -> Config:

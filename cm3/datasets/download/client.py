@@ -1,6 +1,7 @@
 """HTTP client of the file download: httpx2 with address checks when connecting, checked redirects and read deadlines."""
 
 import contextlib
+import logging
 import os
 import socket
 import ssl
@@ -14,8 +15,19 @@ import httpcore2
 import httpx2
 from yarl import URL
 
-from cm3.common.http import USER_AGENT, FetchError, TransientError, one_line
+from cm3.common.http import (
+    USER_AGENT,
+    FetchError,
+    TransientError,
+    hide_secrets,
+    one_line,
+    resolution_error,
+    without_secrets,
+)
 from cm3.common.ssrf import RefusedError, check_host, is_public, parse_url
+
+# It logs the URL of every request, secrets included.
+logging.getLogger("httpx2").setLevel(logging.WARNING)
 
 _REDIRECTS = 10
 _MOVED = (301, 302, 303, 307, 308)
@@ -26,6 +38,10 @@ class MirrorClient:
 
     Private addresses are allowed for the configured host only, and no longer once its name has led to public ones.
     Every mirror needs a client of its own, so that addresses, cookies and connections are not shared.
+
+    Attributes:
+        url: of the file, with the secrets that it may hold.
+        name: the URL without them, for messages and records.
     """
 
     def __init__(self, url: str, timeout: float, slowest: float = 0.0) -> None:
@@ -35,7 +51,7 @@ class MirrorClient:
             timeout: seconds for connecting and response headers together, and between two blocks of a body.
             slowest: bytes per second of a body; fewer over `timeout` seconds are an error.
         """
-        self.url, self.timeout, self.slowest = url, timeout, slowest
+        self.url, self.name, self.timeout, self.slowest = url, without_secrets(url), timeout, slowest
         self.addresses = AddressCheck(httpx2.URL(url).raw_host.decode())
         self._network = _Network(self.addresses)
         netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
@@ -72,7 +88,7 @@ class MirrorClient:
                     yield response
                     return
                 here = self._target(response)
-        raise FetchError(f"more than {_REDIRECTS} redirects, the last one to {here[:200]}")
+        raise FetchError(f"more than {_REDIRECTS} redirects, the last one to {without_secrets(here)[:200]}")
 
     def _target(self, response: httpx2.Response) -> str:
         location = response.headers["Location"]
@@ -80,7 +96,8 @@ class MirrorClient:
             target = parse_url(str(URL(str(response.url.copy_with(userinfo=b""))).join(URL(location))))
             check_host(target, [target.host or ""], private=self.addresses.is_trusted(target.raw_host or ""))
         except (FetchError, ValueError) as error:
-            raise FetchError(f"redirects to {location[:200]!r}: {error}") from None
+            shown = hide_secrets(without_secrets(location)[:200])
+            raise FetchError(f"redirects to {shown!r}: {hide_secrets(str(error), location)}") from None
         return str(target)
 
     def blocks(self, response: httpx2.Response) -> Iterator[bytes]:
@@ -146,12 +163,14 @@ class AddressCheck:
 
         Raises:
             RefusedError: it has none.
-            httpcore2.ConnectError: the name cannot be resolved.
+            UnresolvedError: there is no such name.
+            httpcore2.ConnectError: the name cannot be resolved at the moment.
         """
         try:
             found = list(dict.fromkeys(info[4][0] for info in self._resolve(host, port, type=socket.SOCK_STREAM)))
         except OSError as error:
-            raise httpcore2.ConnectError(f"Cannot resolve {host}: {error}") from None
+            unresolved = resolution_error(host if host not in self._proxies else f"{host} (the proxy)", error)
+            raise unresolved or httpcore2.ConnectError(f"Cannot resolve {host}: {error}") from None
         if host in self._proxies:
             return found
         public = [address for address in found if is_public(address)]
