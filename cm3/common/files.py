@@ -58,27 +58,6 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def check_kind(path: str | os.PathLike[str]) -> None:
-    """Raise UserError if a file cannot be at `path`: a folder, a link to nothing, or below a file or such a link."""
-    target = Path(path)
-    for place in (*reversed(target.parents), target):
-        if place.is_symlink() and not place.exists():
-            raise UserError(
-                f"{place}: is a link to {place.readlink()}, which does not exist; correct or remove the link"
-            )
-        if place.exists() and place.is_dir() == (place == target):
-            kinds = ("a folder in the place of a file", "a file in the place of a folder")
-            raise UserError(f"{place}: is {kinds[place != target]}; move it away")
-
-
-def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raise UserError if a file that does not exist yet cannot be at `path`, or its folder cannot be written to."""
-    check_kind(path)
-    folder = next(folder for folder in Path(path).parents if folder.exists())
-    if not Path(path).exists() and not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"{folder}: no permission to write {path}; correct the permissions of the folder")
-
-
 def remove_stale_parts(path: str | os.PathLike[str]) -> None:
     """Remove the temporary files that a killed writer of `path` left; call it while holding `exclusive`."""
     target = Path(path)

@@ -62,7 +62,7 @@ def without_secrets(url: str) -> str:
     """Return a URL without user, password, query and fragment, any of which may hold a secret; equal if it has none."""
     scheme, separator, rest = url.partition("://") if "://" in url else ("", "", url)
     authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
-    port = authority.partition(":")[2]
+    port = re.sub(r"^\[[^]]*\]", "", authority).partition(":")[2]
     if "@" not in authority and "@" in rest and port and not port.isdigit():
         rest = rest.rpartition("@")[2]  # A password with / ? or # in it.
     location = re.split(r"[?#]", rest, maxsplit=1)[0]

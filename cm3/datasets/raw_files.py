@@ -25,7 +25,7 @@ def read_record(file: Path) -> dict[str, Any]:
         return {}
     try:
         record = read_json(path)
-    except (OSError, ValueError) as error:
+    except (UserError, OSError, ValueError) as error:
         log.warning("%s: cannot be read (%s), so the origin of %s is unknown", path, error, file)
         return {}
     return record if isinstance(record, dict) else {}

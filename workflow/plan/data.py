@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from cm3.common.errors import UserError
-from cm3.common.files import check_kind, check_writable
 from cm3.common.http import conceal, without_secrets
-from cm3.common.paths import expand
+from cm3.common.paths import check_kind, check_writable, expand
 from cm3.datasets.raw_files import read_record
 from workflow.plan.config import Config
 from workflow.plan.folder import digest_of_folder

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import netrc
 import os
 import socket
 import ssl
@@ -15,6 +16,7 @@ import httpcore2
 import httpx2
 from yarl import URL
 
+from cm3.common.errors import UserError
 from cm3.common.http import (
     USER_AGENT,
     FetchError,
@@ -54,10 +56,9 @@ class MirrorClient:
         self.url, self.name, self.timeout, self.slowest = url, without_secrets(url), timeout, slowest
         self.addresses = AddressCheck(httpx2.URL(url).raw_host.decode())
         self._network = _Network(self.addresses)
-        netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
         self._client = httpx2.Client(
             transport=_Transport(self._network),
-            auth=httpx2.NetRCAuth(str(netrc)) if netrc.is_file() and not httpx2.URL(url).userinfo else None,
+            auth=None if httpx2.URL(url).userinfo else _netrc_auth(),
             headers={"User-Agent": USER_AGENT, "Accept": "*/*", "Accept-Encoding": "identity"},
         )
 
@@ -143,6 +144,16 @@ class MirrorClient:
         except (httpcore2.NetworkError, httpcore2.ProxyError) as error:
             reason = one_line(str(error), 300) or type(error).__name__
             raise TransientError(reason if improper else f"the connection was cut ({reason})") from None
+
+
+def _netrc_auth() -> httpx2.NetRCAuth | None:
+    """Return the passwords in the file that NETRC names, or in ~/.netrc; None if there is no such file."""
+    path = Path(os.environ.get("NETRC") or os.path.expanduser("~/.netrc"))  # noqa: PTH111 (does not raise without a home)
+    try:
+        return httpx2.NetRCAuth(str(path)) if path.is_file() else None
+    except (OSError, netrc.NetrcParseError) as error:
+        reason = error.msg if isinstance(error, netrc.NetrcParseError) else error.strerror
+        raise UserError(f"{path}: cannot be read ({reason}); correct the file, or set NETRC to another one") from None
 
 
 class AddressCheck:

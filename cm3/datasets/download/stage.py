@@ -35,6 +35,7 @@ log = logging.getLogger("cm3.datasets.download.stage")
 SMALL_GAIN, MOST_SMALL_GAINS = 1_000_000, 100
 
 
+@explained_file_errors()
 def download(
     urls: Sequence[str],
     file: Path,
@@ -66,7 +67,8 @@ def download(
         url (without secrets), bytes and sha256 of the download.
 
     Raises:
-        UserError: no mirror provided the file, with the reason for each; the disk is full; or CM3_OFFLINE is set.
+        UserError: no mirror provided the file, with the reason for each; the disk is full or `file` cannot be written; or
+            CM3_OFFLINE is set.
             Nothing is left behind except a part that the next call can resume.
     """
     for url in urls:
@@ -294,15 +296,16 @@ def keep(file: Path, sha256: str | None = None, size: int | None = None) -> dict
 
 def main() -> None:
     """Spec: urls, path, sha256, size. Runtime: attempts, pause, timeout, slowest, place. Output: file, record."""
-    with stage("cm3.datasets.download.stage") as call, explained_file_errors():
+    with stage("cm3.datasets.download.stage") as call:
         spec, file = call.spec, call.outputs["file"]
         limits = {
             name: call.runtime[name] for name in ("attempts", "pause", "timeout", "slowest") if name in call.runtime
         }
-        expected = {"sha256": spec.get("sha256"), "size": spec.get("size")}
-        facts = keep(file, **expected)
+        sha256, size = spec.get("sha256"), spec.get("size")
+        facts = keep(file, sha256, size)
         if facts is None:
-            facts = download(reveal(spec["urls"]), file, **expected, **limits, place=call.runtime.get("place"))
+            place = Path(call.runtime.get("place", file))
+            facts = download(reveal(spec["urls"]), file, sha256, size, place=place, **limits)
         call.record.update(facts, **stamp(file))
 
 
