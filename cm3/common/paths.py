@@ -20,6 +20,11 @@ def expand(path: str) -> str:
     return expanded
 
 
+def check_folder(path: str | os.PathLike[str]) -> None:
+    """Raise UserError if `path` cannot be a folder: it is a file or a link to nothing, or below one."""
+    check_kind(Path(path, "-"))
+
+
 def check_kind(path: str | os.PathLike[str]) -> None:
     """Raise UserError if a file cannot be at `path`: a folder, a link to nothing, or below a file or such a link."""
     target = Path(path)

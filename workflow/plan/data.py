@@ -9,7 +9,7 @@ from typing import Any
 
 from cm3.common.errors import UserError
 from cm3.common.http import conceal, without_secrets
-from cm3.common.paths import check_kind, check_writable, expand
+from cm3.common.paths import check_folder, check_kind, check_writable, expand
 from cm3.datasets.raw_files import read_record
 from workflow.plan.config import Config
 from workflow.plan.folder import digest_of_folder
@@ -65,6 +65,14 @@ def download(config: Config, dataset: str, file: str) -> Task:
     spec = files[place] | {"urls": conceal(files[place]["urls"])}
     # The bytes of a published file depend neither on the code that downloads them nor on checks of them.
     return Task("download", spec, runtime={"place": place}, decides={"path": file}, versioned=False)
+
+
+def check_raw_folders(config: Config) -> None:
+    """Raise UserError for a file in the place of raw/ or of a folder in it, on which Snakemake ends with a traceback."""
+    check_folder("raw")
+    for dataset in config.datasets:
+        if Path("raw", dataset).is_file():
+            check_folder(Path("raw", dataset))
 
 
 def published_files(config: Config) -> list[str]:

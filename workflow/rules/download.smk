@@ -1,5 +1,10 @@
 from dataclasses import replace
 
+try:
+    data.check_raw_folders(settings)
+except UserError as error:
+    raise WorkflowError(str(error)) from None
+
 # Files that users put in place, on disk or in an object storage, as they are when the run is planned. Snakemake's `exists`
 # knows the storage, but cannot be called in input functions.
 settings = replace(

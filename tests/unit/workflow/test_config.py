@@ -234,6 +234,14 @@ def test_a_folder_or_file_in_the_wrong_place_is_named(empty_folder: Path):
         meta_of(shop_of("amazon-2014"))
 
 
+@pytest.mark.parametrize("place", ["raw", "raw/shop"])
+def test_a_file_in_the_place_of_a_raw_folder_is_named(empty_folder: Path, place: str):
+    data.check_raw_folders(shop_of("amazon-2014"))
+    write(empty_folder / place, "")
+    with pytest.raises(UserError, match=rf"^{place}: is a file in the place of a folder"):
+        data.check_raw_folders(shop_of("amazon-2014"))
+
+
 def test_a_folder_without_write_permission_is_named(empty_folder: Path, monkeypatch: pytest.MonkeyPatch):
     (empty_folder / "raw").mkdir()
     monkeypatch.setattr("os.access", lambda *arguments: False)
