@@ -60,14 +60,23 @@ def resolution_error(host: str, error: OSError) -> UnresolvedError | None:
 
 def without_secrets(url: str) -> str:
     """Return a URL without user, password, query and fragment, any of which may hold a secret; equal if it has none."""
+    scheme, _, location, _ = _parts(url)
+    return scheme + location
+
+
+def _parts(url: str) -> tuple[str, str, str, str]:
+    """Return scheme with ://, user info, host and path, and query with fragment of a URL that need not be valid."""
     scheme, separator, rest = url.partition("://") if "://" in url else ("", "", url)
     authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
     port = re.sub(r"^\[[^]]*\]", "", authority).partition(":")[2]
-    if "@" not in authority and "@" in rest and port and not port.isdigit():
-        rest = rest.rpartition("@")[2]  # A password with / ? or # in it.
+    user_info = ""
+    if "@" in authority:
+        user_info = authority.rpartition("@")[0]
+    elif "@" in rest and port and not port.isdigit():
+        user_info = rest.rpartition("@")[0]  # A password with / ? or # in it.
+    rest = rest.removeprefix(f"{user_info}@") if user_info else rest.removeprefix("@")
     location = re.split(r"[?#]", rest, maxsplit=1)[0]
-    authority, slash, path = location.partition("/")
-    return f"{scheme}{separator}{authority.rpartition('@')[2]}{slash}{path}"
+    return scheme + separator, user_info, location, rest.removeprefix(location)
 
 
 def hide_secrets(text: str, *urls: str) -> str:
@@ -79,11 +88,9 @@ def hide_secrets(text: str, *urls: str) -> str:
 
 
 def _secrets_of(url: str) -> set[str]:
-    rest = url.partition("://")[2]
-    user_info, at, _ = re.split(r"[/?#]", rest, maxsplit=1)[0].rpartition("@")
-    query = rest.partition("#")[0].partition("?")[2]
-    values = [field.partition("=")[2] or field for field in query.split("&")]
-    parts = {query, *values, *([user_info, user_info.partition(":")[2]] if at else [])}
+    _, user_info, _, query = _parts(url)
+    fields = [field.partition("=") for field in re.split(r"[?&#]", query)]
+    parts = {user_info, *re.split(r"[:/?#@]", user_info), query[1:], *(value or name for name, _, value in fields)}
     parts |= {unquote(part) for part in parts}
     return {part for part in parts if len(part) >= _SHORTEST_SECRET}
 

@@ -289,9 +289,21 @@ class _Transport(httpx2.BaseTransport):
 
 
 def _proxies() -> dict[str, httpx2.Proxy]:
-    """Return the proxies that http_proxy and https_proxy name, by the scheme that they are for."""
+    """Return the proxies that http_proxy and https_proxy name, by the scheme that they are for.
+
+    Raises:
+        UserError: one is not a URL.
+    """
     found = {scheme: url for scheme, url in urllib.request.getproxies().items() if scheme in ("http", "https") and url}
-    return {scheme: httpx2.Proxy(url if "://" in url else f"http://{url}") for scheme, url in found.items()}
+    proxies = {}
+    for scheme, url in found.items():
+        try:
+            proxies[scheme] = httpx2.Proxy(url if "://" in url else f"http://{url}")
+        except (httpx2.InvalidURL, ValueError):
+            raise UserError(
+                f"the environment variable {scheme}_proxy is not the address of a proxy, such as http://host:3128; correct it"
+            ) from None
+    return proxies
 
 
 class _Body(httpx2.SyncByteStream):

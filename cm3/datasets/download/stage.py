@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx2
 
@@ -72,7 +71,7 @@ def download(
             Nothing is left behind except a part that the next call can resume.
     """
     for url in urls:
-        if urlsplit(url).scheme not in ("http", "https"):
+        if url.partition("://")[0].lower() not in ("http", "https"):
             raise UserError(f"{without_secrets(url)}: only http and https are supported; correct the URL of {file}")
     if is_offline():
         raise UserError(

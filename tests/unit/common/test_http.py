@@ -24,6 +24,7 @@ from cm3.common.strict import Strict, validate
         ("https://me:p@w@host/a", "https://host/a"),
         ("https://me:p/w@host/a", "https://host/a"),
         ("https://me:p?w#d@host/a", "https://host/a"),
+        ("https://@host/a", "https://host/a"),
         ("socks5://me:pw@proxy:1080", "socks5://proxy:1080"),
         ("me:pw@host/a", "host/a"),
         ("login?token=abc", "login"),
@@ -39,6 +40,10 @@ def test_a_message_without_the_secrets_of_its_urls():
     assert hide_secrets(text) == "tried 'https://host/a', then <http://b/c>: host refused"
     url = "https://me:pa%2Fss@host/a?sig=ab%20cd&x=1"
     assert hide_secrets("bad port 'pa%2Fss' or pa/ss; sig=ab%20cd&x=1, ab cd", url) == "bad port '***' or ***; ***, ***"
+
+
+def test_the_secrets_of_an_invalid_url_are_found():
+    assert hide_secrets("Invalid port: 'pass'; word", "https://me:pass/word@host/a") == "Invalid port: '***'; ***"
 
 
 def test_secrets_reach_a_child_through_the_environment_only(monkeypatch: pytest.MonkeyPatch):

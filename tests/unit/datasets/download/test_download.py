@@ -410,6 +410,26 @@ def test_secrets_of_a_mirror_are_in_no_message_or_file(
     assert "t0ken" not in shown and "pa55" not in shown
 
 
+@pytest.mark.parametrize("proxy", ["http://me:pa55word@127.0.0.1:9", "ftp://me:pa55word@host", "me:pa55/word@host"])
+def test_the_password_of_a_proxy_is_in_no_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, proxy: str
+):
+    monkeypatch.setenv("http_proxy", proxy)
+    monkeypatch.setenv("no_proxy", "")
+    with pytest.raises(UserError) as error:
+        download(["http://mirror.example/a"], tmp_path / "a.gz", attempts=2, pause=0.01)
+    assert "pa55" not in str(error.value) + caplog.text
+
+
+@pytest.mark.parametrize(
+    "url", ["http://me:pa55/word@127.0.0.1/a", "http://me:pa55[@127.0.0.1:x/a", "ftp://me:pa55@h/a"]
+)
+def test_the_password_of_an_invalid_mirror_is_in_no_message(tmp_path: Path, caplog: pytest.LogCaptureFixture, url: str):
+    with pytest.raises(UserError) as error:
+        download([url], tmp_path / "a.gz", attempts=2, pause=0.01)
+    assert "pa55" not in str(error.value) + caplog.text
+
+
 def test_secrets_of_a_redirect_are_in_no_message(tmp_path: Path):
     with serving() as server:
         server.answers = {"/a": moved("http://10.0.0.1/b?sig=t0ken"), "/c": moved("/c?sig=t0ken")}
