@@ -110,7 +110,7 @@ def _is_in_place(config: Config, path: str, published: str) -> bool:
     if not isinstance(url, str) or record.get("bytes") != Path(path).stat().st_size:
         return True
     # Other generations of a source have files of the same name.
-    return without_secrets(url).endswith(f"/{published}")
+    return any(address.endswith(f"/{published}") for address in (url, without_secrets(url)))
 
 
 def prepare_inputs(config: Config, dataset: str) -> dict[str, str]:
