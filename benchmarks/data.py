@@ -23,7 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cm3.common.cli import peak_memory_mb
+from cm3.common.usage import peak_memory_mb
 
 WANTED = 63_001
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cm3.common.cli import peak_memory_mb
+from cm3.common.usage import peak_memory_mb
 from cm3.similarity.exact import knn
 
 K, BLOCK = 10, 512

@@ -5,13 +5,21 @@ no longer works.
 """
 
 import os
+import shutil
 import time
+from base64 import urlsafe_b64encode
 from pathlib import Path
 from typing import Any
+
+from snakemake.io import _IOFile
+
+from cm3.common.ledger import Ledger
 
 STATE = Path(".snakemake")
 METADATA = Path("processed/.snakemake-metadata")
 """The folder of Snakemake's records: a JSON file for each output, with the parameters and inputs that made it."""
+INCOMPLETE = Path("processed/.snakemake-incomplete")
+"""The folder of Snakemake's marks of outputs whose job has started and not ended."""
 
 
 def config_files(workflow: Any) -> list[Path]:
@@ -30,25 +38,76 @@ def resource_limit(workflow: Any, name: str) -> int | None:
     return limits[name].value if name in limits else None
 
 
-def store_metadata_with_data() -> None:
-    """Make Snakemake keep its records in `METADATA`, so that they move with the data.
+def is_main_process(workflow: Any) -> bool:
+    """Return whether this process plans the run; Snakemake reads the Snakefile again for some of its jobs."""
+    return bool(workflow.is_main_process)
 
-    Snakemake always writes to `.snakemake/metadata`; a symbolic link there leads to `METADATA`. Records that are there
-    already are moved. A fresh checkout next to the same raw/, processed/ and results/ then knows what is up to date.
+
+def store_metadata_with_data() -> None:
+    """Make Snakemake keep its records in `METADATA`, and the marks of unfinished outputs in `INCOMPLETE`.
+
+    Snakemake always writes to `.snakemake/metadata` and `.snakemake/incomplete`; symbolic links there lead to the data.
+    What is there already is moved. A fresh checkout next to the same raw/, processed/ and results/ then knows what is up
+    to date, and which outputs a killed run left unfinished.
     """
-    link = STATE / "metadata"
-    if link.is_symlink() and METADATA.is_dir():
+    for name, target in (("metadata", METADATA), ("incomplete", INCOMPLETE)):
+        _link_to(STATE / name, target)
+
+
+def _link_to(link: Path, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    if link.is_symlink() and link.resolve() == target.resolve():
         return
-    METADATA.mkdir(parents=True, exist_ok=True)
-    # Snakemake takes a metadata folder without this one for its older layout, and migrates it.
-    (STATE / "incomplete").mkdir(parents=True, exist_ok=True)
+    link.parent.mkdir(parents=True, exist_ok=True)
     if link.is_symlink():
         link.unlink()
     if link.is_dir():
         for record in sorted(link.rglob("*")):
-            target = METADATA / record.relative_to(link)
-            if record.is_file() and not target.exists():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                record.replace(target)
-        link.rename(STATE / f"metadata-moved-{time.time_ns()}")
-    link.symlink_to(os.path.relpath(METADATA, STATE), target_is_directory=True)
+            to = target / record.relative_to(link)
+            if record.is_file() and not to.exists():
+                to.parent.mkdir(parents=True, exist_ok=True)
+                # A link may lead to another disk, where a file cannot be renamed to.
+                shutil.move(record, to)
+        link.rename(link.with_name(f"{link.name}-moved-{time.time_ns()}"))
+    # An absolute path, because .snakemake itself can be a link to another disk.
+    link.symlink_to(target.resolve(), target_is_directory=True)
+
+
+def record_path(output: str) -> Path:
+    """Return the file in `METADATA` that holds Snakemake's record of an output."""
+    encoded = urlsafe_b64encode(output.encode()).decode()
+    length = os.pathconf(METADATA, "PC_NAME_MAX") - 1
+    parts = [encoded[start : start + length] for start in range(0, len(encoded), length)]
+    return METADATA.joinpath(*(f"@{part}" for part in parts[:-1]), parts[-1])
+
+
+def compare_inputs_by_content(ledger: Ledger) -> None:
+    """Make Snakemake compare every input with the content that a job recorded, whatever the times of the files.
+
+    Snakemake compares the contents of inputs that are newer than the outputs alone, so that a file that was replaced by an
+    older one goes unnoticed; and it reads each input once for each output of each job. Here every input is compared, and
+    the ledger reads a file once.
+    """
+    newer_by_time, checksum_of_file = _IOFile.is_newer, _IOFile.checksum
+    same_checksum = _IOFile.is_same_checksum
+    by_time: dict[int, bool] = {}
+
+    async def is_newer(file: Any, time: float) -> bool:
+        by_time[id(file)] = newer = bool(await newer_by_time(file, time))
+        return newer or (not file.is_storage and Path(file.file).is_file())
+
+    async def is_same_checksum(file: Any, other: str | None, threshold: int | None, force: bool = False) -> bool:
+        if other is None and id(file) in by_time:
+            return not by_time[id(file)]  # no content is recorded, so the times decide
+        return bool(await same_checksum(file, other, threshold, force))
+
+    async def checksum(
+        file: Any, threshold: int | None = None, force: bool = False, algorithm: Any = None
+    ) -> str | None:
+        local = not file.is_storage and algorithm in (None, "sha256") and Path(file.file).is_file()
+        if local and (force or await file.is_checksum_eligible(threshold)):
+            return f"sha256:{ledger.sha256(str(file))}"
+        found: str | None = await checksum_of_file(file, threshold, force, algorithm)
+        return found
+
+    _IOFile.is_newer, _IOFile.is_same_checksum, _IOFile.checksum = is_newer, is_same_checksum, checksum

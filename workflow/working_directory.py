@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import platform
 import sys
 import time
 from pathlib import Path
@@ -9,36 +10,45 @@ from typing import TextIO
 
 from cm3.common.errors import UserError
 
-LOCK = Path(".snakemake/run.lock")
+FOLDERS = (Path("processed"), Path("results"))
+"""The folders that runs write to. Checkouts can share one through a symbolic link, so the locks are in them."""
+LOCK = ".run.lock"
 
 
 class RunLock:
-    """Lock that allows one run at a time in a working directory. The kernel releases it when its holder is killed."""
+    """Lock that allows one run at a time in the folders of the data. The kernel releases it when its holder is killed."""
 
     def __init__(self) -> None:
         self.since = time.time()
-        self._file: TextIO | None = None
+        self._files: list[TextIO] = []
 
     def acquire(self) -> None:
         """Hold the lock until this process ends.
 
         Raises:
-            UserError: another run holds it; the message has its process id.
+            UserError: another run holds it; the message has its process id and folder.
         """
-        LOCK.parent.mkdir(exist_ok=True)
-        file = LOCK.open("a+")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise UserError(
-                f"another run (process {file.read().strip() or 'unknown'}) works in {Path.cwd()}; "
-                "wait for it to end, or stop it"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        self._file = file
+        for folder in FOLDERS:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = (folder / LOCK).open("a+")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise UserError(
+                    f"another run ({file.read().strip() or 'unknown'}) works in {folder.resolve()}; wait for it to end, or "
+                    "stop it"
+                ) from None
+            except OSError as error:
+                print(
+                    f"WARNING: {folder}: runs cannot be locked here ({error.strerror}); start one at a time",
+                    file=sys.stderr,
+                )
+            else:
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {platform.node()}, started in {Path.cwd()}")
+                file.flush()
+            self._files.append(file)
         self.since = time.time()
 
 

@@ -1,9 +1,7 @@
 """Exceptions for errors that the user can fix."""
 
-import contextlib
 import errno
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -34,31 +32,6 @@ class DamagedFileError(UserError):
 _MACHINE_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 
 
-_FILE_ERRORS = (
-    PermissionError,
-    FileNotFoundError,
-    FileExistsError,
-    IsADirectoryError,
-    NotADirectoryError,
-)
-
-
-@contextlib.contextmanager
-def explained_file_errors() -> Iterator[None]:
-    """Raise UserError with the path for a file that cannot be read or written, or that is of the wrong kind."""
-    try:
-        yield
-    except OSError as error:
-        known = isinstance(error, _FILE_ERRORS) or error.errno in (errno.EROFS, errno.ELOOP)
-        if not known or error.filename is None:
-            raise
-        path = Path(error.filename2 or error.filename)
-        reason = "is a link to nothing" if path.is_symlink() and not path.exists() else str(error.strerror).lower()
-        raise UserError(
-            f"{path}: {reason}; correct the path or its permissions, and run the same command again"
-        ) from error
-
-
 def machine_fault(error: BaseException, what: str) -> UserError | None:
     """Return the error to raise if `error` is a fault of this machine and says nothing about the data; else None.
 
@@ -73,3 +46,24 @@ def machine_fault(error: BaseException, what: str) -> UserError | None:
         f"{what} failed for a reason of this machine, not of the data: {reason}. Use fewer workers, or allow more memory "
         "or open files (ulimit -n), and run the same command again"
     )
+
+
+_PATH_ERRORS = (PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
+_PATH_ERRNOS = frozenset(
+    {errno.EROFS, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+)
+
+
+def path_fault(error: OSError) -> UserError | None:
+    """Return the error to raise if `error` says what is wrong with a path, such as a missing permission; else None."""
+    if error.filename is None or not (isinstance(error, _PATH_ERRORS) or error.errno in _PATH_ERRNOS):
+        return None
+    path = Path(os.fsdecode(error.filename2 or error.filename))
+    reason = (error.strerror or str(error)).lower()
+    if path.is_symlink() and not path.exists():
+        reason = f"is a symbolic link to {path.readlink()}, which does not exist"
+    elif isinstance(error, FileExistsError | NotADirectoryError) and path.is_file():
+        reason = "is a file where a folder is expected"
+    elif isinstance(error, IsADirectoryError):
+        reason = "is a folder where a file is expected"
+    return UserError(f"{path}: {reason}; correct this and run the same command again")

@@ -15,6 +15,8 @@ from cm3.common.files import atomic
 OK, MISSING, FAILED = "ok", "missing", "failed"
 SPLITS = ("train", "valid", "test")
 ROW_GROUP = 8192
+MADE_FROM = "made_from"
+"""Key in the metadata of a table whose path does not tell its settings: stage -> key of the settings that made it."""
 
 CATEGORY = pa.dictionary(pa.int8(), pa.string())
 

@@ -12,7 +12,8 @@ def main() -> None:
     with stage("cm3.datasets.label") as call:
         strategy, seed = call.spec["strategy"], call.spec["seed"]
         tables = call.inputs if call.spec.get("keep") else None
-        facts = split_ratings(call.inputs["ratings"], call.outputs["interactions"], strategy, seed, tables)
+        ratings, interactions = call.inputs["ratings"], call.outputs["interactions"]
+        facts = split_ratings(ratings, interactions, strategy, seed, tables, call.made_from)
         call.record.update(facts)
 
 

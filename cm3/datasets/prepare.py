@@ -1,7 +1,7 @@
 """Stage: raw files -> k-core filtered ratings with dense ids, item table, user table and statistics."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pyarrow as pa
 from cm3.common.cli import stage
 from cm3.common.errors import UserError
 from cm3.common.files import write_json
-from cm3.common.tables import ITEMS, USERS, write_table
+from cm3.common.tables import ITEMS, MADE_FROM, USERS, write_table
 from cm3.datasets.interactions_db import InteractionArrays, InteractionsDatabase
 from cm3.datasets.k_core import kcore
 from cm3.datasets.raw_files import provenance
@@ -23,7 +23,13 @@ log = logging.getLogger("cm3.datasets.prepare")
 
 
 def prepare(
-    spec: dict[str, Any], inputs: dict[str, Path], ratings: Path, items: Path, users: Path, stats: Path
+    spec: dict[str, Any],
+    inputs: dict[str, Path],
+    ratings: Path,
+    items: Path,
+    users: Path,
+    stats: Path,
+    made_from: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Read a source, remove duplicates and unknown items, filter to the k-core, and write the common tables.
 
@@ -36,6 +42,7 @@ def prepare(
         spec: a dataset's prepare_spec().
         inputs: raw files by name.
         ratings, items, users, stats: files to write.
+        made_from: keys of the settings by stage, for the metadata of the tables.
 
     Returns:
         the statistics that are written to `stats`.
@@ -94,9 +101,11 @@ def prepare(
         "reading": reader.notes,
     }
     _check_expected(facts, spec["expected"], inputs)
-    write_table(ratings, _ratings_table(core), RATINGS)
-    write_table(items, _items_table(item_ids, ordered), ITEMS)
-    write_table(users, pa.table({"user": pa.array(range(len(user_ids)), pa.int32()), "user_id": user_ids}), USERS)
+    metadata = {MADE_FROM: dict(made_from)} if made_from else None
+    write_table(ratings, _ratings_table(core), RATINGS, metadata)
+    write_table(items, _items_table(item_ids, ordered), ITEMS, metadata)
+    numbers = pa.array(range(len(user_ids)), pa.int32())
+    write_table(users, pa.table({"user": numbers, "user_id": user_ids}), USERS, metadata)
     write_json(stats, facts)
     log.info(
         "%d users, %d items, %d interactions after the %d-core (%d, %d, %d before)",
@@ -164,7 +173,9 @@ def main() -> None:
     with stage("cm3.datasets.prepare") as call:
         out = call.outputs
         call.record["raw"] = provenance(call.inputs, call.spec.get("checksums", {}))
-        call.record["stats"] = prepare(call.spec, call.inputs, out["ratings"], out["items"], out["users"], out["stats"])
+        call.record["stats"] = prepare(
+            call.spec, call.inputs, out["ratings"], out["items"], out["users"], out["stats"], call.made_from
+        )
 
 
 if __name__ == "__main__":

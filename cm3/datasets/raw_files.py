@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from cm3.common.errors import UserError, explained_file_errors
+from cm3.common.errors import UserError
 from cm3.common.files import read_json, sha256_of
 from cm3.common.http import without_secrets
 
@@ -54,14 +54,13 @@ def provenance(inputs: dict[str, Path], expected: dict[str, dict[str, Any]]) -> 
     }
 
 
-@explained_file_errors()
 def facts_of(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
     """Return bytes, sha256 and url of a file: those of its record if it still is the downloaded file.
 
     A file whose size, modification time and inode are those of the record is not read.
 
     Raises:
-        UserError: the file has another size or checksum than expected, or cannot be read.
+        UserError: the file has another size or checksum than expected.
     """
     record, size = read_record(path), path.stat().st_size
     if expected.get("size") not in (None, size):

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cm3.common.errors import UserError
-from cm3.common.tables import INTERACTIONS, ITEMS, SPLITS, USERS, read_table, write_table
+from cm3.common.tables import INTERACTIONS, ITEMS, MADE_FROM, SPLITS, USERS, read_table, write_table
 from cm3.datasets.reader import RATINGS
 
 log = logging.getLogger(__name__)
@@ -118,13 +118,19 @@ def _by_time(user: np.ndarray, timestamp: np.ndarray | None) -> np.ndarray:
 
 
 def split_ratings(
-    ratings: Path, interactions: Path, strategy: str, seed: int, tables: Mapping[str, Path] | None = None
+    ratings: Path,
+    interactions: Path,
+    strategy: str,
+    seed: int,
+    tables: Mapping[str, Path] | None = None,
+    made_from: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Read ratings.parquet, label its rows, write interactions.parquet in the same row order.
 
     Args:
         tables: to keep labels: `items` and `users` of these ratings, and `keep.interactions`, `keep.items` and
             `keep.users` of the earlier split.
+        made_from: keys of the settings by stage, for the metadata of the table.
 
     Returns:
         the numbers of train, valid and test interactions, of users without training interactions, and of kept labels.
@@ -153,7 +159,7 @@ def split_ratings(
         )
     cold = len(np.setdiff1d(user, user[labels == TRAIN]))
     column = pa.DictionaryArray.from_arrays(pa.array(labels), pa.array(SPLITS))
-    metadata = {"strategy": strategy, "seed": seed}
+    metadata = {"strategy": strategy, "seed": seed} | ({MADE_FROM: dict(made_from)} if made_from else {})
     write_table(interactions, table.drop_columns("published").append_column("split", column), INTERACTIONS, metadata)
     log.info("%s: %s; %d users without training interactions", strategy, counts, cold)
     facts = {"split": counts, "users_without_train": cold}

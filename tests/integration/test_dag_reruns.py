@@ -1,6 +1,5 @@
 """Exactly what has changed runs again, and nothing else: real snakemake runs and dry runs on a small shop."""
 
-import copy
 import json
 import os
 import shutil
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkout import METRICS, SMALL, Checkout
+from checkout import METRICS, SMALL, Checkout, changed
 
 from cm3.common.files import read_json
 from workflow.plan.migrate import DIGESTS, MARK
@@ -23,18 +22,6 @@ AFTER_IMAGE = {"extract": 1, "similarity": 1, "train": 1, "evaluate": 1, "publis
 def checkout(finished_checkout: Checkout, tmp_path: Path) -> Checkout:
     """A copy of the finished checkout that a test may change."""
     return finished_checkout.clone(tmp_path / "copy")
-
-
-def changed(**paths: Any) -> dict[str, Any]:
-    """The small config with values replaced; keys are paths joined by two underscores."""
-    config = copy.deepcopy(SMALL)
-    for path, value in paths.items():
-        *parents, last = path.split("__")
-        section = config
-        for parent in parents:
-            section = section[parent]
-        section[last] = value
-    return config
 
 
 def test_nothing_changed_runs_nothing(checkout: Checkout):

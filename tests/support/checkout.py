@@ -1,5 +1,6 @@
 """A copy of this repository in a folder of its own, to run real `snakemake` commands in."""
 
+import copy
 import os
 import re
 import shutil
@@ -43,6 +44,18 @@ SMALL: dict[str, Any] = {
         }
     },
 }
+
+
+def changed(**paths: Any) -> dict[str, Any]:
+    """Return the small config with values replaced; keys are paths joined by two underscores."""
+    config = copy.deepcopy(SMALL)
+    for path, value in paths.items():
+        *parents, last = path.split("__")
+        section = config
+        for parent in parents:
+            section = section[parent]
+        section[last] = value
+    return config
 
 
 def environment() -> dict[str, str]:

@@ -3,6 +3,8 @@
 Every function takes the checked configuration first. The parameters after it are named like the wildcards of the rules.
 """
 
+import functools
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -151,7 +153,7 @@ def split_inputs(config: Config, dataset: str) -> dict[str, str]:
 
 def split(config: Config, dataset: str) -> Task:
     """Return the task of labelling interactions train, valid or test."""
-    return Task("split", config.datasets[dataset].split_spec())
+    return Task("split", config.datasets[dataset].split_spec(), earlier=prepare(config, dataset).made_from)
 
 
 def image_inputs(config: Config, dataset: str) -> dict[str, str]:
@@ -165,4 +167,40 @@ def images(config: Config, dataset: str) -> Task:
     folder = chosen.image_folder()
     digest = digest_of_folder(Path(folder)) if folder else None
     spec = chosen.images_spec()
-    return Task("images", spec, runtime=chosen.images_runtime(), decides=[spec, digest])
+    earlier = prepare(config, dataset).made_from
+    return Task("images", spec, runtime=chosen.images_runtime(), decides=[spec, digest], earlier=earlier)
+
+
+_MAKERS = {
+    "ratings": prepare,
+    "items": prepare,
+    "users": prepare,
+    "interactions": split,
+    "manifest": images,
+}
+STAGES = frozenset({"prepare", "split", "images"})
+"""Stages whose outputs have paths without a key of their settings, and hold `made_from`."""
+
+_TABLE = re.compile(rf"(?:^|/)processed/([^/]+)/(?:images/)?({'|'.join(_MAKERS)})\.parquet$")
+
+
+def expected_settings(config: Config, inputs: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Return what each table of a data set among the inputs of a job must be made from, by its name.
+
+    The paths of these tables do not hold a key of their settings, so that a table can be that of another configuration.
+
+    Args:
+        inputs: paths by name. Names with a dot are a user's copies (`keep.items`), which are of any settings.
+    """
+    expected = {}
+    for name, path in inputs.items():
+        found = _TABLE.search(path)
+        if found and "." not in name and found[1] in config.datasets:
+            expected[name] = _made_from(config, found[2], found[1])
+    return expected
+
+
+@functools.lru_cache(maxsize=1024)
+def _made_from(config: Config, table: str, dataset: str) -> dict[str, str]:
+    # Cached, because the settings of a folder of images are those of its files.
+    return _MAKERS[table](config, dataset).made_from

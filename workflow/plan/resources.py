@@ -8,6 +8,7 @@ with more. Nothing here changes what a job computes, and jobs on this machine ar
 
 import functools
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,8 +21,11 @@ from workflow.plan.features import encoder_of
 Files = Mapping[str, str]
 """Input files of a job by their names in its rule."""
 
-LONGEST_MINUTES = 24 * 60
-"""Largest first request. Stages that take longer store their progress and resume at the next attempt."""
+LONGEST_MINUTES = int(os.environ.get("CM3_LONGEST_MINUTES", 24 * 60))
+"""Largest request of any attempt. Stages that take longer store their progress and resume at the next attempt."""
+
+USUAL_EPOCHS = 100
+"""Epochs that a run is expected to take at most, because early stopping ends it."""
 
 MEBIBYTE = 1e6
 
@@ -34,9 +38,12 @@ class Need:
     minutes: float
 
     def for_attempt(self, attempt: int) -> "Need":
-        """Return the request of the n-th attempt: n times the estimate, rounded up to 100 MB and whole minutes."""
-        minutes = math.ceil(min(self.minutes, LONGEST_MINUTES))
-        return Need(attempt * 100 * math.ceil(self.mem_mb / 100), attempt * minutes)
+        """Return the request of the n-th attempt: n times the estimate, rounded up to 100 MB and whole minutes.
+
+        The time is at most `LONGEST_MINUTES`, because a partition refuses a job that asks for more than it allows.
+        """
+        minutes = min(attempt * math.ceil(self.minutes), LONGEST_MINUTES)
+        return Need(attempt * 100 * math.ceil(self.mem_mb / 100), minutes)
 
 
 @dataclass(frozen=True)
@@ -129,14 +136,16 @@ class Needs:
         shapes = [self._vectors(files, name, wildcards) for name in files if name.startswith("features")]
         sizes = self._sizes(wildcards, files, features=[(shape.rows, shape.dim) for shape in shapes])
         training = experiment.training
-        found = experiment.model.training_estimate(sizes, epochs=training.epochs, batch_size=training.batch_size)
+        epochs = min(training.epochs, USUAL_EPOCHS)
+        found = experiment.model.training_estimate(sizes, epochs=epochs, batch_size=training.batch_size)
         return Need(found.memory_mb, found.minutes)
 
     def evaluate(self, wildcards: Any, files: Files) -> Need:
         """The estimate of the experiment's model."""
         sizes = self._sizes(wildcards, files)
-        dims = [_shape(path).dim for name, path in files.items() if name.endswith("embeddings") and Path(path).exists()]
-        exported = (sizes.users + sizes.items) * max(dims, default=0) * 4 / MEBIBYTE
+        shapes = [_shape(path) for name, path in files.items() if name.endswith("embeddings")]
+        dim = max((shape.dim for shape in shapes if shape), default=0)
+        exported = (sizes.users + sizes.items) * dim * 4 / MEBIBYTE
         if "weights" in files:
             exported = _megabytes([files["weights"]])
         model = self.config.experiments[wildcards.experiment].model
@@ -164,25 +173,24 @@ class Needs:
 
     def _interactions(self, wildcards: Any, files: Files) -> int:
         for name in ("interactions", "ratings"):
-            if Path(files.get(name, "")).is_file():
-                return _shape(files[name]).rows
+            shape = _shape(files.get(name))
+            if shape:
+                return shape.rows
         return self._expected(wildcards, "interactions", 2_000_000)
 
     def _users(self, wildcards: Any, files: Files) -> int:
-        if Path(files.get("users", "")).is_file():
-            return _shape(files["users"]).rows
-        return self._expected(wildcards, "users", 200_000)
+        shape = _shape(files.get("users"))
+        return shape.rows if shape else self._expected(wildcards, "users", 200_000)
 
     def _items(self, wildcards: Any, files: Files) -> Shape:
-        for path in (files.get("items", ""), f"processed/{self._dataset_name(wildcards)}/items.parquet"):
-            if Path(path).is_file():
-                return _shape(path)
+        for path in (files.get("items"), f"processed/{self._dataset_name(wildcards)}/items.parquet"):
+            shape = _shape(path)
+            if shape:
+                return shape
         return Shape(self._expected(wildcards, "items", 100_000))
 
     def _vectors(self, files: Files, name: str, wildcards: Any) -> Shape:
-        if Path(files.get(name, "")).is_file():
-            return _shape(files[name])
-        return Shape(self._items(wildcards, files).rows, 1024)
+        return _shape(files.get(name)) or Shape(self._items(wildcards, files).rows, 1024)
 
     def _expected(self, wildcards: Any, count: str, default: int) -> int:
         name = self._dataset_name(wildcards)
@@ -199,15 +207,21 @@ def _megabytes(paths: Iterable[str]) -> float:
     return sum(Path(path).stat().st_size for path in paths if Path(path).is_file()) / MEBIBYTE
 
 
-def _shape(path: str) -> Shape:
+def _shape(path: str | None) -> Shape | None:
+    """Return the shape of a table, None if it is absent or damaged: the job that reads it says so."""
+    if not path or not Path(path).is_file():
+        return None
     return _footer(path, Path(path).stat().st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=256)
-def _footer(path: str, modified: int) -> Shape:
+def _footer(path: str, modified: int) -> Shape | None:
     # Loaded where a table is there to be read: planning a fresh data set needs none of it.
     import pyarrow.parquet as pq
 
-    file = pq.ParquetFile(path)
+    try:
+        file = pq.ParquetFile(path)
+    except (OSError, ValueError):  # pa.ArrowInvalid is a ValueError
+        return None
     widths = [getattr(field.type, "list_size", 0) for field in file.schema_arrow]
     return Shape(file.metadata.num_rows, max(widths, default=0))

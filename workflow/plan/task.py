@@ -20,6 +20,7 @@ class Task:
         runtime: settings that change speed or location only; a change of them reruns nothing.
         decides: what determines the output in place of `spec`, where the spec holds more than that.
         versioned: False if the outputs do not depend on the version of the stage.
+        earlier: `made_from` of the stage before this one, for outputs whose paths do not hold a key of their settings.
     """
 
     stage: str
@@ -28,6 +29,7 @@ class Task:
     runtime: dict[str, Any] = field(default_factory=dict)
     decides: Any = None
     versioned: bool = True
+    earlier: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def version(self) -> str:
@@ -42,7 +44,16 @@ class Task:
         return sorted({library for part in self.parts.values() for library in part.libraries})
 
     @property
+    def settings(self) -> str:
+        """The key of what determines the output."""
+        return key_of(self.spec if self.decides is None else self.decides)
+
+    @property
+    def made_from(self) -> dict[str, str]:
+        """The keys of the settings of this stage and of those before it, by stage."""
+        return {**self.earlier, self.stage: self.settings}
+
+    @property
     def identity(self) -> str:
         """The one parameter that Snakemake records and compares: short, because it prints it as the reason of a rerun."""
-        settings = key_of(self.spec if self.decides is None else self.decides)
-        return f"settings {settings}, version {self.version if self.versioned else 'any'}"
+        return f"settings {self.settings}, version {self.version if self.versioned else 'any'}"

@@ -8,18 +8,22 @@ from snakemake.exceptions import WorkflowError
 ROOT = Path(str(workflow.current_basedir)).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from cm3.common.errors import UserError
+from cm3.common.errors import UserError, path_fault
 from cm3.common.files import write_json
 from cm3.common.gpus import gpu_here
 from cm3.common.keys import canonical_json
+from cm3.common.ledger import Ledger
 from workflow.plan import comparison, data, features, mmrec, pages, publish, runs
 from workflow.plan.config import load_config
 from workflow.plan.migrate import migrate_records
 from workflow.plan.resources import Needs
 from workflow.plan.storage import root_of
+from workflow.records import check_outputs
 from workflow.snakemake_internals import (
     METADATA,
+    compare_inputs_by_content,
     config_files,
+    is_main_process,
     resource_limit,
     runs_elsewhere,
     store_metadata_with_data,
@@ -42,9 +46,18 @@ except UserError as error:
 needs = Needs(settings)
 
 set_job_environment(ROOT)
-store_metadata_with_data()
-migrate_records(METADATA)
+ledger = Ledger()
+compare_inputs_by_content(ledger)
 run_lock = RunLock()
+
+try:
+    store_metadata_with_data()
+    migrate_records(METADATA)
+    warnings = check_outputs(ledger) if is_main_process(workflow) else []
+except OSError as error:
+    raise WorkflowError(str(path_fault(error) or error)) from None
+for warning in warnings:
+    print(f"WARNING: {warning}", file=sys.stderr)
 
 
 def one_of(names):
@@ -92,8 +105,15 @@ def arguments(function):
             ("--spec", canonical_json(task.spec)),
             ("--runtime", canonical_json(task.runtime | allotted)),
             ("--code", task.version),
+            ("--identity", task.identity),
             *(("--library", name) for name in task.libraries),
         ]
+        inputs = {name.rstrip("_"): str(path) for name, path in input.items()}
+        expected = data.expected_settings(settings, inputs)
+        if expected:
+            options.append(("--expected", canonical_json(expected)))
+        if task.stage in data.STAGES:
+            options.append(("--made-from", canonical_json(task.made_from)))
         for option, paths in (("--input", input), ("--output", output)):
             options += [
                 (option, f"{name.rstrip('_')}={path}") for name, path in paths.items()
@@ -126,7 +146,10 @@ def share_of_cores(function):
 
 
 onstart:
-    run_lock.acquire()
+    try:
+        run_lock.acquire()
+    except OSError as error:
+        raise WorkflowError(str(path_fault(error) or error)) from None
 
 
 onsuccess:

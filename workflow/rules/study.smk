@@ -31,10 +31,16 @@ rule study:
         runtime=needs.runtime("compare"),
     params:
         identity=identity(comparison.compare),
+        expected=lambda wildcards, input: canonical_json(
+            data.expected_settings(
+                settings, files(comparison.compare_inputs)(wildcards)
+            )
+        ),
         root=lambda wildcards, input: root_of(
             input, files(comparison.compare_inputs)(wildcards)
         ),
     shell:
         "exec python -m cm3.reports.analysis.compare --call {input.call:q} --root {params.root:q}"
+        " --identity {params.identity:q} --expected {params.expected:q}"
         " --output comparison={output.comparison:q} --output table={output.table:q}"
         " --output record={output.record:q} --log {log:q}"

@@ -9,7 +9,8 @@ from typing import Any
 import httpx2
 
 from cm3.common.cli import stage
-from cm3.common.errors import UserError, explained_file_errors
+from cm3.common.errors import UserError
+from cm3.common.files import sha256_of
 from cm3.common.http import (
     FetchError,
     TransientError,
@@ -26,7 +27,7 @@ from cm3.datasets.download.client import MirrorClient
 from cm3.datasets.download.gzip import DamagedGzipError, GzipBombError, check_gzip
 from cm3.datasets.download.partial import Partial
 from cm3.datasets.download.response import HEAD_BYTES, check_start, content_length, content_range, validator_of
-from cm3.datasets.raw_files import facts_of, stamp
+from cm3.datasets.raw_files import facts_of, read_record, stamp
 
 log = logging.getLogger("cm3.datasets.download.stage")
 
@@ -34,7 +35,6 @@ log = logging.getLogger("cm3.datasets.download.stage")
 SMALL_GAIN, MOST_SMALL_GAINS = 1_000_000, 100
 
 
-@explained_file_errors()
 def download(
     urls: Sequence[str],
     file: Path,
@@ -66,8 +66,7 @@ def download(
         url (without secrets), bytes and sha256 of the download.
 
     Raises:
-        UserError: no mirror provided the file, with the reason for each; the disk is full or `file` cannot be written; or
-            CM3_OFFLINE is set.
+        UserError: no mirror provided the file, with the reason for each; the disk is full; or CM3_OFFLINE is set.
             Nothing is left behind except a part that the next call can resume.
     """
     for url in urls:
@@ -273,7 +272,9 @@ class _Download:
 
 
 def keep(file: Path, sha256: str | None = None, size: int | None = None) -> dict[str, Any] | None:
-    """Return the facts of a file that is there already and need not be downloaded again; None if it is not whole.
+    """Return the facts of a file that is there already and need not be downloaded again; None if it is damaged.
+
+    A file that has changed since it was downloaded counts as damaged, unless its checksum is the expected one.
 
     Raises:
         UserError: it is a whole file, but not of the size or checksum that the configuration expects.
@@ -288,6 +289,10 @@ def keep(file: Path, sha256: str | None = None, size: int | None = None) -> dict
         except (DamagedGzipError, GzipBombError) as error:
             log.warning("%s: %s; it is downloaded again", file, error)
             return None
+    recorded, found = read_record(file).get("sha256"), sha256_of(file)
+    if found != sha256 and recorded not in (None, found):
+        log.warning("%s: is not the file that was downloaded; it is downloaded again", file)
+        return None
     facts = facts_of(file, {"sha256": sha256, "size": size})
     log.info("%s is there already and is used unchanged; delete it to download it again", file)
     return facts

@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pyarrow as pa
 from cm3.common.cli import stage
 from cm3.common.http import without_secrets
 from cm3.common.progress import Progress
-from cm3.common.tables import FAILED, ITEMS, MANIFEST, MISSING, OK, read_table, write_table
+from cm3.common.tables import FAILED, ITEMS, MADE_FROM, MANIFEST, MISSING, OK, read_table, write_table
 from cm3.datasets.images.shards import SHARD_BYTES, ShardWriter, fresh_folder, put_in_place
 from cm3.datasets.images.source import Find, Found, Search, Wanted
 from cm3.datasets.registry import image_source
@@ -28,6 +29,7 @@ def collect_images(
     inputs: dict[str, Path],
     manifest: Path,
     shard_bytes: int = SHARD_BYTES,
+    made_from: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Find the image of every item, validate it, and store its original bytes.
 
@@ -44,6 +46,7 @@ def collect_images(
         inputs: its image_inputs().
         manifest: file to write; shards are written next to it.
         shard_bytes: largest number of image bytes per shard (one image may be larger).
+        made_from: keys of the settings by stage, for the metadata of the manifest.
 
     Returns:
         counts by status and by reason (rows; one with several reasons counts for each), of distinct images, shards
@@ -83,7 +86,7 @@ def collect_images(
             kinds.update(set(found.kinds))
             rows.append(_row(item, found, error, place))
             progress.advance(1, **{found.status: 1})
-    _write_manifest(fresh / "manifest.parquet", rows)
+    _write_manifest(fresh / "manifest.parquet", rows, {MADE_FROM: dict(made_from)} if made_from else None)
     put_in_place(fresh, manifest)
     shutil.rmtree(folder / ".downloads", ignore_errors=True)
     counts = Counter(row[1] for row in rows)
@@ -133,20 +136,24 @@ def _row(item: Wanted, found: Found, error: str | None, place: tuple[int, int] |
     )
 
 
-def _write_manifest(path: Path, rows: list[tuple[Any, ...]]) -> None:
+def _write_manifest(path: Path, rows: list[tuple[Any, ...]], metadata: dict[str, Any] | None) -> None:
     columns = {name: [row[number] for row in rows] for number, name in enumerate(MANIFEST.names)}
     types = {field.name: pa.string() if field.name == "status" else field.type for field in MANIFEST}
     arrays = {name: pa.array(values, types[name]) for name, values in columns.items()}
     arrays["status"] = arrays["status"].dictionary_encode().cast(MANIFEST.field("status").type)
-    write_table(path, pa.table(arrays), MANIFEST)
+    write_table(path, pa.table(arrays), MANIFEST, metadata)
 
 
 def main() -> None:
     """Spec: images_spec(). Runtime: images_runtime(). Inputs: items and image_inputs(). Outputs: manifest, record."""
     with stage("cm3.datasets.images.stage") as call:
         inputs = {name: path for name, path in call.inputs.items() if name != "items"}
-        facts = collect_images(call.spec, call.runtime, call.inputs["items"], inputs, call.outputs["manifest"])
+        manifest = call.outputs["manifest"]
+        facts = collect_images(
+            call.spec, call.runtime, call.inputs["items"], inputs, manifest, made_from=call.made_from
+        )
         call.record.update(facts)
+        call.parts += sorted(manifest.parent.glob("shard-*.parquet"))
 
 
 if __name__ == "__main__":

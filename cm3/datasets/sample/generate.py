@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 
 from cm3.common.cli import stage
-from cm3.common.errors import explained_file_errors
 from cm3.common.files import atomic
 from cm3.common.progress import Progress
 from cm3.common.tables import write_table
@@ -39,7 +38,6 @@ _OWN_IMAGE = re.compile(r"B0[0-9A-Z]{8}\.jpg")
 _LETTERS = np.asarray(list("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
 
 
-@explained_file_errors()
 def make_sample(spec: dict[str, Any], reviews: Path, meta: Path, images: Path, truth: Path) -> dict[str, Any]:
     """Write reviews, metadata, images, their checksums, and the ground truth.
 
@@ -50,9 +48,6 @@ def make_sample(spec: dict[str, Any], reviews: Path, meta: Path, images: Path, t
 
     Returns:
         counts of users, items, reviews and images.
-
-    Raises:
-        UserError: the folder cannot be written to.
     """
     world = make_world(spec)
     # A random stream for each kind of file: other image settings must not change the texts.

@@ -89,15 +89,3 @@ def test_sizes_and_checksums_are_checked_wherever_a_file_is_from(tmp_path: Path)
     record_of(path).unlink()
     with pytest.raises(UserError, match="its sha256 is"):
         facts(path, sha256="0" * 64)
-
-
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    path = tmp_path / "a.csv"
-    path.write_bytes(b"mine")
-
-    def refuse(path: Path) -> str:
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(raw_files, "sha256_of", refuse)
-    with pytest.raises(UserError, match=rf"^{path}: permission denied; correct the path or its permissions"):
-        facts(path)

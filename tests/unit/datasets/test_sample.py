@@ -18,7 +18,6 @@ from oracles_sources import run_prepare
 from PIL import Image
 from repository import ROOT
 
-from cm3.common.errors import UserError
 from cm3.common.tables import ITEMS, MANIFEST, read_table
 from cm3.datasets.images.stage import collect_images
 from cm3.datasets.k_core import kcore
@@ -292,8 +291,3 @@ def test_files_of_a_user_among_the_drawn_ones_stay(tmp_path: Path):
     # Nothing of the other shop is left.
     write(tmp_path, **DRAWN)
     assert contents(tmp_path) == drawn | mine
-
-
-def test_a_folder_that_cannot_be_written_to_is_named():
-    with pytest.raises(UserError, match=r"^/proc/nowhere: .*; correct the path or its permissions"):
-        write(Path("/proc/nowhere"), **DRAWN)

@@ -186,7 +186,7 @@ def test_config_files_are_read_as_by_snakemake():
 
 def test_nothing_is_deleted_while_a_run_works_in_the_folder():
     old = write("processed/shop/features/text/old-0123456789ab.parquet")
-    with write(".snakemake/run.lock", "12345").open() as lock:
+    with write("processed/.run.lock", "process 12345").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another run"):
             prune([], deletes=True)

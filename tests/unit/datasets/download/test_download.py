@@ -3,10 +3,13 @@
 import base64
 import gzip
 import hashlib
+import json
 import logging
 import random
 import resource
 import socket
+import subprocess
+import sys
 import time
 from email.utils import formatdate
 from pathlib import Path
@@ -15,6 +18,7 @@ import pytest
 from faulty_server import Answer, Mirror, dripped_framing, dripped_headers, moved, nobody, raw
 from fetching import BODY, LATELY, NOISE, fail_noise, fetch, fetch_noise, hidden
 from oracles_sources import cut_short, in_turn, respond, serving
+from repository import ROOT
 
 from cm3.common.errors import UserError
 from cm3.common.http import LONGEST_WAIT, back_off, retry_after
@@ -471,21 +475,24 @@ def test_a_whole_file_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     file.write_bytes(BODY[:-9])
     assert keep(file) is None and "it is downloaded again" in caplog.text
     assert file.read_bytes() == BODY[:-9]
+    file.write_bytes(BODY)
+    (tmp_path / "a.gz.stage.json").write_text(json.dumps({"sha256": "1" * 64}))
+    assert keep(file) is None and "is not the file that was downloaded; it is downloaded again" in caplog.text
+    assert keep(file, sha256) is not None and keep(file, "0" * 64) is None
     (tmp_path / "folder.gz").mkdir()
     with pytest.raises(UserError, match=r"folder\.gz: is a folder in the place of a downloaded file"):
         keep(tmp_path / "folder.gz")
 
 
-@pytest.mark.parametrize(
-    ("place", "reason"),
-    [("/proc/nowhere/a.gz", "/proc/nowhere: "), ("/dev/null/a.gz", "/dev/null"), ("LOOP/a.gz", "LOOP")],
-)
-def test_a_place_that_cannot_be_written_is_named_in_one_line(tmp_path: Path, place: str, reason: str):
-    (tmp_path / "LOOP").symlink_to(tmp_path / "gone")
-    place, reason = (text.replace("LOOP", f"{tmp_path}/LOOP") for text in (place, reason))
-    with pytest.raises(UserError) as error:
-        download(["http://127.0.0.1:9/a"], Path(place))
-    assert str(error.value).startswith(reason) and "\n" not in str(error.value)
+@pytest.mark.parametrize("place", ["/dev/null", "/proc/version", "LINK"])
+def test_a_place_that_cannot_be_written_is_named_in_one_line(tmp_path: Path, place: str):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    place = place.replace("LINK", f"{tmp_path}/link")
+    spec = json.dumps({"urls": ["http://127.0.0.1:9/a"]})
+    command = [sys.executable, "-m", "cm3.datasets.download.stage", "--spec", spec, "--output", f"file={place}/a.gz"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"{place}: " in done.stderr.strip().splitlines()[-1]
 
 
 # Headers
