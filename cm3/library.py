@@ -8,16 +8,17 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import scipy.sparse as sp
 import torch
 
 from cm3.common.device import select_device
 from cm3.common.embeddings import read_embeddings, write_embeddings
 from cm3.common.files import read_json
+from cm3.common.ids import id_text, missing_id
 from cm3.common.interactions import read_interactions
 from cm3.common.strict import nearest
-from cm3.common.tables import read_table, write_table
+from cm3.common.tables import read_parquet, read_table, write_table
+from cm3.common.values import shown
 from cm3.config import Model, Training, modality_weights, settings
 from cm3.evaluation.ranking import Ranking, Validation
 from cm3.model.graph import item_item_matrix
@@ -78,16 +79,18 @@ def fit(
     (cold items) are embedded by their features and can be recommended like all others.
 
     Args:
-        interactions: columns `user` and `item` of ids, one interaction per row: a dict of lists, a pandas DataFrame or a
-            pyarrow Table. Repeats count once.
-        features: (I, d) vectors by modality, at least one; a row with NaN is a missing vector.
+        interactions: columns `user` and `item` of ids, one interaction per row: a dict of lists, a pandas or polars
+            DataFrame or a pyarrow Table. Repeats count once. Ids are text or integers; 7, 7.0 and "7" are the same id. A
+            missing id (None, NaN, NaT, an empty text) is an error.
+        features: (I, d) vectors by modality, at least one: NumPy, torch, SciPy or lists; a row with NaN is a missing
+            vector.
         item_ids: the ids of the I rows.
         model: settings of `cm3.config.Model` that differ from the defaults.
         training: settings of `cm3.config.Training`, such as {"epochs": 50, "seed": 1, "device": "cuda"}.
-        valid_share: share of the interactions that is held out.
+        valid_share: share of the interactions that is held out, between 0 and 1.
 
     Raises:
-        ValueError: shapes or ids that do not fit together.
+        ValueError: shapes or ids that do not fit together, or missing ids.
         UserError: settings that are not valid, or a loss that is not finite.
 
     Example:
@@ -101,13 +104,15 @@ def fit(
     chosen = settings("default", model or {}, training or {}, {}, "fit")
     if chosen.training.warm_start or chosen.training.processes > 1 or chosen.training.select_on != "valid":
         raise ValueError("training: warm_start, processes and select_on work in the pipeline only; remove them")
-    names = [str(item) for item in item_ids]
+    if not 0 <= valid_share <= 1:
+        raise ValueError(f"valid_share = {valid_share}: must be between 0 and 1")
+    names = _id_texts(item_ids, "item_ids")
     users, items, user_ids = _pairs(interactions, names)
     held = _held_out(users, valid_share, chosen.training.seed)
     shape = (len(user_ids), len(names))
     observed, valid = (_matrix(users[part], items[part], shape) for part in (~held, held))
     if not valid.nnz:
-        raise ValueError(f"valid_share = {valid_share} holds out none of {len(users)} interactions; raise it")
+        raise ValueError(_nothing_held_out(len(users), len(user_ids), valid_share))
     network = _network(features, names, observed, chosen.model, chosen.training)
     device = network.users.device
     sampler = Sampler(
@@ -143,8 +148,9 @@ def recommend(
         exclude_seen: exclude the items that a user has interacted with.
 
     Raises:
-        ValueError: an unknown user, or `exclude_seen` of a model without the items that users have seen.
+        ValueError: an unknown user, k below 1, or `exclude_seen` of a model without the items that users have seen.
     """
+    _check_length(k)
     rows = _rows(users, model.user_ids, "user")
     if exclude_seen and model.seen is None:
         raise ValueError(
@@ -161,8 +167,9 @@ def similar_items(model: Recommender, items: Sequence[Any], k: int = 10) -> list
     """Return the k items nearest to each item by the cosine of their trained vectors, as (item id, cosine).
 
     Raises:
-        ValueError: an unknown item.
+        ValueError: an unknown item, or k below 1.
     """
+    _check_length(k)
     rows = _rows(items, model.item_ids, "item")
     norms = np.linalg.norm(model.items, axis=1, keepdims=True)
     unit = torch.from_numpy(model.items / np.maximum(norms, np.finfo(np.float32).tiny))
@@ -181,7 +188,8 @@ def load(path: str | Path, interactions: str | Path | None = None) -> Recommende
             if it exists. Users and items are matched by their ids; those that the model does not know are ignored.
 
     Raises:
-        UserError: files are missing or unreadable.
+        DamagedFileError: a file is damaged.
+        UserError: files are missing.
     """
     folder = Path(path)
     user_ids, item_ids = _ids(folder / USERS, "user_id"), _ids(folder / ITEMS, "item_id")
@@ -227,33 +235,85 @@ def _prepared(folder: Path) -> Path | None:
 def _ids(path: Path, name: str) -> list[str]:
     if not path.exists():
         raise ValueError(f"{path}: no such file; is it the folder of an experiment, or of a saved Recommender?")
-    ids: list[str] = pq.read_table(path, columns=[name]).column(name).to_pylist()
+    ids: list[str] = read_parquet(path, [name]).column(name).to_pylist()
     return ids
 
 
 def _pairs(interactions: Mapping[str, Sequence[Any]], names: list[str]) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    columns = []
-    for name in ("user", "item"):
-        try:
-            columns.append([str(value) for value in np.asarray(interactions[name]).tolist()])
-        except KeyError:
-            raise ValueError(f"interactions: has no column {name!r}") from None
+    columns = [_id_texts(_column(interactions, name), f"interactions[{name!r}]") for name in ("user", "item")]
     if len(columns[0]) != len(columns[1]):
         raise ValueError(f"interactions: {len(columns[0])} users and {len(columns[1])} items")
+    if not columns[0]:
+        raise ValueError("interactions: has no rows")
     user_ids = sorted(set(columns[0]))
     places = _places(user_ids)
     users = np.asarray([places[name] for name in columns[0]], np.int64)
-    pairs = np.unique(np.stack([users, _rows(columns[1], names, "item")]), axis=1)
+    pairs = np.unique(np.stack([users, _rows_of(columns[1], names, "item")]), axis=1)
     return pairs[0], pairs[1], user_ids
 
 
+def _column(table: Mapping[str, Any], name: str) -> Any:
+    names = getattr(table, "column_names", None) or list(getattr(table, "columns", ()))
+    if names.count(name) > 1:
+        raise ValueError(f"interactions: duplicate column {name!r}; rename one of them")
+    try:
+        return table[name]
+    except KeyError:
+        raise ValueError(f"interactions: has no column {name!r}{nearest(name, names)}") from None
+    except Exception as error:  # polars has an error of its own
+        if names and name not in names:
+            raise ValueError(f"interactions: has no column {name!r}{nearest(name, names)}") from error
+        raise
+
+
+def _id_texts(values: Any, where: str) -> list[str]:
+    """Return ids as text. Raises ValueError with the row of one that is missing or neither text nor a whole number."""
+    if isinstance(values, str | bytes):
+        raise ValueError(f"{where} = {values!r}: is one text; give a list of ids")
+    texts = []
+    for row, value in enumerate(_python_values(values)):
+        try:
+            text = id_text(value)
+        except ValueError as error:
+            raise ValueError(f"{where}, row {row}: {shown(value)} {error}") from None
+        if text is None:
+            raise ValueError(f"{where}, row {row}: {shown(value)} {missing_id(value)}; remove the row or give it an id")
+        texts.append(text)
+    return texts
+
+
+def _python_values(values: Any) -> Sequence[Any]:
+    """Return the values of a list, or of a column or array of pyarrow, pandas, polars, NumPy or torch."""
+    for method in ("to_pylist", "to_list", "tolist"):
+        if hasattr(values, method):
+            found: Sequence[Any] = getattr(values, method)()
+            return found
+    return list(values)
+
+
+def _check_length(k: int) -> None:
+    if k < 1:
+        raise ValueError(f"k = {k}: must be at least 1")
+
+
+def _nothing_held_out(interactions: int, users: int, share: float) -> str:
+    message = f"valid_share = {share} holds out none of {interactions} interactions for validation"
+    if interactions == users:
+        return f"{message}: each of the {users} users has only one, which is needed for training; give users more interactions"
+    return f"{message}; raise it"
+
+
 def _rows(wanted: Sequence[Any], ids: list[str], kind: str) -> np.ndarray:
+    return _rows_of(_id_texts(wanted, f"{kind}s"), ids, kind)
+
+
+def _rows_of(wanted: Sequence[str], ids: list[str], kind: str) -> np.ndarray:
     places = _places(ids)
     if len(places) < len(ids):
         raise ValueError(f"duplicate {kind} ids: {len(ids)} ids, {len(places)} different ones")
-    rows = np.asarray([places.get(str(name), -1) for name in wanted], np.int64)
+    rows = np.asarray([places.get(name, -1) for name in wanted], np.int64)
     if (rows < 0).any():
-        unknown = str(wanted[int(np.flatnonzero(rows < 0)[0])])
+        unknown = wanted[int(np.flatnonzero(rows < 0)[0])]
         raise ValueError(f"{kind} {unknown!r} is unknown{nearest(unknown, ids[:10_000])}")
     return rows
 
@@ -279,13 +339,21 @@ def _network(
 ) -> Any:
     device, filled, neighbours = select_device(training.device), [], []
     for modality, vectors in features.items():
-        values = np.array(vectors, np.float32)  # a copy: it is filled in
-        if values.ndim != 2 or len(values) != len(names):
-            raise ValueError(f"features[{modality!r}]: {values.shape} is not ({len(names)}, d), a row for each item")
+        where = f"features[{modality!r}]"
+        values = _float32(vectors, where)
+        if values.ndim != 2 or len(values) != len(names) or not values.shape[1]:
+            raise ValueError(f"{where}: {values.shape} is not ({len(names)}, d), a row for each item")
         ok = np.asarray(np.isfinite(values).all(axis=1))
-        filled.append(fill_missing(values, ok, model.missing, f"features[{modality!r}]"))
+        filled.append(fill_missing(values, ok, model.missing, where))
         searched = fill_missing(values.copy(), ok, "mean", modality) if model.knn_missing == "mean" else values
         usable = np.flatnonzero((ok | (model.knn_missing == "mean")) & searched.any(axis=1))
+        if len(usable) < model.knn_k:
+            raise ValueError(
+                f"{where}: {len(usable)} items have a vector that is not zero, fewer than model.knn_k = {model.knn_k}; set "
+                f"model.knn_k to {len(usable)} or less"
+                if len(usable)
+                else f"{where}: all vectors are zero; leave this modality out or fix its vectors"
+            )
         indices = _neighbours(torch.from_numpy(searched[usable]), model, device)
         neighbours.append((np.repeat(usable, model.knn_k), usable[indices.cpu().numpy().ravel()]))
     if not filled:
@@ -293,6 +361,23 @@ def _network(
     weights = modality_weights(model, list(features))
     graph = item_item_matrix(neighbours, list(weights.values()), len(names))
     return build_model(filled, observed, graph, model, training.seed, training.precision).to(device)
+
+
+def _float32(vectors: Any, where: str) -> np.ndarray:
+    """Return a float32 copy of an array, tensor, sparse matrix or lists. Raises ValueError if they are not numbers."""
+    if isinstance(vectors, torch.Tensor):
+        return vectors.detach().to("cpu", torch.float32, copy=True).numpy()
+    if sp.issparse(vectors):
+        vectors = vectors.toarray()
+    try:
+        numbers = np.asarray(vectors)
+        with np.errstate(over="ignore"):
+            values = np.array(numbers, np.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: not an array of numbers, a row for each item ({error})") from None
+    if numbers.dtype.kind == "f" and (np.isfinite(numbers) & np.isinf(values)).any():
+        raise ValueError(f"{where}: holds a number beyond float32; scale the vectors")
+    return values
 
 
 def _neighbours(x: torch.Tensor, model: Model, device: torch.device) -> torch.Tensor:

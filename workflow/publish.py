@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cm3.common.checksums import check_tensors
 from cm3.common.cli import stage, versions
-from cm3.common.files import atomic, read_json, write_json
+from cm3.common.errors import DamagedFileError
+from cm3.common.files import atomic, file_error, read_json, sha256_of, write_json
 from cm3.common.stages import STAGES
+from cm3.common.tables import open_parquet
 
 
 def publish(provenance: dict[str, Any], files: dict[str, Path], outputs: dict[str, Path]) -> None:
@@ -18,15 +21,34 @@ def publish(provenance: dict[str, Any], files: dict[str, Path], outputs: dict[st
         provenance: experiment, dataset, command, config, keys, and libraries by record (see `library_warning`).
         files: the run's files by name; `evaluation`, `stats` and `record.STAGE` are collected, others copied.
         outputs: where to copy each file; `metrics` is the JSON file.
+
+    Raises:
+        DamagedFileError: a file or record of the run is damaged.
     """
+    records = {name.removeprefix("record."): read_json(p) for name, p in files.items() if name.startswith("record.")}
     for name, path in outputs.items():
         if name != "metrics":
+            _check(files[name], records["train"].get(f"{name}_sha256"))
             with atomic(path) as temporary:
                 _copy(files[name], temporary)
-    records = {name.removeprefix("record."): read_json(p) for name, p in files.items() if name.startswith("record.")}
     write_json(
         outputs["metrics"], gather(provenance, read_json(files["evaluation"]), read_json(files["stats"]), records)
     )
+
+
+def _check(path: Path, sha256: str | None) -> None:
+    """Raise DamagedFileError if a file of a run is damaged."""
+    try:
+        if path.suffix == ".parquet":
+            with open_parquet(path) as file:
+                for _ in file.iter_batches():
+                    pass
+        elif path.suffix == ".safetensors":
+            check_tensors(path)
+        elif sha256 not in (None, sha256_of(path)):
+            raise DamagedFileError(path, "its content does not match the checksum in the record of its stage")
+    except OSError as error:
+        raise file_error(path, error) from None
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -50,7 +50,7 @@ def check_outputs(ledger: Ledger) -> list[str]:
         if Path(output).exists():
             _correct(output, of_job[0], faults.get(output))
     for path in _unreadable_records():
-        write_json(path, _record(None, LOST, {}))
+        write_json(path, _record(None, LOST, {}), checksum=False)
     return sorted(warnings)
 
 
@@ -65,7 +65,7 @@ def _correct(output: str, entry: Entry, fault: str | None) -> None:
     record = _read(path)
     identity = fault or entry.identity
     if record is None or record.get("params") != [repr(identity)]:
-        write_json(path, _record(record, identity, entry.inputs))
+        write_json(path, _record(record, identity, entry.inputs), checksum=False)
 
 
 def _record(old: dict[str, Any] | None, identity: str, inputs: Any) -> dict[str, Any]:

@@ -27,6 +27,33 @@ def config_files(workflow: Any) -> list[Path]:
     return [Path(path) for path in workflow.overwrite_configfiles]
 
 
+def literal_path(path: str) -> str:
+    """Return an input path that Snakemake uses as it is: `{2020}` in it is not a wildcard.
+
+    Snakemake has no way to write a brace in a path. It applies wildcards also to the paths that input functions return, so
+    `_IOFile.apply_wildcards` is replaced by one that leaves the paths of this function alone.
+    """
+    if "{" not in path:
+        return path
+    from snakemake import io
+
+    apply_wildcards = io._IOFile.apply_wildcards
+    if not hasattr(apply_wildcards, "keeps_literal"):
+
+        def keep_literal(file: Any, wildcards: Any) -> Any:
+            return file if io.is_flagged(file, "literal") else apply_wildcards(file, wildcards)
+
+        keep_literal.keeps_literal = True  # type: ignore[attr-defined]
+        io._IOFile.apply_wildcards = keep_literal
+    flagged: str = io.flag(path, "literal")
+    return flagged
+
+
+def has_local_files(workflow: Any) -> bool:
+    """Return whether the files of the workflow are on this machine, not in an object storage."""
+    return workflow.storage_settings.default_storage_provider is None
+
+
 def runs_elsewhere(workflow: Any) -> bool:
     """Return whether jobs run on other machines (a cluster), or not at all (a dry run)."""
     return bool(workflow.non_local_exec_or_dryrun)

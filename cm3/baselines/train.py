@@ -16,6 +16,7 @@ from cm3.common.files import sha256_of
 from cm3.common.interactions import read_interactions
 from cm3.common.keys import key_of
 from cm3.common.strict import validate
+from cm3.common.tensors import write_tensors
 from cm3.config import Training
 from cm3.evaluation.item_weights import ItemWeights
 from cm3.evaluation.ranking import Validation
@@ -23,7 +24,7 @@ from cm3.model.network import Embeddings, Network
 from cm3.model.sampling import derived_seed
 from cm3.training.checkpoint import Checkpoint
 from cm3.training.loop import Fitted, fit
-from cm3.training.run import run_facts, training_sampler, validations, write_parameters, write_run
+from cm3.training.run import run_facts, training_sampler, validations, write_run
 from cm3.training.state import Best
 
 log = logging.getLogger("cm3.baselines.train")
@@ -105,7 +106,7 @@ def train(
     else:
         raise TypeError(f"{type(model).__name__} is neither a NetworkBaseline nor a ClosedForm")
     if model.exports == "item_weights":
-        write_parameters(fitted.parameters, {"settings": identity}, model_output)
+        write_tensors(model_output, fitted.parameters, {"settings": identity})
     else:
         if history_output is None or users_output is None or items_output is None:
             raise ValueError(
@@ -122,6 +123,8 @@ def train(
         )
     checkpoint.remove()
     facts = run_facts(fitted, training, device, n_parameters)
+    if history_output is not None and model.exports != "item_weights":
+        facts["history_sha256"] = sha256_of(history_output)
     facts |= {"model": model.name, "modality_weights": dict(inputs.weights) or None}
     if not model.trains:
         facts |= dict.fromkeys(("epochs", "best_epoch", "best_loss", "seconds_per_epoch"))

@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cm3.common.errors import UserError
-from cm3.common.tables import read_metadata, write_table
+from cm3.common.tables import metadata_of, open_parquet, write_table
 
 _BATCH_ROWS = 4096
 
@@ -32,46 +31,40 @@ def read_embeddings(
     The whole file is checked, a batch at a time. With `rows`, ascending (R,), only theirs are kept, (R, D).
 
     Raises:
-        UserError: absent, unreadable, other columns, other ids, or values that are not finite.
+        DamagedFileError: as `cm3.common.tables.open_parquet`.
+        UserError: absent, other columns, other ids, or values that are not finite.
     """
     wanted = ids if isinstance(ids, pa.Array) else pa.array(ids, pa.string())
     names = [id_name, "embedding"]
-    try:
-        with pq.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            if schema.names != names or not pa.types.is_fixed_size_list(schema.field("embedding").type):
+    with open_parquet(path) as file:
+        schema = file.schema_arrow
+        if schema.names != names or not pa.types.is_fixed_size_list(schema.field("embedding").type):
+            raise UserError(f"{path}: has columns {schema.names}, not {names} of fixed size; delete it and train again")
+        kept = len(wanted) if rows is None else len(rows)
+        vectors = np.empty((kept, schema.field("embedding").type.list_size), np.float32)
+        start = 0
+        for batch in file.iter_batches(_BATCH_ROWS):
+            stop = start + len(batch)
+            if stop > len(wanted) or not batch.column(0).equals(wanted.slice(start, len(batch))):
+                break
+            some = batch.column(1).flatten().to_numpy(zero_copy_only=True).reshape(len(batch), -1)
+            if not np.isfinite(some).all():
+                row = start + int(np.flatnonzero(~np.isfinite(some).all(1))[0])
                 raise UserError(
-                    f"{path}: has columns {schema.names}, not {names} of fixed size; delete it and train again"
+                    f"{path}: the vector of {id_name} {wanted[row]} holds NaN or infinity; delete it and train again"
                 )
-            kept = len(wanted) if rows is None else len(rows)
-            vectors = np.empty((kept, schema.field("embedding").type.list_size), np.float32)
-            start = 0
-            for batch in file.iter_batches(_BATCH_ROWS):
-                stop = start + len(batch)
-                if stop > len(wanted) or not batch.column(0).equals(wanted.slice(start, len(batch))):
-                    break
-                some = batch.column(1).flatten().to_numpy(zero_copy_only=True).reshape(len(batch), -1)
-                if not np.isfinite(some).all():
-                    row = start + int(np.flatnonzero(~np.isfinite(some).all(1))[0])
-                    raise UserError(
-                        f"{path}: the vector of {id_name} {wanted[row]} holds NaN or infinity; delete it and train again"
-                    )
-                if rows is None:
-                    vectors[start:stop] = some
-                else:
-                    first, last = np.searchsorted(rows, [start, stop])
-                    vectors[first:last] = some[rows[first:last] - start]
-                start = stop
-            if start != len(wanted) or file.metadata.num_rows != len(wanted):
-                raise UserError(
-                    f"{path}: its {file.metadata.num_rows} ids are not those of the data set, in order; delete it and "
-                    "train again"
-                )
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{path}: not a readable Parquet file ({error}); delete it and train again") from error
-    return vectors, read_metadata(path)
+            if rows is None:
+                vectors[start:stop] = some
+            else:
+                first, last = np.searchsorted(rows, [start, stop])
+                vectors[first:last] = some[rows[first:last] - start]
+            start = stop
+        if start != len(wanted) or file.metadata.num_rows != len(wanted):
+            raise UserError(
+                f"{path}: its {file.metadata.num_rows} ids are not those of the data set, in order; delete it and "
+                "train again"
+            )
+    return vectors, metadata_of(path, schema)
 
 
 def _schema(id_name: str, width: int) -> pa.Schema:

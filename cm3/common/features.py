@@ -7,12 +7,20 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cm3.common.arrays import rows_not_finite, zeros
 from cm3.common.errors import UserError
 from cm3.common.files import atomic
-from cm3.common.tables import CATEGORY, OK, ROW_GROUP, describe_columns, encode_metadata, read_metadata, reading_parquet
+from cm3.common.tables import (
+    CATEGORY,
+    OK,
+    ROW_GROUP,
+    describe_columns,
+    encode_metadata,
+    metadata_of,
+    open_parquet,
+    parquet_writer,
+)
 
 
 @dataclass(frozen=True)
@@ -85,16 +93,14 @@ def write_features(
         pa.array(state.tolist(), pa.string()).dictionary_encode().cast(CATEGORY),
     ]
     table = pa.table(arrays, schema=schema.with_metadata(encode_metadata(metadata)))
-    with atomic(path) as temporary:
-        pq.write_table(
-            table,
-            temporary,
-            compression="zstd",
-            use_dictionary=["item_id", "status"],
-            write_statistics=["item_id"],
-            use_byte_stream_split=["embedding.list.element"],
-            row_group_size=ROW_GROUP,
-        )
+    options = {
+        "compression": "zstd",
+        "use_dictionary": ["item_id", "status"],
+        "write_statistics": ["item_id"],
+        "use_byte_stream_split": ["embedding.list.element"],
+    }
+    with atomic(path) as temporary, parquet_writer(temporary, table.schema, **options) as writer:
+        writer.write_table(table, row_group_size=ROW_GROUP)
 
 
 def read_features(path: str | os.PathLike[str], item_ids: Sequence[str] | None = None) -> Features:
@@ -103,9 +109,10 @@ def read_features(path: str | os.PathLike[str], item_ids: Sequence[str] | None =
     Vectors that do not fit into memory are in a temporary file (`cm3.common.arrays.zeros`).
 
     Raises:
-        UserError: unreadable, wrong columns, null vectors, ids in another order, or NaN in an ok row.
+        DamagedFileError: as `cm3.common.tables.open_parquet`.
+        UserError: absent, wrong columns, null vectors, ids in another order, or NaN in an ok row.
     """
-    with reading_parquet(path), pq.ParquetFile(path) as file:
+    with open_parquet(path) as file:
         schema = file.schema_arrow
         if schema.names != ["item_id", "embedding", "status"] or not pa.types.is_fixed_size_list(
             schema.field("embedding").type
@@ -137,4 +144,4 @@ def read_features(path: str | os.PathLike[str], item_ids: Sequence[str] | None =
         raise UserError(
             f"{path}: {len(bad)} vectors hold NaN or infinity, first for items {', '.join(ids[i] for i in bad[:5])}"
         )
-    return Features(ids, embedding, status, read_metadata(path))
+    return Features(ids, embedding, status, metadata_of(path, schema))

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cm3.common.errors import UserError
+from cm3.common.checksums import verified, with_checksum
+from cm3.common.errors import DamagedFileError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -29,16 +30,18 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`; on success it is fsynced and renamed to `path`, else removed.
 
     Raises:
-        UserError: the disk is full; `path` is unchanged.
+        UserError: the disk is full, or the folder or file cannot be written; `path` is unchanged.
     """
     target = Path(path)
-    temporary = None
+    temporary, in_body = None, False
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
         os.close(handle)
         temporary = Path(name)
+        in_body = True
         yield temporary
+        in_body = False
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         umask = os.umask(0)
@@ -47,15 +50,39 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.replace(target)
         _sync_folder(target.parent)
     except OSError as error:
-        if error.errno in _NO_ROOM:
-            raise UserError(
-                f"{target}: {_NO_ROOM[error.errno]}. Nothing half-written was kept; "
-                "make room and run the same command again, finished stages stay."
-            ) from error
+        # Other errors of the body are about other files.
+        if error.errno in _NO_ROOM or not in_body or error.filename == str(temporary):
+            raise file_error(target, error, "written") from error
         raise
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def file_error(path: str | os.PathLike[str], error: OSError, what: str = "read") -> UserError:
+    """Return the error to raise where a file cannot be `what`: "read" or "written"."""
+    if error.errno in _NO_ROOM:
+        return UserError(
+            f"{path}: {_NO_ROOM[error.errno]}. Nothing half-written was kept; "
+            "make room and run the same command again, finished stages stay."
+        )
+    if isinstance(error, FileNotFoundError) and what == "read":
+        return UserError(f"{path}: no such file")
+    if isinstance(error, IsADirectoryError):
+        return UserError(f"{path}: is a folder, but a file is expected here; move it away")
+    place = f"{error.filename}: " if error.filename not in (None, path, str(path)) else ""
+    return UserError(
+        f"{path}: cannot be {what} ({place}{error.strerror or error}); check the permissions of the file and its folder"
+    )
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn errors of the system, such as a full disk, into a UserError about `path`, a file or folder being written."""
+    try:
+        yield
+    except OSError as error:
+        raise file_error(path, error, "written") from error
 
 
 def remove_stale_parts(path: str | os.PathLike[str]) -> None:
@@ -73,15 +100,27 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write `value` to `path` as indented JSON, atomically. NaN is refused."""
+def write_json(path: str | os.PathLike[str], value: Any, checksum: bool = True) -> None:
+    """Write `value` to `path` as indented JSON, atomically; an object gets a checksum. NaN is refused."""
+    stored = with_checksum(value) if checksum and isinstance(value, dict) else value
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(stored, indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Return the JSON value in `path`."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """Return the JSON value in `path`; the checksum of an object is compared and left out.
+
+    Raises:
+        DamagedFileError: not JSON, or the checksum is not that of the object; it was edited, or the file is damaged.
+        UserError: absent or without permission.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise file_error(path, error) from None
+    except (ValueError, RecursionError) as error:
+        raise DamagedFileError(path, f"not JSON: {error}") from None
+    return verified(path, value) if isinstance(value, dict) else value
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
@@ -97,8 +136,10 @@ def exclusive(path: str | os.PathLike[str]) -> Iterator[None]:
     A job that outlives its killed Snakemake (an orphan) is waited for, so two writers never meet.
     """
     lock = Path(path)
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("a") as handle:
+    with writing(lock):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        opened = lock.open("a")
+    with opened as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -1,7 +1,11 @@
 """Interactions by split as sparse matrices, checked against the user and item tables."""
 
+import functools
+import hashlib
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -10,6 +14,9 @@ import scipy.sparse as sp
 
 from cm3.common.errors import UserError
 from cm3.common.tables import INTERACTIONS, ITEMS, SPLITS, USERS, read_table
+
+LEARNT_FROM = "interactions"
+"""Key in the metadata of a model and its embeddings: `Interactions.digest` of what it learnt from."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,34 @@ class Interactions:
     split: np.ndarray
     user_ids: list[str]
     item_ids: list[str]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Sha256 of the ids, of the rows in order and of their split: what a model learns from and is measured on."""
+        digest = hashlib.sha256()
+        for ids in (self.user_ids, self.item_ids):
+            digest.update("\n".join([*ids, ""]).encode())
+        for values, kind in ((self.users, "<i8"), (self.items, "<i8"), (self.split, "<i1")):
+            digest.update(np.ascontiguousarray(values, kind).tobytes())
+        return digest.hexdigest()
+
+    def check_learnt_from(self, path: str | os.PathLike[str], metadata: Mapping[str, Any]) -> None:
+        """Compare the interactions that a model learnt from with these.
+
+        Files of release 0.1.0 do not name them, and pass.
+
+        Args:
+            path: a file of the model, for the message.
+            metadata: of that file, with the digest under `interactions`.
+
+        Raises:
+            UserError: the model learnt from other interactions, or from the same ones in another split.
+        """
+        if metadata.get(LEARNT_FROM) not in (None, self.digest):
+            raise UserError(
+                f"{path}: was trained on other interactions, or on another split of them, than those that it is measured on; "
+                "train again"
+            )
 
     def pairs(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         """Return the user and item indices of a split's rows, repeats included."""

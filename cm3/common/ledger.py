@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cm3.common.errors import UserError
 from cm3.common.files import read_json, sha256_of, write_json
 
 FOLDER = Path("processed/.checksums")
@@ -149,12 +150,12 @@ class Ledger:
         try:
             value = read_json(file)
             return Entry(**(value | {"outputs": tuple(value["outputs"])}))
-        except (OSError, ValueError, TypeError, KeyError):
+        except (UserError, TypeError, KeyError):
             return None  # absent, or cut by a power failure: the file is read again
 
     def _write(self, entry: Entry) -> None:
         # Where the folder is read-only, files are read again in the next run.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(UserError):
             write_json(self._file(entry.path), asdict(entry))
 
 

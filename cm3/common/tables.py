@@ -3,14 +3,17 @@
 import contextlib
 import json
 import os
+import struct
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cm3.common.errors import UserError
-from cm3.common.files import atomic
+from cm3.common.checksums import PARQUET_KEY, add_parquet_checksum, check_parquet
+from cm3.common.errors import DamagedFileError, UserError
+from cm3.common.files import atomic, file_error
 
 OK, MISSING, FAILED = "ok", "missing", "failed"
 SPLITS = ("train", "valid", "test")
@@ -98,20 +101,68 @@ def write_tables(
 ) -> None:
     """Write several tables as one file, as `write_table` does; one table is in memory at a time."""
     described = schema.with_metadata(encode_metadata(metadata))
-    with atomic(path) as temporary, pq.ParquetWriter(temporary, described, compression="zstd") as writer:
+    with atomic(path) as temporary, parquet_writer(temporary, described, compression="zstd") as writer:
         for table in tables:
             if table.column_names != schema.names:
                 raise ValueError(f"{path}: columns {table.column_names} are not {schema.names}")
             writer.write_table(table.cast(described), row_group_size=ROW_GROUP * 16)
 
 
+@contextlib.contextmanager
+def parquet_writer(path: Path, schema: pa.Schema, **options: Any) -> Iterator[pq.ParquetWriter]:
+    """Yield a writer of a Parquet file with checksums (`cm3.common.checksums`); `path` is a temporary file."""
+    with pq.ParquetWriter(path, schema, write_page_checksum=True, **options) as writer:
+        yield writer
+        writer.add_key_value_metadata({PARQUET_KEY: "1"})
+    add_parquet_checksum(path)
+
+
+@contextlib.contextmanager
+def open_parquet(path: str | os.PathLike[str], **options: Any) -> Iterator[pq.ParquetFile]:
+    """Yield a Parquet file of the pipeline, whose checksums are compared; files of earlier releases have none.
+
+    The pages that the body reads are compared while it reads them.
+
+    Raises:
+        DamagedFileError: the checksums differ, or the file is no readable Parquet file.
+        UserError: absent or without permission.
+    """
+    with reading_parquet(path):
+        check_parquet(path)
+        with pq.ParquetFile(path, page_checksum_verification=True, **options) as file:
+            yield file
+
+
+def read_parquet(path: str | os.PathLike[str], columns: Sequence[str] | None = None, rows: Any = None) -> pa.Table:
+    """Return a Parquet table of the pipeline, or some of its columns and rows.
+
+    Args:
+        path: the file.
+        columns: their names; None: all.
+        rows: an Arrow expression over these columns, true for the rows wanted; the file is read batch by batch.
+
+    Raises:
+        DamagedFileError: as `open_parquet`.
+        UserError: absent, or without such a column.
+    """
+    with open_parquet(path) as file:
+        if columns is not None and (absent := [name for name in columns if name not in file.schema_arrow.names]):
+            raise UserError(f"{path}: has no column {', '.join(absent)}; delete it and run again")
+        names = file.schema_arrow.names if columns is None else list(columns)
+        if rows is None:
+            return file.read(names)
+        parts = [pa.Table.from_batches([batch]).filter(rows) for batch in file.iter_batches(columns=names)]
+        return pa.concat_tables(parts) if parts else file.read(names)
+
+
 def read_table(path: str | os.PathLike[str], schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
     """Read a Parquet table, or some of its columns, and check its schema.
 
     Raises:
-        UserError: the file is absent, unreadable, or has other columns or types than `schema`.
+        DamagedFileError: as `open_parquet`.
+        UserError: the file is absent, or has other columns or types than `schema`.
     """
-    with reading_parquet(path), pq.ParquetFile(path) as file:
+    with open_parquet(path) as file:
         found = file.schema_arrow.remove_metadata()
         if not found.equals(schema):
             raise UserError(
@@ -125,10 +176,18 @@ def reading_parquet(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn errors of reading a Parquet file into a UserError that names the file."""
     try:
         yield
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{path}: not a readable Parquet file ({error}); delete it and run again") from error
+    except OSError as error:
+        if error.errno is not None:
+            raise file_error(path, error) from None
+        raise DamagedFileError(path, _first_line(error)) from error  # Arrow's own, without a number of the system
+    except MemoryError:
+        raise
+    except (pa.ArrowException, UnicodeDecodeError, struct.error) as error:
+        raise DamagedFileError(path, _first_line(error)) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def describe_columns(schema: pa.Schema) -> str:
@@ -143,5 +202,17 @@ def encode_metadata(metadata: dict[str, Any] | None) -> dict[bytes, bytes]:
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the JSON metadata that `write_table` or `write_features` stored in a Parquet file's schema."""
-    stored = pq.read_schema(path).metadata or {}
-    return {k.decode(): json.loads(v) for k, v in stored.items() if not k.startswith(b"ARROW:")}
+    with open_parquet(path) as file:
+        return metadata_of(path, file.schema_arrow)
+
+
+def metadata_of(path: str | os.PathLike[str], schema: pa.Schema) -> dict[str, Any]:
+    """Return the JSON metadata of a schema that was read from `path`."""
+    try:
+        return {
+            k.decode(): json.loads(v)
+            for k, v in (schema.metadata or {}).items()
+            if not k.startswith(b"ARROW:") and k != PARQUET_KEY.encode()
+        }
+    except ValueError as error:
+        raise DamagedFileError(path, f"its metadata are not JSON: {error}") from None

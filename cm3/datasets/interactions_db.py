@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from cm3.common.errors import UserError
+from cm3.common.files import writing
 from cm3.datasets.reader import ROWS
 
 log = logging.getLogger("cm3.datasets.interactions_db")
@@ -22,6 +23,9 @@ IDS_SHOWN = 20
 _MEMORY = "800MB"
 _FOLDER = ".interactions-"
 _ROWS_AT_ONCE = 250_000
+_NO_ROOM = ("space", "quota", "file too large", "could not write")
+"""What DuckDB says where a disk is full."""
+_UNKNOWN = {"rating": np.nan, "timestamp": 0}
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,8 @@ class InteractionArrays:
 
     Attributes:
         user, item: (N,) int32 codes, in the order of the ids.
-        rating: (N,) float32, or None if the source has none.
-        timestamp: (N,) int64 Unix seconds, or None if the source has none.
+        rating: (N,) float32, NaN where unknown, or None if no interaction has one.
+        timestamp: (N,) int64 Unix seconds, 0 where unknown, or None if no interaction has one.
         split: (N,) int8, 0 train, 1 valid, 2 test, or None if the source has no published split.
     """
 
@@ -57,10 +61,11 @@ class InteractionsDatabase:
     """
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob(f"{_FOLDER}*"):  # of a killed process; the stage holds a lock
-            shutil.rmtree(stale, ignore_errors=True)
-        self.folder = Path(tempfile.mkdtemp(prefix=_FOLDER, dir=folder))
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for stale in folder.glob(f"{_FOLDER}*"):  # of a killed process; the stage holds a lock
+                shutil.rmtree(stale, ignore_errors=True)
+            self.folder = Path(tempfile.mkdtemp(prefix=_FOLDER, dir=folder))
         self._batches: list[pa.Table] = []
 
     def __enter__(self) -> "InteractionsDatabase":
@@ -70,10 +75,15 @@ class InteractionsDatabase:
             "temp_directory": str(self.folder),
             "preserve_insertion_order": "false",
         }
-        self.base = duckdb.connect(str(self.folder / "rows.duckdb"), config=settings)
-        self.base.execute(
-            "create table raw (user_id varchar, item_id varchar, rating float, timestamp bigint, split tinyint)"
-        )
+        try:
+            self.base = duckdb.connect(str(self.folder / "rows.duckdb"), config=settings)
+            self.base.execute(
+                "create table raw (user_id varchar, item_id varchar, rating float, timestamp bigint, split tinyint)"
+            )
+        except duckdb.Error as error:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self._report_full_disk(error)
+            raise
         return self
 
     def __exit__(
@@ -81,7 +91,10 @@ class InteractionsDatabase:
     ) -> None:
         self.base.close()
         shutil.rmtree(self.folder, ignore_errors=True)
-        if isinstance(error, duckdb.Error) and "space" in str(error).lower():
+        self._report_full_disk(error)
+
+    def _report_full_disk(self, error: BaseException | None) -> None:
+        if isinstance(error, duckdb.Error) and any(words in str(error).lower() for words in _NO_ROOM):
             raise UserError(
                 f"{self.folder.parent}: no space left on the disk ({error}); free some space and run again"
             ) from None
@@ -149,7 +162,8 @@ class InteractionsDatabase:
             the number of unknown items, the number of their interactions, and their first ids.
 
         Raises:
-            UserError: there are unknown items and the policy is `error`.
+            UserError: there are unknown items and the policy is `error`, or ids of unknown items equal those of known ones
+                except for a ".0".
         """
         if known is None:
             return {"items": 0, "interactions": 0, "first": []}
@@ -167,6 +181,7 @@ class InteractionsDatabase:
             ).fetchall()
         ]
         if count:
+            self._check_floats()
             message = f"{count} items with {rows} interactions are not in the item table: {', '.join(first)}"
             message += ", ..." if count > IDS_SHOWN else ""
             if policy == "error":
@@ -179,6 +194,17 @@ class InteractionsDatabase:
                     "create or replace table distinct_pairs as select distinct_pairs.* from distinct_pairs anti join unknown on code = item"
                 )
         return {"items": int(count), "interactions": int(rows), "first": first}
+
+    def _check_floats(self) -> None:
+        row = self.base.execute(
+            "select unknown_id, known.id, count(*) over () from (select id as unknown_id from items semi join unknown using (code)) "
+            "join known on known.id || '.0' = unknown_id or known.id = unknown_id || '.0' order by unknown_id limit 1"
+        ).fetchone()
+        if row:
+            raise UserError(
+                f"{row[2]} item ids are written as floats in one table and as integers in the other, such as {row[0]!r} in "
+                f"the interactions and {row[1]!r} in the item table; write them alike (in pandas: .astype('Int64'))"
+            )
 
     def size(self) -> dict[str, int]:
         """Return the numbers of users, items and interactions that remain."""
@@ -197,10 +223,8 @@ class InteractionsDatabase:
                 table = "pruned"
             before, left = left, self._one("select count(*) from pruned")[0]
         found = self.base.execute(f"select user, item, rating, timestamp, split from {table}").fetchnumpy()
-        whole: dict[str, Any] = {
-            name: None if np.ma.is_masked(values) else np.ma.getdata(values) for name, values in found.items()
-        }
-        return InteractionArrays(**whole)
+        columns: dict[str, Any] = {name: _known(name, values) for name, values in found.items()}
+        return InteractionArrays(**columns)
 
     def ids(self, name: str, codes: np.ndarray) -> list[str]:
         """Return the ids of the codes of a "user" or "item", in the same order."""
@@ -226,3 +250,14 @@ class InteractionsDatabase:
         row = self.base.execute(query).fetchone()
         assert row is not None, query
         return row
+
+
+def _known(name: str, values: Any) -> np.ndarray | None:
+    """Return a column with unknown ratings and times filled in, None if all values are unknown."""
+    unknown = int(np.ma.getmaskarray(values).sum())
+    if unknown == len(values) and unknown:
+        return None
+    if unknown:
+        log.warning("%d of %d interactions have no %s; it counts as unknown", unknown, len(values), name)
+    found: np.ndarray = np.ma.filled(values, _UNKNOWN.get(name)) if unknown else np.ma.getdata(values)
+    return found

@@ -135,7 +135,13 @@ def _renumbered(core: InteractionArrays, users: np.ndarray, items: np.ndarray, n
 def _ratings_table(core: InteractionArrays) -> pa.Table:
     columns = {"user": core.user, "item": core.item, "rating": core.rating, "timestamp": core.timestamp}
     columns["published"] = core.split
-    return pa.table({name: pa.nulls(len(core)) if values is None else values for name, values in columns.items()})
+    # from_pandas: NaN, an unknown rating, becomes null.
+    return pa.table(
+        {
+            name: pa.nulls(len(core)) if values is None else pa.array(values, from_pandas=True)
+            for name, values in columns.items()
+        }
+    )
 
 
 def _items_table(item_ids: Sequence[str], items: Sequence[Item]) -> pa.Table:

@@ -7,6 +7,7 @@ from typing import Any
 from cm3.common.errors import UserError
 from cm3.common.files import read_json, sha256_of
 from cm3.common.http import without_secrets
+from cm3.common.input_files import unreadable
 
 log = logging.getLogger("cm3.datasets.raw_files")
 
@@ -50,7 +51,7 @@ def provenance(inputs: dict[str, Path], expected: dict[str, dict[str, Any]]) -> 
     return {
         name: {"file": str(path), **facts_of(path, expected.get(name) or {})}
         for name, path in inputs.items()
-        if path.is_file()  # The reader reports the others.
+        if not unreadable(path)  # The reader reports the others.
     }
 
 

@@ -67,6 +67,7 @@ def _distribution(counts: np.ndarray) -> dict[str, Any]:
 
 
 def _rating_counts(ratings: np.ndarray) -> dict[str, Any]:
+    ratings = ratings[~np.isnan(ratings)]
     values, counts = np.unique(ratings, return_counts=True)
     counted = (
         {f"{value:g}": int(count) for value, count in zip(values, counts, strict=True)} if len(values) <= 20 else None

@@ -6,11 +6,10 @@ from collections.abc import Callable
 import numpy as np
 import scipy.sparse as sp
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 from torch import Tensor
 
 from cm3.common.errors import UserError
+from cm3.common.tensors import read_tensors
 
 
 class ItemWeights:
@@ -42,14 +41,10 @@ def read_item_weights(path: str | os.PathLike[str], n_items: int) -> ItemWeights
     """Read the weights of `n_items` items.
 
     Raises:
-        UserError: absent or unreadable, of another number of items, not rows of a matrix, or not finite.
+        DamagedFileError: a checksum differs, or the file is not readable.
+        UserError: absent, of another number of items, not rows of a matrix, or not finite.
     """
-    try:
-        tensors = load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error}); delete it and train again") from None
+    tensors = {name: tensor.numpy() for name, tensor in read_tensors(path)[0].items()}
     shape = (n_items, n_items)
     if set(tensors) == {"weights"} and tensors["weights"].shape == shape:
         matrix, values = tensors["weights"], tensors["weights"]

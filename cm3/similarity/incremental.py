@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from cm3.common.errors import DamagedFileError
 from cm3.common.files import atomic
+from cm3.common.tables import parquet_writer, read_parquet
 from cm3.similarity.exact import knn
 
 log = logging.getLogger("cm3.similarity.stage")
@@ -143,18 +144,19 @@ def lists_path(output: Path) -> Path:
 
 def read_lists(path: Path, code: str) -> NeighbourLists | None:
     """Return stored lists; None where there are none, or they have another code version, or are damaged."""
+    if not path.exists():
+        return None
     try:
-        table = pq.read_table(path, partitioning=None, page_checksum_verification=True)
-        if (table.schema.metadata or {}).get(b"code") != code.encode():
-            return None
-        columns = [table.column(name).combine_chunks() for name in ("indices", "scores")]
-        indices, scores = (c.flatten().to_numpy().reshape(-1, c.type.list_size) for c in columns)
-        return NeighbourLists(table.column("key").combine_chunks(), indices, scores)
-    except FileNotFoundError:
+        table = read_parquet(path)
+    except DamagedFileError as error:
+        log.warning("%s: damaged (%s); removed, all rows are searched", path, error.reason)
+        path.unlink(missing_ok=True)
         return None
-    except (OSError, KeyError, pa.ArrowException) as error:
-        log.warning("%s cannot be read (%s); all rows are searched", path, error)
+    if (table.schema.metadata or {}).get(b"code") != code.encode():
         return None
+    columns = [table.column(name).combine_chunks() for name in ("indices", "scores")]
+    indices, scores = (c.flatten().to_numpy().reshape(-1, c.type.list_size) for c in columns)
+    return NeighbourLists(table.column("key").combine_chunks(), indices, scores)
 
 
 def write_lists(path: Path, lists: NeighbourLists, code: str) -> None:
@@ -165,11 +167,7 @@ def write_lists(path: Path, lists: NeighbourLists, code: str) -> None:
         for values in (lists.indices, lists.scores)
     ]
     table = pa.table([lists.keys, *columns], names=["key", "indices", "scores"])
-    with atomic(path) as temporary:
-        pq.write_table(
-            table.replace_schema_metadata({"code": code}),
-            temporary,
-            compression="zstd",
-            use_dictionary=False,
-            write_page_checksum=True,
-        )
+    table = table.replace_schema_metadata({"code": code})
+    options = {"compression": "zstd", "use_dictionary": False}
+    with atomic(path) as temporary, parquet_writer(temporary, table.schema, **options) as writer:
+        writer.write_table(table)

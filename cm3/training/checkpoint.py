@@ -1,18 +1,18 @@
 """Checkpoints: one safetensors file with the tensors, and the loop's state as JSON in its header."""
 
 import contextlib
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from cm3.common.files import atomic
+from cm3.common.errors import DamagedFileError
+from cm3.common.tensors import read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
+
+_ENTRY = "state"
 
 
 class Checkpoint:
@@ -25,24 +25,28 @@ class Checkpoint:
 
     def save(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Replace the checkpoint atomically."""
-        header = {"state": json.dumps({"fingerprint": self.fingerprint, **state}, allow_nan=False)}
-        with atomic(self.path) as temporary:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, header)
+        write_tensors(self.path, tensors, {"fingerprint": self.fingerprint, **state}, _ENTRY)
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Return the tensors (on the CPU) and the state, or None where there is no checkpoint of this fingerprint."""
+        """Return the tensors (on the CPU) and the state, or None where there is no checkpoint of this fingerprint.
+
+        A damaged checkpoint is removed with a warning.
+
+        Raises:
+            UserError: without permission, or a folder is in its place.
+        """
+        if not self.path.exists():
+            return None
         try:
-            with safe_open(self.path, "pt") as file:
-                state = json.loads((file.metadata() or {})["state"])
-                if state.pop("fingerprint") != self.fingerprint:
-                    log.warning("%s: other settings, code or inputs; starting from the beginning", self.path)
-                    return None
-                return {name: file.get_tensor(name) for name in file.keys()}, state  # noqa: SIM118
-        except FileNotFoundError:
+            tensors, state = read_tensors(self.path, _ENTRY)
+        except DamagedFileError as error:
+            log.warning("%s: damaged (%s); removed, starting from the beginning", self.path, error.reason)
+            self.path.unlink(missing_ok=True)
             return None
-        except (SafetensorError, KeyError, ValueError) as error:
-            log.warning("%s: unreadable (%s); starting from the beginning", self.path, error)
+        if state.pop("fingerprint", None) != self.fingerprint:
+            log.warning("%s: other settings, code or inputs; starting from the beginning", self.path)
             return None
+        return tensors, state
 
     def location_note(self) -> str:
         """Return a sentence with the path of the last state and a trailing space; empty where there is none."""

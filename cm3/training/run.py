@@ -8,15 +8,13 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
 from cm3.common.embeddings import write_embeddings
 from cm3.common.errors import UserError
 from cm3.common.files import atomic
 from cm3.common.interactions import Interactions
-from cm3.common.keys import canonical_json
 from cm3.common.tables import SIMILARITY, read_table
+from cm3.common.tensors import write_tensors
 from cm3.config import Training
 from cm3.evaluation.ranking import Validation
 from cm3.model.sampling import NegativeSampling, Sampler, derived_seed
@@ -122,15 +120,7 @@ def write_run(
         writer = csv.DictWriter(file, list(fitted.history[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(fitted.history)
-    write_parameters(fitted.parameters, metadata, model_output)
-
-
-def write_parameters(parameters: dict[str, Tensor], metadata: dict[str, Any], path: Path) -> None:
-    """Write tensors with metadata as safetensors, atomically."""
-    with atomic(path) as temporary:
-        tensors = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
-        # One header entry only: the order of several is not fixed, and equal runs must give equal bytes.
-        save_file(tensors, temporary, {"cm3": canonical_json(metadata)})
+    write_tensors(model_output, fitted.parameters, metadata)
 
 
 def run_facts(fitted: Fitted, training: Training, device: torch.device, n_parameters: int) -> dict[str, Any]:

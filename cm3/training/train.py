@@ -22,7 +22,7 @@ from cm3.model.model import build_model, fill_missing
 from cm3.training.checkpoint import Checkpoint
 from cm3.training.loop import fit
 from cm3.training.run import read_neighbours, run_facts, training_sampler, validations, write_run
-from cm3.training.warm_start import check_no_leakage, warm_start
+from cm3.training.warm_start import check_no_leakage, earlier_files, warm_start
 
 log = logging.getLogger("cm3.training.train")
 
@@ -88,7 +88,9 @@ def train(
     started = {}
     if warm:
         tables = (warm[name] for name in ("interactions", "items", "users"))
-        check_no_leakage(data, read_interactions(*tables), warm["vectors"])
+        with earlier_files():
+            learnt = read_interactions(*tables)
+        check_no_leakage(data, learnt, warm["vectors"])
         started = {"warm_start": warm_start(network, data.user_ids, warm["model"], warm["vectors"])}
         log.info("starting from %s: %s", warm["model"], started["warm_start"])
     n_parameters = sum(p.numel() for p in network.parameters())
@@ -123,7 +125,8 @@ def train(
         items_output=items_output,
     )
     checkpoint.remove()
-    return run_facts(fitted, training, device, n_parameters) | {"modality_weights": weights} | started
+    facts = run_facts(fitted, training, device, n_parameters) | {"history_sha256": sha256_of(history_output)}
+    return facts | {"modality_weights": weights} | started
 
 
 def main() -> None:

@@ -1,17 +1,17 @@
 """Warm start: initial parameters from an earlier run on less data."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from cm3.common.errors import UserError
+from cm3.common.errors import DamagedFileError, UserError
 from cm3.common.interactions import Interactions
+from cm3.common.tables import read_parquet
+from cm3.common.tensors import read_tensors
 from cm3.model.model import CM3
 
 _BY_USER = ("users", "stream_logits")
@@ -87,18 +87,28 @@ def check_no_leakage(data: Interactions, earlier: Interactions, vectors: Path) -
 
 
 def _read(model: Path, users: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
-    try:
-        tensors = load_file(model)
-        ids = _user_ids(users)
-    except FileNotFoundError as error:
-        raise UserError(f"training.warm_start: {error.filename or model}: no such file") from None
-    except (SafetensorError, ValueError, OSError) as error:
-        raise UserError(f"training.warm_start: {model}, {users}: not an earlier run's files ({error})") from None
+    with earlier_files():
+        tensors, _ = read_tensors(model)
+    ids = _user_ids(users)
     if len(tensors.get("users", ())) != len(ids):
         raise UserError(f"training.warm_start: {model} has other users than {users}; copy both from one run")
     return tensors, {name: row for row, name in enumerate(ids)}
 
 
 def _user_ids(vectors: Path) -> list[str]:
-    found: list[str] = pq.read_table(vectors, columns=["user_id"], partitioning=None).column("user_id").to_pylist()
+    with earlier_files():
+        found: list[str] = read_parquet(vectors, ["user_id"]).column("user_id").to_pylist()
     return found
+
+
+@contextlib.contextmanager
+def earlier_files() -> Iterator[None]:
+    """Name the setting in errors: the files are the user's, and no stage makes them again."""
+    try:
+        yield
+    except DamagedFileError as error:
+        raise UserError(
+            f"training.warm_start: {error.path}: damaged ({error.reason}); copy it again from the earlier run"
+        ) from None
+    except UserError as error:
+        raise UserError(f"training.warm_start: {error}") from None

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures.process import BrokenProcessPool
 from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -10,6 +11,7 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
+from cm3.common.errors import UserError
 from cm3.common.image_decode import UnreadableError, decode
 from extractors.extractor import Advance, Encoded, Extractor, collect, silent
 from extractors.image import descriptor_features
@@ -101,9 +103,15 @@ def _in_processes(images: Iterable[bytes], workers: int) -> Iterator[list[np.nda
     if workers < 2 or len(first) < _POOL_PAYS_FROM:
         yield from map(_describe_chunk, groups)
         return
-    with process_pool(workers) as pool:
-        for (described,) in map_ahead(pool, _describe_chunk, ([group] for group in groups), 2 * workers):
-            yield described
+    try:
+        with process_pool(workers) as pool:
+            for (described,) in map_ahead(pool, _describe_chunk, ([group] for group in groups), 2 * workers):
+                yield described
+    except BrokenProcessPool:
+        raise UserError(
+            "a process that describes images was killed, probably for lack of memory; set fewer `workers` for the extractor "
+            "and run the same command again"
+        ) from None
 
 
 def _describe_chunk(images: list[bytes]) -> list[np.ndarray | str]:

@@ -34,15 +34,13 @@ def read_images(items: Path, manifest: Path) -> Source[bytes]:
     rows = np.flatnonzero(status == OK)
     shard, place = (table.column(name).fill_null(-1).to_numpy() for name in ("shard", "row"))
     errors = table.column("error").to_pylist()
-    digests = (
-        bytes.fromhex(sha256) if state == OK else None
-        for sha256, state in zip(table.column("sha256").to_pylist(), status, strict=True)
-    )
+    names: list[str] = table.column("sha256").to_pylist()
+    digests = (bytes.fromhex(sha256) if state == OK else None for sha256, state in zip(names, status, strict=True))
     return Source(
         item_ids=ids,
         status=status,
         rows=rows[np.lexsort((rows, place[rows], shard[rows]))],
-        stream=lambda wanted: _stream(manifest, wanted, shard[wanted], place[wanted]),
+        stream=lambda wanted: _stream(manifest, wanted, shard[wanted], place[wanted], [names[row] for row in wanted]),
         digests=pa.array(digests, DIGEST),
         errors={
             row: errors[row] or "the image could not be fetched"
@@ -52,8 +50,10 @@ def read_images(items: Path, manifest: Path) -> Source[bytes]:
     )
 
 
-def _stream(manifest: Path, wanted: np.ndarray, shard: np.ndarray, place: np.ndarray) -> Iterator[bytes]:
-    for row, (item, data) in zip(wanted, images_at(manifest, wanted, shard, place), strict=True):
+def _stream(
+    manifest: Path, wanted: np.ndarray, shard: np.ndarray, place: np.ndarray, digests: list[str]
+) -> Iterator[bytes]:
+    for row, (item, data) in zip(wanted, images_at(manifest, wanted, shard, place, digests), strict=True):
         if item != row:
             raise UserError(f"{manifest}: does not match the image shards; delete the images folder and run again")
         yield data

@@ -7,14 +7,14 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
 from cm3.common.errors import UserError
+from cm3.common.input_files import check_readable
 from cm3.common.paths import expand
-from cm3.common.strict import nearest
-from cm3.common.tables import FAILED, MISSING, OK
+from cm3.common.tables import MISSING, OK
 from extractors.extractor import Advance, Encoded, Extractor, no_vectors, silent
+from extractors.precomputed.parquet import beyond_float32, read_vectors
 from extractors.precomputed.row_ids import RowIds, read_row_ids
 from extractors.runtime.source import Source, read_ids
 from extractors.spec import BackendSpec, Cost
@@ -83,8 +83,7 @@ class PrecomputedSpec(BackendSpec):
         for name, path in (("vectors_sha256", self.path), ("ids_sha256", self.ids)):
             if path is not None:
                 file = Path(expand(path))
-                if not file.is_file():
-                    raise UserError(f"path = {path!r}: no such file; put it there or correct the path")
+                check_readable(file, "path" if path == self.path else "ids")
                 found[name] = digest_of(file)
         return found
 
@@ -116,8 +115,7 @@ class PrecomputedExtractor(Extractor[str]):
 
     def __init__(self, spec: PrecomputedSpec, path: Path) -> None:
         self.spec, self.path = spec, path
-        if not path.is_file():
-            raise UserError(f"path = {str(path)!r}: no such file; put it there or correct the path")
+        check_readable(path, "path")
         first = next(self._chunks(), None)
         if first is None:
             raise UserError(f"{path}: holds no vectors")
@@ -169,7 +167,7 @@ class PrecomputedExtractor(Extractor[str]):
 
     def _chunks(self) -> Vectors:
         if self.spec.kind == "parquet":
-            return _from_parquet(self.path, self.spec.id_column, self.spec.vector_column)
+            return read_vectors(self.path, self.spec.id_column, self.spec.vector_column)
         if self.spec.kind == "npy":
             return _from_npy(self.path, read_row_ids(Path(expand(str(self.spec.ids)))))
         if self.spec.kind == "microlens":
@@ -177,73 +175,23 @@ class PrecomputedExtractor(Extractor[str]):
         return _from_amazon(self.path, self.spec.dim)
 
 
-def _from_parquet(path: Path, id_column: str, vector_column: str) -> Vectors:
-    try:
-        file = pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{path}: not a readable Parquet file ({error})") from error
-    with file:
-        names = file.schema_arrow.names
-        for column in (id_column, vector_column):
-            if column not in names:
-                raise UserError(
-                    f"{path}: has no column {column!r}{nearest(column, names)}; set id_column, vector_column"
-                )
-        # A features file of this pipeline holds zeros for items that had no input.
-        state = ["status"] if _has_statuses(file) else []
-        dim: int | None = None
-        for batch in file.iter_batches(_ROWS, columns=[id_column, vector_column, *state]):
-            there = batch.column(vector_column).is_valid()
-            if state:
-                there = pc.and_(there, pc.equal(batch.column("status").cast(pa.string()), OK))
-            kept = batch.filter(there)
-            vectors = kept.column(vector_column)
-            if not (
-                pa.types.is_list(vectors.type)
-                or pa.types.is_large_list(vectors.type)
-                or pa.types.is_fixed_size_list(vectors.type)
-            ):
-                raise UserError(f"{path}: column {vector_column!r} is {vectors.type}, not a list of numbers")
-            lengths = pc.list_value_length(vectors).to_numpy(zero_copy_only=False)
-            if len(lengths):
-                dim = int(lengths[0]) if dim is None else dim
-                wrong = np.flatnonzero(lengths != dim)
-                if len(wrong):
-                    name = kept.column(id_column)[int(wrong[0])].as_py()
-                    raise UserError(
-                        f"{path}: the vector of {name!r} has {lengths[wrong[0]]} numbers, those before it {dim}"
-                    )
-                values = vectors.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-                yield kept.column(id_column).cast(pa.string()).cast(pa.binary()), values.reshape(-1, dim)
-
-
-def _has_statuses(file: pq.ParquetFile) -> bool:
-    """Return whether a column `status` holds ok, missing and failed, as in this pipeline, not other words such as sold."""
-    field = file.schema_arrow.field("status") if "status" in file.schema_arrow.names else None
-    kind = None if field is None else field.type
-    kind = kind.value_type if isinstance(kind, pa.DictionaryType) else kind
-    if kind not in (pa.string(), pa.large_string()):
-        return False
-    found: set[str | None] = set()
-    for batch in file.iter_batches(columns=["status"]):
-        found.update(batch.column("status").cast(pa.string()).unique().to_pylist())
-    found.discard(None)
-    return bool(found) and found <= {OK, MISSING, FAILED}
-
-
 def _from_npy(path: Path, ids: RowIds | None) -> Vectors:
     """Read an array in chunks; without ids, row i belongs to item i + 1, as in MicroLens."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, OSError) as error:
         raise UserError(f"{path}: not a plain .npy array ({error})") from error
-    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind not in "fiu":
-        raise UserError(f"{path}: expected an array of (items, dimensions) of numbers")
+    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind not in "fiu" or not array.shape[1]:
+        found = f"of shape {array.shape} and type {array.dtype}" if isinstance(array, np.ndarray) else "an archive"
+        raise UserError(f"{path}: expected an array of (items, dimensions) of numbers, but it is {found}")
     if ids is None:
         ids = RowIds(path, [str(row + 1).encode() for row in range(len(array))])
     ids.check(path, len(array))
     for start in range(0, len(array), _ROWS):
         part = slice(start, start + _ROWS)
+        row = beyond_float32(array[part])
+        if row is not None:
+            raise UserError(f"{path}, row {start + row}: holds a number beyond float32; scale the vectors")
         yield pa.array(ids.names[part], pa.binary()), np.asarray(array[part], dtype=np.float32)
 
 

@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cm3.common.errors import UserError
+from cm3.common.errors import DamagedFileError
 from cm3.common.keys import KEY_LENGTH, key_of
-from cm3.common.tables import OK
+from cm3.common.tables import OK, read_parquet
 
 log = logging.getLogger(__name__)
 
@@ -53,9 +53,9 @@ class OutputCache:
         digests, files, rows = [pa.array([], DIGEST)], [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
         for path in sorted(self.folder.glob("*.parquet")) if self.folder else ():
             try:
-                table = pq.read_table(path, columns=["digest", "status"], partitioning=None)
-            except (OSError, pa.ArrowException) as error:
-                log.warning("%s cannot be read (%s); its inputs are encoded again, and it can be deleted", path, error)
+                table = read_parquet(path, ["digest", "status"])
+            except DamagedFileError as error:
+                set_aside(error)
                 continue
             ok = np.flatnonzero(np.asarray(table.column("status").to_pylist()) == OK)
             digests.append(table.column("digest").combine_chunks().take(pa.array(ok)))
@@ -76,18 +76,14 @@ class OutputCache:
         """Yield (rows, table) file by file: the outputs of `rows` (R,), which `find` located at `positions` (R,).
 
         Raises:
-            UserError: a file is damaged.
+            DamagedFileError: a file is damaged; `set_aside` it and look the rows up again.
         """
         order = np.argsort(self._files[positions], kind="stable")
         rows, positions = rows[order], positions[order]
         files, starts = np.unique(self._files[positions], return_index=True)
         parts = zip(files, np.split(rows, starts[1:]), np.split(positions, starts[1:]), strict=False)
         for file, some, at in parts:
-            path = self._paths[file]
-            try:
-                table = pq.read_table(path, partitioning=None, page_checksum_verification=True)
-            except (OSError, pa.ArrowException) as error:
-                raise UserError(f"{path}: cannot be read ({error}); delete it and run again") from error
+            table = read_parquet(self._paths[file])
             yield some, table.take(pa.array(self._rows[at]))
 
     def add(self, shards: Path, address: str, work: str) -> None:
@@ -102,6 +98,18 @@ class OutputCache:
         folder.mkdir(parents=True, exist_ok=True)
         for path in sorted(shards.glob("[0-9]*.parquet")):
             path.replace(folder / f"{work}-{path.name}")
+
+
+def set_aside(error: DamagedFileError) -> None:
+    """Rename a damaged file of the cache, whose outputs are no longer found, and log a warning."""
+    aside = error.path.with_name(f"{error.path.name}.damaged")
+    log.warning(
+        "%s: damaged (%s); its inputs are encoded again. It is renamed to %s and can be deleted",
+        error.path,
+        error.reason,
+        aside.name,
+    )
+    error.path.replace(aside)
 
 
 @dataclass(frozen=True)

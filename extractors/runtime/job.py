@@ -14,12 +14,12 @@ import numpy as np
 import pyarrow as pa
 
 from cm3.common.cli import Call, versions
-from cm3.common.errors import UserError
+from cm3.common.errors import DamagedFileError, UserError
 from cm3.common.progress import Progress
 from cm3.common.tables import FAILED, MISSING, OK
 from extractors.extractor import Model
 from extractors.registry import parse_extractor
-from extractors.runtime.cache import OutputCache, cache_address, cache_folder
+from extractors.runtime.cache import OutputCache, cache_address, cache_folder, set_aside
 from extractors.runtime.earlier_cache import adopt_earlier, earlier_addresses
 from extractors.runtime.library_versions import VersionCounts, installed_versions
 from extractors.runtime.shards import Shards, notes_of, with_notes
@@ -79,28 +79,47 @@ class Job:
         self.caches = bool(code) and spec.cached
         earlier = earlier_addresses(spec.backend, self.identity, code) if self.caches else []
         adopt_earlier(output, earlier, cache_folder(output, self.address))
-        self._find_work(output)
-        leftovers = list(self.shards.leftovers())
-        for folder, address, work in leftovers:
-            # A job was interrupted before its inputs changed, or ran at another version.
-            self._store(folder, self.address if address in earlier else address, work)
-        if leftovers:
-            self._find_work(output)
+        self._output, self._earlier = output, earlier
+        self._find_work()
         self.status, self.errors = self.source.status.copy(), dict(self.source.errors)
         self._model: Model[Any] | None = None
         self._facts: dict[str, Any] = {}
         self._record: dict[str, Any] = {}
         self._versions = VersionCounts()
 
-    def _find_work(self, output: Path) -> None:
+    def _find_work(self) -> None:
         """Determine which rows are cached, and divide the other inputs into shards."""
-        self.cache = OutputCache(output, self.address if self.caches else None)
+        self._look_up()
+        leftovers = list(self.shards.leftovers())
+        for folder, address, work in leftovers:
+            # A job was interrupted before its inputs changed, or ran at another version.
+            self._store(folder, self.address if address in self._earlier else address, work)
+        if leftovers:
+            self._look_up()
+
+    def _look_up(self) -> None:
+        self.cache = OutputCache(self._output, self.address if self.caches else None)
         rows = self.source.rows
         positions = self.cache.find(self.source.digests)[rows]
         self._cached, self._positions = rows[positions >= 0], positions[positions >= 0]
         self.work = UniqueInputs(rows[positions < 0], self.source.digests)
         inputs = hashlib.sha256(b"".join(self.work.digests.to_pylist())).hexdigest()
-        self.shards = Shards(output, self.address, [inputs, self.spec.items_per_shard()])
+        self.shards = Shards(self._output, self.address, [inputs, self.spec.items_per_shard()])
+
+    def _cached_tables(self) -> Iterator[tuple[np.ndarray, pa.Table]]:
+        """Yield (rows, table) per file of the cache; the rows of a damaged file are added to the work."""
+        left = np.ones(len(self.source.item_ids), bool)
+        whole = False
+        while not whole:
+            wanted = left[self._cached]
+            try:
+                for some, table in self.cache.read(self._cached[wanted], self._positions[wanted]):
+                    left[some] = False
+                    yield some, table
+                whole = True
+            except DamagedFileError as error:
+                set_aside(error)
+                self._find_work()
 
     def _store(self, folder: Path, address: str, work: str) -> None:
         """Move a folder of shards into the cache; remove it where nothing is cached."""
@@ -114,7 +133,6 @@ class Job:
         Raises:
             UserError: the model cannot be loaded, its output is invalid, or every input failed.
         """
-        rows = self.work.rows
         counts: dict[str, int] = {}
         notes: dict[str, Any] = {}
         done, new, repeated, loading, start = 0, 0, 0, 0.0, time.perf_counter()
@@ -144,11 +162,12 @@ class Job:
 
             without_input = self.status != OK
             progress.advance(int(without_input.sum()), **_counts(self.status[without_input]))
-            for some, table in self.cache.read(self._cached, self._positions):
+            for some, table in self._cached_tables():
                 notes = notes_of(table)
                 self._versions.add(notes.get("library_versions"), len(some))
                 progress.advance(len(some), ok=len(some))
                 yield some, table
+            rows = self.work.rows
             for part, table, before in self.shards.run(rows, self.spec.items_per_shard(), work):
                 notes = notes_of(table)
                 counts = {key: counts.get(key, 0) + count for key, count in notes["counts"].items()}

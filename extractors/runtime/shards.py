@@ -9,12 +9,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from cm3.common.errors import DamagedFileError
 from cm3.common.files import atomic
 from cm3.common.keys import key_of
+from cm3.common.tables import parquet_writer, read_parquet
 
 log = logging.getLogger(__name__)
+
+_PLACE = b"shard"
+"""Key in the metadata of a shard: the address and work of its folder, and its number."""
 
 
 class Shards:
@@ -53,6 +57,8 @@ class Shards:
     ) -> Iterator[tuple[np.ndarray, pa.Table, bool]]:
         """Yield (rows of a shard, its table, whether an earlier job finished it), shard by shard.
 
+        A finished shard that is damaged is made again, with a warning.
+
         Args:
             rows: all rows to work on, in order.
             size: rows per shard; None: a single shard.
@@ -64,13 +70,32 @@ class Shards:
         finished = [path.exists() for path in paths]
         if any(finished):
             log.info("resuming: %d of %d shards are finished", sum(finished), len(parts))
-        for part, path, before in zip(parts, paths, finished, strict=True):
-            if not before:
-                with atomic(path) as temporary:
-                    pq.write_table(
-                        work(part), temporary, compression="none", use_dictionary=False, write_page_checksum=True
-                    )
-            yield part, pq.read_table(path, partitioning=None), before
+        for number, (part, path) in enumerate(zip(parts, paths, strict=True)):
+            place = f"{self.folder.name.removeprefix(self._prefix)}/{number}"
+            table = _read_finished(path, place, len(part)) if finished[number] else None
+            if before := table is not None:
+                yield part, table, before
+                continue
+            table = work(part)
+            table = table.replace_schema_metadata((table.schema.metadata or {}) | {_PLACE: place.encode()})
+            options = {"compression": "none", "use_dictionary": False}
+            with atomic(path) as temporary, parquet_writer(temporary, table.schema, **options) as writer:
+                writer.write_table(table)
+            yield part, read_parquet(path), before
+
+
+def _read_finished(path: Path, place: str, rows: int) -> pa.Table | None:
+    """Return the table of a finished shard, None if it is damaged or another shard; then it is removed with a warning."""
+    try:
+        table = read_parquet(path)
+        found = (table.schema.metadata or {}).get(_PLACE, place.encode())  # shards of earlier releases have none
+        if found != place.encode() or len(table) != rows:
+            raise DamagedFileError(path, f"it holds {len(table)} rows of shard {found.decode(errors='replace')}")
+    except DamagedFileError as error:
+        log.warning("%s: damaged (%s); removed, its inputs are worked on again", path, error.reason)
+        path.unlink(missing_ok=True)
+        return None
+    return table
 
 
 def with_notes(table: pa.Table, notes: dict[str, Any]) -> pa.Table:

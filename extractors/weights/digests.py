@@ -6,6 +6,7 @@ import os
 import time
 from pathlib import Path
 
+from cm3.common.errors import UserError
 from cm3.common.files import atomic, sha256_of
 from extractors.weights.pickles import pickled_in
 
@@ -48,13 +49,18 @@ def _file_digest(path: Path) -> str:
     state = path.stat()
     key = hashlib.sha256(f"{path.resolve()}\0{state.st_size}\0{state.st_mtime_ns}".encode()).hexdigest()[:32]
     entry = cache_folder() / key
-    with contextlib.suppress(OSError):
-        remembered = entry.read_text(encoding="ascii")
-        if len(remembered) == 64:
+    with contextlib.suppress(OSError, ValueError):
+        remembered, _, check = entry.read_text(encoding="ascii").partition(" ")
+        if check == _check(remembered):
             return remembered
     digest = sha256_of(path)
     # A file written just now may change again within the granularity of the clock: do not cache its digest yet.
     if time.time() - state.st_mtime > _SETTLED_SECONDS:
-        with contextlib.suppress(OSError), atomic(entry) as temporary:
-            temporary.write_text(digest, encoding="ascii")
+        with contextlib.suppress(OSError, UserError), atomic(entry) as temporary:
+            temporary.write_text(f"{digest} {_check(digest)}", encoding="ascii")
     return digest
+
+
+def _check(digest: str) -> str:
+    """Return the checksum of a cached digest, with which it is stored."""
+    return hashlib.sha256(digest.encode()).hexdigest()[:16]

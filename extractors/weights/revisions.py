@@ -5,7 +5,7 @@ import logging
 import re
 from pathlib import Path
 
-from cm3.common.errors import UserError
+from cm3.common.errors import DamagedFileError, UserError
 from cm3.common.files import exclusive, read_json, write_json
 from cm3.common.http import hide_secrets
 from extractors.weights.digests import cache_folder
@@ -38,7 +38,7 @@ def commit_of(repository: str, local_files_only: bool = False) -> str:
         with exclusive(record.with_name(f"{NAME}.lock")):
             commits = _recorded(record)
             commit = commits.setdefault(repository, commit)
-            write_json(record, dict(sorted(commits.items())))
+            write_json(record, dict(sorted(commits.items())), checksum=False)
     warn_once(repository, commit, record.absolute())
     return commit
 
@@ -48,7 +48,7 @@ def _recorded(record: Path) -> dict[str, str]:
         return {}
     try:
         commits = dict(read_json(record))
-    except (ValueError, TypeError):
+    except (DamagedFileError, ValueError, TypeError):
         commits = {"": None}
     if not all(isinstance(commit, str) and COMMIT.fullmatch(commit) for commit in commits.values()):
         raise UserError(f"{record}: not a JSON object of hub ids and their commits; correct it, or delete it")

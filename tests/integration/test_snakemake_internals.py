@@ -17,7 +17,9 @@ from repository import ROOT
 SNAKEFILE = """
 import json
 from pathlib import Path
-from workflow.snakemake_internals import config_files, resource_limit, runs_elsewhere, store_metadata_with_data
+from workflow.snakemake_internals import (
+    config_files, has_local_files, literal_path, resource_limit, runs_elsewhere, store_metadata_with_data
+)
 
 store_metadata_with_data()
 
@@ -25,12 +27,14 @@ def seen(wildcards):
     facts = {
         "files": [path.name for path in config_files(workflow)],
         "elsewhere": runs_elsewhere(workflow),
+        "local": has_local_files(workflow),
         "limits": [resource_limit(workflow, name) for name in ("_cores", "gpu", "other")],
     }
     Path("facts.json").write_text(json.dumps(facts))
     return 1
 
 rule one:
+    input: lambda wildcards: [literal_path(path) for path in config.get("inputs", [])]
     output: "processed/{name}.txt"
     threads: seen
     params:
@@ -61,9 +65,21 @@ def run(folder: Path, *options: str) -> tuple[str, dict[str, Any]]:
 
 def test_the_snakefile_sees_config_files_limits_and_where_jobs_run(folder: Path):
     _, facts = run(folder, "-n", "--configfile", "first.yaml")
-    assert facts == {"files": ["first.yaml"], "elsewhere": True, "limits": [3, 2, None]}
+    assert facts == {"files": ["first.yaml"], "elsewhere": True, "local": True, "limits": [3, 2, None]}
     _, facts = run(folder)
-    assert facts == {"files": [], "elsewhere": False, "limits": [3, 2, None]}
+    assert facts == {"files": [], "elsewhere": False, "local": True, "limits": [3, 2, None]}
+
+
+def test_braces_in_an_input_are_not_wildcards(folder: Path):
+    paths = ["a{2020}.csv", "{name}/x.csv", "b{x,[0-9]+}{{y}}.csv", "plain.csv"]
+    (folder / "inputs.yaml").write_text(f"inputs: {json.dumps(paths)}\n")
+    (folder / "{name}").mkdir()
+    for path in paths:
+        (folder / path).touch()
+    run(folder, "--configfile", "inputs.yaml")
+    assert "Nothing to be done" in run(folder, "-n", "--configfile", "inputs.yaml")[0]
+    (folder / paths[1]).write_text("changed")
+    assert "one" in run(folder, "-n", "--configfile", "inputs.yaml")[0].split("Job stats:")[1]
 
 
 def test_records_are_stored_with_the_data_and_hold_the_identity_alone(folder: Path):

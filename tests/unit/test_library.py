@@ -14,6 +14,7 @@ import scipy.sparse as sp
 import cm3
 import cm3.library
 from cm3.common.embeddings import write_embeddings
+from cm3.common.errors import DamagedFileError
 from cm3.similarity.exact import knn
 
 SMALL = {"embedding_dim": 8, "knn_k": 4}
@@ -164,3 +165,19 @@ def test_inputs_that_do_not_fit_are_named(trained: cm3.Recommender, tmp_path: Pa
     ):
         with pytest.raises(Exception, match=complaint):
             call()
+
+
+@pytest.mark.parametrize("name", [cm3.library.USERS, cm3.library.ITEMS, cm3.library.SEEN])
+def test_a_damaged_file_of_a_saved_model_is_named(trained: cm3.Recommender, tmp_path: Path, name: str):
+    trained.save(tmp_path)
+    path = tmp_path / name
+    content = bytearray(path.read_bytes())
+    for place in (len(content) // 3, len(content) - 60):
+        content[place] ^= 8
+        path.write_bytes(content)
+        with pytest.raises(DamagedFileError, match=f"{name}: damaged"):
+            cm3.load(tmp_path)
+        content[place] ^= 8
+    path.write_bytes(content[:-1])
+    with pytest.raises(DamagedFileError, match=f"{name}: damaged"):
+        cm3.load(tmp_path)

@@ -17,6 +17,7 @@ from extractors.registry import parse_extractor
 from extractors.spec import BackendSpec
 from workflow.plan.experiments import Experiment, ExperimentSection, inherit, parse_settings
 from workflow.plan.studies import Study, parse_study
+from workflow.plan.yaml_keys import check_duplicate_keys, default_config
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -42,6 +43,7 @@ class Config:
 
     Attributes:
         files: the files that `--configfile` names, for the commands that results state.
+        local: the user's files are on this machine, not in an object storage.
         exists: whether there is a file at a path, for raw files that users put in place; on disk by default.
     """
 
@@ -50,19 +52,23 @@ class Config:
     experiments: Mapping[str, Experiment]
     studies: Mapping[str, Study]
     files: Sequence[Path] = ()
+    local: bool = True
     exists: Callable[[str], bool] = os.path.exists
 
 
-def load_config(raw: Any, files: Sequence[Path] = ()) -> Config:
+def load_config(raw: Any, files: Sequence[Path] = (), local: bool = True) -> Config:
     """Check the configuration as a whole.
 
     Args:
         raw: the content of config.yaml.
         files: the files that `--configfile` names.
+        local: the user's files are on this machine, not in an object storage.
 
     Raises:
-        UserError: all faults, one per line: path of the key, value, and the nearest valid name.
+        UserError: all faults, one per line: path of the key, value, and the nearest valid name; or a key that is given
+            twice in `files` or in the default config.yaml.
     """
+    check_duplicate_keys([default_config(), *files])
     sections = validate(Sections, raw, "")
     faults: list[str] = []
     datasets = _parse_each("datasets", sections.datasets, parse_dataset, faults)
@@ -116,7 +122,7 @@ def load_config(raw: Any, files: Sequence[Path] = ()) -> Config:
     if faults:
         raise UserError("\n".join(faults))
     checked = {name: study for name, study in studies.items() if study}
-    return Config(datasets, extractors, experiments, checked, files)
+    return Config(datasets, extractors, experiments, checked, files, local)
 
 
 def _parse_each(

@@ -11,6 +11,7 @@ from typing import Any
 
 from cm3.common.errors import UserError
 from cm3.common.http import conceal, without_secrets
+from cm3.common.input_files import check_readable
 from cm3.common.paths import check_folder, check_kind, check_writable, expand
 from cm3.datasets.raw_files import read_record
 from workflow.plan.config import Config
@@ -116,8 +117,16 @@ def _is_in_place(config: Config, path: str, published: str) -> bool:
 
 
 def prepare_inputs(config: Config, dataset: str) -> dict[str, str]:
-    """Return the raw files of a dataset."""
-    return raw_files(config, dataset, config.datasets[dataset].prepare_inputs(dataset))
+    """Return the raw files of a dataset.
+
+    Raises:
+        UserError: one of the user's own tables does not exist or cannot be read.
+    """
+    inputs = config.datasets[dataset].prepare_inputs(dataset)
+    if config.local and config.datasets[dataset].source == "files":
+        for name, path in inputs.items():
+            check_readable(Path(path), f"datasets.{dataset}.{name}.path")
+    return raw_files(config, dataset, inputs)
 
 
 def prepare(config: Config, dataset: str) -> Task:

@@ -19,7 +19,10 @@ from workflow.plan.task import Task
 def extractor_identity(config: Config, extractor: str) -> dict[str, Any]:
     """Return what determines the output of an extractor: weights by digest or revision, never by path."""
     # Cached, because it can read the digest of a file of weights and Snakemake asks for it once per job.
-    return config.extractors[extractor].identity()
+    try:
+        return config.extractors[extractor].identity()
+    except UserError as error:
+        raise UserError(f"extractors.{extractor}: {error}") from None
 
 
 def encoder_of(config: Config, extractor: str) -> str | None:

@@ -5,11 +5,11 @@ release for Python 3.11 to 3.13, by the version that describes the same computat
 rewritten, so that its file stays up to date; a record with another digest is left alone, so that its file is made again.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
+from cm3.common.errors import DamagedFileError
 from cm3.common.files import read_json, write_json
 
 DIGESTS = Path(__file__).with_name("release_0_1.json")
@@ -37,13 +37,13 @@ def migrate_records(folder: Path) -> int:
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         try:
             record = read_json(path)
-        except (json.JSONDecodeError, UnicodeDecodeError):
+        except DamagedFileError:
             continue  # left by a killed run; Snakemake ignores it, too
         params = _migrated(record, versions)
         if params is not None:
             # Without these two, commands and environments that have changed since rerun nothing, whatever the profile.
             kept = {name: value for name, value in record.items() if name not in ("code", "software_stack_hash")}
-            write_json(path, kept | {"params": params})
+            write_json(path, kept | {"params": params}, checksum=False)
             rewritten += 1
     write_json(mark, {"identity": "versions"})
     return rewritten

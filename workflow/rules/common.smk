@@ -23,7 +23,9 @@ from workflow.snakemake_internals import (
     METADATA,
     compare_inputs_by_content,
     config_files,
+    has_local_files,
     is_main_process,
+    literal_path,
     resource_limit,
     runs_elsewhere,
     store_metadata_with_data,
@@ -39,7 +41,7 @@ configfile:
 
 
 try:
-    settings = load_config(config, config_files(workflow))
+    settings = load_config(config, config_files(workflow), has_local_files(workflow))
 except UserError as error:
     raise WorkflowError(f"The configuration is refused:\n{error}") from None
 
@@ -85,7 +87,7 @@ def planned(function):
 # Input files by name. `items` is a method of Snakemake's named lists, so within rules the item table is `items_`.
 def files(function):
     return lambda wildcards: {
-        "items_" if name == "items" else name: path
+        "items_" if name == "items" else name: literal_path(path)
         for name, path in planned(function)(wildcards).items()
     }
 

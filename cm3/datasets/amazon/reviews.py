@@ -16,9 +16,9 @@ import pyarrow.csv as pa_csv
 from cm3.common.errors import UserError
 from cm3.datasets.download.gzip import GZIP_ERRORS
 from cm3.datasets.files.lines import line_blocks, open_bytes
-from cm3.datasets.files.times import plausible, seconds_of
 from cm3.datasets.reader import MalformedLines, interaction_table
 from cm3.datasets.text import is_unicode
+from cm3.datasets.times import plausible, seconds_of
 
 _CSV_BLOCK = 8 << 20
 _LARGEST_RATING = float(np.finfo(np.float32).max)

@@ -74,7 +74,7 @@ class Partial:
         try:
             note = read_json(self._note_path)
             url, validator, total = note["url"], note["validator"], note["total"]
-        except (UserError, OSError, ValueError, KeyError, TypeError):
+        except (UserError, KeyError, TypeError):
             url, validator, total = "", None, None
         length = os.fstat(self._bytes.fileno()).st_size
         valid = isinstance(url, str) and isinstance(validator, str | None) and isinstance(total, int | None)

@@ -8,6 +8,7 @@ from isal import igzip_threaded
 
 from cm3.common.errors import UserError
 from cm3.common.gzip import is_gzip
+from cm3.common.input_files import check_readable
 from cm3.datasets.download.gzip import GZIP_ERRORS, UNPACKED_FREE, UNPACKED_RATIO
 
 LONGEST_LINE = 32_000_000
@@ -21,20 +22,17 @@ def open_bytes(path: Path) -> BinaryIO:
     """Open a file for reading; gzip is detected by content, not by name, and decompressed in another thread.
 
     Raises:
-        UserError: the file does not exist.
+        UserError: the file does not exist, is a folder or cannot be read.
     """
-    try:
-        packed = is_gzip(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    return cast(BinaryIO, igzip_threaded.open(path, "rb")) if packed else path.open("rb")
+    check_readable(path)
+    return cast(BinaryIO, igzip_threaded.open(path, "rb")) if is_gzip(path) else path.open("rb")
 
 
 def line_blocks(path: Path) -> Iterator[tuple[int, list[bytes]]]:
     """Yield (number of the first line, from 1; lines without their ends), a few megabytes at a time.
 
     Raises:
-        UserError: the file does not exist; the gzip stream is damaged, truncated or a bomb; a line is longer than
+        UserError: the file does not exist or cannot be read; the gzip stream is damaged, truncated or a bomb; a line is longer than
             LONGEST_LINE.
     """
     limit = max(UNPACKED_FREE, UNPACKED_RATIO * path.stat().st_size) if path.is_file() else 0

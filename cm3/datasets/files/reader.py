@@ -7,11 +7,14 @@ from typing import Any
 import pyarrow as pa
 
 from cm3.common.errors import UserError
+from cm3.common.ids import id_text, missing_id
 from cm3.common.strict import nearest
-from cm3.datasets.files.columns import Times, parse_ids, parse_ratings
-from cm3.datasets.files.tabular import LONE_SURROGATE, read_columns, read_rows
+from cm3.common.values import shown
+from cm3.datasets.files.columns import parse_ids, parse_ratings, parse_times
+from cm3.datasets.files.tabular import read_columns, read_rows
 from cm3.datasets.reader import Item, interaction_table
-from cm3.datasets.text import image_urls, is_unicode, leaves, plain_text
+from cm3.datasets.text import image_urls, leaves, plain_text
+from cm3.datasets.times import Times
 
 
 class Reader:
@@ -26,17 +29,21 @@ class Reader:
         """Read the interactions table.
 
         Raises:
-            UserError: with the line: malformed file, empty id, a rating that is not a finite number, an invalid time.
+            UserError: with the line: malformed file, missing or invalid id, a rating that is not a finite number, an
+                invalid time.
         """
         columns: dict[str, str | None] = self.spec["interactions"]["columns"]
         names = list(dict.fromkeys(name for name in columns.values() if name is not None))
         rating, timestamp, times = columns.get("rating"), columns.get("timestamp"), Times()
-        for part in read_columns(self.inputs["interactions"], self.spec["interactions"]["format"], names):
+        user, item = columns["user"] or "", columns["item"] or ""
+        for part in read_columns(
+            self.inputs["interactions"], self.spec["interactions"]["format"], names, ids=(user, item)
+        ):
             yield interaction_table(
-                parse_ids(part, columns["user"] or ""),
-                parse_ids(part, columns["item"] or ""),
+                parse_ids(part, user),
+                parse_ids(part, item),
                 pa.array(parse_ratings(part, rating)) if rating else None,
-                pa.array(times.parse(part, timestamp)) if timestamp else None,
+                pa.array(parse_times(part, timestamp, times)) if timestamp else None,
             )
 
     def known_items(self) -> Iterable[list[str]] | None:
@@ -65,37 +72,59 @@ class Reader:
         for place, row in read_rows(self.inputs["items"], self.spec["items"]["format"], names):
             if key not in row:
                 raise UserError(f"{place}: has no {key!r}{nearest(key, row)}; every item needs an id")
-            item_id = _scalar(row[key])
-            if not item_id:
-                raise UserError(f"{place}: {key} is empty; every item needs an id")
-            if not is_unicode(item_id):
-                raise UserError(f"{place}: {key} = {item_id!r} {LONE_SURROGATE}")
+            item_id = _id(place, key, row[key])
             if item_id in table:
                 raise UserError(
                     f"{place}: duplicate item id {item_id!r}, first at {places[item_id]}; keep one row per item"
                 )
             places[item_id] = place
             table[item_id] = Item(
-                title=" ".join(_texts(row, fields["title"])),
-                brand=" ".join(_texts(row, fields["brand"])),
-                categories=list(dict.fromkeys(_texts(row, fields["categories"]))),
-                description=" ".join(_texts(row, fields["description"])),
-                features=list(dict.fromkeys(_texts(row, fields["features"]))),
-                image_urls=image_urls(text for name in fields["image"] for text in _flat(row.get(name))),
+                title=" ".join(_texts(place, row, fields["title"])),
+                brand=" ".join(_texts(place, row, fields["brand"])),
+                categories=list(dict.fromkeys(_texts(place, row, fields["categories"]))),
+                description=" ".join(_texts(place, row, fields["description"])),
+                features=list(dict.fromkeys(_texts(place, row, fields["features"]))),
+                image_urls=image_urls(_flat(place, row, fields["image"])),
             )
         return table
 
 
-def _texts(row: dict[str, Any], names: Sequence[str]) -> list[str]:
-    found = (plain_text(text) for name in names for text in _flat(row.get(name)))
-    return [text for text in found if text]
+def _id(place: str, key: str, value: Any) -> str:
+    try:
+        item_id = id_text(value)
+    except ValueError as error:
+        raise UserError(f"{place}: {key} = {shown(value)} {error}") from None
+    if item_id is None:
+        raise UserError(f"{place}: {key} {missing_id(value)}; every item needs an id")
+    return item_id
 
 
-def _flat(value: Any) -> list[str]:
-    return [text for text in map(_scalar, leaves(value)) if text]
+def _texts(place: str, row: dict[str, Any], names: Sequence[str]) -> list[str]:
+    return [text for text in map(plain_text, _flat(place, row, names)) if text]
 
 
-def _scalar(value: Any) -> str:
+def _flat(place: str, row: dict[str, Any], names: Sequence[str]) -> list[str]:
+    """Return the texts of columns, which hold texts or nested lists of them, in order and without empty ones."""
+    texts = []
+    for name in names:
+        for value in leaves(row.get(name)):
+            try:
+                texts.append(_text(value))
+            except ValueError as error:
+                raise UserError(f"{place}: {name} = {shown(value)} {error}") from None
+    return [text for text in texts if text]
+
+
+def _text(value: Any) -> str:
     if value is None or (isinstance(value, float) and value != value):
         return ""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            raise ValueError(
+                "is binary data, not UTF-8 text; name a column of texts, and of images the paths or URLs"
+            ) from None
+    if isinstance(value, dict):
+        raise ValueError("is an object, not a text; store the text in a column of its own and name that")
     return str(value)

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,10 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from cm3.common.errors import UserError
+from cm3.common.ids import LONE_SURROGATE, id_text
+from cm3.common.input_files import check_readable
 from cm3.common.strict import nearest
+from cm3.common.values import first_valid, python_value, shown
 from cm3.datasets.download.gzip import GZIP_ERRORS
 from cm3.datasets.files.delimited import QuoteCounter, check_quotes, delimited_lines
 from cm3.datasets.files.lines import lines, open_bytes
@@ -22,7 +25,7 @@ _DELIMITER = {"csv": ",", "tsv": "\t"}
 PART_ROWS, PART_BYTES = 1 << 18, 1 << 24
 """Rows (jsonl, parquet) or bytes (csv, tsv) of a part of a table."""
 
-LONE_SURROGATE = "has half of a character, as in a truncated text; fix the row"
+_NESTED = "is of type {}, where text is expected; store the text in a column of its own and name that"
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,14 @@ class Columns:
         return f"{self.path}, line {next(n for i, (n, _) in enumerate(found) if i == row + 1)}"
 
 
-def read_columns(path: Path, format: str, names: Sequence[str]) -> Iterator[Columns]:
+def read_columns(path: Path, format: str, names: Sequence[str], ids: Sequence[str] = ()) -> Iterator[Columns]:
     """Yield the columns `names` of a csv, tsv, jsonl or parquet file in parts of bounded size.
+
+    Args:
+        path: the file.
+        format: csv, tsv, jsonl or parquet.
+        names: columns to read.
+        ids: those of `names` that hold ids, which are normalised in jsonl (null: a missing id).
 
     Raises:
         UserError: missing or empty file, missing column (in jsonl: missing in the first part), or malformed line.
@@ -59,7 +68,7 @@ def read_columns(path: Path, format: str, names: Sequence[str]) -> Iterator[Colu
     if format == "parquet":
         parts = _parquet_parts(path, names)
     elif format == "jsonl":
-        parts = _jsonl_parts(path, names)
+        parts = _jsonl_parts(path, names, ids)
     else:
         parts = _delimited_parts(path, _DELIMITER[format], names)
     first = 0
@@ -75,22 +84,35 @@ def _parquet_parts(path: Path, names: Sequence[str]) -> Iterator[pa.Table]:
         try:
             for batch in file.iter_batches(PART_ROWS, columns=list(names)):
                 yield pa.Table.from_batches([batch])
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowException, OSError) as error:
             raise _unreadable_parquet(path, error) from None
 
 
-def _jsonl_parts(path: Path, names: Sequence[str]) -> Iterator[pa.Table]:
+def _jsonl_parts(path: Path, names: Sequence[str], ids: Sequence[str]) -> Iterator[pa.Table]:
     rows = _read_jsonl(path, names)
     first = 0
-    while part := [row for _, row in itertools.islice(rows, PART_ROWS)]:
+    while part := list(itertools.islice(rows, PART_ROWS)):
         if not first:
-            _require(path, names, set().union(*part))
-        columns = {name: [_text(row.get(name)) for row in part] for name in names}
+            _require(path, names, set().union(*(row for _, row in part)))
+        columns = {name: _texts(part, name, id_text if name in ids else _text) for name in names}
         try:
             yield pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
         except UnicodeEncodeError:
             raise _not_unicode(Columns(path, "jsonl", {}, first), columns) from None
         first += len(part)
+
+
+def _texts(
+    rows: Sequence[tuple[str, dict[str, Any]]], name: str, text_of: Callable[[Any], str | None]
+) -> list[str | None]:
+    texts = []
+    for place, row in rows:
+        value = row.get(name)
+        try:
+            texts.append(text_of(value))
+        except ValueError as error:
+            raise UserError(f"{place}: {name} = {shown(value)} {error}") from None
+    return texts
 
 
 def _not_unicode(part: Columns, columns: dict[str, list[str | None]]) -> UserError:
@@ -134,8 +156,12 @@ def read_rows(path: Path, format: str, names: Sequence[str]) -> Iterator[tuple[s
     """
     if format == "parquet":
         for part in read_columns(path, format, names):
-            for number, row in enumerate(pa.table(part.values).to_pylist(), part.first):
-                yield f"{path}, row {number}", row
+            for name, values in part.values.items():
+                if (row := first_valid(values)) is not None and _holds_objects(values.type):
+                    value = shown(python_value(values, row))
+                    raise UserError(f"{part.place(row)}: {name} = {value} {_NESTED.format(_short(values.type))}")
+            for number, cells in enumerate(_python_rows(part), part.first):
+                yield f"{path}, row {number}", cells
     elif format == "jsonl":
         yield from _read_jsonl(path, names)
     else:
@@ -147,6 +173,33 @@ def read_rows(path: Path, format: str, names: Sequence[str]) -> Iterator[tuple[s
             if len(values) != len(found):
                 raise UserError(f"{path}, line {number}: has {len(values)} values, the header has {len(found)}")
             yield f"{path}, line {number}", dict(zip(found, values, strict=True))
+
+
+def _python_rows(part: Columns) -> list[dict[str, Any]]:
+    try:
+        rows: list[dict[str, Any]] = pa.table(part.values).to_pylist()
+        return rows
+    except ValueError:  # text that is not UTF-8, or a time that Python does not have
+        for row in range(len(next(iter(part.values.values())))):
+            for name, values in part.values.items():
+                try:
+                    values[row].as_py()
+                except ValueError as error:
+                    raise UserError(f"{part.place(row)}: {name} cannot be read ({error}); store it as text") from None
+        raise
+
+
+def _holds_objects(kind: pa.DataType) -> bool:
+    """Return whether a column holds structs, maps or unions, also within lists."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return _holds_objects(kind.storage_type)
+    if pa.types.is_struct(kind) or pa.types.is_map(kind) or pa.types.is_union(kind):
+        return True
+    return bool(pa.types.is_nested(kind) and _holds_objects(kind.value_type))
+
+
+def _short(kind: pa.DataType) -> str:
+    return shown(str(kind)).strip("'\"")
 
 
 def _read_jsonl(path: Path, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -169,13 +222,16 @@ def _read_jsonl(path: Path, names: Sequence[str]) -> Iterator[tuple[str, dict[st
 
 
 def _open_parquet(path: Path, names: Sequence[str]) -> pq.ParquetFile:
+    check_readable(path)
     try:
         file = pq.ParquetFile(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise _unreadable_parquet(path, error) from None
-    _require(path, names, file.schema_arrow.names)
+    found = file.schema_arrow.names
+    _require(path, names, found)
+    twice = [name for name in names if found.count(name) > 1]
+    if twice:
+        raise UserError(f"{path}: duplicate column {twice[0]!r}; rename one of them")
     return file
 
 

@@ -1,10 +1,12 @@
 """Settings of product images: folder or download, size limits, placeholders."""
 
+import ipaddress
 import re
 import string
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from yarl import URL
 
 from cm3.common.strict import Float, Strict
 
@@ -19,6 +21,32 @@ def _check_pattern(pattern: str) -> str:
     return pattern
 
 
+def _check_host(name: str) -> str:
+    """Return an entry of the allow-list that URLs can match; raise with the right spelling for another."""
+    rest = name.strip().partition("://")[2] if "://" in name else name.strip()
+    wildcard = "*." if rest[:1] in ("*", ".") else ""
+    host = _host_of(rest.lstrip("*.") if wildcard else rest)
+    if not host or "*" in host or ".." in host:
+        raise ValueError(
+            f"{name!r} matches no host; list each host, such as img.example.com, or *.example.com for all its subdomains"
+        )
+    if (right := wildcard + host) != name.lower():
+        raise ValueError(f"{name!r} matches no host, because it is not a host name alone; write {right}")
+    return name
+
+
+def _host_of(text: str) -> str | None:
+    try:
+        address = ipaddress.ip_address(text.strip("[]"))
+        return URL.build(scheme="http", host=str(address)).host
+    except ValueError:
+        pass
+    try:
+        return URL(f"http://{text}").host
+    except ValueError:
+        return None
+
+
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
@@ -26,6 +54,7 @@ def _as_list(value: Any) -> Any:
 Names = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
 """List of names; a single name is the same as a list of it, and gives the same key."""
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_Host = Annotated[str, AfterValidator(_check_host)]
 _Pattern = Annotated[str, AfterValidator(_check_pattern)]
 _Patterns = Annotated[list[_Pattern], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
 
@@ -57,7 +86,7 @@ class Images(ImageLimits):
         description="path of an item's image in the folder, such as {item_id}.jpg or {item_id:.3}/{item_id}.jpg; "
         "several are tried in order; without it, the item's own image column names the file",
     )
-    hosts: list[str] = Field(
+    hosts: list[_Host] = Field(
         default=[],
         description="allow-list of hosts for image downloads, at any port; `*.example.com` includes all subdomains",
     )

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import os
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,9 @@ from cm3.common.image_decode import UnreadableError
 from cm3.common.progress import Progress
 from cm3.common.ssrf import RefusedError, check_host, parse_url
 from cm3.common.tables import FAILED, MISSING, OK
+from cm3.datasets.images.encodings import EncodingError, decoded
 from cm3.datasets.images.hosts import Host, PublicResolver
+from cm3.datasets.images.proxies import environment_proxies, proxy_of
 from cm3.datasets.images.source import Wanted
 from cm3.datasets.images.store import Outcome, Store
 from cm3.datasets.images.validate import PlaceholderError, examine
@@ -92,9 +95,10 @@ class Fetcher:
         """Try each item's URLs in order until one is ok.
 
         Raises:
-            UserError: the disk is full.
+            UserError: the disk is full, or the proxy of the environment is invalid, silent or refuses.
         """
         queue = iter(wanted)
+        self._proxies = environment_proxies()
         timeout, concurrency = self.runtime["timeout"], self.runtime["concurrency"]
         self._slots = asyncio.Semaphore(_CONNECTIONS * concurrency)
         self._large = asyncio.Semaphore(_LARGE_AT_A_TIME)
@@ -154,7 +158,7 @@ class Fetcher:
             try:
                 return await self._tries(url)
             except BaseException as error:
-                if fault := machine_fault(error, f"a download from {host.name}"):
+                if fault := self._fault(error, f"a download from {host.name}"):
                     raise fault from error
                 if (explained := _explain(error)) is None:
                     raise
@@ -164,6 +168,25 @@ class Fetcher:
                 host.unanswered(outcome.reason)
         await self._in_thread(self.store.add, url, outcome)
         return outcome
+
+    def _fault(self, error: BaseException, what: str) -> UserError | None:
+        """Return the error to raise if the machine or its proxy is at fault, which says nothing about the image."""
+        if fault := machine_fault(error, what):
+            return fault
+        if not isinstance(error, (aiohttp.ClientConnectorError, aiohttp.ClientHttpProxyError)):
+            return None
+        if isinstance(error, aiohttp.ClientHttpProxyError):
+            return _proxy_error(error.status, error.message) if error.status == 407 else None
+        if error.host in {proxy.host for proxy in self._proxies.values()}:
+            return UserError(
+                f"the proxy {error.host}:{error.port} of the environment cannot be reached ({one_line(str(error))}); set "
+                "http_proxy, https_proxy or all_proxy to http://host:port, or no_proxy for hosts to ask directly"
+            )
+        try:  # a resolver that can open no file says that the host is unknown
+            os.close(os.open(os.devnull, os.O_RDONLY))
+        except OSError as files:
+            return machine_fault(files, what)
+        return None
 
     async def _tries(self, url: str) -> Outcome:
         def wait(state: tenacity.RetryCallState) -> float:
@@ -185,7 +208,10 @@ class Fetcher:
             host = self._host(check_host(url, self.spec["hosts"], self.spec["private"]))
             async with host.slots:
                 await host.turn()
-                async with self._slots, self._session.get(url, allow_redirects=False) as response:
+                proxy = proxy_of(url, self._proxies)
+                async with self._slots, self._session.get(url, allow_redirects=False, proxy=proxy) as response:
+                    if proxy is not None and response.status == 407:
+                        raise _proxy_error(response.status, response.reason or "")
                     host.answered()
                     if response.status in (301, 302, 303, 307, 308) and "Location" in response.headers:
                         url = parse_url(str(url.join(URL(response.headers["Location"]))))
@@ -196,6 +222,8 @@ class Fetcher:
                     _check(response, host)
                     async with contextlib.AsyncExitStack() as large:
                         data = await self._body(response, large)
+                        if encoding := ",".join(response.headers.getall("Content-Encoding", [])):
+                            data = await self._in_thread(_without_encoding, data, encoding, self.spec["max_bytes"])
                         # The slot is kept meanwhile: when decoding is slower than the network, the network waits.
                         return await self._in_thread(self._examine, first, data, tuple(dict.fromkeys(seen)))
         raise _NoImageError("redirects", f"more than {_REDIRECTS} redirects")
@@ -250,6 +278,20 @@ def without_request(url: str, spec: dict[str, Any]) -> Outcome | None:
 def is_no_image(url: URL) -> bool:
     """Return whether the last part of a URL's path is a well-known name of "no image", such as no-img-sm.gif."""
     return _NO_IMAGE.search(url.name) is not None
+
+
+def _without_encoding(data: bytes, encoding: str, max_bytes: int) -> bytes:
+    try:
+        return decoded(data, encoding, max_bytes)
+    except EncodingError as error:
+        raise _NoImageError(error.kind, str(error)) from None
+
+
+def _proxy_error(status: int, reason: str) -> UserError:
+    return UserError(
+        f"the proxy of the environment answers {status} {one_line(reason)}: put the name and password into http_proxy and "
+        "https_proxy, as http://name:password@host:port"
+    )
 
 
 def _check(response: aiohttp.ClientResponse, host: Host) -> None:

@@ -1,5 +1,6 @@
 """Image source `folder`: local files, found by a pattern of the item id or by the item's own image column."""
 
+import errno
 import itertools
 import stat
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cm3.common.errors import UserError, machine_fault
+from cm3.common.files import file_error
 from cm3.common.http import one_line
 from cm3.common.image_decode import UnreadableError
 from cm3.common.paths import expand
@@ -17,6 +19,7 @@ from cm3.datasets.images.source import Found, Search, Wanted
 from cm3.datasets.images.validate import PlaceholderError, examine
 
 _AT_ONCE = 64
+_FAULTS_OF_A_NAME = frozenset({errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EILSEQ, errno.EISDIR})
 _ABSENT = ("no such file",)
 _NONE = Found("", MISSING, ("the item names no image",), ("the item names no image",))
 
@@ -25,7 +28,7 @@ def find(search: Search) -> Iterator[Found]:
     """Yield each item's image. Files outside the folder are never read, whatever an id or a column contains.
 
     Raises:
-        UserError: the folder does not exist.
+        UserError: the folder does not exist, or a file cannot be read for a reason that is not in the file.
     """
     spec = search.spec
     folder = Path(expand(spec["folder"])) if spec["folder"] else search.inputs["images"].parent / "images"
@@ -72,10 +75,18 @@ def _try(folder: Path, real: Path, spec: dict[str, Any], name: str) -> Found:
     except UnreadableError as error:
         status = MISSING if isinstance(error, PlaceholderError) else FAILED
         return Found(str(path), status, (one_line(str(error)),), (error.kind,))
-    except (OSError, ValueError) as error:
-        if fault := machine_fault(error, f"reading {path}"):
-            raise fault from error
-        return Found(str(path), FAILED, (one_line(f"cannot be read: {error}"),), ("cannot be read",))
+    except MemoryError as error:
+        raise machine_fault(error, f"reading {path}") or error from error
+    except OSError as error:
+        if error.errno not in _FAULTS_OF_A_NAME:  # a disk, a limit of the machine, a permission
+            raise machine_fault(error, f"reading {path}") or file_error(path, error) from error
+        return _unreadable(path, error)
+    except ValueError as error:  # a name with a zero byte
+        return _unreadable(path, error)
+
+
+def _unreadable(path: Path, error: Exception) -> Found:
+    return Found(str(path), FAILED, (one_line(f"cannot be read: {error}"),), ("cannot be read",))
 
 
 def _refused(name: str | Path, reason: str) -> Found:

@@ -4,15 +4,14 @@ import asyncio
 import logging
 import socket
 import time
-import urllib.request
 from collections.abc import Awaitable, Callable
-from urllib.parse import urlsplit
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 from cm3.common.http import resolution_error
 from cm3.common.ssrf import RefusedError, is_public
+from cm3.datasets.images.proxies import environment_proxies
 
 log = logging.getLogger("cm3.datasets.images")
 
@@ -29,7 +28,7 @@ class PublicResolver(AbstractResolver):
     def __init__(self, private: bool) -> None:
         self.private = private
         self.inner = aiohttp.DefaultResolver()
-        self.proxies = {urlsplit(proxy).hostname for proxy in urllib.request.getproxies().values()}
+        self.proxies = {proxy.host for proxy in environment_proxies().values()}
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET

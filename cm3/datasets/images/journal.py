@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import zlib
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from cm3.common.errors import UserError
+
+log = logging.getLogger("cm3.datasets.images")
 
 _LONGEST_LINE = 1 << 18
 
@@ -45,7 +48,11 @@ class Journal:
             for record, end in _complete_records(path):
                 self.records.append(record)
                 self._end = end
-            os.truncate(path, self._end)
+            if rest := path.stat().st_size - self._end:
+                log.warning(
+                    "%s: its last %d bytes are cut or damaged; the images in them are downloaded again", path, rest
+                )
+                os.truncate(path, self._end)
         self._file = path.open("ab")
         self._reader = os.open(path, os.O_RDONLY)
 

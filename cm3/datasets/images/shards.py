@@ -7,11 +7,10 @@ from pathlib import Path
 from types import TracebackType
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cm3.common.files import atomic
 from cm3.common.images import IMAGES_PER_ROW_GROUP, shard_path
-from cm3.common.tables import IMAGES
+from cm3.common.tables import IMAGES, parquet_writer
 
 SHARD_BYTES = 256_000_000
 KNOWN = ".known.parquet"
@@ -102,7 +101,7 @@ class ShardWriter:
         temporary = self._open.enter_context(atomic(shard_path(self.manifest, self.count)))
         # Images are compressed already, and column statistics over their bytes would store some of them twice.
         self._writer = self._open.enter_context(
-            pq.ParquetWriter(temporary, IMAGES, compression="none", use_dictionary=False, write_statistics=["sha256"])
+            parquet_writer(temporary, IMAGES, compression="none", use_dictionary=False, write_statistics=["sha256"])
         )
         self.count += 1
         self._rows = self._bytes = 0

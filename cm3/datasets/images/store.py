@@ -7,6 +7,7 @@ Disk space: the downloaded bytes are stored twice until the stage is done (journ
 rerun, where the earlier shards stay until the new ones are complete.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -19,8 +20,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cm3.common.errors import UserError
-from cm3.common.tables import FAILED, MISSING, OK, read_metadata, read_table, write_table
+from cm3.common.checksums import check_parquet
+from cm3.common.errors import DamagedFileError, UserError
+from cm3.common.files import file_error
+from cm3.common.images import memory_for
+from cm3.common.tables import FAILED, IMAGES, MISSING, OK, read_metadata, read_table, reading_parquet, write_table
 from cm3.datasets.images.journal import Journal
 from cm3.datasets.images.shards import KNOWN
 from cm3.datasets.images.validate import ImageFacts, PlaceholderError, check_placeholder
@@ -120,9 +124,17 @@ class Store:
         self._journal.records.clear()
         self.failed_before.difference_update(newer)
         found.update(newer)
+        self._report_lost(folder, found.values())
         for url, outcome in found.items():
             if valid := self._under_spec(outcome):
                 self.outcomes[url] = valid
+
+    def _report_lost(self, folder: Path, outcomes: Iterable[Outcome]) -> None:
+        lost = {outcome.sha256 for outcome in outcomes if outcome.status == OK}.difference(self._places)
+        if lost:
+            log.warning(
+                "%s: %d images are in none of its shards any more; they are downloaded again", folder, len(lost)
+            )
 
     def _under_spec(self, outcome: Outcome) -> Outcome | None:
         """Return an earlier outcome under the current spec; None if the URL must be downloaded to know."""
@@ -145,12 +157,16 @@ class Store:
 
     def _known(self, path: Path) -> dict[str, Outcome]:
         try:
+            path.open("rb").close()
+        except OSError as error:
+            raise file_error(path, error) from None
+        try:
             facts = read_metadata(path)
             if not self._trusts(facts["private"]):
                 return {}
             rows = read_table(path, _KNOWN).to_pylist()
-        except (OSError, ValueError, KeyError, UserError) as error:  # pa.ArrowInvalid is a ValueError
-            log.warning("%s cannot be read (%s); images are downloaded again", path, error)
+        except (UserError, KeyError, TypeError) as error:
+            log.warning("%s: damaged (%s); images are downloaded again", path, getattr(error, "reason", error))
             return {}
         # Under other settings a failure may become an image. The caller decides which failures are retried.
         return {
@@ -164,17 +180,33 @@ class Store:
         return not private or bool(self._spec["private"])
 
     def _index_shard(self, path: Path) -> None:
+        damaged = 0
         try:
-            with pq.ParquetFile(path) as file:
-                for group in range(file.num_row_groups):
-                    table = file.read_row_group(group)
-                    digests, values = table.column("sha256"), table.column("bytes")
-                    for row in range(len(table)):
-                        digest, data = digests[row].as_py(), values[row].as_buffer()
-                        if hashlib.sha256(data).hexdigest() == digest:
-                            self._places[digest] = _Place(path, group, row, data.size)
-        except (OSError, ValueError, KeyError) as error:
-            log.warning("%s cannot be read (%s); its images are downloaded again", path, error)
+            with memory_for(path), reading_parquet(path):
+                check_parquet(path)
+                # Without the checksums of pages: each image has its own, and one damaged page leaves the others whole.
+                with pq.ParquetFile(path) as file:
+                    for group in range(file.num_row_groups):
+                        damaged += self._index_group(path, file, group)
+        except DamagedFileError as error:
+            log.warning("%s: damaged (%s); its images are downloaded again", path, error.reason)
+        if damaged:
+            log.warning(
+                "%s: damaged (%d images are not those that were stored); they are downloaded again", path, damaged
+            )
+
+    def _index_group(self, path: Path, file: pq.ParquetFile, group: int) -> int:
+        """Note the places of the images in a row group; return the number of damaged ones."""
+        rows: int = file.metadata.row_group(group).num_rows
+        whole = 0
+        with contextlib.suppress(DamagedFileError), memory_for(path), reading_parquet(path):
+            table = file.read_row_group(group, columns=IMAGES.names)
+            for row, (digest, data) in enumerate(zip(table.column("sha256"), table.column("bytes"), strict=True)):
+                content = data.as_buffer()
+                if content is not None and hashlib.sha256(content).hexdigest() == digest.as_py():
+                    self._places[digest.as_py()] = _Place(path, group, row, content.size)
+                    whole += 1
+        return rows - whole
 
     def _journaled(self) -> Iterator[tuple[str, Outcome]]:
         """Yield the outcomes in the journal that are still valid, in the order in which they were written."""
@@ -216,7 +248,7 @@ class Store:
         else:
             at = (place.path, place.group)
             if self._group is None or self._group[0] != at:
-                with pq.ParquetFile(place.path) as file:
+                with memory_for(place.path), reading_parquet(place.path), pq.ParquetFile(place.path) as file:
                     self._group = (at, file.read_row_group(place.group, columns=["bytes"]).column("bytes"))
             data = self._group[1][place.start].as_py()
         if hashlib.sha256(data).hexdigest() != sha256:

@@ -3,10 +3,12 @@
 import hashlib
 import threading
 from collections.abc import Collection
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-from cm3.common.image_decode import UnreadableError, open_image
+from PIL import Image
+
+from cm3.common.image_decode import UnreadableError, load_image
 
 # An image with a side this short shows no product: shops send a dot in place of a missing image.
 _DOT = 2
@@ -46,15 +48,18 @@ def examine(data: bytes, max_pixels: int, placeholders: Collection[str] = ()) ->
 
     Raises:
         PlaceholderError: a dot, or one of `placeholders`.
-        UnreadableError: empty, not an image, too many pixels, truncated or corrupt.
+        UnreadableError: empty, not an image, too large or slow to decode, truncated or corrupt.
+        UserError: a fault of the machine, such as too little memory.
     """
-    with open_image(data, max_pixels) as image:
-        width, height = image.size
-        found = ImageFacts(hashlib.sha256(data).hexdigest(), width, height, image.format or "")
+
+    def prepare(image: Image.Image) -> AbstractContextManager[object]:
+        huge = image.width * image.height > _HUGE
         if image.format in ("JPEG", "MPO"):
             image.draft(None, (1, 1))  # None keeps the mode
-        with _one_huge if width * height > _HUGE else nullcontext():
-            image.load()
+        return _one_huge if huge else nullcontext()
+
+    loaded = load_image(data, max_pixels, prepare)
+    found = ImageFacts(hashlib.sha256(data).hexdigest(), *loaded.size, loaded.format)
     check_placeholder(found, placeholders)
     return found
 

@@ -15,16 +15,17 @@ from cm3.common.errors import UserError
 from cm3.common.strict import nearest
 from cm3.common.tables import SPLITS
 from cm3.datasets.files.lines import line_blocks
-from cm3.datasets.files.times import seconds_of
 from cm3.datasets.mmrec.format import ITEM, LABEL, RATING, TIME, USER
 from cm3.datasets.mmrec.tables import item_of, number_in, read_mapping, read_table
 from cm3.datasets.reader import Item, interaction_table
+from cm3.datasets.times import Times, as_number
 
 _REQUIRED = (USER, ITEM)
 _KNOWN = {USER: pa.int64(), ITEM: pa.int64(), RATING: pa.float64(), TIME: pa.float64(), LABEL: pa.float64()}
 _LABELS = (0.0, 1.0, 2.0)
 _BATCH = 10_000
 _ITEM_BITS = 31
+_LARGEST_RATING = float(np.finfo(np.float32).max)
 
 
 class Reader:
@@ -38,15 +39,15 @@ class Reader:
         """Yield the interactions in file order, with original ids and, if present, labels.
 
         Raises:
-            UserError: with the line: a malformed line, a label other than 0, 1 and 2, a rating or time that is not a
-                finite number, a number without id in the mapping; or a (user, item) pair with two labels.
+            UserError: with the line: a malformed line, a label other than 0, 1 and 2, a rating that is not a finite
+                number, an invalid time, a number without id in the mapping; or a (user, item) pair with two labels.
         """
         path = self.inputs["interactions"]
         users, items = self._names("user_ids", USER), self._names("item_ids", ITEM)
         header: list[str] = []
         pairs: list[np.ndarray] = []
         labels: list[np.ndarray] = []
-        count = 0
+        count, times = 0, Times(mixed_units=True)
         for first, block in line_blocks(path):
             lines = [(number, line) for number, line in enumerate(block, first) if line.rstrip(b"\r")]
             if not header and lines:
@@ -62,8 +63,8 @@ class Reader:
             yield interaction_table(
                 users.of(user, found),
                 items.of(item, found),
-                found.floats(RATING),
-                found.seconds(),
+                found.ratings(),
+                found.seconds(times),
                 None if label is None else pa.array(label, pa.int8()),
             )
         if not count:
@@ -136,16 +137,23 @@ class _Block:
 
     def __init__(self, path: Path, header: Sequence[str], lines: Sequence[tuple[int, bytes]]) -> None:
         self.path, self.header, self.lines = path, header, lines
-        known = [name for name in header if name in _KNOWN]
         try:
-            self.table = pa_csv.read_csv(
-                io.BytesIO(b"\n".join(line for _, line in lines)),
-                read_options=pa_csv.ReadOptions(column_names=header, use_threads=False),
-                parse_options=pa_csv.ParseOptions(delimiter="\t", quote_char=False),
-                convert_options=pa_csv.ConvertOptions(include_columns=known, column_types=_KNOWN, null_values=[""]),
-            )
-        except pa.ArrowInvalid as error:
-            raise self._malformed(error) from None
+            self.table = self._read(_KNOWN)
+        except pa.ArrowInvalid:
+            # pandas writes integers as floats, such as 7.0, once a column had an empty cell.
+            try:
+                self.table = self._read({name: pa.float64() for name in _KNOWN})
+            except pa.ArrowInvalid as error:
+                raise self._malformed(error) from None
+
+    def _read(self, types: Mapping[str, pa.DataType]) -> pa.Table:
+        known = [name for name in self.header if name in types]
+        return pa_csv.read_csv(
+            io.BytesIO(b"\n".join(line for _, line in self.lines)),
+            read_options=pa_csv.ReadOptions(column_names=self.header, use_threads=False),
+            parse_options=pa_csv.ParseOptions(delimiter="\t", quote_char=False),
+            convert_options=pa_csv.ConvertOptions(include_columns=known, column_types=types, null_values=[""]),
+        )
 
     def check(self, bad: np.ndarray, column: str, complaint: str) -> None:
         """Raise a UserError with the first of the `bad` rows."""
@@ -160,9 +168,12 @@ class _Block:
         values = self.table.column(column)
         self.check(values.is_null().to_numpy(), column, "is empty; every interaction needs a user and an item")
         numbers = values.to_numpy()
+        if numbers.dtype.kind == "f":
+            whole = (np.abs(numbers) < 2.0**63) & (numbers % 1 == 0)
+            self.check(~whole, column, "is not a number; users and items are numbered from 0")
         self.check(numbers < 0, column, "is negative; users and items are numbered from 0")
         self.check(numbers >= 1 << _ITEM_BITS, column, "is too large; users and items are numbered from 0 without gaps")
-        found: np.ndarray = numbers
+        found: np.ndarray = numbers.astype(np.int64)
         return found
 
     def floats(self, column: str) -> pa.ChunkedArray | None:
@@ -174,12 +185,22 @@ class _Block:
         self.check(bad, column, "is not a finite number; fix the line or remove it")
         return values
 
-    def seconds(self) -> pa.Array | None:
-        """Return Unix seconds from seconds or milliseconds; None without the column."""
+    def ratings(self) -> pa.ChunkedArray | None:
+        """Return ratings that are finite as float32, null for an empty cell; None without the column."""
+        values = self.floats(RATING)
+        if values is not None:
+            self.check(np.abs(values.to_numpy()) > _LARGEST_RATING, RATING, "is not a finite number as float32")
+        return values
+
+    def seconds(self, times: Times) -> pa.Array | None:
+        """Return Unix seconds, null for an empty cell; None without the column. `times` has parsed the blocks before."""
         values = self.floats(TIME)
         if values is None:
             return None
-        return pa.array(seconds_of(values.to_numpy()), mask=values.is_null().to_numpy())
+        unknown = values.is_null().to_numpy()
+        numbers = np.where(unknown, 0, values.to_numpy())
+        seconds = times.parse_numbers(numbers, lambda bad, complaint: self.check(bad, TIME, complaint))
+        return pa.array(seconds, mask=unknown)
 
     def labels(self) -> np.ndarray | None:
         """Return (N,) int8 of 0 train, 1 valid, 2 test; None without the column."""
@@ -199,7 +220,7 @@ class _Block:
                     f"{_decode(line)[:80]!r}"
                 )
             for name, value in zip(self.header, values, strict=True):
-                if name in _KNOWN and not _reads_as(value, _KNOWN[name]):
+                if name in _KNOWN and not _is_number(value):
                     return UserError(f"{self.path}, line {number}: {name} = {value[:80]!r} is not a number")
         return UserError(f"{self.path}, lines {self.lines[0][0]} to {self.lines[-1][0]}: {error}")
 
@@ -218,13 +239,8 @@ def _header(path: Path, number: int, line: bytes) -> list[str]:
     return names
 
 
-def _reads_as(value: str, kind: pa.DataType) -> bool:
-    if not value:
-        return True
-    try:
-        return -(2**63) <= int(value) < 2**63 if kind == pa.int64() else math.isfinite(float(value)) or True
-    except ValueError:
-        return False
+def _is_number(value: str) -> bool:
+    return not value or not math.isnan(as_number(value)) or value.strip("+-").lower() == "nan"
 
 
 def _check_one_label_per_pair(path: Path, pair: np.ndarray, label: np.ndarray) -> None:

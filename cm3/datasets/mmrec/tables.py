@@ -1,24 +1,33 @@
 """Readers of MMRec's tables: mappings of numbers to original ids, and item metadata."""
 
 import ast
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from cm3.common.errors import UserError
+from cm3.common.ids import id_text, is_index
 from cm3.common.strict import nearest
 from cm3.datasets.files.delimited import delimited_lines
 from cm3.datasets.reader import Item
 from cm3.datasets.text import leaves, plain_text
 
+# Programs such as pandas write 7 as 7.0 once a column had an empty cell.
+_WHOLE = re.compile(r"([0-9]{1,18})(?:\.0+)?")
+
 
 def read_mapping(path: Path, column: str) -> dict[int, str]:
-    """Return the original id of each number in `column`; the id is the first other column."""
+    """Return the original id of each number in `column`; the id is the first other column that is not pandas' index.
+
+    Raises:
+        UserError: with the line: malformed, a number or id is missing, invalid or duplicated.
+    """
     names: dict[int, str] = {}
     ids: set[str] = set()
     for place, row in read_table(path, "\t", [column]):
         number = number_in(place, column, row[column])
-        item_id = next((value for name, value in row.items() if name != column), "")
-        if not item_id:
+        item_id = next((value for name, value in row.items() if name != column and not is_index(name)), "")
+        if id_text(item_id) is None:
             raise UserError(
                 f"{place}: has no id next to {column}; the columns must be an id and {column}, separated by a tab"
             )
@@ -48,9 +57,10 @@ def read_table(path: Path, delimiter: str, required: Sequence[str]) -> Iterator[
 
 def number_in(place: str, column: str, value: str) -> int:
     """Return the number of a user or item. Raises UserError with `place`."""
-    if not (value.isascii() and value.isdigit() and len(value) <= 18):
+    digits = _WHOLE.fullmatch(value)
+    if not digits:
         raise UserError(f"{place}: {column} = {value[:80]!r} is not a number; users and items are numbered from 0")
-    return int(value)
+    return int(digits[1])
 
 
 def item_of(row: Mapping[str, str]) -> Item:

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from cm3.common.cli import stage
-from cm3.common.files import atomic
+from cm3.common.files import atomic, writing
 from cm3.common.progress import Progress
 from cm3.common.tables import write_table
 from cm3.datasets.sample import texts
@@ -97,23 +97,28 @@ def _draw_all(
     corrupt = {item: kind for kind, item in enumerate(chosen)}
     folder = images.parent / "images"
     drawing = images.parent / ".images.part"
-    shutil.rmtree(drawing, ignore_errors=True)
-    drawing.mkdir(parents=True)
     state, listing = [], []
-    with Progress(len(asins), "images") as progress:
-        for item, asin in enumerate(asins):
-            progress.advance()
-            shown = {name: ATTRIBUTES[name][world.attributes[name][item]] for name in ("colour", "pattern", "shape")}
-            data = draw(rng, **shown, size=spec["picture_size"])
-            if not world.has_image[item]:
-                state.append("missing")
-                continue
-            if item in corrupt:
-                data = spoil(data, corrupt[item])
-            (drawing / f"{asin}.jpg").write_bytes(data)
-            listing.append(f"{hashlib.sha256(data).hexdigest()}  images/{asin}.jpg\n")
-            state.append("corrupt" if item in corrupt else "ok")
-    _put_in_place(drawing, folder)
+    try:
+        with writing(folder), Progress(len(asins), "images") as progress:
+            shutil.rmtree(drawing, ignore_errors=True)
+            drawing.mkdir(parents=True)
+            for item, asin in enumerate(asins):
+                progress.advance()
+                shown = {
+                    name: ATTRIBUTES[name][world.attributes[name][item]] for name in ("colour", "pattern", "shape")
+                }
+                data = draw(rng, **shown, size=spec["picture_size"])
+                if not world.has_image[item]:
+                    state.append("missing")
+                    continue
+                if item in corrupt:
+                    data = spoil(data, corrupt[item])
+                (drawing / f"{asin}.jpg").write_bytes(data)
+                listing.append(f"{hashlib.sha256(data).hexdigest()}  images/{asin}.jpg\n")
+                state.append("corrupt" if item in corrupt else "ok")
+            _put_in_place(drawing, folder)
+    finally:
+        shutil.rmtree(drawing, ignore_errors=True)
     with atomic(images) as temporary:
         temporary.write_text("".join(sorted(listing, key=lambda line: line.split()[1])), encoding="utf-8")
     return state

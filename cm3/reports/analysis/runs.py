@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from cm3.common.errors import UserError
+from cm3.common.errors import DamagedFileError, UserError
 from cm3.common.files import read_json
 from cm3.common.strict import nearest
+from cm3.common.tables import open_parquet
 from cm3.reports.analysis.spec import ExperimentSpec, RunSpec, StudySpec, describe_point
 
 _AGREE = 1e-9
@@ -94,7 +94,7 @@ def _read_run(spec: RunSpec, inputs: Mapping[str, Path]) -> Run:
     for kind in _FILES[:4]:
         if kind not in files:
             raise UserError(f"{spec.experiment}, run {spec.run}: its {kind} is not among the inputs")
-    evaluation, record = (_read_json(files[kind]) for kind in ("evaluation", "train"))
+    evaluation, record = (_read_record(files[kind]) for kind in ("evaluation", "train"))
     valid = record.get("best_valid")
     if not isinstance(valid, int | float) or not math.isfinite(valid):
         raise UserError(
@@ -105,15 +105,10 @@ def _read_run(spec: RunSpec, inputs: Mapping[str, Path]) -> Run:
     return Run(spec, float(valid), evaluation, record, files)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = read_json(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except ValueError as error:
-        raise UserError(f"{path}: invalid JSON ({error}); delete it and run again") from None
+def _read_record(path: Path) -> dict[str, Any]:
+    value = read_json(path)
     if not isinstance(value, dict):
-        raise UserError(f"{path}: not a JSON object; delete it and run again")
+        raise DamagedFileError(path, "not a JSON object")
     return value
 
 
@@ -143,19 +138,15 @@ def read_per_user(
             evaluation.json.
     """
     path = run.files["per_user"]
-    try:
-        present = pq.read_schema(path).names
+    with open_parquet(path) as file:
+        present = file.schema_arrow.names
         for metric in metrics:
             if metric not in present:
                 raise UserError(
                     f"{path}: no column {metric}{nearest(metric, present)}; "
                     f"add its cut-off to evaluation.ks of experiment {run.spec.experiment!r}, or remove the metric"
                 )
-        table = pq.read_table(path, columns=["user", "n_test", *metrics], partitioning=None)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{path}: not a readable Parquet file ({error}); delete it and run again") from None
+        table = file.read(["user", "n_test", *metrics])
     found = table.column("user").to_numpy()
     order = np.argsort(found, kind="stable")
     found = found[order]
@@ -193,31 +184,26 @@ def read_lists(path: Path, user_ids: pa.Array, item_ids: pa.Array, users: np.nda
     row_of[users] = np.arange(len(users))
     columns = ["user_id", "item_id", "rank"]
     filled = 0
-    try:
-        with pq.ParquetFile(path, read_dictionary=columns[:2]) as file:
-            for first in range(0, file.num_row_groups, _GROUPS):
-                groups = range(first, min(first + _GROUPS, file.num_row_groups))
-                table = file.read_row_groups(groups, columns=columns)
-                ranks = table.column("rank").to_numpy()
-                if len(ranks) and ranks.min() < 1:
-                    raise UserError(
-                        f"{path}: invalid rank {ranks.min()}; ranks start at 1. Delete the file and run again"
-                    )
-                user = _codes(table.column("user_id"), user_ids, path)
-                item = _codes(table.column("item_id"), item_ids, path)
-                if len(ranks) and ranks.max() > k:
-                    near = ranks <= k
-                    user, item, ranks = user[near], item[near], ranks[near]
-                rows = row_of[user]
-                if len(rows) and rows.min() < 0:
-                    unknown = user_ids[int(user[rows.argmin()])]
-                    raise UserError(f"{path}: user {unknown} is not a test user; delete it and run again")
-                lists[rows, ranks - 1] = item
-                filled += len(rows)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (pa.ArrowInvalid, KeyError) as error:
-        raise UserError(f"{path}: not a readable file of recommendations ({error}); delete it and run again") from None
+    with open_parquet(path, read_dictionary=columns[:2]) as file:
+        if absent := [name for name in columns if name not in file.schema_arrow.names]:
+            raise UserError(f"{path}: has no column {', '.join(absent)}; delete it and run again")
+        for first in range(0, file.num_row_groups, _GROUPS):
+            groups = range(first, min(first + _GROUPS, file.num_row_groups))
+            table = file.read_row_groups(groups, columns=columns)
+            ranks = table.column("rank").to_numpy()
+            if len(ranks) and ranks.min() < 1:
+                raise UserError(f"{path}: invalid rank {ranks.min()}; ranks start at 1. Delete the file and run again")
+            user = _codes(table.column("user_id"), user_ids, path)
+            item = _codes(table.column("item_id"), item_ids, path)
+            if len(ranks) and ranks.max() > k:
+                near = ranks <= k
+                user, item, ranks = user[near], item[near], ranks[near]
+            rows = row_of[user]
+            if len(rows) and rows.min() < 0:
+                unknown = user_ids[int(user[rows.argmin()])]
+                raise UserError(f"{path}: user {unknown} is not a test user; delete it and run again")
+            lists[rows, ranks - 1] = item
+            filled += len(rows)
     there = (lists >= 0).sum(0)
     if filled != there.sum():
         raise UserError(f"{path}: a user has two items at the same rank; delete it and run again")

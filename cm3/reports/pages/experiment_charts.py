@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
 
+from cm3.common.errors import DamagedFileError
+from cm3.common.files import file_error, sha256_of
+from cm3.common.tensors import read_tensors
 from cm3.reports.pages.chart import Bars, Chart, Line, Mark, Points
 from cm3.reports.pages.page import pretty
 
@@ -21,12 +23,21 @@ _NAMES = {
 _BINS = 40
 
 
-def read_history(path: Path | None) -> dict[str, list[float | None]]:
-    """Return the columns of history.csv, with None for empty values; an empty dict if there is no file."""
+def read_history(path: Path | None, sha256: str | None = None) -> dict[str, list[float | None]]:
+    """Return the columns of history.csv, with None for empty values; an empty dict if there is no file.
+
+    Raises:
+        DamagedFileError: the file has another checksum than `sha256`.
+    """
     if path is None:
         return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        if sha256 not in (None, sha256_of(path)):
+            raise DamagedFileError(path, "it is not the history that its training wrote")
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except OSError as error:
+        raise file_error(path, error) from None
     if not rows:
         return {}
     return {name: [_number(row[name]) for row in rows] for name in rows[0]}
@@ -111,10 +122,10 @@ def read_streams(model: Path | None) -> np.ndarray | None:
     """Return the (U, M + 1) stream weights of the users, None for models without."""
     if model is None:
         return None
-    with safe_open(model, "np") as file:
-        if "stream_logits" not in file.keys():  # noqa: SIM118 - a safetensors file is not a mapping
-            return None
-        logits = file.get_tensor("stream_logits").astype(np.float64)
+    tensors, _ = read_tensors(model)
+    if "stream_logits" not in tensors:
+        return None
+    logits = tensors["stream_logits"].numpy().astype(np.float64)
     weights = np.exp(logits - logits.max(1, keepdims=True))
     return np.asarray(weights / weights.sum(1, keepdims=True))
 

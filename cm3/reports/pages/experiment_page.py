@@ -126,7 +126,7 @@ def _captions(inputs: Mapping[str, Path], shop: Shop, with_image: set[int]) -> l
 def _charts(
     inputs: Mapping[str, Path], metrics: Mapping[str, Any], vectors: tuple[np.ndarray, np.ndarray] | None, shop: Shop
 ) -> dict[str, Any]:
-    history = charts.read_history(inputs.get("history"))
+    history = charts.read_history(inputs.get("history"), metrics["training"].get("history_sha256"))
     curves = charts.training_curves(history, metrics["training"].get("best_epoch"))
     geometry = None
     if vectors is not None:

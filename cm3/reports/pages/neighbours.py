@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
+from cm3.common.tables import read_parquet
 from cm3.reports.pages.item_cards import Shop, evenly_spaced
 
 ITEMS_SHOWN, NEIGHBOURS_SHOWN = 12, 6
@@ -21,7 +22,7 @@ def chosen_items(popularity: np.ndarray, with_image: set[int]) -> list[int]:
 
 def by_graph(path: Path, chosen: Sequence[int]) -> dict[int, list[tuple[int, float]]]:
     """Return (neighbour, cosine) of each chosen item from a similarity file, best first, without the item itself."""
-    table = pq.read_table(path, filters=[("item", "in", list(chosen))], partitioning=None)
+    table = read_parquet(path, rows=pc.field("item").isin(list(chosen)))
     found: dict[int, list[tuple[int, float]]] = {item: [] for item in chosen}
     columns = (table.column(name).to_pylist() for name in ("item", "neighbour", "score"))
     for item, neighbour, score in zip(*columns, strict=True):

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from cm3.common.cli import stage
-from cm3.common.errors import UserError
 from cm3.common.files import read_json
 from cm3.reports.pages.chart import Chart, Forest, Points
 from cm3.reports.pages.figures import save_figures
@@ -24,10 +23,7 @@ def study_page(*, comparison: Path, page_output: Path, figures_output: Path) -> 
     Raises:
         UserError: the comparison is missing or invalid.
     """
-    try:
-        study = read_json(comparison)
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(f"{comparison}: not a valid comparison ({error}); delete it and run again") from None
+    study = read_json(comparison)
     both, cost = planes(study), _cost_chart(study)
     charts = [*both, *([cost] if cost else [])]
     context = {

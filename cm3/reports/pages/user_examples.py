@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
+from cm3.common.tables import read_parquet
 from cm3.reports.pages.item_cards import Shop, evenly_spaced
 
 USERS_EACH, HISTORY_SHOWN, LIST_WANTED = 4, 10, 12
@@ -22,7 +23,7 @@ def history_panels(shop: Shop, per_user: Path, recommendations: Path, k: int) ->
 
     In both groups, users are evenly spaced from the shortest to the longest training history.
     """
-    measured = pq.read_table(per_user, columns=["user", f"recall@{k}"], partitioning=None)
+    measured = read_parquet(per_user, ["user", f"recall@{k}"])
     users = measured.column("user").to_numpy()
     hit = measured.column(f"recall@{k}").to_numpy() > 0
     lengths = np.bincount(shop.users[shop.splits == "train"], minlength=len(shop.user_ids))[users]
@@ -62,12 +63,9 @@ def _history(shop: Shop, rows: np.ndarray) -> list[int]:
 
 
 def _recommended(path: Path, user_ids: list[str], k: int) -> dict[str, list[str]]:
-    table = pq.read_table(
-        path,
-        columns=["user_id", "item_id", "rank"],
-        filters=[("user_id", "in", user_ids), ("rank", "<=", k)],
-        partitioning=None,
-    ).sort_by([("user_id", "ascending"), ("rank", "ascending")])
+    wanted = (pc.field("rank") <= k) & pc.field("user_id").isin(user_ids)
+    table = read_parquet(path, ["user_id", "item_id", "rank"], wanted)
+    table = table.sort_by([("user_id", "ascending"), ("rank", "ascending")])
     found: dict[str, list[str]] = {user_id: [] for user_id in user_ids}
     for user_id, item_id in zip(table.column("user_id").to_pylist(), table.column("item_id").to_pylist(), strict=True):
         found[user_id].append(item_id)

@@ -1,7 +1,7 @@
 """The prepare stage: duplicates, unknown and cold items, k-core, order of rows."""
 
-import json
 import random
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +10,10 @@ import pytest
 from oracles_sources import dataset, grid, jsonl, run_prepare
 
 from cm3.common.errors import UserError
+from cm3.common.files import read_json
 from cm3.common.tables import ITEMS, USERS, read_table
-from cm3.datasets.reader import RATINGS
+from cm3.datasets.interactions_db import InteractionsDatabase
+from cm3.datasets.reader import RATINGS, ROWS
 
 
 def rows(path: Path, schema: pa.Schema) -> list[dict]:
@@ -63,7 +65,7 @@ def test_tables_hold_what_the_files_say(tmp_path: Path):
     ]
     assert (stats["users"], stats["items"], stats["interactions"], stats["density"]) == (2, 2, 3, 0.75)
     assert (stats["items_with_description"], stats["items_with_image_reference"]) == (1, 1)
-    assert json.loads((tmp_path / "stats.json").read_text()) == stats
+    assert read_json(tmp_path / "stats.json") == stats
 
 
 def test_the_order_of_lines_does_not_matter(tmp_path: Path):
@@ -176,3 +178,17 @@ def test_the_fashion_shop(tmp_path: Path, hm: Path):
     assert stats["items_with_text"] == stats["items_with_image_reference"] == 2407
     first = rows(tmp_path / "items.parquet", ITEMS)[0]
     assert first["item_id"] == "0111565" and first["categories"][:2] == ["Underwear Tights", "Socks & Tights"]
+
+
+def test_a_full_disk_in_the_database_is_one_line(tmp_path: Path):
+    ids = [f"user {n} {n * 7919 % 100003}" for n in range(250_000)]
+    rows_ = {f.name: ids if pa.types.is_string(f.type) else pa.nulls(len(ids), f.type) for f in ROWS}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
+    try:
+        with pytest.raises(UserError, match="no space left on the disk"), InteractionsDatabase(tmp_path) as base:
+            base.add(pa.table(rows_, schema=ROWS))
+            base.encode()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())

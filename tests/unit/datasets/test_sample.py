@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from oracles_sources import run_prepare
 from PIL import Image
 from repository import ROOT
 
+from cm3.common.errors import UserError
 from cm3.common.tables import ITEMS, MANIFEST, read_table
 from cm3.datasets.images.stage import collect_images
 from cm3.datasets.k_core import kcore
@@ -291,3 +293,14 @@ def test_files_of_a_user_among_the_drawn_ones_stay(tmp_path: Path):
     # Nothing of the other shop is left.
     write(tmp_path, **DRAWN)
     assert contents(tmp_path) == drawn | mine
+
+
+def test_a_full_disk_is_one_line_and_no_half_shop(tmp_path: Path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))
+    try:
+        with pytest.raises(UserError, match="images: file too large"):
+            write(tmp_path, **{k: v for k, v in SMALL.items() if k != "source"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())

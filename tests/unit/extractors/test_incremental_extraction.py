@@ -316,14 +316,54 @@ def test_a_job_that_ended_before_it_cached_its_shards_encodes_nothing_again(
     assert record["encoded"] == 0 and output.read_bytes() == before
 
 
-def test_a_damaged_cache_file_is_encoded_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def flip(path: Path, part: bytes) -> None:
+    """Flip a bit in the stored page that begins with `part`."""
+    content = bytearray(path.read_bytes())
+    content[content.index(part)] ^= 2
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip"])
+def test_a_damaged_cache_file_is_encoded_again(tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str) -> None:
     output = tmp_path / "f.parquet"
-    run(looks(shard_size=10), shop(tmp_path, OLD), output)
+    _, before = run(looks(shard_size=10), shop(tmp_path, OLD), output)
     path = sorted((tmp_path / ".cache").rglob("*.parquet"))[1]
-    path.write_bytes(path.read_bytes()[:-20])
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-20])
+    else:  # in a vector: the digests of the inputs, which are looked up first, are intact
+        flip(path, before.embedding[12].tobytes())
     record, _ = run(looks(), shop(tmp_path, ALL), output)
-    assert record["encoded"] == 14 and f"{path} cannot be read" in caplog.text and path.exists()
+    assert (record["kept"], record["encoded"]) == (30, 14)
+    assert f"{path}: damaged" in caplog.text and not path.exists()
     run(looks(), shop(tmp_path / "fresh", ALL), tmp_path / "fresh/f.parquet")
+    assert output.read_bytes() == (tmp_path / "fresh/f.parquet").read_bytes()
+    caplog.clear()
+    record, _ = run(looks(), shop(tmp_path, ALL), output)
+    assert record["encoded"] == 0 and not caplog.text
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "flip", "swap"])
+def test_a_damaged_shard_of_an_unfinished_job_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    output = tmp_path / "f.parquet"
+    _, fresh = run(looks(), shop(tmp_path / "fresh", ALL), tmp_path / "fresh/f.parquet")
+    with monkeypatch.context() as broken:
+        breaking(broken, at=2)
+        with pytest.raises(OSError, match="went away"):
+            run(looks(shard_size=4), shop(tmp_path, ALL), output)
+    first, second = sorted(tmp_path.glob(".f.parquet.shards-*/*.parquet"))
+    if damage == "flip":
+        flip(first, fresh.embedding[0].tobytes())
+    elif damage == "swap":
+        content = first.read_bytes()
+        first.write_bytes(second.read_bytes())
+        second.write_bytes(content)
+    else:
+        first.write_bytes(first.read_bytes()[:-1] if damage == "cut" else b"")
+    record, _ = run(looks(shard_size=4), shop(tmp_path, ALL), output)
+    assert record["encoded"] == (44 if damage == "swap" else 40)
+    assert f"{first}: damaged" in caplog.text
     assert output.read_bytes() == (tmp_path / "fresh/f.parquet").read_bytes()
 
 

@@ -112,7 +112,7 @@ def damage(folder: Path, form: str) -> str:
     if form == "lists":
         ragged = pa.array([[1.0, 2.0], [1.0]], pa.list_(pa.float32()))
         pq.write_table(pa.table({"asin": ["a", "b"], "vector": ragged}), folder / "lists.parquet")
-        return "the vector of 'b' has 1 numbers, those before it 2"
+        return r"row 1: vector = \[1\.0\] has 1 numbers, those before it 2"
     (folder / "features.parquet").write_bytes(b"PAR1 and nothing more")
     return "not a readable Parquet file"
 

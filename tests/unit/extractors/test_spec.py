@@ -211,6 +211,21 @@ def test_a_digest_is_computed_once_per_file_state(tmp_path: Path, monkeypatch: p
     assert len(read) == 2
 
 
+@pytest.mark.parametrize("place", [0, 70, None])
+def test_a_damaged_cached_digest_is_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place) -> None:
+    from extractors.weights import digests
+
+    monkeypatch.setattr(digests, "cache_folder", lambda: tmp_path / "cache")
+    file = aged_file(tmp_path / "w.safetensors", b"weights")
+    digest = digests.digest_of(file)
+    (entry,) = (tmp_path / "cache").iterdir()
+    content = bytearray(entry.read_bytes())
+    if place is not None:
+        content[place] ^= 1
+    entry.write_bytes(content if place is not None else b"\xff\xfe")
+    assert digests.digest_of(file) == digest
+
+
 def test_a_file_written_a_moment_ago_is_read_again(tmp_path: Path) -> None:
     from extractors.weights.digests import digest_of
 

@@ -65,7 +65,7 @@ def undefined(table):
         ("per_user", swapped, "recall@10 of the lists differs"),
         ("recommendations", stranger, "'nobody' is not an id"),
         ("recommendations", twice, "two items at the same rank"),
-        ("recommendations", lambda table: table.drop_columns(["rank"]), "not a readable file of recommendations"),
+        ("recommendations", lambda table: table.drop_columns(["rank"]), "has no column rank"),
         ("user_embeddings", lambda table: table.slice(1), "its 119 ids are not those of the data set, in order"),
         ("user_embeddings", lambda table: table.slice(0, 119), "its 119 ids are not those of the data set"),
         ("item_embeddings", lambda table: pa.concat_tables([table, table]), "its 120 ids are not those"),

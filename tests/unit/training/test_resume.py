@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from repository import ROOT
 from training_shop import MODEL, OUTPUTS, TRAINING, history, one_thread, prepared, run, shop, written  # noqa: F401
 
 import cm3.training.loop
+from cm3.common.errors import UserError
 from cm3.config import Model, Training
 from cm3.training.checkpoint import Checkpoint
 from cm3.training.schedule import lr_factor
@@ -171,13 +173,52 @@ def test_a_checkpoint_of_other_code_settings_or_inputs_is_not_resumed(shop, tmp_
     assert written(tmp_path / "out") == written(tmp_path / "clean")
 
 
-def test_a_broken_checkpoint_is_not_resumed(shop, tmp_path, caplog):
-    (tmp_path / "out/checkpoints").mkdir(parents=True)
-    (tmp_path / "out/checkpoints/last.safetensors").write_bytes(b"half a file")
+@pytest.mark.parametrize("damage", ["garbage", "empty", "cut", "flip", "zeros", "state"])
+def test_a_damaged_checkpoint_is_removed_and_the_run_ends_as_if_uninterrupted(
+    shop, tmp_path, caplog, monkeypatch, damage
+):
+    training = {"checkpoint_seconds": 0, "epochs": 2}
+    run(shop, tmp_path / "whole", training=training)
+    save = Checkpoint.save
+
+    def save_then_stop(self, tensors, state):
+        save(self, tensors, state)
+        raise Stopped
+
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        patched.setattr(Checkpoint, "save", save_then_stop)
+        run(shop, tmp_path / "out", training=training)
+    path = tmp_path / "out/checkpoints/last.safetensors"
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        content[-1000] ^= 4
+    elif damage == "zeros":
+        content[-1000:-900] = bytes(100)
+    elif damage == "state":
+        place = content.index(b'epoch\\": ') + 10
+        content[place] ^= 1
+    path.write_bytes({"garbage": b"half a file", "empty": b"", "cut": content[:-1]}.get(damage, content))
     with caplog.at_level(logging.WARNING):
+        run(shop, tmp_path / "out", training=training)
+    assert f"{path}: damaged" in caplog.text
+    assert written(tmp_path / "out") == written(tmp_path / "whole")
+
+
+def test_a_folder_in_the_place_of_the_checkpoint_is_named(shop, tmp_path):
+    (tmp_path / "out/checkpoints/last.safetensors").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"checkpoints/last\.safetensors: is a folder, but a file is expected"):
         run(shop, tmp_path / "out", training={"epochs": 1})
-    assert "unreadable" in caplog.text
-    written(tmp_path / "out")
+
+
+def test_a_full_disk_at_a_checkpoint_is_one_line(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        with pytest.raises(UserError, match=r"last\.safetensors: file too large\. Nothing half-written was kept"):
+            Checkpoint(tmp_path, "f").save({"a": torch.zeros(1000)}, {"epoch": 1})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_resume_may_change_the_checkpoint_interval(shop, tmp_path):

@@ -12,7 +12,7 @@ from training_shop import MODEL, OUTPUTS, TRAINING, history, one_thread, prepare
 
 import cm3.training.train
 from cm3.common.embeddings import read_embeddings, write_embeddings
-from cm3.common.errors import UserError
+from cm3.common.errors import DamagedFileError, UserError
 from cm3.common.interactions import read_interactions
 from cm3.common.tables import USERS, write_table
 from cm3.config import Model, Training
@@ -86,6 +86,18 @@ def test_a_model_of_other_settings_is_refused(shop, tmp_path):
         go_on(shop, tmp_path / "later", tmp_path / "earlier")
     with pytest.raises(UserError, match=r"training\.warm_start: .*: no such file"):
         go_on(shop, tmp_path / "later", tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "users.parquet"])
+def test_damaged_files_of_the_earlier_run_are_named(shop, tmp_path, name):
+    run(shop, tmp_path / "earlier")
+    path = tmp_path / "earlier" / name
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1  # of the vectors file, only the ids are read, which come first
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"training\.warm_start: .*{name}: damaged .*copy it again") as found:
+        go_on(shop, tmp_path / "later", tmp_path / "earlier")
+    assert not isinstance(found.value, DamagedFileError)
 
 
 def test_leakage_is_refused(shop, tmp_path):

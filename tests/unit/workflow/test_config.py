@@ -328,3 +328,18 @@ def test_the_config_type_is_immutable():
     assert isinstance(config, Config)
     with pytest.raises(Exception, match="frozen"):
         config.experiments["shop"].training.lr = 1.0  # type: ignore[misc]
+
+
+def test_the_users_own_tables_are_checked_when_they_are_planned(tmp_path: Path):
+    pairs = tmp_path / "pairs.csv"
+    config = with_value("datasets.mine", {"source": "files", "interactions": {"path": str(pairs)}})
+    with pytest.raises(UserError, match=r"datasets\.mine\.interactions\.path = '.*pairs\.csv': no such file"):
+        data.prepare_inputs(load_config(config), "mine")
+    # The files of an object storage are not on this machine.
+    assert data.prepare_inputs(load_config(config, local=False), "mine") == {"interactions": str(pairs)}
+    pairs.mkdir()
+    with pytest.raises(UserError, match=r"datasets\.mine\.interactions\.path = .*: is a folder, not a file"):
+        data.prepare_inputs(load_config(config), "mine")
+    pairs.rmdir()
+    pairs.touch()
+    assert data.prepare_inputs(load_config(config), "mine") == {"interactions": str(pairs)}

@@ -1,15 +1,24 @@
 """metrics.json: the facts of each stage, library versions, and a warning if features come from different ones."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pytest
+import torch
 from checkout import SMALL
 from golden import check_golden
 
+from cm3.common.errors import DamagedFileError
+from cm3.common.files import read_json, sha256_of, write_json
 from cm3.common.stages import STAGES
+from cm3.common.tables import USERS, write_table
+from cm3.common.tensors import write_tensors
 from workflow.plan.config import load_config
 from workflow.plan.publish import publish
 from workflow.publish import gather, library_warning
+from workflow.publish import publish as publish_files
 
 LIBRARIES = {"extract.text": ["torch", "transformers"], "extract.image": ["timm", "torch"]}
 
@@ -121,3 +130,34 @@ def test_publishing_gives_the_golden_output():
     found = metrics(extract_image={"versions": {"torch": "2.16", "timm": "1.0"}})
     del found["versions"]["snakemake"]  # the installed one
     check_golden("publish", STAGES["publish"].version, found)
+
+
+@pytest.mark.parametrize("name", ["model", "history", "per_user", "evaluation", "stats", "record.prepare"])
+def test_a_damaged_file_of_the_run_is_named_and_nothing_of_it_is_published(tmp_path: Path, name: str):
+    files = {kind: tmp_path / f"{kind}.json" for kind in ("evaluation", "stats")}
+    files |= {"model": tmp_path / "model.safetensors", "history": tmp_path / "history.csv"}
+    files["per_user"] = tmp_path / "per_user.parquet"
+    files["history"].write_text("epoch,loss\n1,0.5\n2,0.25\n")
+    write_tensors(files["model"], {"users": torch.ones(9, 4)}, {"epoch": 2})
+    table = pa.table({"user": pa.array(range(50), pa.int32()), "user_id": [f"u{n}" for n in range(50)]}, USERS)
+    write_table(files["per_user"], table, USERS)
+    for kind, values in {"evaluation": {"test": {"recall@20": 0.25}}, "stats": {"users": 50}}.items():
+        write_json(files[kind], values)
+    of_run = records(train={**record(epochs=2), "history_sha256": sha256_of(files["history"])})
+    for kind, values in of_run.items():
+        files[f"record.{kind}"] = tmp_path / f"{kind}.stage.json"
+        write_json(files[f"record.{kind}"], values)
+    outputs = {kind: tmp_path / "out" / files[kind].name for kind in ("model", "history", "per_user")}
+    outputs["metrics"] = tmp_path / "out/metrics.json"
+    provenance = {"experiment": "shop", "dataset": "shop", "command": "x", "config": {}, "keys": {}}
+    publish_files(provenance, files, outputs)
+    assert all(outputs[kind].read_bytes() == files[kind].read_bytes() for kind in outputs if kind != "metrics")
+    assert read_json(outputs["metrics"])["data"] == {"users": 50}
+    content = bytearray(files[name].read_bytes())
+    content[len(content) // 2] ^= 1
+    files[name].write_bytes(content)
+    for path in outputs.values():
+        path.unlink()
+    with pytest.raises(DamagedFileError, match=f"{files[name].name}: damaged"):
+        publish_files(provenance, files, outputs)
+    assert not outputs["metrics"].exists() and not outputs.get(name, outputs["metrics"]).exists()

@@ -152,7 +152,7 @@ while status:
         left = kill
         pathlib.Path.replace, pathlib.Path.unlink = deadly(pathlib.Path.replace), deadly(pathlib.Path.unlink)
         os.unlink, os.rmdir = deadly(os.unlink), deadly(os.rmdir)
-        cm3.datasets.images.stage.collect_images.__defaults__ = (30_000,)
+        cm3.datasets.images.stage.collect_images.__defaults__ = (30_000, None)
         sys.argv = [word.replace(base, f"{base}{kill}") for word in sys.argv]
         cm3.datasets.images.stage.main()
         os._exit(0)
@@ -265,7 +265,7 @@ def spoil(path: Path, where: int) -> None:
 
 
 @pytest.mark.parametrize("damage", ["image", "footer", "known", "gone"])
-def test_damaged_files_are_downloaded_again(tmp_path: Path, damage: str):
+def test_damaged_files_are_downloaded_again(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture):
     images = {name: image(colour=name) for name in ("red", "blue", "green")}
     with serving() as server:
         server.answers = {f"/{name}": respond(data) for name, data in images.items()}
@@ -282,6 +282,28 @@ def test_damaged_files_are_downloaded_again(tmp_path: Path, damage: str):
         collect(tmp_path, references)
         assert sorted(server.asked) == (["/blue"] if damage == "image" else ["/blue", "/green", "/red"])
     assert files_of(tmp_path) == files
+    assert {
+        "image": r"shard-00000.parquet: damaged (1 images are not those that were stored)",
+        "footer": r"shard-00000.parquet: damaged (its page headers or its footer do not match their checksum)",
+        "known": r".known.parquet: damaged",
+        "gone": "out: 3 images are in none of its shards any more; they are downloaded again",
+    }[damage] in caplog.text
+
+
+def test_a_damaged_image_that_cannot_be_had_again_failed(tmp_path: Path):
+    images = {name: image(colour=name) for name in ("red", "blue", "green")}
+    with serving() as server:
+        server.answers = {f"/{name}": respond(data) for name, data in images.items()}
+        references = {name: [server.url(f"/{name}")] for name in images}
+        collect(tmp_path, references)
+        shard = tmp_path / "out" / "shard-00000.parquet"
+        spoil(shard, shard.read_bytes().index(images["blue"]) + 200)
+        server.answers["/blue"] = respond(b"", 503)
+        collect(tmp_path, references)
+    rows = rows_of(tmp_path)
+    assert {name: row["status"] for name, row in rows.items()} == {"red": "ok", "blue": "failed", "green": "ok"}
+    assert "HTTP 503" in rows["blue"]["error"]
+    assert dict(iter_images(tmp_path / "out" / "manifest.parquet")) == {0: images["red"], 2: images["green"]}
 
 
 def test_a_damaged_journal_is_read_up_to_the_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -5,6 +5,7 @@ import hashlib
 import resource
 import socket
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,22 @@ FAULTS: dict[str, tuple[Any, str, str, str]] = {
     "truncated": (respond(GOOD[:-40]), "failed", "truncated", "corrupt: "),
     "empty": (respond(b""), "failed", "empty", "0 bytes"),
     "page": (respond(b"<html>no image", kind="text/html"), "failed", "not an image", "starts with b'<html>"),
-    "packed": (respond(gzip.compress(GOOD), Content_Encoding="gzip"), "failed", "not an image", "not an image"),
+    "packed": (respond(gzip.compress(GOOD), Content_Encoding="gzip"), "ok", "", ""),
+    "packed twice": (respond(zlib.compress(gzip.compress(GOOD)), Content_Encoding="x-gzip, deflate"), "ok", "", ""),
+    "only said to be packed": (respond(GOOD, Content_Encoding="gzip"), "ok", "", ""),
+    "packed and cut": (
+        respond(gzip.compress(GOOD)[:-20], Content_Encoding="gzip"),
+        "failed",
+        "truncated",
+        "has no end",
+    ),
+    "packed bomb": (
+        respond(gzip.compress(bytes(10**6)), Content_Encoding="gzip"),
+        "failed",
+        "too many bytes",
+        "200000",
+    ),
+    "brotli": (respond(b"xxxx", Content_Encoding="br"), "failed", "bad answer", "Content-Encoding br"),
     "dot": (respond(image((1, 1), format="GIF")), "missing", "placeholder", "1 x 1"),
     "large": (respond(bytes(300_000)), "failed", "too many bytes", "more than the 200000 bytes allowed"),
     "endless": (endless, "failed", "too many bytes", "more than the 200000 bytes allowed"),
@@ -103,7 +119,7 @@ def test_each_fault_has_its_status_and_reason(tmp_path: Path):
         assert reason in (rows[name]["error"] or ""), (name, rows[name]["error"])
         assert (rows[name]["error"] or "x").isprintable() and len(rows[name]["error"] or "") < 200
         assert not kind or rows["facts"]["reasons"][kind] >= 1, name
-    assert rows["facts"]["reasons"]["too many bytes"] == 2 and rows["facts"]["images_missing"] == 3
+    assert rows["facts"]["reasons"]["too many bytes"] == 3 and rows["facts"]["images_missing"] == 3
     assert {both[name]["status"] for name in FAULTS} == {"ok"}
     assert len({both[name]["sha256"] for name in FAULTS}) == 1 and both["facts"]["distinct_images"] == 1
     assert not (tmp_path / "out" / ".downloads").exists() and not (tmp_path / "out" / ".fresh").exists()

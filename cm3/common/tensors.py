@@ -1,0 +1,59 @@
+"""Files of tensors: safetensors with metadata as JSON in one entry of the header, and a checksum of all of it."""
+
+import json
+import os
+import re
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cm3.common.checksums import KEY, NO_CHECKSUM, add_tensors_checksum, check_tensors
+from cm3.common.errors import DamagedFileError
+from cm3.common.files import atomic, file_error
+
+
+def write_tensors(
+    path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, Any], entry: str = "cm3"
+) -> None:
+    """Write tensors, and metadata as JSON in an `entry` of the header, atomically."""
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # One header entry only: the order of several is not fixed, and equal runs must give equal bytes.
+    header = {entry: json.dumps(metadata | {KEY: NO_CHECKSUM}, allow_nan=False)}
+    with atomic(path) as temporary:
+        try:
+            save_file(stored, temporary, header)
+        except SafetensorError as error:
+            number = re.search(r"\(os error (\d+)\)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(temporary)) from error
+        add_tensors_checksum(temporary)
+
+
+def read_tensors(path: str | os.PathLike[str], entry: str = "cm3") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return tensors, on the CPU, and metadata that `write_tensors` wrote; files of earlier releases have no checksum.
+
+    Raises:
+        DamagedFileError: a checksum differs, or the file is not readable.
+        UserError: absent, a folder, or without permission.
+    """
+    try:
+        checked = check_tensors(path)
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except OSError as error:
+        if error.errno is not None:
+            raise file_error(path, error) from None
+        raise DamagedFileError(path, str(error)) from None
+    except (SafetensorError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise DamagedFileError(path, f"not a safetensors file: {error}") from None
+    try:
+        metadata = json.loads(header.get(entry, "{}"))
+    except ValueError as error:
+        raise DamagedFileError(path, f"its metadata are not JSON: {error}") from None
+    if not isinstance(metadata, dict) or (KEY in metadata and not checked):
+        raise DamagedFileError(path, "its metadata are altered")
+    return tensors, {name: value for name, value in metadata.items() if name != KEY}
