@@ -2,11 +2,12 @@
 
     python -m workflow.prune [--configfile FILE ...] [--delete]
 
-What counts are features, captions, item graphs, their caches, and runs. Raw files, tables, images and published results
-are never listed.
+What counts are features, captions, item graphs, their caches, and runs. Raw files, tables, images, published results and
+files that users put into the folder of a run are never listed.
 """
 
 import argparse
+import contextlib
 import re
 import shutil
 import sys
@@ -34,6 +35,10 @@ GRAPH_CACHES = (".cache", ".kept")
 _OUTPUT = re.compile(r"(?P<extractor>.+)-[0-9a-f]{12}(?P<control>-(?:gaussian|shuffled)-[0-9]+|-constant)?")
 _GRAPH = re.compile(rf"{_OUTPUT.pattern}-k[0-9]+(?:-hnsw|-ivf)?(?:-mean)?")
 _RUN = re.compile(r"[0-9a-f]{12}")
+_RUN_FILE = re.compile(
+    r"\..+|checkpoints|tensorboard|model\.safetensors|history\.csv|(user|item)_embeddings\.parquet|evaluation\.json"
+    r"|(per_user|recommendations)\.parquet|(train|evaluate)\.stage\.json"
+)
 
 
 @dataclass(frozen=True)
@@ -167,8 +172,9 @@ def _caches_on_disk(used: Used) -> Iterator[Unused]:
 def _runs_on_disk(used: Used) -> Iterator[Unused]:
     for folder in sorted(RESULTS.glob("*/runs/*/")):
         name = folder.parents[1].name
-        if _RUN.fullmatch(folder.name) and folder not in used.runs and name not in used.experiments:
-            yield Unused("run", folder, [folder])
+        own = sorted(path for path in folder.iterdir() if _RUN_FILE.fullmatch(path.name))
+        if own and _RUN.fullmatch(folder.name) and folder not in used.runs and name not in used.experiments:
+            yield Unused("run", folder, own)
 
 
 def _overlaps(path: Path, protected: Sequence[Path]) -> bool:
@@ -224,6 +230,8 @@ def delete(entries: Iterable[Unused]) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # A folder with files of a user stays, and entry.path may be a file.
+            entry.path.rmdir()
 
 
 def _size(path: Path) -> int:

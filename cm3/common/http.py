@@ -1,17 +1,32 @@
-"""HTTP conventions shared by all clients: offline mode, retryable statuses, Retry-After and exponential back-off."""
+"""HTTP conventions shared by all clients: offline mode, secrets in URLs, retryable statuses, Retry-After and back-off."""
 
+import json
 import os
 import random
+import re
+import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from email.utils import parsedate_to_datetime
+from urllib.parse import unquote
+
+from cm3.common.errors import UserError
 
 USER_AGENT = "cm3-pipeline (research; one polite client)"
 LONGEST_WAIT = 300.0
 """Seconds that a Retry-After is followed for; beyond this, another mirror or another day is the better answer."""
 LONGEST_PAUSE = 60.0
 """Seconds between two tries when the server asks for none."""
+SECRET_URLS = "CM3_SECRET_URLS"
+"""Environment variable with the URLs that a command line only refers to (`conceal`)."""
 _RETRYABLE = frozenset({408, 425, 429, 500, 502, 503, 504})
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://[^\s'\"<>]+", re.IGNORECASE)
+_USER_INFO = re.compile(r"[^\s/:@'\"]+:[^\s/@'\"]+@(?=[\w.\[])")
+_SHORTEST_SECRET = 4
+# Names that resolve for a while to nothing (EAI_AGAIN) are not among these.
+_NO_SUCH_NAME = frozenset(
+    getattr(socket, name) for name in ("EAI_NONAME", "EAI_NODATA", "EAI_FAIL") if hasattr(socket, name)
+)
 
 
 class FetchError(Exception):
@@ -24,6 +39,96 @@ class TransientError(Exception):
     def __init__(self, reason: str, wait: float = 0.0) -> None:
         super().__init__(reason)
         self.wait = wait
+
+
+class UnresolvedError(FetchError):
+    """The host name has no address."""
+
+
+def resolution_error(host: str, error: OSError) -> UnresolvedError | None:
+    """Return the error to raise if the resolver says that a host name does not exist; None if another try may help.
+
+    Args:
+        error: raised by getaddrinfo.
+    """
+    if error.errno not in _NO_SUCH_NAME:
+        return None
+    return UnresolvedError(
+        f"the host name {host} cannot be resolved ({error.strerror}); check its spelling and the network"
+    )
+
+
+def without_secrets(url: str) -> str:
+    """Return a URL without user, password, query and fragment, any of which may hold a secret; equal if it has none."""
+    scheme, _, location, _ = _parts(url)
+    return scheme + location
+
+
+def _parts(url: str) -> tuple[str, str, str, str]:
+    """Return scheme with ://, user info, host and path, and query with fragment of a URL that need not be valid."""
+    scheme, separator, rest = url.partition("://") if "://" in url else ("", "", url)
+    authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    port = re.sub(r"^\[[^]]*\]", "", authority).partition(":")[2]
+    user_info = ""
+    if "@" in authority:
+        user_info = authority.rpartition("@")[0]
+    elif "@" in rest and port and not port.isdigit():
+        user_info = rest.rpartition("@")[0]  # A password with / ? or # in it.
+    rest = rest.removeprefix(f"{user_info}@") if user_info else rest.removeprefix("@")
+    location = re.split(r"[?#]", rest, maxsplit=1)[0]
+    return scheme + separator, user_info, location, rest.removeprefix(location)
+
+
+def hide_secrets(text: str, *urls: str) -> str:
+    """Return a message without the secrets of the URLs in it, and without those of `urls` wherever it quotes them."""
+    text = _USER_INFO.sub("", _URL.sub(lambda found: without_secrets(found[0]), text))
+    for secret in sorted({secret for url in urls for secret in _secrets_of(url)}, key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return text
+
+
+def _secrets_of(url: str) -> set[str]:
+    _, user_info, _, query = _parts(url)
+    fields = [field.partition("=") for field in re.split(r"[?&#]", query)]
+    parts = {user_info, *re.split(r"[:/?#@]", user_info), query[1:], *(value or name for name, _, value in fields)}
+    parts |= {unquote(part) for part in parts}
+    return {part for part in parts if len(part) >= _SHORTEST_SECRET}
+
+
+def conceal(urls: Iterable[str]) -> list[str]:
+    """Return URLs for the command line of a child process, which anybody can read: those with secrets as references.
+
+    The URLs themselves are passed on in an environment variable of this process, where `reveal` finds them.
+    """
+    known: dict[str, str] = json.loads(os.environ.get(SECRET_URLS, "{}"))
+    references = {url: reference for reference, url in known.items()}
+    concealed = []
+    for url in urls:
+        plain = without_secrets(url)
+        if plain == url:
+            concealed.append(url)
+            continue
+        reference = references.setdefault(url, f"{plain}#secret-{len(references) + 1}")
+        known[reference] = url
+        concealed.append(reference)
+    if known:
+        os.environ[SECRET_URLS] = json.dumps(known)
+    return concealed
+
+
+def reveal(urls: Iterable[str]) -> list[str]:
+    """Return the URLs that a parent process passed to `conceal`.
+
+    Raises:
+        UserError: the environment does not hold one of them.
+    """
+    known: dict[str, str] = json.loads(os.environ.get(SECRET_URLS, "{}"))
+    revealed = []
+    for url in urls:
+        if "#secret-" in url and url not in known:
+            raise UserError(f"{url}: the environment variable {SECRET_URLS} does not hold this URL; run Snakemake")
+        revealed.append(known.get(url, url))
+    return revealed
 
 
 def is_offline() -> bool:

@@ -5,7 +5,7 @@ import re
 
 from yarl import URL
 
-from cm3.common.http import FetchError
+from cm3.common.http import FetchError, hide_secrets, without_secrets
 
 _LONGEST_URL = 8000
 
@@ -23,15 +23,16 @@ def parse_url(text: str) -> URL:
     if len(text) > _LONGEST_URL:
         raise RefusedError(f"refused: the URL has {len(text)} characters")
     try:
+        shown = without_secrets(text)[:80]
         url = URL(text.strip()).with_fragment(None)
         if url.scheme not in ("http", "https"):
-            raise RefusedError(f"refused: {text[:80]!r} is not http or https")
+            raise RefusedError(f"refused: {shown!r} is not http or https")
         if not url.host or url.port == 0:
-            raise RefusedError(f"refused: {text[:80]!r} names no host and port")
+            raise RefusedError(f"refused: {shown!r} names no host and port")
         if url.user is not None or url.password is not None:
             raise RefusedError("refused: the URL holds a user name or password")
     except ValueError as error:
-        raise RefusedError(f"refused: not a valid URL ({error})") from None
+        raise RefusedError(f"refused: not a valid URL ({hide_secrets(str(error), text)})") from None
     return url
 
 

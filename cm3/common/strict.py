@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from cm3.common.errors import UserError
+from cm3.common.http import hide_secrets
 
 _SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
@@ -67,7 +68,7 @@ def _explain(error: Any, model: type[BaseModel], where: str) -> str:
     if error["type"] == "missing":
         return f"{path}: required, but not given"
     message = error["msg"].removeprefix("Value error, ")
-    return f"{path} = {error['input']!r}: {message}"
+    return f"{path} = {hide_secrets(repr(error['input']))}: {message}"
 
 
 def _fields_at(model: Any, path: tuple[Any, ...]) -> list[str]:

@@ -18,6 +18,12 @@ def _check_url(url: str) -> str:
     return url
 
 
+def _address(root: str, path: str) -> str:
+    """Return the URL of a file below a base URL, whose query (a token or signature) stays at the end."""
+    base, mark, query = root.partition("?")
+    return f"{base.rstrip('/')}/{path}{mark}{query}"
+
+
 Url = Annotated[str, AfterValidator(_check_url)]
 Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -92,7 +98,7 @@ class PublishedSource(SourceWithImages):
         local = self.local_names()
         return {
             f"raw/{name}/{local[kind]}": {
-                "urls": [f"{root.rstrip('/')}/{path}" for root in self.mirrors],
+                "urls": [_address(root, path) for root in self.mirrors],
                 "path": path,
                 "sha256": self.sha256.get(local[kind]),
                 "size": self.sizes.get(local[kind]),

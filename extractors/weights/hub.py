@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cm3.common.errors import UserError
+from cm3.common.http import hide_secrets
 from extractors.weights.digests import CODE, MODEL_FILES
 from extractors.weights.pickles import NAMES, check_weights
 from extractors.weights.spec import ModelSpec
@@ -94,4 +95,5 @@ def quiet(logger: str) -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}".rstrip(": ")
+    line = str(error).strip().splitlines()[0] if str(error).strip() else ""
+    return f"{type(error).__name__}: {hide_secrets(line)}".rstrip(": ")

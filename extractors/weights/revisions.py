@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cm3.common.errors import DamagedFileError, UserError
 from cm3.common.files import exclusive, read_json, write_json
+from cm3.common.http import hide_secrets
 from extractors.weights.digests import cache_folder
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -65,7 +66,7 @@ def _found(repository: str, local_files_only: bool) -> str:
                 return commit
             reason = "the hub names no commit"
         except Exception as error:  # the hub client raises errors of many libraries; all mean: no answer
-            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            reason = f"{type(error).__name__}: {hide_secrets(str(error).strip().partition(chr(10))[0])}"
     try:
         # The folder of the newest download is named after its commit.
         return Path(snapshot_download(repository, local_files_only=True)).name

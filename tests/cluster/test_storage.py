@@ -1,8 +1,12 @@
 """The whole DAG with its files in an object storage on loopback, as profiles/kubernetes has them, on this machine."""
 
 import copy
+import gzip
+import http.server
 import json
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,3 +100,37 @@ def test_reported_folders_are_those_of_the_plan(finished: Checkout, bucket: Any)
     compared = read(bucket, "results/compared/comparison.json")
     assert all(cell["folder"].startswith("results/") for cell in compared["cells"])
     assert "storage/s3" not in json.dumps(compared)
+
+
+def test_raw_files_in_the_bucket_are_used_and_stay(bucket: Any, tmp_path: Path):
+    """A user's file is read from the bucket; one that is not there is downloaded into it, once."""
+    published = tmp_path / "published/categoryFiles"
+    published.mkdir(parents=True)
+    rows = [f"A{user},B{item},5.0,{1_300_000_000 + user + item}\n" for user in range(9) for item in range(9)]
+    (published / "ratings_Toys.csv").write_text("".join(rows))
+    meta = gzip.compress("".join(f"{ {'asin': f'B{item}', 'title': 'a thing'}!r}\n" for item in range(9)).encode())
+    bucket.put_object(Key=f"{PREFIX}raw/toys/meta_Toys.json.gz", Body=meta)
+    asked: list[str] = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, directory=str(tmp_path / "published"), **options)
+
+        def log_message(self, *arguments: Any) -> None:
+            asked.append(self.path)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as mirror:
+        threading.Thread(target=mirror.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        url = f"http://127.0.0.1:{mirror.server_port}"
+        toys = {"source": "amazon-2014", "category": "Toys", "mirrors": [url]}
+        experiment = {"dataset": "toys", "model": {"name": "mostpop"}}
+        whole = {"datasets": {"toys": toys}, "extractors": {}, "experiments": {"toys": experiment}}
+        checkout = Checkout(tmp_path / "checkout", whole)
+        checkout.run(*options(), "processed/toys/stats.json")
+        assert asked == ["/categoryFiles/ratings_Toys.csv"]
+        assert checkout.planned(*options(), "processed/toys/stats.json") == {}
+        for _ in range(2):
+            checkout.run(*options(), "-F", "--", "processed/toys/stats.json")
+        mirror.shutdown()
+    assert stored(bucket)["raw/toys/meta_Toys.json.gz"].get()["Body"].read() == meta
+    assert "raw/toys/download/categoryFiles/ratings_Toys.csv" in stored(bucket)

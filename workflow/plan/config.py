@@ -1,5 +1,6 @@
 """The whole configuration as one strict model: datasets, extractors and experiments, checked against each other."""
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ class Config:
     Attributes:
         files: the files that `--configfile` names, for the commands that results state.
         local: the user's files are on this machine, not in an object storage.
+        exists: whether there is a file at a path, for raw files that users put in place; on disk by default.
     """
 
     datasets: Mapping[str, SourceSpec]
@@ -51,6 +53,7 @@ class Config:
     studies: Mapping[str, Study]
     files: Sequence[Path] = ()
     local: bool = True
+    exists: Callable[[str], bool] = os.path.exists
 
 
 def load_config(raw: Any, files: Sequence[Path] = (), local: bool = True) -> Config:

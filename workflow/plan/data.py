@@ -10,11 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from cm3.common.errors import UserError
+from cm3.common.http import conceal, without_secrets
 from cm3.common.input_files import check_readable
-from cm3.common.paths import expand
+from cm3.common.paths import check_folder, check_kind, check_writable, expand
+from cm3.datasets.raw_files import read_record
 from workflow.plan.config import Config
 from workflow.plan.folder import digest_of_folder
 from workflow.plan.task import Task
+
+DOWNLOADS = "download"
+"""Folder in raw/{dataset}/ of the files that the pipeline downloads, by their published paths."""
 
 
 def generated(config: Config) -> list[str]:
@@ -47,16 +52,68 @@ def downloaded(config: Config) -> list[str]:
 def download(config: Config, dataset: str, file: str) -> Task:
     """Return the task of downloading a raw file. Its identity is the published file, whichever mirror serves it.
 
+    Args:
+        config: the configuration.
+        dataset: name of the dataset.
+        file: path of the published file, relative to a mirror.
+
     Raises:
         UserError: the dataset has no such file.
     """
     files = config.datasets[dataset].downloads(dataset)
-    path = f"raw/{dataset}/{file}"
-    if path not in files:
-        raise UserError(f"{path}: dataset {dataset!r} has no such file; it has {', '.join(files)}")
-    expected = {name: value for name, value in files[path].items() if name != "urls"}
-    # The bytes of a published file do not depend on the code that downloads them.
-    return Task("download", files[path], decides=expected, versioned=False)
+    places = {spec["path"]: place for place, spec in files.items()}
+    if file not in places:
+        raise UserError(f"{file}: dataset {dataset!r} has no such file; it has {', '.join(places)}")
+    place = places[file]
+    spec = files[place] | {"urls": conceal(files[place]["urls"])}
+    # The bytes of a published file depend neither on the code that downloads them nor on checks of them.
+    return Task("download", spec, runtime={"place": place}, decides={"path": file}, versioned=False)
+
+
+def check_raw_folders(config: Config) -> None:
+    """Raise UserError for a file in the place of raw/ or of a folder in it, on which Snakemake ends with a traceback."""
+    check_folder("raw")
+    for dataset in config.datasets:
+        if Path("raw", dataset).is_file():
+            check_folder(Path("raw", dataset))
+
+
+def published_files(config: Config) -> list[str]:
+    """Return the paths in raw/ where users put published files themselves, of all datasets."""
+    return [path for name, dataset in config.datasets.items() for path in dataset.downloads(name)]
+
+
+def raw_files(config: Config, dataset: str, paths: Mapping[str, str]) -> dict[str, str]:
+    """Return raw files by name, with published ones that nobody put into raw/{dataset}/ in raw/{dataset}/download/.
+
+    Only the second folder has outputs of a rule: Snakemake removes outputs, and a user's file is never one.
+
+    Raises:
+        UserError: a file cannot be there, because the path is a folder, a link to nothing, or cannot be written to.
+    """
+    files = config.datasets[dataset].downloads(dataset)
+    located = {}
+    for name, path in paths.items():
+        located[name] = path
+        if path in files and not _is_in_place(config, path, files[path]["path"]):
+            located[name] = f"raw/{dataset}/{DOWNLOADS}/{files[path]['path']}"
+            check_writable(located[name])
+    return located
+
+
+def _is_in_place(config: Config, path: str, published: str) -> bool:
+    """Return whether a published file is in raw/{dataset}/: put there by a user, or downloaded by an earlier release."""
+    check_kind(path)
+    if not config.exists(path):
+        return False
+    if not Path(path).exists():
+        return True  # It is in an object storage.
+    record = read_record(Path(path))
+    url = record.get("url")
+    if not isinstance(url, str) or record.get("bytes") != Path(path).stat().st_size:
+        return True
+    # Other generations of a source have files of the same name.
+    return any(address.endswith(f"/{published}") for address in (url, without_secrets(url)))
 
 
 def prepare_inputs(config: Config, dataset: str) -> dict[str, str]:
@@ -69,7 +126,7 @@ def prepare_inputs(config: Config, dataset: str) -> dict[str, str]:
     if config.local and config.datasets[dataset].source == "files":
         for name, path in inputs.items():
             check_readable(Path(path), f"datasets.{dataset}.{name}.path")
-    return inputs
+    return raw_files(config, dataset, inputs)
 
 
 def prepare(config: Config, dataset: str) -> Task:

@@ -10,6 +10,7 @@ from typing import Any
 from cm3.common.errors import UserError
 from cm3.common.keys import key_of
 from cm3.model_spec import ModelSpec
+from workflow.plan import data
 from workflow.plan.config import Config
 from workflow.plan.task import Task
 
@@ -117,7 +118,7 @@ def _published_vectors(config: Config, dataset: str, extractor: str) -> dict[str
             f"extractors.{extractor}: takes the {modality} vectors published with a dataset, but "
             f"datasets.{dataset} (source {chosen.source}) has none; set path to a file of vectors"
         )
-    return paths
+    return data.raw_files(config, dataset, paths)
 
 
 def extract(config: Config, extractor: str) -> Task:

@@ -1,3 +1,18 @@
+from dataclasses import replace
+
+try:
+    data.check_raw_folders(settings)
+except UserError as error:
+    raise WorkflowError(str(error)) from None
+
+# Files that users put in place, on disk or in an object storage, as they are when the run is planned. Snakemake's `exists`
+# knows the storage, but cannot be called in input functions.
+settings = replace(
+    settings,
+    exists=frozenset(filter(exists, data.published_files(settings))).__contains__,
+)
+
+
 # draw the sample shop and write it as raw files
 rule generate:
     output:
@@ -22,16 +37,15 @@ rule generate:
         "exec python -m cm3.datasets.sample.generate {params.arguments} --log {log:q}"
 
 
-# download one published file, unless it exists: the record is no output, because Snakemake removes the outputs of a job
-# before it runs, and would remove a file that somebody else put there
+# download one published file that nobody put into raw/{dataset}/: `update` keeps a downloaded file when the job runs again
 rule download:
     output:
-        file="raw/{dataset}/{file}",
+        file=update("raw/{dataset}/download/{file}"),
     log:
-        "logs/{dataset}/download-{file}.log",
+        "logs/{dataset}/download/{file}.log",
     wildcard_constraints:
         dataset=one_of(data.downloaded(settings)),
-        file="[^/]+(?<!\\.stage\\.json)",
+        file=".+(?<!\\.stage\\.json)",
     conda:
         "../../environment.yml"
     resources:

@@ -1,6 +1,8 @@
 """HTTP client of the file download: httpx2 with address checks when connecting, checked redirects and read deadlines."""
 
 import contextlib
+import logging
+import netrc
 import os
 import socket
 import ssl
@@ -14,8 +16,20 @@ import httpcore2
 import httpx2
 from yarl import URL
 
-from cm3.common.http import USER_AGENT, FetchError, TransientError, one_line
+from cm3.common.errors import UserError
+from cm3.common.http import (
+    USER_AGENT,
+    FetchError,
+    TransientError,
+    hide_secrets,
+    one_line,
+    resolution_error,
+    without_secrets,
+)
 from cm3.common.ssrf import RefusedError, check_host, is_public, parse_url
+
+# It logs the URL of every request, secrets included.
+logging.getLogger("httpx2").setLevel(logging.WARNING)
 
 _REDIRECTS = 10
 _MOVED = (301, 302, 303, 307, 308)
@@ -26,6 +40,10 @@ class MirrorClient:
 
     Private addresses are allowed for the configured host only, and no longer once its name has led to public ones.
     Every mirror needs a client of its own, so that addresses, cookies and connections are not shared.
+
+    Attributes:
+        url: of the file, with the secrets that it may hold.
+        name: the URL without them, for messages and records.
     """
 
     def __init__(self, url: str, timeout: float, slowest: float = 0.0) -> None:
@@ -35,13 +53,12 @@ class MirrorClient:
             timeout: seconds for connecting and response headers together, and between two blocks of a body.
             slowest: bytes per second of a body; fewer over `timeout` seconds are an error.
         """
-        self.url, self.timeout, self.slowest = url, timeout, slowest
+        self.url, self.name, self.timeout, self.slowest = url, without_secrets(url), timeout, slowest
         self.addresses = AddressCheck(httpx2.URL(url).raw_host.decode())
         self._network = _Network(self.addresses)
-        netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
         self._client = httpx2.Client(
             transport=_Transport(self._network),
-            auth=httpx2.NetRCAuth(str(netrc)) if netrc.is_file() and not httpx2.URL(url).userinfo else None,
+            auth=None if httpx2.URL(url).userinfo else _netrc_auth(),
             headers={"User-Agent": USER_AGENT, "Accept": "*/*", "Accept-Encoding": "identity"},
         )
 
@@ -72,7 +89,7 @@ class MirrorClient:
                     yield response
                     return
                 here = self._target(response)
-        raise FetchError(f"more than {_REDIRECTS} redirects, the last one to {here[:200]}")
+        raise FetchError(f"more than {_REDIRECTS} redirects, the last one to {without_secrets(here)[:200]}")
 
     def _target(self, response: httpx2.Response) -> str:
         location = response.headers["Location"]
@@ -80,7 +97,8 @@ class MirrorClient:
             target = parse_url(str(URL(str(response.url.copy_with(userinfo=b""))).join(URL(location))))
             check_host(target, [target.host or ""], private=self.addresses.is_trusted(target.raw_host or ""))
         except (FetchError, ValueError) as error:
-            raise FetchError(f"redirects to {location[:200]!r}: {error}") from None
+            shown = hide_secrets(without_secrets(location)[:200])
+            raise FetchError(f"redirects to {shown!r}: {hide_secrets(str(error), location)}") from None
         return str(target)
 
     def blocks(self, response: httpx2.Response) -> Iterator[bytes]:
@@ -128,6 +146,16 @@ class MirrorClient:
             raise TransientError(reason if improper else f"the connection was cut ({reason})") from None
 
 
+def _netrc_auth() -> httpx2.NetRCAuth | None:
+    """Return the passwords in the file that NETRC names, or in ~/.netrc; None if there is no such file."""
+    path = Path(os.environ.get("NETRC") or os.path.expanduser("~/.netrc"))  # noqa: PTH111 (does not raise without a home)
+    try:
+        return httpx2.NetRCAuth(str(path)) if path.is_file() else None
+    except (OSError, netrc.NetrcParseError) as error:
+        reason = error.msg if isinstance(error, netrc.NetrcParseError) else error.strerror
+        raise UserError(f"{path}: cannot be read ({reason}); correct the file, or set NETRC to another one") from None
+
+
 class AddressCheck:
     """Resolves host names, to private addresses only for the host of a configured mirror."""
 
@@ -146,12 +174,14 @@ class AddressCheck:
 
         Raises:
             RefusedError: it has none.
-            httpcore2.ConnectError: the name cannot be resolved.
+            UnresolvedError: there is no such name.
+            httpcore2.ConnectError: the name cannot be resolved at the moment.
         """
         try:
             found = list(dict.fromkeys(info[4][0] for info in self._resolve(host, port, type=socket.SOCK_STREAM)))
         except OSError as error:
-            raise httpcore2.ConnectError(f"Cannot resolve {host}: {error}") from None
+            unresolved = resolution_error(host if host not in self._proxies else f"{host} (the proxy)", error)
+            raise unresolved or httpcore2.ConnectError(f"Cannot resolve {host}: {error}") from None
         if host in self._proxies:
             return found
         public = [address for address in found if is_public(address)]
@@ -259,9 +289,21 @@ class _Transport(httpx2.BaseTransport):
 
 
 def _proxies() -> dict[str, httpx2.Proxy]:
-    """Return the proxies that http_proxy and https_proxy name, by the scheme that they are for."""
+    """Return the proxies that http_proxy and https_proxy name, by the scheme that they are for.
+
+    Raises:
+        UserError: one is not a URL.
+    """
     found = {scheme: url for scheme, url in urllib.request.getproxies().items() if scheme in ("http", "https") and url}
-    return {scheme: httpx2.Proxy(url if "://" in url else f"http://{url}") for scheme, url in found.items()}
+    proxies = {}
+    for scheme, url in found.items():
+        try:
+            proxies[scheme] = httpx2.Proxy(url if "://" in url else f"http://{url}")
+        except (httpx2.InvalidURL, ValueError):
+            raise UserError(
+                f"the environment variable {scheme}_proxy is not the address of a proxy, such as http://host:3128; correct it"
+            ) from None
+    return proxies
 
 
 class _Body(httpx2.SyncByteStream):

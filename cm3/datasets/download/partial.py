@@ -14,6 +14,7 @@ from typing import Self
 
 from cm3.common.errors import UserError
 from cm3.common.files import read_json, remove_stale_parts, write_json
+from cm3.common.http import without_secrets
 
 log = logging.getLogger("cm3.datasets.download.stage")
 
@@ -27,7 +28,7 @@ class Partial:
     published or discarded; everything else is removed.
 
     Attributes:
-        url: the mirror, as configured, that the bytes come from; empty if there are none.
+        url: the mirror that the bytes come from, without secrets; empty if there are none.
         validator: ETag or Last-Modified of the mirror's version of the file; None without a usable one.
         total: bytes of the complete file; None if the mirror did not say.
         length: number of received bytes.
@@ -80,7 +81,7 @@ class Partial:
         if not valid or not url or length > (length if total is None else total):
             self.discard()
             return
-        self.url, self.validator, self.total, self.length = url, validator, total, length
+        self.url, self.validator, self.total, self.length = without_secrets(url), validator, total, length
         if not self.resumable:
             self.discard()
             return
@@ -90,7 +91,12 @@ class Partial:
             self.digest.update(block)
 
     def restart(self, url: str, validator: str | None, total: int | None) -> None:
-        """Drop the received bytes, and note the version of the file that the next ones belong to."""
+        """Drop the received bytes, and note the version of the file that the next ones belong to.
+
+        Args:
+            url: the mirror, without secrets.
+            validator, total: see the attributes.
+        """
         # In this order, a note never describes earlier bytes, wherever the process is killed.
         self._bytes.truncate(0)
         self._forget()

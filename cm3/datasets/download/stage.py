@@ -5,18 +5,29 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx2
 
 from cm3.common.cli import stage
 from cm3.common.errors import UserError
-from cm3.common.http import FetchError, TransientError, back_off, check_status, is_offline, one_line
+from cm3.common.files import sha256_of
+from cm3.common.http import (
+    FetchError,
+    TransientError,
+    back_off,
+    check_status,
+    hide_secrets,
+    is_offline,
+    one_line,
+    reveal,
+    without_secrets,
+)
 from cm3.common.progress import Progress
 from cm3.datasets.download.client import MirrorClient
 from cm3.datasets.download.gzip import DamagedGzipError, GzipBombError, check_gzip
 from cm3.datasets.download.partial import Partial
 from cm3.datasets.download.response import HEAD_BYTES, check_start, content_length, content_range, validator_of
+from cm3.datasets.raw_files import facts_of, read_record, stamp
 
 log = logging.getLogger("cm3.datasets.download.stage")
 
@@ -33,6 +44,7 @@ def download(
     pause: float = 1.0,
     timeout: float = 60.0,
     slowest: float = 1000.0,
+    place: Path | None = None,
 ) -> dict[str, Any]:
     """Download `file` from the first URL that provides it completely.
 
@@ -48,21 +60,25 @@ def download(
         pause: seconds before the second try, doubled each time; a Retry-After of the server is followed.
         timeout: seconds without a byte.
         slowest: bytes per second; fewer over `timeout` seconds count as a failure.
+        place: where users put the file themselves, for messages; default: `file`.
 
     Returns:
-        url, bytes and sha256 of the download.
+        url (without secrets), bytes and sha256 of the download.
 
     Raises:
         UserError: no mirror provided the file, with the reason for each; the disk is full; or CM3_OFFLINE is set.
             Nothing is left behind except a part that the next call can resume.
     """
     for url in urls:
-        if urlsplit(url).scheme not in ("http", "https"):
-            raise UserError(f"{url}: only http and https are supported; correct the URL of {file}")
+        if url.partition("://")[0].lower() not in ("http", "https"):
+            raise UserError(f"{without_secrets(url)}: only http and https are supported; correct the URL of {file}")
     if is_offline():
-        raise UserError(f"CM3_OFFLINE is set, so nothing is downloaded: put the file {urls[0]} at {file} yourself")
+        raise UserError(
+            f"CM3_OFFLINE is set, so nothing is downloaded: put the file {without_secrets(urls[0])} at {place or file} "
+            "yourself"
+        )
     with Partial(file, checked=sha256 is not None) as partial:
-        return _Download(partial, sha256, size, attempts, pause, timeout, slowest).from_mirrors(urls)
+        return _Download(partial, sha256, size, attempts, pause, timeout, slowest, place or file).from_mirrors(urls)
 
 
 class _SuspectError(TransientError):
@@ -79,23 +95,26 @@ class _Download:
         pause: float,
         timeout: float,
         slowest: float,
+        place: Path,
     ) -> None:
         self.partial, self.sha256, self.size = partial, sha256 and sha256.lower(), size
         self.attempts, self.pause, self.timeout, self.slowest = attempts, pause, timeout, slowest
+        self.place = place
         self.suspected: set[str] = set()
 
     def from_mirrors(self, urls: Sequence[str]) -> dict[str, Any]:
         failures = []
-        if self.partial.url not in urls:
+        names = {url: without_secrets(url) for url in urls}
+        if self.partial.url not in names.values():
             self.partial.discard()
-        for url in sorted(urls, key=lambda url: url != self.partial.url):
-            log.info("downloading %s", url)
+        for url in sorted(urls, key=lambda url: names[url] != self.partial.url):
+            log.info("downloading %s", names[url])
             try:
                 with MirrorClient(url, self.timeout, self.slowest) as client:
                     return self._from_mirror(client)
             # InvalidURL and ValueError: an impossible address or header.
             except (FetchError, TransientError, httpx2.InvalidURL, ValueError) as error:
-                failures.append(f"{url}: {one_line(str(error), 300)}")
+                failures.append(f"{names[url]}: {one_line(hide_secrets(str(error), url), 300)}")
                 log.warning("giving up on %s", failures[-1])
         raise UserError(self._message(failures))
 
@@ -106,14 +125,14 @@ class _Download:
             kept = f"{self.partial.progress()} are kept: run the same command again to resume. Otherwise:\n"
         return (
             f"{self.partial.file} could not be downloaded:\n  {listed}\n"
-            f"{kept}Put the file there yourself, or configure another mirror"
+            f"{kept}Put the file at {self.place} yourself, or configure another mirror"
         )
 
     def _offset(self, url: str) -> int:
         return self.partial.length if self.partial.url == url and self.partial.resumable else 0
 
     def _from_mirror(self, client: MirrorClient) -> dict[str, Any]:
-        url = client.url
+        url = client.name
         failures = small_gains = 0
         furthest = self._offset(url)
         while True:
@@ -137,12 +156,13 @@ class _Download:
                     raise
                 wait = back_off(max(failures, 1), self.pause, error)
                 count = f"try {failures + 1} of {self.attempts}" if failures else "resuming"
-                log.warning("%s: %s; %s in %.1f s", url, error, count, wait)
+                reason = hide_secrets(str(error), client.url)
+                log.warning("%s: %s; %s in %.1f s", url, reason, count, wait)
                 time.sleep(wait)
 
     def _receive(self, client: MirrorClient) -> None:
         partial, headers = self.partial, {}
-        if offset := self._offset(client.url):
+        if offset := self._offset(client.name):
             headers["Range"] = f"bytes={offset}-"
             if partial.validator is not None:
                 headers["If-Range"] = partial.validator
@@ -151,11 +171,11 @@ class _Download:
                 self._accept_416(response)
             elif offset and response.status_code == 206:
                 self._accept_206(response)
-                log.info("%s: resuming at %s", client.url, partial.progress())
+                log.info("%s: resuming at %s", client.name, partial.progress())
                 self._write(b"", client.blocks(response))
             else:
                 if offset:
-                    log.info("%s: cannot be resumed, or has changed; starting again", client.url)
+                    log.info("%s: cannot be resumed, or has changed; starting again", client.name)
                 self._start(client, response)
 
     def _accept_416(self, response: httpx2.Response) -> None:
@@ -183,7 +203,7 @@ class _Download:
             if self.size is not None and total is not None and total != self.size:
                 raise FetchError(f"has {total} bytes, not {self.size}")
         except FetchError:
-            if partial.url == client.url:
+            if partial.url == client.name:
                 partial.discard()
             raise
         body, head = client.blocks(response), b""
@@ -193,7 +213,7 @@ class _Download:
             raise TransientError("an empty response")
         # The kept part is dropped only now that a better one has been checked.
         check_start(head, partial.file, response.headers)
-        partial.restart(client.url, validator_of(response.headers), total)
+        partial.restart(client.name, validator_of(response.headers), total)
         self._write(head, body)
 
     def _write(self, head: bytes, body: Iterator[bytes]) -> None:
@@ -251,15 +271,46 @@ class _Download:
         raise _SuspectError(reason)
 
 
+def keep(file: Path, sha256: str | None = None, size: int | None = None) -> dict[str, Any] | None:
+    """Return the facts of a file that is there already and need not be downloaded again; None if it is damaged.
+
+    A file that has changed since it was downloaded counts as damaged, unless its checksum is the expected one.
+
+    Raises:
+        UserError: it is a whole file, but not of the size or checksum that the configuration expects.
+    """
+    if file.is_dir():
+        raise UserError(f"{file}: is a folder in the place of a downloaded file; move it away")
+    if not file.exists():
+        return None
+    if file.suffix == ".gz":
+        try:
+            check_gzip(file)
+        except (DamagedGzipError, GzipBombError) as error:
+            log.warning("%s: %s; it is downloaded again", file, error)
+            return None
+    recorded, found = read_record(file).get("sha256"), sha256_of(file)
+    if found != sha256 and recorded not in (None, found):
+        log.warning("%s: is not the file that was downloaded; it is downloaded again", file)
+        return None
+    facts = facts_of(file, {"sha256": sha256, "size": size})
+    log.info("%s is there already and is used unchanged; delete it to download it again", file)
+    return facts
+
+
 def main() -> None:
-    """Spec: urls, path, sha256, size. Runtime: attempts, pause, timeout, slowest. Output: file, record."""
+    """Spec: urls, path, sha256, size. Runtime: attempts, pause, timeout, slowest, place. Output: file, record."""
     with stage("cm3.datasets.download.stage") as call:
-        spec = call.spec
+        spec, file = call.spec, call.outputs["file"]
         limits = {
             name: call.runtime[name] for name in ("attempts", "pause", "timeout", "slowest") if name in call.runtime
         }
-        facts = download(spec["urls"], call.outputs["file"], spec.get("sha256"), spec.get("size"), **limits)
-        call.record.update(facts)
+        sha256, size = spec.get("sha256"), spec.get("size")
+        facts = keep(file, sha256, size)
+        if facts is None:
+            place = Path(call.runtime.get("place", file))
+            facts = download(reveal(spec["urls"]), file, sha256, size, place=place, **limits)
+        call.record.update(facts, **stamp(file))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,16 @@ import tenacity
 from yarl import URL
 
 from cm3.common.errors import UserError, machine_fault
-from cm3.common.http import USER_AGENT, FetchError, TransientError, back_off, check_status, one_line
+from cm3.common.http import (
+    USER_AGENT,
+    FetchError,
+    TransientError,
+    UnresolvedError,
+    back_off,
+    check_status,
+    hide_secrets,
+    one_line,
+)
 from cm3.common.image_decode import UnreadableError
 from cm3.common.progress import Progress
 from cm3.common.ssrf import RefusedError, check_host, parse_url
@@ -301,12 +310,14 @@ def _check(response: aiohttp.ClientResponse, host: Host) -> None:
 
 def _explain(error: BaseException) -> Outcome | None:
     """Return the outcome of a URL whose request raised `error`; None if the error is not about the request."""
-    reason = one_line(str(error)) or type(error).__name__
+    reason = one_line(hide_secrets(str(error))) or type(error).__name__
     match error:
         case _NoImageError():
             return Outcome(error.status, error.kind, reason)
         case RefusedError():
             return Outcome(FAILED, "refused", reason, passing=True)
+        case UnresolvedError():
+            return Outcome(FAILED, "no connection", reason, passing=True)
         case _RetryError():
             return Outcome(FAILED, error.kind, reason, passing=True)
         case TimeoutError():

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 
+from cm3.common.http import resolution_error
 from cm3.common.ssrf import RefusedError, is_public
 from cm3.datasets.images.proxies import environment_proxies
 
@@ -36,8 +37,14 @@ class PublicResolver(AbstractResolver):
 
         Raises:
             RefusedError: it has none.
+            UnresolvedError: there is no such name.
         """
-        found = await self.inner.resolve(host, port, family)
+        try:
+            found = await self.inner.resolve(host, port, family)
+        except OSError as error:
+            if unresolved := resolution_error(host if host not in self.proxies else f"{host} (the proxy)", error):
+                raise unresolved from None
+            raise
         if self.private or host in self.proxies:
             return found
         public = [address for address in found if is_public(address["host"])]

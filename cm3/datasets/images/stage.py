@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from cm3.common.cli import stage
+from cm3.common.http import without_secrets
 from cm3.common.progress import Progress
 from cm3.common.tables import FAILED, ITEMS, MADE_FROM, MANIFEST, MISSING, OK, read_table, write_table
 from cm3.datasets.images.shards import SHARD_BYTES, ShardWriter, fresh_folder, put_in_place
@@ -81,7 +82,7 @@ def collect_images(
                 place = shards.add(found.image.sha256, found.data)
                 sizes[place] = len(found.data)
             elif found.status == FAILED:
-                failures.append(f"{item.item_id}: {found.url}: {error}")
+                failures.append(f"{item.item_id}: {without_secrets(found.url)}: {error}")
             kinds.update(set(found.kinds))
             rows.append(_row(item, found, error, place))
             progress.advance(1, **{found.status: 1})

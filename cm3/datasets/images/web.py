@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cm3.common.errors import UserError
-from cm3.common.http import is_offline
+from cm3.common.http import is_offline, without_secrets
 from cm3.common.ssrf import is_allowed
 from cm3.common.tables import FAILED, MISSING, OK
 from cm3.datasets.images.fetch import NOT_REACHED, Fetcher, without_request
@@ -96,5 +96,5 @@ def _stop_unless_reached(found: Sequence[Found]) -> None:
     if tried and all(place.status == FAILED and NOT_REACHED.issuperset(place.kinds) for place in tried):
         raise UserError(
             f"none of {len(tried)} images could be downloaded, because no host answered or is allowed; the first: "
-            f"{tried[0].url}: {'; '.join(tried[0].reasons)}. Check the network, and images.hosts in the config"
+            f"{without_secrets(tried[0].url)}: {'; '.join(tried[0].reasons)}. Check the network, and images.hosts in the config"
         )

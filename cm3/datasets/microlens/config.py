@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field
 
+from cm3.common.http import without_secrets
 from cm3.datasets.published import PublishedSource, Url
 
 _FEATURES = {
@@ -62,7 +63,9 @@ class MicroLensSpec(PublishedSource):
 
     def prepare_spec(self) -> dict[str, Any]:
         """Return the spec of the prepare stage, with the base URLs of the covers, one per mirror."""
-        covers = [f"{root.rstrip('/')}/{self._tree}/MicroLens-{self.size}_covers" for root in self.mirrors]
+        # These addresses become part of the item table, so they hold no secret of a mirror.
+        roots = [without_secrets(root).rstrip("/") for root in self.mirrors]
+        covers = [f"{root}/{self._tree}/MicroLens-{self.size}_covers" for root in roots]
         return {**super().prepare_spec(), "interactions": self.interactions, "covers": covers}
 
     def image_hosts(self) -> list[str]:

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import logging
+import re
 import shutil
 import time
 from collections.abc import Iterable
@@ -33,6 +34,7 @@ TRUTH = pa.schema(
         ("has_description", pa.bool_()),
     ]
 )
+_OWN_IMAGE = re.compile(r"B0[0-9A-Z]{8}\.jpg")
 _LETTERS = np.asarray(list("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
 
 
@@ -114,13 +116,23 @@ def _draw_all(
                 (drawing / f"{asin}.jpg").write_bytes(data)
                 listing.append(f"{hashlib.sha256(data).hexdigest()}  images/{asin}.jpg\n")
                 state.append("corrupt" if item in corrupt else "ok")
-            shutil.rmtree(folder, ignore_errors=True)
-            drawing.rename(folder)
+            _put_in_place(drawing, folder)
     finally:
         shutil.rmtree(drawing, ignore_errors=True)
     with atomic(images) as temporary:
         temporary.write_text("".join(sorted(listing, key=lambda line: line.split()[1])), encoding="utf-8")
     return state
+
+
+def _put_in_place(drawing: Path, folder: Path) -> None:
+    """Move the drawn images to their folder, in place of earlier ones; other files there are a user's and stay."""
+    folder.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        if _OWN_IMAGE.fullmatch(path.name) and path.is_file():
+            path.unlink()
+    for path in drawing.iterdir():
+        shutil.move(path, folder / path.name)
+    drawing.rmdir()
 
 
 def _metadata(rng: np.random.Generator, world: World, asins: list[str]) -> Iterable[str]:

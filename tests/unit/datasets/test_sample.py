@@ -278,6 +278,23 @@ def test_the_shop_as_a_users_own_files_is_the_same_shop(shop: Path, tmp_path: Pa
     assert stats["interactions"] == expected.sum() == pq.read_metadata(tmp_path / "ratings.parquet").num_rows
 
 
+DRAWN = {"users": 20, "items": 12, "picture_size": 32}
+
+
+def test_files_of_a_user_among_the_drawn_ones_stay(tmp_path: Path):
+    write(tmp_path, **DRAWN)
+    drawn = contents(tmp_path)
+    mine = {"notes.txt": b"1", "images/photo.jpg": b"2", "images/B0.jpg": b"3", "images/more/B000000000.jpg": b"4"}
+    for name, content in mine.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    write(tmp_path, **DRAWN | {"seed": 2})
+    assert mine.items() <= contents(tmp_path).items()
+    # Nothing of the other shop is left.
+    write(tmp_path, **DRAWN)
+    assert contents(tmp_path) == drawn | mine
+
+
 def test_a_full_disk_is_one_line_and_no_half_shop(tmp_path: Path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))

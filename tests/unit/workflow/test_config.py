@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -153,16 +154,102 @@ def test_an_earlier_run_is_there_and_not_in_what_is_replaced(tmp_path: Path, mon
         inputs("results/shop/runs/0")
 
 
-def test_a_raw_file_is_fetched_again_where_another_generation_has_one_of_its_name():
-    def fetched(source: str, **changes: Any) -> tuple[str, str]:
-        shop = {"source": source, "category": "Sports_and_Outdoors", **changes}
-        config = load_config(SMALL | {"datasets": {"shop": shop}})
-        path = data.prepare_inputs(config, "shop")["meta"]
-        return path, data.download(config, "shop", Path(path).name).identity
+def shop_of(source: str, **changes: Any) -> Config:
+    return load_config(SMALL | {"datasets": {"shop": {"source": source, "category": "Toys", **changes}}})
 
-    before, after = fetched("amazon-2014"), fetched("amazon-2018")
-    assert before[0] == after[0] and before[1] != after[1]
+
+def meta_of(config: Config) -> str:
+    return data.prepare_inputs(config, "shop")["meta"]
+
+
+@pytest.mark.usefixtures("empty_folder")
+def test_another_generation_of_a_source_has_other_downloads():
+    def fetched(source: str, **changes: Any) -> tuple[str, str]:
+        path = meta_of(config := shop_of(source, **changes))
+        return path, data.download(config, "shop", path.removeprefix("raw/shop/download/")).identity
+
+    before = fetched("amazon-2014")
+    assert before[0] == "raw/shop/download/categoryFiles/meta_Toys.json.gz"
+    assert fetched("amazon-2018")[0] == "raw/shop/download/metaFiles2/meta_Toys.json.gz"
+    # Mirrors, and settings that only check the file.
     assert fetched("amazon-2014", mirrors=["http://127.0.0.1/elsewhere"]) == before
+    facts = {"sha256": {"meta_Toys.json.gz": "0" * 64}, "sizes": {"meta_Toys.json.gz": 5}}
+    assert fetched("amazon-2014", **facts) == before
+
+
+@pytest.fixture
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_a_file_that_a_user_put_in_place_is_read_from_there(empty_folder: Path):
+    config = shop_of("amazon-2014")
+    by_hand = write(empty_folder / "raw/shop/meta_Toys.json.gz", "mine")
+    assert meta_of(config) == "raw/shop/meta_Toys.json.gz"
+    # The same for a file that an earlier release downloaded to that place.
+    record = write(
+        empty_folder / "raw/shop/meta_Toys.json.gz.stage.json",
+        '{"url": "https://a.org/categoryFiles/meta_Toys.json.gz", "bytes": 4}',
+    )
+    assert meta_of(config) == "raw/shop/meta_Toys.json.gz"
+    # But not for another generation, unless a user replaced the file.
+    assert meta_of(shop_of("amazon-2018")) == "raw/shop/download/metaFiles2/meta_Toys.json.gz"
+    by_hand.write_text("mine as well")
+    assert meta_of(shop_of("amazon-2018")) == "raw/shop/meta_Toys.json.gz"
+    record.write_text("damaged")
+    assert meta_of(shop_of("amazon-2018")) == "raw/shop/meta_Toys.json.gz"
+
+
+def test_a_file_in_an_object_storage_is_read_from_there():
+    config = shop_of("amazon-2014")
+    stored = replace(config, exists={"raw/shop/meta_Toys.json.gz"}.__contains__)
+    inputs = data.prepare_inputs(stored, "shop")
+    assert inputs["meta"] == "raw/shop/meta_Toys.json.gz"
+    assert inputs["ratings"] == "raw/shop/download/categoryFiles/ratings_Toys.csv"
+
+
+@pytest.mark.parametrize("place", ["raw", "raw/shop", "raw/shop/meta_Toys.json.gz", "raw/shop/download"])
+def test_a_dangling_link_in_raw_is_named(empty_folder: Path, place: str):
+    link = empty_folder / place
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to("gone")
+    with pytest.raises(UserError, match=f"^{place}: is a link to gone, which does not exist"):
+        meta_of(shop_of("amazon-2014"))
+
+
+def test_a_folder_or_file_in_the_wrong_place_is_named(empty_folder: Path):
+    (empty_folder / "raw/shop/meta_Toys.json.gz").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"^raw/shop/meta_Toys\.json\.gz: is a folder in the place of a file"):
+        meta_of(shop_of("amazon-2014"))
+    (empty_folder / "raw/shop/meta_Toys.json.gz").rmdir()
+    write(empty_folder / "raw/shop/download", "")
+    with pytest.raises(UserError, match=r"^raw/shop/download: is a file in the place of a folder"):
+        meta_of(shop_of("amazon-2014"))
+
+
+@pytest.mark.parametrize("place", ["raw", "raw/shop"])
+def test_a_file_in_the_place_of_a_raw_folder_is_named(empty_folder: Path, place: str):
+    data.check_raw_folders(shop_of("amazon-2014"))
+    write(empty_folder / place, "")
+    with pytest.raises(UserError, match=rf"^{place}: is a file in the place of a folder"):
+        data.check_raw_folders(shop_of("amazon-2014"))
+
+
+def test_a_folder_without_write_permission_is_named(empty_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    (empty_folder / "raw").mkdir()
+    monkeypatch.setattr("os.access", lambda *arguments: False)
+    with pytest.raises(UserError, match=r"^raw: no permission to write raw/shop/download/"):
+        meta_of(shop_of("amazon-2014"))
+    write(empty_folder / "raw/shop/download/categoryFiles/meta_Toys.json.gz", "fetched")
+    write(empty_folder / "raw/shop/ratings_Toys.csv", "mine")
+    assert meta_of(shop_of("amazon-2014")).startswith("raw/shop/download/")
 
 
 def test_the_run_key_follows_what_decides_the_model_and_nothing_else():

@@ -13,7 +13,7 @@ from cm3.common.errors import UserError
 from extractors.runtime.cache import cache_address
 from workflow.plan import features, runs
 from workflow.plan.config import Config, load_config
-from workflow.prune import Unused, paths_in, prune, read_config, table, unused, used_by
+from workflow.prune import Unused, delete, paths_in, prune, read_config, table, unused, used_by
 
 
 @pytest.fixture(autouse=True)
@@ -116,6 +116,21 @@ def test_raw_files_tables_images_results_and_files_of_the_user_are_never_listed(
     ]
     for path in kept:
         write(path)
+    assert listed(configured()) == set()
+
+
+def test_files_of_a_user_in_a_run_stay():
+    for name in ("model.safetensors", "checkpoints/last.pt", "tensorboard/events.1", "notes.md", "plots/mine.png"):
+        write(f"results/shop/runs/0123456789ab/{name}")
+    write("results/shop/runs/111111111111/history.csv")
+    entries = unused(configured(), used_by(configured()))
+    assert [entry.kind for entry in entries] == ["run", "run"]
+    delete(entries)
+    assert sorted(str(path) for path in Path("results/shop/runs").rglob("*") if path.is_file()) == [
+        "results/shop/runs/0123456789ab/notes.md",
+        "results/shop/runs/0123456789ab/plots/mine.png",
+    ]
+    assert not Path("results/shop/runs/111111111111").exists()
     assert listed(configured()) == set()
 
 

@@ -3,10 +3,13 @@
 import base64
 import gzip
 import hashlib
+import json
 import logging
 import random
 import resource
 import socket
+import subprocess
+import sys
 import time
 from email.utils import formatdate
 from pathlib import Path
@@ -15,6 +18,7 @@ import pytest
 from faulty_server import Answer, Mirror, dripped_framing, dripped_headers, moved, nobody, raw
 from fetching import BODY, LATELY, NOISE, fail_noise, fetch, fetch_noise, hidden
 from oracles_sources import cut_short, in_turn, respond, serving
+from repository import ROOT
 
 from cm3.common.errors import UserError
 from cm3.common.http import LONGEST_WAIT, back_off, retry_after
@@ -25,7 +29,7 @@ from cm3.datasets.download.client import AddressCheck
 from cm3.datasets.download.gzip import DamagedGzipError, GzipBombError, check_gzip
 from cm3.datasets.download.partial import Partial
 from cm3.datasets.download.response import content_range, validator_of
-from cm3.datasets.download.stage import download
+from cm3.datasets.download.stage import download, keep
 
 
 def test_the_file_arrives_byte_for_byte(tmp_path: Path):
@@ -365,6 +369,130 @@ def test_private_addresses_are_for_the_mirror_only():
     known["mirror.org"] = "10.0.0.9"
     with pytest.raises(RefusedError, match=r"mirror\.org has a private address"):
         org.addresses("mirror.org", 80)
+
+
+def test_a_name_that_does_not_exist_is_tried_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    codes = {"gone.example": socket.EAI_NONAME, "busy.example": socket.EAI_AGAIN}
+    asked = []
+
+    def resolve(host: str, *arguments, **options) -> list[tuple]:
+        asked.append(host)
+        raise socket.gaierror(codes[host], "no answer")
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(AddressCheck.__init__, "__defaults__", (resolve,))
+    urls = [f"http://{host}/a" for host in codes]
+    with pytest.raises(
+        UserError, match=r"the host name gone\.example cannot be resolved \(no answer\); check its spelling"
+    ):
+        download(urls, tmp_path / "a.gz", attempts=3, pause=0.01)
+    assert asked == ["gone.example", *["busy.example"] * 3]
+
+
+# Secrets
+
+
+@pytest.mark.parametrize("fault", [respond(b"", 404), respond(b"", 503), respond(b"short"), cut_short(BODY), None])
+def test_secrets_of_a_mirror_are_in_no_message_or_file(
+    tmp_path: Path, fault: Answer | None, caplog: pytest.LogCaptureFixture
+):
+    secret = "/tree/a.gz?sig=t0ken&x=pa55"
+    message = ""
+    with serving() as server, caplog.at_level(logging.DEBUG, "cm3"):
+        server.answers = {secret: fault or respond(BODY)}
+        url = server.url(secret).replace("//", "//me:pa55word@")
+        try:
+            facts = download([url], tmp_path / "a.gz", attempts=2, pause=0.01, timeout=1.0)
+            assert facts["url"] == server.url("/tree/a.gz")
+        except UserError as error:
+            message = str(error)
+            assert server.url("/tree/a.gz") in message
+        assert server.asked[0] == secret
+    shown = message + caplog.text + "".join(path.read_text("latin-1") for path in tmp_path.rglob("*.json"))
+    assert "t0ken" not in shown and "pa55" not in shown
+
+
+@pytest.mark.parametrize("proxy", ["http://me:pa55word@127.0.0.1:9", "ftp://me:pa55word@host", "me:pa55/word@host"])
+def test_the_password_of_a_proxy_is_in_no_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, proxy: str
+):
+    monkeypatch.setenv("http_proxy", proxy)
+    monkeypatch.setenv("no_proxy", "")
+    with pytest.raises(UserError) as error:
+        download(["http://mirror.example/a"], tmp_path / "a.gz", attempts=2, pause=0.01)
+    assert "pa55" not in str(error.value) + caplog.text
+
+
+@pytest.mark.parametrize(
+    "url", ["http://me:pa55/word@127.0.0.1/a", "http://me:pa55[@127.0.0.1:x/a", "ftp://me:pa55@h/a"]
+)
+def test_the_password_of_an_invalid_mirror_is_in_no_message(tmp_path: Path, caplog: pytest.LogCaptureFixture, url: str):
+    with pytest.raises(UserError) as error:
+        download([url], tmp_path / "a.gz", attempts=2, pause=0.01)
+    assert "pa55" not in str(error.value) + caplog.text
+
+
+def test_secrets_of_a_redirect_are_in_no_message(tmp_path: Path):
+    with serving() as server:
+        server.answers = {"/a": moved("http://10.0.0.1/b?sig=t0ken"), "/c": moved("/c?sig=t0ken")}
+        server.answers["/c?sig=t0ken"] = moved("/c?sig=t0ken")
+        with pytest.raises(UserError) as error:
+            fetch(server, tmp_path / "a.gz", "/a", "/c")
+    assert "t0ken" not in str(error.value) and "http://10.0.0.1/b" in str(error.value)
+
+
+def test_a_part_is_resumed_with_another_token(tmp_path: Path):
+    mirror = Mirror(NOISE)
+    with serving() as server:
+        server.answers = {"/a?sig=old": in_turn(mirror.cut(50_000), respond(b"", 503)), "/a?sig=new": mirror}
+        with pytest.raises(UserError):
+            fetch(server, tmp_path / "a.bin", "/a?sig=old", attempts=1)
+        assert "old" not in hidden(tmp_path)[1].read_text()
+        facts = fetch(server, tmp_path / "a.bin", "/a?sig=new")
+    assert facts["bytes"] == len(NOISE) and mirror.ranges[-1] == "bytes=50000-"
+
+
+def test_a_file_of_passwords_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "netrc").write_text("machine\nx y z password")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with pytest.raises(UserError, match=r"/netrc: cannot be read \(.*\); correct the file"):
+        download(["http://127.0.0.1:9/a"], tmp_path / "a.gz", attempts=1)
+
+
+# Files that are there already
+
+
+def test_a_whole_file_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    file = tmp_path / "a.gz"
+    assert keep(file) is None
+    file.write_bytes(BODY)
+    sha256 = hashlib.sha256(BODY).hexdigest()
+    assert keep(file, sha256, len(BODY)) == {"bytes": len(BODY), "sha256": sha256, "url": None}
+    with pytest.raises(UserError, match=f"its sha256 is {sha256} and not {'0' * 64}"):
+        keep(file, "0" * 64)
+    file.write_bytes(BODY[:-9])
+    assert keep(file) is None and "it is downloaded again" in caplog.text
+    assert file.read_bytes() == BODY[:-9]
+    file.write_bytes(BODY)
+    (tmp_path / "a.gz.stage.json").write_text(json.dumps({"sha256": "1" * 64}))
+    assert keep(file) is None and "is not the file that was downloaded; it is downloaded again" in caplog.text
+    assert keep(file, sha256) is not None and keep(file, "0" * 64) is None
+    (tmp_path / "folder.gz").mkdir()
+    with pytest.raises(UserError, match=r"folder\.gz: is a folder in the place of a downloaded file"):
+        keep(tmp_path / "folder.gz")
+
+
+@pytest.mark.parametrize("place", ["/dev/null", "/proc/version", "LINK"])
+def test_a_place_that_cannot_be_written_is_named_in_one_line(tmp_path: Path, place: str):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    place = place.replace("LINK", f"{tmp_path}/link")
+    spec = json.dumps({"urls": ["http://127.0.0.1:9/a"]})
+    command = [sys.executable, "-m", "cm3.datasets.download.stage", "--spec", spec, "--output", f"file={place}/a.gz"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"{place}: " in done.stderr.strip().splitlines()[-1]
 
 
 # Headers

@@ -2,11 +2,17 @@
 
 import asyncio
 import ipaddress
+import socket
+from pathlib import Path
 
+import aiohttp
 import pytest
+from oracles_sources import items_file
 
+from cm3.common.errors import UserError
 from cm3.common.ssrf import RefusedError, is_public
 from cm3.datasets.images.hosts import Host, PublicResolver
+from cm3.datasets.images.stage import collect_images
 
 
 @pytest.mark.parametrize(
@@ -44,6 +50,23 @@ def test_names_of_private_addresses_are_refused_when_connecting():
     assert asyncio.run(resolve(True)) >= 1
     with pytest.raises(RefusedError, match="localhost has a private address"):
         asyncio.run(resolve(False))
+
+
+def test_a_name_that_does_not_exist_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    async def resolve(self, host: str, *arguments, **options) -> list:
+        asked.append(host)
+        raise socket.gaierror(codes[host], "no answer")
+
+    codes = {"gone.example": socket.EAI_NONAME, "busy.example": socket.EAI_AGAIN}
+    monkeypatch.setattr(aiohttp.DefaultResolver, "resolve", resolve)
+    spec = {"hosts": list(codes), "private": False, "max_bytes": 10, "max_pixels": 10, "placeholders": []}
+    items = items_file(tmp_path / "items.parquet", {host: [f"http://{host}/a.jpg?sig=t0ken"] for host in codes})
+    runtime = {"attempts": 3, "pause": 0.01}
+    with pytest.raises(UserError, match=r"http://gone\.example/a\.jpg: the host name gone\.example cannot be resolved"):
+        collect_images({"find": "urls", **spec}, runtime, items, {}, tmp_path / "out/manifest.parquet")
+    assert asked.count("gone.example") == 1 and asked.count("busy.example") == 3
 
 
 class Clock:
