@@ -79,6 +79,21 @@ def read_columns(path: Path, format: str, names: Sequence[str], ids: Sequence[st
         raise UserError(f"{path}: has no rows" + (", only a header" if format in _DELIMITER else ""))
 
 
+def column_names(path: Path, format: str) -> list[str]:
+    """Return the names of the columns of a table file; of jsonl, the keys of its first line.
+
+    Raises:
+        UserError: the file is missing, empty or unreadable.
+    """
+    if format == "parquet":
+        with _open_parquet(path, []) as file:
+            return list(file.schema_arrow.names)
+    check_readable(path)
+    if format == "jsonl":
+        return list(next(_read_jsonl(path, []))[1])
+    return _header(path, _DELIMITER[format])
+
+
 def _parquet_parts(path: Path, names: Sequence[str]) -> Iterator[pa.Table]:
     with _open_parquet(path, names) as file:
         try:
