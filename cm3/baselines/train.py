@@ -24,6 +24,7 @@ from cm3.model.network import Embeddings, Network
 from cm3.model.sampling import derived_seed
 from cm3.training.checkpoint import Checkpoint
 from cm3.training.loop import Fitted, fit, memory_hint
+from cm3.training.pruning import read_trial
 from cm3.training.run import run_facts, training_sampler, validations, write_run
 from cm3.training.state import Best
 
@@ -99,7 +100,8 @@ def train(
             dedup_pairs=getattr(model, "dedup_pairs", False),
             advice="use a model without negative samples, such as directau, or remove such users",
         )
-        fitted = fit(network, sampler, scored[0], training, checkpoint, scored[1], curves)
+        trial = read_trial(model_output.parent)
+        fitted = fit(network, sampler, scored[0], training, checkpoint, scored[1], curves, trial=trial)
         n_parameters = sum(p.numel() for p in network.parameters())
     elif isinstance(model, ClosedForm):
         scored = validations(data, inputs.interactions, training, torch.device("cpu"), interactions)

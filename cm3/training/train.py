@@ -21,6 +21,7 @@ from cm3.model.graph import item_item_matrix
 from cm3.model.model import build_model, fill_missing
 from cm3.training.checkpoint import Checkpoint
 from cm3.training.loop import fit, memory_hint
+from cm3.training.pruning import read_trial
 from cm3.training.run import read_neighbours, run_facts, training_sampler, validations, write_run
 from cm3.training.warm_start import check_no_leakage, earlier_files, warm_start
 
@@ -114,7 +115,8 @@ def train(
         advice="set model.uniformity_items to positive or uniform",
     )
     curves = model_output.parent / "tensorboard"
-    fitted = fit(network, sampler, valid, training, checkpoint, test, curves, shard)
+    trial = read_trial(model_output.parent)
+    fitted = fit(network, sampler, valid, training, checkpoint, test, curves, shard, trial)
     if shard and shard.rank:
         return {}
     write_run(

@@ -16,6 +16,7 @@ from cm3.datasets.spec import SourceSpec
 from extractors.registry import parse_extractor
 from extractors.spec import BackendSpec
 from workflow.plan.experiments import Experiment, ExperimentSection, inherit, parse_settings
+from workflow.plan.searches import read_states
 from workflow.plan.studies import Study, parse_study
 from workflow.plan.yaml_keys import check_duplicate_keys, default_config
 
@@ -116,7 +117,7 @@ def load_config(raw: Any, files: Sequence[Path] = (), local: bool = True) -> Con
         refused = sections.experiments.keys() - experiments.keys()
         if isinstance(named, list) and any(isinstance(n, str) and n in refused for n in named):
             return None  # the fault of that experiment is already reported
-        return parse_study(data, experiments, where)
+        return parse_study(data, experiments, where, read_states(name) if "search" in data else None)
 
     studies = _parse_each("studies", sections.studies, parse_comparison, faults)
     if faults:

@@ -73,11 +73,12 @@ def run_folder(config: Config, experiment: str) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def runs_of(config: Config, experiment: str) -> Mapping[str, Experiment]:
-    """Return the settings of all runs of an experiment by key: the selected one and those of studies."""
+    """Return the settings of all runs of an experiment by key: the selected one and those of studies and searches."""
     runs = {selected_run(config, experiment): config.experiments[experiment]}
     for study in config.studies.values():
         if experiment in study.points:
-            for _, _, settings in study.settings(experiment):
+            compared = [settings for _, _, settings in study.settings(experiment)]
+            for settings in [*compared, *study.trial_settings(experiment)]:
                 runs.setdefault(run_key(config, settings), settings)
     return runs
 
