@@ -7,6 +7,7 @@ batch see each other as running (the constant liar of TPE).
 
 import contextlib
 import logging
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,19 +35,23 @@ class Journal:
     """The finished trials of an experiment's search, in a file that a killed search goes on from."""
 
     def __init__(self, path: Path, name: str) -> None:
-        """Open the journal, a new one if it does not exist.
+        """Open the journal, a new one if it does not exist. The caller holds a lock that allows one search at a time.
+
+        What a killed search has left is removed: its lock, and a last line without an end.
 
         Raises:
             UserError: the file is not a journal of Optuna.
         """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
         try:
+            _remove_unfinished_line(path)
             storage = JournalStorage(JournalFileBackend(str(path)))
             self.study = optuna.create_study(
                 study_name=name, direction="maximize", storage=storage, load_if_exists=True
             )
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, AssertionError, OSError) as error:
             raise UserError(
                 f"{path}: not a readable journal of Optuna ({error}); delete it: finished runs stay, and the search repeats "
                 "its trials from them"
@@ -67,6 +72,14 @@ class Journal:
             found = get_param_importances(self.study, evaluator=PedAnovaImportanceEvaluator())
             return {name: float(value) for name, value in found.items()}
         return {}
+
+
+def _remove_unfinished_line(path: Path) -> None:
+    if path.is_file():
+        content = path.read_bytes()
+        end = content.rfind(b"\n") + 1
+        if end < len(content):
+            os.truncate(path, end)
 
 
 def distributions(space: Mapping[str, list[Any] | Range]) -> dict[str, BaseDistribution]:
