@@ -4,7 +4,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +11,9 @@ import pyarrow.compute as pc
 import scipy.sparse as sp
 
 from cm3.common.errors import UserError
+from cm3.common.files import read_json, sha256_of
 from cm3.common.interactions import Interactions
+from cm3.common.strict import validate
 from cm3.datasets.files.columns import parse_ids, parse_numbers
 from cm3.datasets.files.tabular import Columns, column_names, read_columns
 from cm3.evaluation.external_config import External
@@ -260,16 +261,19 @@ def _check_ranks(users: np.ndarray, ranks: np.ndarray, data: Interactions, path:
         )
 
 
-def facts(
-    lists: ExternalLists, users: np.ndarray, masked: sp.csr_matrix, ks: Sequence[int], path: Path
-) -> dict[str, Any]:
-    """Return what the record of an evaluation says about its external lists, and warn about lists that are too short.
+def read_external(checked: Path, path: Path, data: Interactions) -> ExternalLists:
+    """Return the lists of a file that the stage `cm3.evaluation.external_stage` has checked.
 
     Args:
-        lists: of all users.
-        users: (R,) test users.
-        masked: (U, I) items that are left out of the main test rankings.
-        ks: cut-offs of the metrics.
-        path: the file, for the messages.
+        checked: the stage's output.
+        path: the file of the lists.
+        data: users and items of the dataset.
+
+    Raises:
+        UserError: as `read_lists`; or the file has changed since it was checked.
     """
-    return lists.counts | lists.check_lengths(users, masked, ks, path)
+    stored = read_json(checked)
+    if sha256_of(path) != stored["sha256"]:
+        raise UserError(f"{path}: has changed since it was checked; run the same command again")
+    spec = validate(External, stored["model"] | {"recommendations": str(path)}, "model")
+    return read_lists(spec, data, path)

@@ -15,7 +15,7 @@ Name = str | None  # of a column
 class External(ModelSpec):
     """Recommendation lists of another tool, read from a file: a row for each user and recommended item."""
 
-    stage: ClassVar[str] = "evaluate"
+    stage: ClassVar[str] = "external"
     version: ClassVar[int | None] = 1
     trains: ClassVar[bool] = False
     on_device: ClassVar[bool] = False
@@ -57,5 +57,5 @@ class External(ModelSpec):
         return TableFile(path=self.recommendations, format=self.format).resolved_format
 
     def training_estimate(self, sizes: Sizes, *, epochs: int, batch_size: int) -> Estimate:
-        """Return nothing: there is no training."""
-        return Estimate(0, 0)
+        """Return what reading the lists needs, as for an evaluation."""
+        return self.evaluation_estimate(sizes)

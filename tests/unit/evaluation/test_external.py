@@ -14,7 +14,7 @@ from cm3.common.errors import UserError
 from cm3.common.interactions import Interactions
 from cm3.common.strict import validate
 from cm3.evaluation import external as module
-from cm3.evaluation.external import facts, read_lists
+from cm3.evaluation.external import read_lists
 from cm3.evaluation.external_config import External
 from cm3.evaluation.metrics import per_user
 from cm3.evaluation.ranking import Ranking
@@ -127,8 +127,9 @@ def test_short_lists_are_reported(tmp_path: Path, data: Interactions, caplog: py
     lists["u1"], lists["u2"] = lists["u1"][:3], []
     path = by_score(lists, tmp_path / "lists.csv")
     seen = sp.csr_matrix((np.ones(2), ([0, 1], [ITEMS.index(lists["u0"][0]), ITEMS.index(lists["u1"][1])])), (6, 12))
-    found = facts(read(path, data), np.arange(6), seen, [2, 11, 12], path)
-    assert found["masked"] == 2 and found["without_items"] == 1 and found["users"] == 5
+    lists_read = read(path, data)
+    found = lists_read.check_lengths(np.arange(6), seen, [2, 11, 12], path)
+    assert found["masked"] == 2 and found["without_items"] == 1 and lists_read.counts["users"] == 5
     assert [found[f"shorter_than_{k}"] for k in (2, 11, 12)] == [1, 2, 3]
     assert "1 of 6 users; their metrics are 0" in caplog.text
     assert "2 of 6 users have fewer than 11 items" in caplog.text
@@ -137,7 +138,7 @@ def test_short_lists_are_reported(tmp_path: Path, data: Interactions, caplog: py
 def test_complete_lists_say_nothing(tmp_path: Path, data: Interactions, caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.WARNING)
     path = by_score(all_lists(), tmp_path / "lists.csv")
-    facts(read(path, data), np.arange(6), sp.csr_matrix((6, 12)), [12], path)
+    read(path, data).check_lengths(np.arange(6), sp.csr_matrix((6, 12)), [12], path)
     assert not caplog.text
 
 
