@@ -7,10 +7,12 @@ import numpy as np
 import oracles_cm3 as oracle
 import pyarrow.parquet as pq
 import pytest
+from golden import check_golden
 
 from cm3.common.errors import UserError
 from cm3.common.files import read_json
 from cm3.common.interactions import read_interactions
+from cm3.common.stages import STAGES
 from cm3.config import Evaluation
 from cm3.evaluation.evaluate import evaluate
 from cm3.evaluation.external_stage import check_lists
@@ -67,3 +69,10 @@ def test_a_file_that_changed_after_its_check_is_refused(shop: dict[str, Path], t
     shop["lists"].write_text(shop["lists"].read_text() + "\n")
     with pytest.raises(UserError, match="has changed since it was checked"):
         evaluated(shop, tmp_path)
+
+
+def test_the_stage_gives_its_golden_output(shop: dict[str, Path], tmp_path: Path):
+    facts = check_lists(**shop, model={"name": "external"}, monitor="recall@20", output=tmp_path / "model.json")
+    checked = {key: value for key, value in read_json(tmp_path / "model.json").items() if key != "sha256"}
+    outputs = {"model": checked, "valid": facts["best_valid"], "recall": evaluated(shop, tmp_path)["test"]["recall@20"]}
+    check_golden("external", STAGES["external"].version, outputs, tolerance=1e-9)
