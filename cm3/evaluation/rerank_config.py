@@ -14,6 +14,7 @@ class Rerank(ModelSpec):
     """The first items of an experiment's lists, ordered by its own and other experiments' standardised scores."""
 
     version: ClassVar[int | None] = 1
+    libraries: ClassVar[tuple[str, ...]] = ("numpy", "scipy", "torch")
     stage: ClassVar[str] = "rerank"
     trains: ClassVar[bool] = False
     on_device: ClassVar[bool] = False
