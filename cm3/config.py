@@ -108,7 +108,9 @@ class Model(ModelSpec, ItemGraphs, Weighted):
 class Training(Strict):
     """Optimisation, validation and early stopping of a trained model."""
 
-    runtime_fields: ClassVar[frozenset[str]] = frozenset({"device", "processes", "checkpoint_seconds", "tensorboard"})
+    runtime_fields: ClassVar[frozenset[str]] = frozenset(
+        {"device", "processes", "checkpoint_seconds", "tensorboard", "trackers"}
+    )
 
     seed: int = Field(
         42, ge=0, lt=2**32, description="seed of initial values, batches, negative samples and mixing coefficients"
@@ -173,6 +175,9 @@ class Training(Strict):
     )
     tensorboard: bool = Field(
         True, description="write TensorBoard curves next to the model, if TensorBoard is installed"
+    )
+    trackers: list[Literal["mlflow", "wandb"]] = Field(
+        [], description="experiment trackers that training also reports to; their libraries are installed separately"
     )
 
 

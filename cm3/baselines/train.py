@@ -27,6 +27,7 @@ from cm3.training.loop import Fitted, fit, memory_hint
 from cm3.training.pruning import read_trial
 from cm3.training.run import run_facts, training_sampler, validations, write_run
 from cm3.training.state import Best
+from cm3.training.trackers import Trackers
 
 log = logging.getLogger("cm3.baselines.train")
 
@@ -85,6 +86,7 @@ def train(
         ", ".join(modalities) or "none",
     )
     checkpoint = Checkpoint(model_output.parent / "checkpoints", fingerprint)
+    trackers = None
     if isinstance(model, NetworkBaseline):
         scored = validations(data, inputs.interactions, training, device, interactions)
         network = _initialised(model, inputs, training.seed)
@@ -101,7 +103,8 @@ def train(
             advice="use a model without negative samples, such as directau, or remove such users",
         )
         trial = read_trial(model_output.parent)
-        fitted = fit(network, sampler, scored[0], training, checkpoint, scored[1], curves, trial=trial)
+        trackers = Trackers(training.trackers, model_output.parent, identity)
+        fitted = fit(network, sampler, scored[0], training, checkpoint, scored[1], curves, None, trial, trackers)
         n_parameters = sum(p.numel() for p in network.parameters())
     elif isinstance(model, ClosedForm):
         scored = validations(data, inputs.interactions, training, torch.device("cpu"), interactions)
@@ -127,6 +130,8 @@ def train(
         )
     checkpoint.remove()
     facts = run_facts(fitted, training, device, n_parameters)
+    if trackers is not None:
+        trackers.finish(facts, [path for path in (model_output, history_output, users_output, items_output) if path])
     if history_output is not None and model.exports != "item_weights":
         facts["history_sha256"] = sha256_of(history_output)
     facts |= {"model": model.name, "modality_weights": dict(inputs.weights) or None}

@@ -25,6 +25,7 @@ from cm3.training.curves import Curves
 from cm3.training.pruning import Trial, scores_of
 from cm3.training.schedule import GracefulStop, lr_factor
 from cm3.training.state import Best, State
+from cm3.training.trackers import Trackers
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ def fit(
     curves: Path | None = None,
     shard: ProcessShard | None = None,
     trial: Trial | None = None,
+    trackers: Trackers | None = None,
 ) -> Fitted:
     """Train until validation has not improved for `settings.patience` validations in a row, or epochs run out.
 
@@ -74,6 +76,7 @@ def fit(
         curves: folder for TensorBoard's event files; None writes none.
         shard: this process's part, of several processes that train one model; the first one writes.
         trial: the trial of a search that this run is; its pruner may end it.
+        trackers: get each epoch's numbers, too.
 
     Raises:
         PrunedError: the pruner of `trial` ended the run; the checkpoint is written.
@@ -86,7 +89,7 @@ def fit(
         raise UserError("training.processes: this model supports one process only; set it to 1")
     model.shard = shard
     with memory_advice(f"training on {sampler.users.device.type}", memory_hint(settings)):
-        return _fit(model, sampler, validation, settings, checkpoint, test, curves, shard, trial)
+        return _fit(model, sampler, validation, settings, checkpoint, test, curves, shard, trial, trackers)
 
 
 def memory_hint(settings: Training) -> str:
@@ -109,6 +112,7 @@ def _fit(
     curves: Path | None,
     shard: ProcessShard | None,
     trial: Trial | None,
+    trackers: Trackers | None,
 ) -> Fitted:
     first = shard is None or shard.rank == 0
     run = TrainingRun(model, sampler, validation, settings, checkpoint, test)
@@ -129,6 +133,8 @@ def _fit(
             seconds, epochs_here = seconds + time.monotonic() - started, epochs_here + 1
             run.log_epoch(time.monotonic() - started)
             plotted.add(state.history[-1])
+            if trackers and first:
+                trackers.add(state.history[-1])
             stopped = run.finished()
             state.epoch, state.step = state.epoch + 1, 0
             run.save_if_due(stop, bool(stopped))

@@ -23,6 +23,7 @@ from cm3.training.checkpoint import Checkpoint
 from cm3.training.loop import fit, memory_hint
 from cm3.training.pruning import read_trial
 from cm3.training.run import read_neighbours, run_facts, training_sampler, validations, write_run
+from cm3.training.trackers import Trackers
 from cm3.training.warm_start import check_no_leakage, earlier_files, warm_start
 
 log = logging.getLogger("cm3.training.train")
@@ -116,7 +117,8 @@ def train(
     )
     curves = model_output.parent / "tensorboard"
     trial = read_trial(model_output.parent)
-    fitted = fit(network, sampler, valid, training, checkpoint, test, curves, shard, trial)
+    trackers = Trackers([] if shard and shard.rank else training.trackers, model_output.parent, identity)
+    fitted = fit(network, sampler, valid, training, checkpoint, test, curves, shard, trial, trackers)
     if shard and shard.rank:
         return {}
     write_run(
@@ -129,7 +131,9 @@ def train(
         items_output=items_output,
     )
     checkpoint.remove()
-    facts = run_facts(fitted, training, device, n_parameters) | {"history_sha256": sha256_of(history_output)}
+    facts = run_facts(fitted, training, device, n_parameters)
+    trackers.finish(facts, [model_output, history_output, users_output, items_output])
+    facts |= {"history_sha256": sha256_of(history_output)}
     return facts | {"modality_weights": weights} | started
 
 
