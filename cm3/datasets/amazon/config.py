@@ -4,16 +4,9 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from cm3.datasets.images.alternatives import AMAZON_HOSTS
 from cm3.datasets.published import PublishedSource, Url
 
-_IMAGE_HOSTS = (
-    "ecx.images-amazon.com",
-    "g-ecx.images-amazon.com",
-    "images.amazon.com",
-    "images-eu.ssl-images-amazon.com",
-    "images-na.ssl-images-amazon.com",
-    "m.media-amazon.com",
-)
 _UCSD = (
     "https://mcauleylab.ucsd.edu/public_datasets/data",
     "https://datarepo.eng.ucsd.edu/mcauley_group/data",
@@ -45,7 +38,7 @@ class _AmazonSpec(PublishedSource):
 
     def image_hosts(self) -> list[str]:
         """Return the hosts of Amazon's product images."""
-        return list(_IMAGE_HOSTS)
+        return list(AMAZON_HOSTS)
 
 
 class Amazon2014Spec(_AmazonSpec):
