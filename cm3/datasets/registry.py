@@ -17,6 +17,7 @@ SOURCES = {
     "amazon-2023": "cm3.datasets.amazon.config:Amazon2023Spec",
     "microlens": "cm3.datasets.microlens.config:MicroLensSpec",
     "mmrec": "cm3.datasets.mmrec.config:MMRecSpec",
+    "recbole": "cm3.datasets.recbole.config:RecBoleSpec",
 }
 """`source` of a dataset -> module:class of its SourceSpec."""
 
