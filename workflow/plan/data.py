@@ -125,7 +125,7 @@ def prepare_inputs(config: Config, dataset: str) -> dict[str, str]:
     inputs = config.datasets[dataset].prepare_inputs(dataset)
     if config.local and config.datasets[dataset].source == "files":
         for name, path in inputs.items():
-            check_readable(Path(path), f"datasets.{dataset}.{name}.path")
+            check_readable(Path(path), f"datasets.{dataset}.{name.partition('.')[0]}.path")
     return raw_files(config, dataset, inputs)
 
 

@@ -1,9 +1,11 @@
 """Settings of the user's own tables."""
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from cm3.common.input_files import named_parts
 from cm3.common.paths import expand
 from cm3.datasets.files.tables_config import InteractionsFile, ItemsFile
 from cm3.datasets.images.config import Images
@@ -39,10 +41,12 @@ class FilesSpec(SourceWithImages):
         return self
 
     def prepare_inputs(self, name: str) -> dict[str, str]:
-        """Return the user's own files."""
-        inputs = {"interactions": expand(self.interactions.path)}
-        if self.items is not None:
-            inputs["items"] = expand(self.items.path)
+        """Return the user's own files; each part of a table in a folder is one."""
+        tables = {"interactions": self.interactions, "items": self.items}
+        inputs: dict[str, str] = {}
+        for kind, table in tables.items():
+            if table is not None:
+                inputs |= named_parts(kind, Path(expand(table.path)))
         return inputs
 
     def prepare_spec(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from cm3.common.errors import UserError
 from cm3.common.ids import id_text, missing_id
+from cm3.common.input_files import parts_in
 from cm3.common.strict import nearest
 from cm3.common.values import shown
 from cm3.datasets.files.columns import parse_ids, parse_ratings, parse_times
@@ -37,7 +38,7 @@ class Reader:
         rating, timestamp, times = columns.get("rating"), columns.get("timestamp"), Times()
         user, item = columns["user"] or "", columns["item"] or ""
         for part in read_columns(
-            self.inputs["interactions"], self.spec["interactions"]["format"], names, ids=(user, item)
+            parts_in(self.inputs, "interactions"), self.spec["interactions"]["format"], names, ids=(user, item)
         ):
             yield interaction_table(
                 parse_ids(part, user),
@@ -69,7 +70,7 @@ class Reader:
         names = list(dict.fromkeys([key, *(name for several in fields.values() for name in several)]))
         table: dict[str, Item] = {}
         places: dict[str, str] = {}
-        for place, row in read_rows(self.inputs["items"], self.spec["items"]["format"], names):
+        for place, row in read_rows(parts_in(self.inputs, "items"), self.spec["items"]["format"], names):
             if key not in row:
                 raise UserError(f"{place}: has no {key!r}{nearest(key, row)}; every item needs an id")
             item_id = _id(place, key, row[key])
