@@ -25,6 +25,7 @@ IMAGE_SOURCES = {
     "none": "cm3.datasets.images.none:find",
     "folder": "cm3.datasets.images.folder:find",
     "urls": "cm3.datasets.images.web:find",
+    "embedded": "cm3.datasets.images.embedded:find",
 }
 """`find` of an images_spec() -> module:function that finds the images."""
 

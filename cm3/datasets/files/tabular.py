@@ -25,7 +25,10 @@ _DELIMITER = {"csv": ",", "tsv": "\t"}
 PART_ROWS, PART_BYTES = 1 << 18, 1 << 24
 """Rows (jsonl, parquet) or bytes (csv, tsv) of a part of a table."""
 
-_NESTED = "is of type {}, where text is expected; store the text in a column of its own and name that"
+_NESTED = (
+    "is of type {}, where text is expected; store the text in a column of its own and name that, and for a column of images "
+    "set images: {{embedded: true}}"
+)
 
 
 @dataclass(frozen=True)

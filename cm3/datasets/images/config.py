@@ -117,13 +117,14 @@ class Images(ImageLimits):
             raise ValueError("set either folder (local images) or hosts (images to download), not both")
         return self
 
+    def limits(self) -> dict[str, Any]:
+        """Return the settings that decide which images the stage accepts, as JSON."""
+        placeholders = sorted(set(self.placeholders))
+        return {"max_pixels": self.max_pixels, "max_bytes": self.max_bytes, "placeholders": placeholders}
+
     def spec(self) -> dict[str, Any]:
         """Return the settings that decide which images the stage finds and accepts, as JSON."""
-        limits = {
-            "max_pixels": self.max_pixels,
-            "max_bytes": self.max_bytes,
-            "placeholders": sorted(set(self.placeholders)),
-        }
+        limits = self.limits()
         if self.folder is None:
             return {"find": "urls", "private": self.private, **limits, **allowed_hosts(self.hosts)}
         return {"find": "folder", "folder": self.folder, "patterns": self.pattern, **limits}
