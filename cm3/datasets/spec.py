@@ -110,6 +110,15 @@ class SourceSpec(Strict, Part):
             return str(cls.version)
         return "dev-" + digest_of_modules(cls.__module__, cls.reader.partition(":")[0], *cls.code_modules)
 
+    @classmethod
+    def published_files(cls, inputs: Mapping[str, Path]) -> dict[str, bool]:
+        """Return whether files next to the inputs of the prepare stage are the published ones, for files that are known.
+
+        Args:
+            inputs: the files of prepare_inputs() by name.
+        """
+        return {}
+
     def has_labels(self) -> bool:
         """Return whether the data come with a published split."""
         return self.labelled
