@@ -33,6 +33,7 @@ class FilesSpec(SourceWithImages):
 
     version = 1
     reader = "cm3.datasets.files.reader:Reader"
+    review_reader = "cm3.datasets.files.review_texts:read_texts"
 
     source: Literal["files"]
     interactions: InteractionsFile = Field(
@@ -74,9 +75,20 @@ class FilesSpec(SourceWithImages):
         spec: dict[str, Any] = super().prepare_spec()
         for name, table in (("interactions", self.interactions), ("items", self.items)):
             spec[name] = table and {"format": table.resolved_format, "columns": table.columns.identity()}
+        del spec["interactions"]["columns"]["review"]  # The reviews stage reads it.
         if self._embedded:
             spec["items"]["columns"]["image"] = None  # The images stage reads it.
         return spec
+
+    def review_inputs(self, name: str) -> dict[str, str]:
+        """Return the table of interactions, if it has a column of reviews."""
+        named = self.interactions.columns.review is not None
+        return named_parts("interactions", Path(expand(self.interactions.path))) if named else {}
+
+    def reviews_spec(self) -> dict[str, Any]:
+        """Return the spec of the reviews stage."""
+        table = self.interactions
+        return {**super().reviews_spec(), "format": table.resolved_format, "columns": table.columns.identity()}
 
     @property
     def _embedded(self) -> bool:

@@ -33,6 +33,9 @@ class InteractionColumns(Strict):
     timestamp: str | None = Field(
         default=None, description="Time in Unix seconds, Unix milliseconds, or dates like 2020-09-16."
     )
+    review: str | None = Field(
+        default=None, description="Text of the user's review, read only for extractors of modality reviews."
+    )
 
 
 class ItemColumns(Strict):
