@@ -164,23 +164,50 @@ def test_best_cells_are_those_that_the_comparison_marks(browser, comparison):
     study = read_json(comparison.with_name("comparison.json"))
     tab = browser.open(comparison)
     marked = tab.run(
-        "[...document.querySelectorAll('#results-table td.best')].map((one) => [one.parentElement.cells[0].textContent"
-        ".trim().split(/\\s/)[0], one.cellIndex])"
+        "[...document.querySelectorAll('#results-table td.best')].map((one) => [one.parentElement.cells[0]"
+        ".querySelector('a').textContent, one.cellIndex])"
     )
+    shown = ["recall@5", "recall@10", "ndcg@10"]
+    assert sorted(shown) == sorted(study["metrics"])
     expected = [
         [name, 1 + place]
         for name, one in study["experiments"].items()
-        for place, metric in enumerate(study["metrics"])
+        for place, metric in enumerate(shown)
         if one["metrics"][metric]["best"]
     ]
     assert sorted(marked) == sorted(expected)
+
+
+@pytest.mark.parametrize("width", [1024, 1400])
+def test_the_table_of_results_fits_from_1024_pixels_on(browser, comparison, width):
+    tab = browser.open(comparison, width=width)
+    box = "document.querySelector('#results-table').parentElement"
+    assert tab.run(f"{box}.scrollWidth - {box}.clientWidth") == 0
+    headings = tab.run("[...document.querySelectorAll('#results-table thead th')].map((one) => one.innerText.trim())")
+    assert headings[:5] == ["Experiment", "Recall@5", "Recall@10", "NDCG@10", "in %"]
+    assert column(tab, "#results-table", 4)[:2] == ["", relative_of(comparison, "noise")]
+    assert column(tab, "#results-table", 6) == ["3", "3", "3", "any", "any"], "a closed form does not depend on a seed"
+
+
+def relative_of(comparison, name):
+    experiments = read_json(comparison.with_name("comparison.json"))["experiments"]
+    own, base = (experiments[one]["metrics"]["recall@10"]["mean"] for one in (name, "cm3"))
+    return f"{100 * (own / base - 1):+.0f} %".replace("-", "\N{MINUS SIGN}")
+
+
+def test_the_names_stay_in_sight_while_a_wide_table_scrolls(browser, comparison):
+    tab = browser.open(comparison, width=PHONE)
+    tab.run("document.querySelector('#results-table').parentElement.scrollLeft = 200")
+    assert tab.run("document.querySelector('#results-table tbody th').getBoundingClientRect().left") >= 0
+    assert tab.run("document.querySelector('#results-table tbody th a').getAttribute('href')") == "../cm3/report.html"
 
 
 def test_every_run_has_its_command_and_every_sentence_is_there(browser, comparison):
     study = read_json(comparison.with_name("comparison.json"))
     tab = browser.open(comparison)
     commands = tab.run("[...document.querySelectorAll('#cells code')].map((one) => one.textContent)")
-    assert commands == [cell["command"] for cell in study["cells"]]
+    assert commands == list(dict.fromkeys(cell["command"] for cell in study["cells"]))
+    assert len(commands) == study["counts"]["runs"] < len(study["cells"]), "a closed form has one run for all seeds"
     said = " ".join(tab.run("document.querySelector('#words').textContent").split())
     assert all(" ".join(one["text"].split()) in said for one in study["words"])
 
