@@ -1,7 +1,10 @@
 """Pages: the files that the page of an experiment shows, and the tasks of rendering pages."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from cm3.config import Evaluation, Training
 from workflow.plan import features, runs
 from workflow.plan.config import Config
 from workflow.plan.folder import digest_of_folder
@@ -20,7 +23,13 @@ def experiment_page_inputs(config: Config, experiment: str) -> dict[str, str]:
     published = ["metrics.json", "per_user.parquet", "recommendations.parquet", "model.safetensors"]
     if chosen.model.exports == "embeddings":
         published += ["history.csv", "user_embeddings.parquet", "item_embeddings.parquet"]
-    paths = runs.tables(config, experiment) | {Path(file).stem: f"results/{experiment}/{file}" for file in published}
+    folder = runs.run_folder(config, experiment)
+    records = {f"record.{stage}": f"{folder}/{stage}.stage.json" for stage in ("train", "evaluate")}
+    paths = (
+        runs.tables(config, experiment)
+        | records
+        | {Path(file).stem: f"results/{experiment}/{file}" for file in published}
+    )
     reads_images = any("manifest" in config.extractors[name].needs() for name in chosen.modalities.values())
     if reads_images or config.datasets[dataset].images_spec()["find"] == "folder":
         paths["manifest"] = f"processed/{dataset}/images/manifest.parquet"
@@ -32,16 +41,73 @@ def experiment_page_inputs(config: Config, experiment: str) -> dict[str, str]:
     return paths | {f"similarity.{modality}": path for modality, path in runs.graphs_of(config, chosen).items()}
 
 
-def experiment_page(config: Config) -> Task:
-    """Return the task of rendering the page of an experiment."""
-    return _page("experiment-page")
+def experiment_page(config: Config, experiment: str) -> Task:
+    """Return the task of rendering the page of an experiment, which marks its settings that are not the default.
+
+    Models of studies are shown where their comparisons exist already: they are no inputs, which would train them.
+    """
+    spec = {"changed": changed_settings(config, experiment)}
+    return _page("experiment-page", spec, {"studies": _compared_models(config, experiment)})
+
+
+def changed_settings(config: Config, experiment: str) -> list[str]:
+    """Return the settings of an experiment and its dataset that differ from the defaults, as dotted keys of metrics.json."""
+    chosen = config.experiments[experiment]
+    dataset = config.datasets[chosen.dataset]
+    model = type(chosen.model).model_validate({})
+    usual = replace(
+        chosen,
+        model=model,
+        training=Training.model_validate(model.training_defaults),
+        evaluation=Evaluation.model_validate({}),
+    )
+    plain = _with_defaults(dataset)
+    sections = {
+        "prepare": (dataset.prepare_spec(), plain.prepare_spec()),
+        "split": (dataset.split_spec(), plain.split_spec()),
+        "images": (dataset.images_spec(), plain.images_spec()),
+        "model": (chosen.model.identity(), usual.model.identity()),
+        "training": (chosen.training_identity(), usual.training_identity()),
+        "evaluation": (chosen.evaluation.identity(), usual.evaluation.identity()),
+    }
+    return [
+        f"{name}.{key}"
+        for name, (own, default) in sections.items()
+        for key, value in own.items()
+        if value != default.get(key) and key != "expected"
+    ]
+
+
+def _with_defaults(dataset: Any) -> Any:
+    """Return a dataset with the same required settings, and the defaults of all others."""
+    fields = type(dataset).model_fields
+    required = {name: getattr(dataset, name) for name, field in fields.items() if field.is_required()}
+    try:
+        return type(dataset)(**required | {"source": dataset.source})
+    except ValueError:  # settings that are required together
+        return dataset
+
+
+def _compared_models(config: Config, experiment: str) -> dict[str, dict[str, list[str]]]:
+    """Return for each study of the experiment its other models, with the keys of their runs."""
+    own = config.experiments[experiment].model_name
+    found = {}
+    for name, study in config.studies.items():
+        if experiment in study.points:
+            others = {
+                other: sorted({runs.run_key(config, settings) for _, _, settings in study.settings(other)})
+                for other in study.points
+                if config.experiments[other].model_name != own and not config.experiments[other].controls
+            }
+            found[name] = others
+    return found
 
 
 def study_page(config: Config) -> Task:
     """Return the task of rendering the page of a study."""
-    return _page("study-page")
+    return _page("study-page", {}, {})
 
 
-def _page(stage: str) -> Task:
+def _page(stage: str, spec: dict[str, Any], runtime: dict[str, Any]) -> Task:
     # An edit of the templates renders the pages again, without a new version.
-    return Task(stage, {}, decides=digest_of_folder(TEMPLATES))
+    return Task(stage, spec, runtime=runtime, decides=[digest_of_folder(TEMPLATES), spec])

@@ -1,6 +1,7 @@
 """Both pages in a real browser: nothing is asked for, images load, tables sort, texts stay texts, every width fits."""
 
 import re
+import urllib.parse
 from pathlib import Path
 
 import page_shop
@@ -87,25 +88,31 @@ def test_what_the_policy_forbids_is_noticed_by_these_tests(browser, report, tmp_
     assert any("Content Security Policy" in text for text in tab.complaints())
 
 
-def test_images_load_as_they_come_into_view(browser, report):
-    tab = browser.open(report)
-    images = "[...document.querySelectorAll('img[data-image]')]"
-    assert tab.run(f"{images}.some((image) => !image.src)"), "those far away wait"
-    tab.run("document.querySelector('#users').scrollIntoView()")
-    tab.until("document.querySelector('#users .panel:not([hidden]) img').naturalWidth > 0")
-    seen = "#users .panel:not([hidden]) img"
-    tab.until(f"[...document.querySelectorAll('{seen}')].slice(0, 4).every((image) => image.naturalWidth > 0)")
-    size = tab.run(
-        "(({naturalWidth, naturalHeight}) => [naturalWidth, naturalHeight])(document.querySelector('#users img'))"
-    )
-    assert max(size) == 160
+# How large the image is that an <svg> refers to, once the browser has decoded it.
+DRAWN = """
+new Promise((done) => {{
+  const use = document.querySelector("{selector} use");
+  const image = new Image();
+  image.onload = () => done(use.getBoundingClientRect().width > 0 ? image.naturalWidth : 0);
+  image.src = document.querySelector(use.getAttribute("href")).getAttribute("href");
+}})
+"""
+
+
+def test_images_are_there_without_scrolling_and_without_script(browser, report, tmp_path):
+    colours = DRAWN.format(selector="#users .panel:not([hidden]) .frame svg")
+    assert browser.open(report).run(colours) > 100, "without scrolling to it"
+    bare = tmp_path / "bare.html"
+    bare.write_text(re.sub(r"<script>.*?</script>", "", report.read_text(encoding="utf-8"), flags=re.DOTALL))
+    assert browser.open(bare).run(colours) > 100, "without the script"
 
 
 def test_printing_shows_every_image(browser, report):
     tab = browser.open(report)
-    tab.run("window.dispatchEvent(new Event('beforeprint'))")
-    images = "[...document.querySelectorAll('.panel:not([hidden]) img, .gallery img')]"
-    tab.until(f"{images}.every((image) => image.complete && image.naturalWidth > 0)")
+    tab.send("Emulation.setEmulatedMedia", media="print")
+    uses = "[...document.querySelectorAll('.panel:not([hidden]) use, .gallery use')]"
+    assert tab.run(f"{uses}.length > 10 && {uses}.every((use) => document.querySelector(use.getAttribute('href')))")
+    assert tab.run(f"{uses}.every((use) => use.getBoundingClientRect().width > 40)")
 
 
 def test_titles_with_tags_are_read_as_they_are_written(browser, report):
@@ -116,7 +123,7 @@ def test_titles_with_tags_are_read_as_they_are_written(browser, report):
     hostile = set(page_shop.HOSTILE.values())
     assert hostile <= set(texts) and hostile & set(options) and hostile & set(hints)
     assert tab.run("window.broken") is None
-    assert tab.run("document.querySelectorAll('main script, main img[src^=x]').length") == 0
+    assert tab.run("document.querySelectorAll('main script, main img').length") == 0
 
 
 def column(tab, table, index):
@@ -210,6 +217,26 @@ def test_every_run_has_its_command_and_every_sentence_is_there(browser, comparis
     assert len(commands) == study["counts"]["runs"] < len(study["cells"]), "a closed form has one run for all seeds"
     said = " ".join(tab.run("document.querySelector('#words').textContent").split())
     assert all(" ".join(one["text"].split()) in said for one in study["words"])
+
+
+def test_the_hit_of_a_user_is_seen_without_scrolling_sideways(browser, report):
+    for width in (PHONE, DESK):
+        tab = browser.open(report, width=width)
+        hit = "document.querySelector('#users .panel:not([hidden]) .hit').getBoundingClientRect()"
+        assert tab.run(f"{hit}.left >= 0 && {hit}.right <= innerWidth")
+
+
+def test_a_table_is_saved_as_csv_in_full_precision(browser, comparison):
+    study = read_json(comparison.with_name("comparison.json"))
+    tab = browser.open(comparison)
+    tab.run("HTMLAnchorElement.prototype.click = function () { window.saved = [this.download, this.href]; }")
+    tab.click("#results .scroll + .tools")
+    name, content = tab.run("window.saved")
+    assert name.endswith("-results.csv")
+    header, first, *_ = urllib.parse.unquote(content.partition(",")[2]).splitlines()
+    assert header.startswith("Experiment,Recall@5,Recall@10,NDCG@10,") and first.startswith("cm3,")
+    assert float(first.split(",")[2]) == study["experiments"]["cm3"]["metrics"]["recall@10"]["mean"]
+    assert tab.complaints() == []
 
 
 def test_the_choosers_work_by_keyboard(browser, report):
