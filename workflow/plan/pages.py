@@ -1,7 +1,9 @@
 """Pages: the files that the page of an experiment shows, and the tasks of rendering pages."""
 
+import os
+from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from cm3.config import Evaluation, Training
@@ -10,7 +12,28 @@ from workflow.plan.config import Config
 from workflow.plan.folder import digest_of_folder
 from workflow.plan.task import Task
 
+DEFAULT_RULE, DEFAULT_TARGET = "all", "results/sample/metrics.json"
+"""The rule of the Snakefile that runs without a target, and what it asks for."""
+
 TEMPLATES = Path(__file__).resolve().parents[2] / "cm3/reports/pages/templates"
+
+
+def existing_pages(config: Config, targets: Iterable[str]) -> list[str]:
+    """Return the pages that exist of the experiments and studies whose results are among the targets.
+
+    They are brought up to date with these results: a page next to newer numbers would show the run before.
+    """
+    pages = []
+    for target in targets:
+        path = PurePath(os.path.relpath(target)) if target != DEFAULT_RULE else PurePath(DEFAULT_TARGET)
+        parts = path.parts
+        if len(parts) != 3 or parts[0] != "results":
+            continue
+        page = "report.html" if parts[1] in config.experiments else "comparison.html"
+        known = parts[1] in config.experiments or parts[1] in config.studies
+        if known and path.name != page and Path(path.with_name(page)).is_file():
+            pages.append(str(path.with_name(page)))
+    return pages
 
 
 def experiment_page_inputs(config: Config, experiment: str) -> dict[str, str]:

@@ -25,6 +25,23 @@ def test_settings_are_marked_where_they_differ_from_the_defaults_of_the_model():
     assert pages.changed_settings(config, "sample-ease") == ["evaluation.ks"]
 
 
+def test_pages_that_exist_are_brought_up_to_date_with_the_results_next_to_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = checked({"experiments": ["shop", "ease"]})
+    for page in ("shop/report.html", "compared/comparison.html", "unknown/report.html", "shop/runs/0/report.html"):
+        (tmp_path / "results" / page).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "results" / page).touch()
+
+    def added(*targets):
+        return pages.existing_pages(config, targets)
+
+    assert added("results/shop/metrics.json", "results/ease/metrics.json") == ["results/shop/report.html"]
+    assert added(str(tmp_path / "results/shop/model.safetensors")) == ["results/shop/report.html"]
+    assert added("results/compared/comparison.json") == ["results/compared/comparison.html"]
+    assert added("results/shop/report.html", "results/unknown/metrics.json", "prepare") == []
+    assert added("results/shop/runs/0/evaluation.json", "all") == []
+
+
 def test_a_change_of_what_is_marked_renders_the_page_again_and_a_study_does_not():
     config = checked(tuned={"like": "shop", "model": {"gamma": 0.5}})
     assert pages.experiment_page(config, "shop").identity != pages.experiment_page(config, "tuned").identity
