@@ -126,6 +126,24 @@ def _compared_models(config: Config, experiment: str) -> dict[str, dict[str, lis
     return found
 
 
+def experiment_labels(config: Config, experiment: str) -> dict[str, str]:
+    """Return what distinguishes the page of an experiment in Snakemake's report."""
+    chosen = config.experiments[experiment]
+    return {
+        "experiment": experiment,
+        "model": chosen.model_name,
+        "dataset": chosen.dataset,
+        "features": ", ".join(chosen.modalities.values()) or "none",
+    }
+
+
+def study_labels(config: Config, study: str) -> dict[str, str]:
+    """Return what distinguishes the page of a study in Snakemake's report."""
+    points = config.studies[study].points
+    dataset = config.experiments[next(iter(points))].dataset
+    return {"study": study, "dataset": dataset, "experiments": str(len(points))}
+
+
 def study_page(config: Config) -> Task:
     """Return the task of rendering the page of a study."""
     return _page("study-page", {}, {})

@@ -42,6 +42,18 @@ def test_pages_that_exist_are_brought_up_to_date_with_the_results_next_to_them(t
     assert added("results/shop/runs/0/evaluation.json", "all") == []
 
 
+def test_entries_of_the_report_say_what_they_are():
+    config = checked({"experiments": ["shop", "ease"]})
+    assert pages.experiment_labels(config, "ease") == {
+        "experiment": "ease",
+        "model": "ease",
+        "dataset": "shop",
+        "features": "none",
+    }
+    assert pages.experiment_labels(config, "shop")["features"] == "words, looks"
+    assert pages.study_labels(config, "compared") == {"study": "compared", "dataset": "shop", "experiments": "2"}
+
+
 def test_a_change_of_what_is_marked_renders_the_page_again_and_a_study_does_not():
     config = checked(tuned={"like": "shop", "model": {"gamma": 0.5}})
     assert pages.experiment_page(config, "shop").identity != pages.experiment_page(config, "tuned").identity
