@@ -78,7 +78,7 @@ def changed_settings(config: Config, experiment: str) -> list[str]:
     """Return the settings of an experiment and its dataset that differ from the defaults, as dotted keys of metrics.json."""
     chosen = config.experiments[experiment]
     dataset = config.datasets[chosen.dataset]
-    model = type(chosen.model).model_validate({})
+    model = _with_defaults(chosen.model)
     usual = replace(
         chosen,
         model=model,
@@ -102,14 +102,14 @@ def changed_settings(config: Config, experiment: str) -> list[str]:
     ]
 
 
-def _with_defaults(dataset: Any) -> Any:
-    """Return a dataset with the same required settings, and the defaults of all others."""
-    fields = type(dataset).model_fields
-    required = {name: getattr(dataset, name) for name, field in fields.items() if field.is_required()}
+def _with_defaults(settings: Any) -> Any:
+    """Return a section with the same required settings, and the defaults of all others."""
+    fields = type(settings).model_fields
+    required = {name: getattr(settings, name) for name, field in fields.items() if field.is_required()}
     try:
-        return type(dataset)(**required | {"source": dataset.source})
+        return type(settings)(**required)
     except ValueError:  # settings that are required together
-        return dataset
+        return settings
 
 
 def _compared_models(config: Config, experiment: str) -> dict[str, dict[str, list[str]]]:
@@ -134,7 +134,7 @@ def experiment_labels(config: Config, experiment: str) -> dict[str, str]:
         "experiment": experiment,
         "model": chosen.model_name,
         "dataset": chosen.dataset,
-        "features": ", ".join(chosen.modalities.values()) or "none",
+        "features": ", ".join(chosen.modalities.values()) or ("lists" if chosen.model.exports == "lists" else "none"),
     }
 
 

@@ -18,6 +18,17 @@ def main_experiment(experiments: Mapping[str, Mapping[str, Any]], reference: str
     return reference or next(with_content, next(iter(experiments)))
 
 
+def reranked_experiment(experiment: Mapping[str, Any]) -> str | None:
+    """Return the experiment whose lists a re-ranking orders anew; None for other models."""
+    found: str | None = experiment["settings"].get("model.of")
+    return found
+
+
+def uses_content(experiment: Mapping[str, Any]) -> bool:
+    """Return whether an experiment reads features, or re-ranks lists of models that may."""
+    return bool(experiment["modalities"]) or reranked_experiment(experiment) is not None
+
+
 def sentences(
     experiments: Mapping[str, Mapping[str, Any]],
     pairs: Sequence[Mapping[str, Any]],
@@ -223,13 +234,15 @@ def _baselines(
             continue
         for other, simple in experiments.items():
             popularity = simple["model"] == "mostpop"
-            without_content = not simple["modalities"] and bool(experiment["modalities"])
+            without_content = not uses_content(simple) and uses_content(experiment)
             if other == name or not (popularity or without_content or (name == main and other in rivals)):
                 continue
             pair = find_pair(pairs, name, other, metric)
             if pair is None or pair["better"] == "a":
                 continue
             kind = ", which uses no content" if without_content else ""
+            if of := reranked_experiment(simple):
+                kind = f", which re-ranks the lists of {of}"
             if popularity:
                 kind = ", which recommends the most popular items"
             verdict = "loss" if pair["better"] == "b" else "none"

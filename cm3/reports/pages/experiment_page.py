@@ -21,7 +21,7 @@ from cm3.reports.pages.item_cards import Shop, evenly_spaced, read_shop
 from cm3.reports.pages.neighbours import by_embedding, by_graph, chosen_items, neighbour_panels
 from cm3.reports.pages.page import write_page
 from cm3.reports.pages.rivals import rivals
-from cm3.reports.pages.settings import metric_tables, origin, overview, sections, warnings_of
+from cm3.reports.pages.settings import features_of, metric_tables, origin, overview, sections, warnings_of
 from cm3.reports.pages.thumbnails import BUDGET, thumbnails
 from cm3.reports.pages.user_examples import history_panels, list_length
 
@@ -75,6 +75,7 @@ def experiment_page(
     context = {
         "metrics": metrics,
         "overview": overview(metrics) + origin(metrics, _records(inputs)),
+        "features": features_of(metrics["config"]),
         "warnings": warnings_of(metrics),
         "tables": tables,
         "rivals": rivals(metrics, interactions, [key for key, *_ in tables["headline"]], studies or {}),

@@ -20,7 +20,7 @@ def overview(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         extractor = config["extractors"][modality]
         rows.append((modality.capitalize(), _extractor(extractor)))
     if not config["modalities"]:
-        rows.append(("Features", "none: interactions only"))
+        rows.append(("Features", features_of(config)))
     control = config.get("control") or config.get("controls")
     if control:
         rows.append(
@@ -38,6 +38,14 @@ def overview(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows.append(("Seed", str(training.get("seed", ""))))
     rows.append(("Run", metrics["keys"]["run"]))
     return rows
+
+
+def features_of(config: Mapping[str, Any]) -> str:
+    """Return the modalities of an experiment, or what its model reads in place of them."""
+    model = config["model"]
+    if "of" in model and "by" in model:
+        return f"the lists of {model['of']}, re-ranked by scores of {', '.join(model['by'])}"
+    return ", ".join(config["modalities"]) or "interactions only"
 
 
 def origin(metrics: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from cm3.common.cli import stage
 from cm3.common.files import read_json
-from cm3.reports.analysis.findings import changes
+from cm3.reports.analysis.findings import changes, reranked_experiment
 from cm3.reports.pages.chart import Chart, Forest, Points
 from cm3.reports.pages.figures import save_figures
 from cm3.reports.pages.page import pretty, setting, write_page
@@ -86,7 +86,8 @@ def _labels(study: Mapping[str, Any], name: str) -> list[str]:
     elif name != study["main"] and one["model"] == main["model"]:
         found += changes(main, one)
     else:
-        features = ", ".join(one["modalities"]) or "no content"
+        of = reranked_experiment(one)
+        features = f"lists of {of}" if of else ", ".join(one["modalities"]) or "no content"
         found.append(f"{'CM3' if one['model'] == 'cm3' else one['model']}: {features}")
     return found + [f"{key} = {setting(value)}" for key, value in one["point"].items()]
 

@@ -147,7 +147,7 @@ def test_the_most_popular_items_are_measured_as_their_model_would_be(made, tmp_p
         write_embeddings(tmp_path / f"{name}.parquet", f"{name}_id", ids, vectors[name].astype(np.float32), {})
     outputs = {f"{name}_output": tmp_path / name for name in ("metrics", "per_user", "recommendations")}
     exported = {f"{name}_embeddings": tmp_path / f"{name}.parquet" for name in vectors}
-    expected = evaluate(**tables, **exported, **outputs, settings=Evaluation(ks=[5, 10, 20], mask=mask))["test"]
+    expected = evaluate(**tables, files=exported, **outputs, settings=Evaluation(ks=[5, 10, 20], mask=mask))["test"]
     found = popularity_metrics(data, [5, 10, 20], mask)
     assert found == pytest.approx(expected, abs=1e-12) and len(set(counts)) < len(counts), "ties are ranked alike"
 

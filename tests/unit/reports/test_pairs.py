@@ -203,6 +203,20 @@ def test_models_that_do_not_beat_simple_ones_are_named():
     assert words[2]["text"].startswith("gcn does not significantly beat pop, which recommends the most popular items: ")
 
 
+def test_a_re_ranking_is_no_model_without_content():
+    reranking = experiment("rerank", (), settings={"model.of": "hm", "model.by": ["ease"]})
+    experiments = {"hm": experiment(), "again": reranking, "ease": experiment("ease", ())}
+    pairs = [
+        pair("hm", "again", "b", difference=-0.02, low=-0.03, high=-0.01),
+        pair("again", "ease", **NONE),
+        pair("hm", "ease", "a"),
+    ]
+    texts = [word["text"] for word in said(experiments, pairs, "baseline")]
+    assert texts[0].startswith("hm is significantly worse than again, which re-ranks the lists of hm: ")
+    assert texts[1].startswith("again does not significantly beat ease, which uses no content: ")
+    assert len(texts) == 2
+
+
 def test_a_difference_within_the_noise_of_seeds_is_named():
     experiments = {"hm": experiment(), "gcn": experiment("lightgcn", ())}
     noisy = {"low": -0.01, "high": 0.05, "sd": 0.02, "exceeds": False}

@@ -23,6 +23,8 @@ def test_settings_are_marked_where_they_differ_from_the_defaults_of_the_model():
     assert pages.changed_settings(config, "gift-cards-2018") == []
     assert pages.changed_settings(config, "baby") == [], "the size that is checked is no setting"
     assert pages.changed_settings(config, "sample-ease") == ["evaluation.ks"]
+    for name in config.experiments:
+        pages.experiment_page(config, name)
 
 
 def test_pages_that_exist_are_brought_up_to_date_with_the_results_next_to_them(tmp_path, monkeypatch):
