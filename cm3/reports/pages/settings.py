@@ -66,9 +66,10 @@ def origin(metrics: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]])
             ("Duration", f"training {duration(seconds['train'])}, all stages {duration(sum(seconds.values()))}")
         )
     device = train.get("device_name") or train.get("device")
-    machine = ", ".join(filter(None, [train.get("machine"), f"on {device}" if device else None]))
-    if machine:
-        rows.append(("Machine", machine))
+    if train.get("machine"):
+        rows.append(("Machine", f"{train['machine']}, on {device}"))
+    elif device:
+        rows.append(("Device", device))
     commits = list(dict.fromkeys(filter(None, (train.get("commit"), evaluated.get("commit")))))
     if commits:
         rows.append(("Commit", commits[0] if len(commits) == 1 else f"{commits[0]}, evaluated with {commits[1]}"))
