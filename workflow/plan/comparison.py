@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from workflow.plan.config import Config
+from workflow.plan.experiments import Experiment
 from workflow.plan.publish import command
 from workflow.plan.runs import features_of, run_key, tables
 from workflow.plan.searched import check_searched, search_spec
@@ -91,7 +92,15 @@ def _described(config: Config, experiment: str, others: Sequence[str]) -> dict[s
         "modalities": dict(chosen.modalities),
         "control": dict(chosen.controls) or None,
         "control_of": next(originals, None) if chosen.controls else None,
+        "settings": _settings(chosen),
+        "deterministic": run_key(config, chosen.with_seed(0)) == run_key(config, chosen.with_seed(1)),
     }
+
+
+def _settings(chosen: Experiment) -> dict[str, Any]:
+    sections = {"model": chosen.model.identity(), "training": chosen.training_identity()}
+    settings = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
+    return {key: value for key, value in settings.items() if key not in ("training.seed", "model.name")}
 
 
 def _without_control(config: Config, experiment: str) -> list[Any]:

@@ -16,6 +16,8 @@ class ExperimentSpec(Strict):
     modalities: dict[str, str] = Field({}, description="extractor by modality; empty for a model without content")
     control: dict[str, str] | None = Field(None, description="control that replaces the features, by modality")
     control_of: str | None = Field(None, description="the experiment whose control this is")
+    settings: dict[str, Any] = Field({}, description="settings of model and training by dotted key, without the seed")
+    deterministic: bool = Field(False, description="the model is the same for every seed, as in a closed form")
 
 
 class RunSpec(Strict):

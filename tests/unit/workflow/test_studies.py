@@ -306,3 +306,15 @@ def test_files_in_a_storage_lie_below_one_root():
         root_of(stored | {"evaluation.shop.1": planned["evaluation.shop.1"]}, planned)
     with pytest.raises(UserError, match=r"items\.parquet.*one storage"):
         root_of(stored | {"items_": "somewhere/else"}, planned)
+
+
+def test_the_comparison_knows_which_models_depend_on_the_seed_and_how_their_settings_differ():
+    mean = {"like": "shop", "model": {"fusion": "mean"}}
+    noisy = {"like": "content", "control": "gaussian"}
+    settings = checked({"experiments": ["shop", "mean", "ease", "content", "noisy"]}, mean=mean, noisy=noisy)
+    experiments = comparison.compare(settings, "compared").spec["experiments"]
+    fixed = {name: one["deterministic"] for name, one in experiments.items()}
+    assert fixed == {"shop": False, "mean": False, "ease": True, "content": True, "noisy": False}, "noise has a seed"
+    whole, other = experiments["shop"]["settings"], experiments["mean"]["settings"]
+    assert {key for key in whole if whole[key] != other[key]} == {"model.fusion"}
+    assert "training.lr" in whole and "training.seed" not in whole
