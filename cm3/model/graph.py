@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,10 @@ __all__ = [
     "propagate_to",
     "user_item_matrix",
 ]
+
+
+TABLE_BYTES = 2**29
+"""A larger table is propagated a part of its columns at a time: slower by a quarter, in a third of the memory."""
 
 
 class SparseMatrix(nn.Module):
@@ -49,24 +54,39 @@ class SparseMatrix(nn.Module):
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def product(self, x: Tensor) -> Tensor:
-        """Return the dense (N, D) product with `x` (K, D), outside autograd.
-
-        On the CPU an embedding bag sums the weighted rows; its kernel is several times faster than torch's sparse
-        product. Each row is summed in a fixed order, so the result is deterministic.
-        """
+        """Return the dense (N, D) product with `x` (K, D), outside autograd."""
         if x.device.type == "cpu":
-            if not len(self.columns):
-                return x.new_zeros((self.shape[0], x.shape[1]))
-            values = self.values.to(x.dtype)
-            return functional.embedding_bag(
-                self.columns, x, self.offsets, mode="sum", per_sample_weights=values, include_last_offset=True
-            )
+            return Entries(self.offsets, self.columns, self.values).product(x)
         if x.device.type == "cuda":
             return self.csr_product(x)
         lengths = (self.offsets[1:] - self.offsets[:-1]).long()
         rows = torch.arange(self.shape[0], device=x.device).repeat_interleave(lengths, output_size=len(self.columns))
         weighted = x.index_select(0, self.columns) * self.values.to(x.dtype)[:, None]
         return x.new_zeros((self.shape[0], x.shape[1])).index_add_(0, rows, weighted)
+
+    def rows(self, ids: Tensor) -> "Entries":
+        """Return the rows `ids` (n,), repetitions allowed, as a matrix of n rows; on the CPU."""
+        starts, ends = self.offsets[ids].long(), self.offsets[ids + 1].long()
+        offsets = functional.pad((ends - starts).cumsum(0), (1, 0))
+        total = int(offsets[-1])
+        places = torch.arange(total) + (starts - offsets[:-1]).repeat_interleave(ends - starts, output_size=total)
+        columns, values = (some.index_select(0, places) for some in (self.columns, self.values))
+        return Entries(offsets.to(self.offsets.dtype), columns, values)
+
+    def rows_from(self, first: int) -> "Entries":
+        """Return the rows from `first` on; on the CPU."""
+        start = int(self.offsets[first])
+        return Entries(self.offsets[first:] - start, self.columns[start:], self.values[start:])
+
+    def with_columns(self, kept: Tensor, first: int) -> "Entries":
+        """Return the matrix with 0 outside of the columns `kept` (K,) bool in the rows from `first` on; on the CPU."""
+        start, rest = int(self.offsets[first]), self.rows_from(first)
+        wanted = kept.index_select(0, rest.columns)
+        before = torch.zeros(len(wanted) + 1, dtype=self.offsets.dtype)
+        torch.cumsum(wanted, 0, out=before[1:])
+        places = wanted.nonzero().squeeze(1) + start
+        columns, values = (torch.cat([some[:start], some[places]]) for some in (self.columns, self.values))
+        return Entries(torch.cat([self.offsets[:first], before[rest.offsets] + start]), columns, values)
 
     def csr_product(self, x: Tensor) -> Tensor:
         """Return the product with `x` (K, D) through torch's sparse kernel, the fastest one on a CUDA GPU."""
@@ -79,6 +99,28 @@ class SparseMatrix(nn.Module):
                 )
         product: Tensor = self._csr[x.dtype] @ x
         return product
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Entries of a (N, K) matrix in CSR format on the CPU."""
+
+    offsets: Tensor
+    columns: Tensor
+    values: Tensor
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return the dense (N, D) product with `x` (K, D), outside autograd.
+
+        An embedding bag sums the weighted rows; its kernel is several times faster than torch's sparse product. Each
+        row is summed in a fixed order, so the result is deterministic.
+        """
+        if not len(self.columns):
+            return x.new_zeros((len(self.offsets) - 1, x.shape[1]))
+        values = self.values.to(x.dtype)
+        return functional.embedding_bag(
+            self.columns, x, self.offsets, mode="sum", per_sample_weights=values, include_last_offset=True
+        )
 
 
 def user_item_matrix(interactions: sp.csr_matrix) -> sp.csr_matrix:
@@ -146,46 +188,86 @@ def _horner(adjacency: SparseMatrix, x: Tensor, layers: int) -> Tensor:
     return y
 
 
-def propagate_to(adjacency: SparseMatrix, x: Tensor, layers: int, users: Tensor, n_users: int) -> tuple[Tensor, Tensor]:
+def propagate_to(
+    adjacency: SparseMatrix, x: Tensor, layers: int, users: Tensor, n_users: int, width: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Return rows of `propagate`: those of `users` (n,), (n, D), and those of all items, (I, D).
 
-    A training step reads few users. Only the rows that it reads are summed over the layers, forward and backward, so
-    the products with A are the only passes over whole tables.
+    A training step reads few users. Only the rows that it reads are summed over the layers, forward and backward. On the
+    CPU the last product forward leaves out the rows of the other users, and the first one backward their columns, where
+    the gradient is 0; the sums of the other entries have the same order, so the result is the same to the last bit.
 
     Args:
         adjacency, x, layers: as in `propagate`; the first `n_users` nodes are the users.
         users: indices; repetitions are allowed.
         n_users: U.
+        width: columns of x that are propagated at a time, to save memory; None: `propagation_width`.
     """
-    found: tuple[Tensor, Tensor] = _Rows.apply(x, adjacency, layers, users, n_users)
+    found: tuple[Tensor, Tensor] = _Rows.apply(x, adjacency, layers, users, n_users, width or propagation_width(x))
     return found
 
 
 class _Rows(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, adjacency: SparseMatrix, layers: int, users: Tensor, n_users: int
+        ctx: Any, x: Tensor, adjacency: SparseMatrix, layers: int, users: Tensor, n_users: int, width: int
     ) -> tuple[Tensor, Tensor]:
-        ctx.adjacency, ctx.layers, ctx.n_users = adjacency, layers, n_users
+        ctx.adjacency, ctx.layers, ctx.n_users, ctx.width = adjacency, layers, n_users, width
         ctx.save_for_backward(users)
-        by_user, rest, y = x[users], x[n_users:].clone(), x
-        for _ in range(layers):
-            y = adjacency.product(y)
-            by_user += y[users]
-            rest += y[n_users:]
+        ctx.few = x.device.type == "cpu" and 2 * len(users) <= n_users
+        read = (adjacency.rows(users), adjacency.rows_from(n_users)) if ctx.few and layers else None
+        parts = []
+        for part in x.split(width, 1):
+            y = part.contiguous()
+            by_user, rest = y[users], y[n_users:].clone()
+            for layer in range(1, layers + 1):
+                if read and layer == layers:
+                    by_user += read[0].product(y)
+                    rest += read[1].product(y)
+                else:
+                    y = adjacency.product(y)
+                    by_user += y[users]
+                    rest += y[n_users:]
+            parts.append((by_user, rest))
+        by_user, rest = (_side_by_side(some) for some in zip(*parts, strict=True))
         return by_user, rest
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, by_user: Tensor, rest: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, by_user: Tensor, rest: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (users,) = ctx.saved_tensors
-        grad = by_user.new_zeros(ctx.n_users + len(rest), by_user.shape[1])
-        for layer in range(ctx.layers + 1):
-            if layer:
-                grad = ctx.adjacency.product(grad)
-            grad[: ctx.n_users].index_add_(0, users, by_user)
-            grad[ctx.n_users :] += rest
-        return grad, None, None, None, None
+        n_users, n = ctx.n_users, ctx.n_users + len(rest)
+        first = ctx.adjacency
+        if ctx.few and ctx.layers:
+            read = torch.zeros(n, dtype=torch.bool)
+            read[users] = True
+            first = first.with_columns(read, n_users)
+        whole = by_user.new_empty(n, by_user.shape[1]) if ctx.width < by_user.shape[1] else None
+        for start in range(0, by_user.shape[1], ctx.width):
+            columns = slice(start, start + ctx.width)
+            grad = by_user.new_zeros(n, by_user[:, columns].shape[1])
+            for layer in range(ctx.layers + 1):
+                if layer:
+                    grad = (first if layer == 1 else ctx.adjacency).product(grad)
+                grad[:n_users].index_add_(0, users, by_user[:, columns])
+                grad[n_users:] += rest[:, columns]
+            if whole is None:
+                return grad, None, None, None, None, None
+            whole[:, columns] = grad
+        return whole, None, None, None, None, None
+
+
+def propagation_width(x: Tensor) -> int:
+    """Return how many columns of x (N, D) to propagate at a time: all, or on the CPU 64 of a table above `TABLE_BYTES`.
+
+    The sums of a column do not depend on the others.
+    """
+    whole = max(x.shape[1], 1)
+    return min(whole, 64) if x.device.type == "cpu" and x.nbytes > TABLE_BYTES else whole
+
+
+def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
 
 
 def add_neighbours(matrix: SparseMatrix, transposed: SparseMatrix, x: Tensor, layers: int) -> Tensor:
