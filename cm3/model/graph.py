@@ -25,10 +25,6 @@ __all__ = [
 ]
 
 
-TABLE_BYTES = 2**29
-"""A larger table is propagated a part of its columns at a time: slower by a quarter, in a third of the memory."""
-
-
 class SparseMatrix(nn.Module):
     """A constant (N, K) float32 matrix in CSR format, as buffers that move between devices with the module."""
 
@@ -79,7 +75,10 @@ class SparseMatrix(nn.Module):
         return Entries(self.offsets[first:] - start, self.columns[start:], self.values[start:])
 
     def with_columns(self, kept: Tensor, first: int) -> "Entries":
-        """Return the matrix with 0 outside of the columns `kept` (K,) bool in the rows from `first` on; on the CPU."""
+        """Return the matrix with 0 in the rows from `first` on where `kept` (first,) bool is false, on the CPU.
+
+        These rows have entries in the columns before `first` only, as the items' rows of a user-item graph.
+        """
         start, rest = int(self.offsets[first]), self.rows_from(first)
         wanted = kept.index_select(0, rest.columns)
         before = torch.zeros(len(wanted) + 1, dtype=self.offsets.dtype)
@@ -188,86 +187,55 @@ def _horner(adjacency: SparseMatrix, x: Tensor, layers: int) -> Tensor:
     return y
 
 
-def propagate_to(
-    adjacency: SparseMatrix, x: Tensor, layers: int, users: Tensor, n_users: int, width: int | None = None
-) -> tuple[Tensor, Tensor]:
+def propagate_to(adjacency: SparseMatrix, x: Tensor, layers: int, users: Tensor, n_users: int) -> tuple[Tensor, Tensor]:
     """Return rows of `propagate`: those of `users` (n,), (n, D), and those of all items, (I, D).
 
     A training step reads few users. Only the rows that it reads are summed over the layers, forward and backward. On the
     CPU the last product forward leaves out the rows of the other users, and the first one backward their columns, where
-    the gradient is 0; the sums of the other entries have the same order, so the result is the same to the last bit.
+    the gradient is 0; the order of each sum stays, so the result is the same to the last bit.
 
     Args:
         adjacency, x, layers: as in `propagate`; the first `n_users` nodes are the users.
         users: indices; repetitions are allowed.
         n_users: U.
-        width: columns of x that are propagated at a time, to save memory; None: `propagation_width`.
     """
-    found: tuple[Tensor, Tensor] = _Rows.apply(x, adjacency, layers, users, n_users, width or propagation_width(x))
+    found: tuple[Tensor, Tensor] = _Rows.apply(x, adjacency, layers, users, n_users)
     return found
 
 
 class _Rows(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, adjacency: SparseMatrix, layers: int, users: Tensor, n_users: int, width: int
+        ctx: Any, x: Tensor, adjacency: SparseMatrix, layers: int, users: Tensor, n_users: int
     ) -> tuple[Tensor, Tensor]:
-        ctx.adjacency, ctx.layers, ctx.n_users, ctx.width = adjacency, layers, n_users, width
+        ctx.adjacency, ctx.layers, ctx.n_users = adjacency, layers, n_users
         ctx.save_for_backward(users)
-        ctx.few = x.device.type == "cpu" and 2 * len(users) <= n_users
-        read = (adjacency.rows(users), adjacency.rows_from(n_users)) if ctx.few and layers else None
-        parts = []
-        for part in x.split(width, 1):
-            y = part.contiguous()
-            by_user, rest = y[users], y[n_users:].clone()
-            for layer in range(1, layers + 1):
-                if read and layer == layers:
-                    by_user += read[0].product(y)
-                    rest += read[1].product(y)
-                else:
-                    y = adjacency.product(y)
-                    by_user += y[users]
-                    rest += y[n_users:]
-            parts.append((by_user, rest))
-        by_user, rest = (_side_by_side(some) for some in zip(*parts, strict=True))
+        ctx.few = layers > 0 and x.device.type == "cpu" and 2 * len(users) <= n_users
+        by_user, rest, y = x[users], x[n_users:].clone(), x
+        for _ in range(layers - ctx.few):
+            y = adjacency.product(y)
+            by_user += y[users]
+            rest += y[n_users:]
+        if ctx.few:
+            by_user += adjacency.rows(users).product(y)
+            rest += adjacency.rows_from(n_users).product(y)
         return by_user, rest
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, by_user: Tensor, rest: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, by_user: Tensor, rest: Tensor) -> tuple[Tensor, None, None, None, None]:
         (users,) = ctx.saved_tensors
-        n_users, n = ctx.n_users, ctx.n_users + len(rest)
-        first = ctx.adjacency
-        if ctx.few and ctx.layers:
-            read = torch.zeros(n, dtype=torch.bool)
-            read[users] = True
-            first = first.with_columns(read, n_users)
-        whole = by_user.new_empty(n, by_user.shape[1]) if ctx.width < by_user.shape[1] else None
-        for start in range(0, by_user.shape[1], ctx.width):
-            columns = slice(start, start + ctx.width)
-            grad = by_user.new_zeros(n, by_user[:, columns].shape[1])
-            for layer in range(ctx.layers + 1):
-                if layer:
-                    grad = (first if layer == 1 else ctx.adjacency).product(grad)
-                grad[:n_users].index_add_(0, users, by_user[:, columns])
-                grad[n_users:] += rest[:, columns]
-            if whole is None:
-                return grad, None, None, None, None, None
-            whole[:, columns] = grad
-        return whole, None, None, None, None, None
-
-
-def propagation_width(x: Tensor) -> int:
-    """Return how many columns of x (N, D) to propagate at a time: all, or on the CPU 64 of a table above `TABLE_BYTES`.
-
-    The sums of a column do not depend on the others.
-    """
-    whole = max(x.shape[1], 1)
-    return min(whole, 64) if x.device.type == "cpu" and x.nbytes > TABLE_BYTES else whole
-
-
-def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
+        grad = by_user.new_zeros(ctx.n_users + len(rest), by_user.shape[1])
+        for layer in range(ctx.layers + 1):
+            if layer == 1 and ctx.few:
+                read = torch.zeros(ctx.n_users, dtype=torch.bool)
+                read[users] = True
+                grad = ctx.adjacency.with_columns(read, ctx.n_users).product(grad)
+            elif layer:
+                grad = ctx.adjacency.product(grad)
+            grad[: ctx.n_users].index_add_(0, users, by_user)
+            grad[ctx.n_users :] += rest
+        return grad, None, None, None, None
 
 
 def add_neighbours(matrix: SparseMatrix, transposed: SparseMatrix, x: Tensor, layers: int) -> Tensor:
