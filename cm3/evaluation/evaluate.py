@@ -21,7 +21,7 @@ from cm3.common.strict import validate
 from cm3.config import Evaluation
 from cm3.evaluation.item_weights import read_item_weights
 from cm3.evaluation.metrics import per_user
-from cm3.evaluation.ranking import Ranking
+from cm3.evaluation.ranking import ProductScores, Ranking
 from cm3.evaluation.results import RankedLists, UserMetrics, write_per_user, write_recommendations
 
 log = logging.getLogger("cm3.evaluation.evaluate")
@@ -144,10 +144,7 @@ def evaluate(
 def embedding_scores(users: Tensor, items: Tensor) -> dict[str, Score]:
     """Return by name the scores, functions from user indices (b,) to (b, I), of embeddings (U, D) and (I, D)."""
     unit_items = functional.normalize(items, dim=1)
-    return {
-        "dot": lambda rows: users[rows] @ items.T,
-        "cosine": lambda rows: functional.normalize(users[rows], dim=1) @ unit_items.T,
-    }
+    return {"dot": ProductScores(users, items), "cosine": ProductScores(users, unit_items, unit=True)}
 
 
 def _ranked(
