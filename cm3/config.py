@@ -117,11 +117,11 @@ class Training(Strict):
     )
     epochs: int = Field(1000, gt=0, description="maximum number of passes over the training interactions")
     batch_size: int = Field(2048, gt=1, description="interactions per batch; the losses compare them with one another")
-    batches_per_step: int = Field(
+    batches_per_step: Positive | Literal["auto"] = Field(
         1,
-        gt=0,
         description="batches per propagation and optimiser step; larger values save propagations on large data sets; "
-        "docs/training.md shows the effect on accuracy",
+        "auto: 1 below 200,000 interactions, then as many as leave some 50 steps an epoch, so that its time grows in "
+        "proportion to the data; docs/training.md shows the effect on accuracy",
     )
     warm_start: str | None = Field(
         None,

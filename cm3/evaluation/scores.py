@@ -11,6 +11,7 @@ from torch.nn import functional
 from cm3.common.embeddings import read_embeddings
 from cm3.common.interactions import Interactions
 from cm3.evaluation.item_weights import read_item_weights
+from cm3.evaluation.ranking import ProductScores
 
 Score = Callable[[Tensor], Tensor]
 """From user indices (b,) to new scores of all items (b, I)."""
@@ -19,10 +20,7 @@ Score = Callable[[Tensor], Tensor]
 def embedding_scores(users: Tensor, items: Tensor) -> dict[str, Score]:
     """Return by name the scores of embeddings (U, D) and (I, D): dot and cosine."""
     unit_items = functional.normalize(items, dim=1)
-    return {
-        "dot": lambda rows: users[rows] @ items.T,
-        "cosine": lambda rows: functional.normalize(users[rows], dim=1) @ unit_items.T,
-    }
+    return {"dot": ProductScores(users, items), "cosine": ProductScores(users, unit_items, unit=True)}
 
 
 def read_scores(

@@ -23,7 +23,7 @@ from cm3.model.sampling import Batch, Sampler, derived_seed
 from cm3.training.checkpoint import Checkpoint
 from cm3.training.curves import Curves
 from cm3.training.pruning import Trial, scores_of
-from cm3.training.schedule import GracefulStop, lr_factor
+from cm3.training.schedule import GracefulStop, batches_per_step, lr_factor
 from cm3.training.state import Best, State
 from cm3.training.trackers import Trackers
 
@@ -48,6 +48,7 @@ class Fitted:
     history: list[dict[str, Any]]
     stopped: str
     seconds_per_epoch: float
+    batches_per_step: int = 1
 
 
 def fit(
@@ -97,7 +98,7 @@ def memory_hint(settings: Training) -> str:
     steps = [f"lower training.batch_size (now {settings.batch_size})"]
     if settings.precision != "bfloat16":
         steps.append("set training.precision to bfloat16, which halves the features")
-    if settings.batches_per_step > 1:
+    if settings.batches_per_step != 1:
         steps.append(f"lower training.batches_per_step (now {settings.batches_per_step})")
     return f"{', or '.join(steps)}, or use a device with more memory; the same command resumes from the last checkpoint"
 
@@ -148,6 +149,7 @@ def _fit(
         state.history,
         stopped,
         seconds / max(epochs_here, 1),
+        run.per_step,
     )
 
 
@@ -172,7 +174,10 @@ class TrainingRun:
             weight_decay=settings.weight_decay,
             fused=self.device.type in ("cpu", "cuda"),
         )
-        self.steps = -(-sampler.n_batches // settings.batches_per_step)
+        self.per_step = batches_per_step(settings, len(sampler.users))
+        self.steps = -(-sampler.n_batches // self.per_step)
+        if settings.batches_per_step == "auto":
+            log.info("batches_per_step: %d, for %d training interactions", self.per_step, len(sampler.users))
         losses = torch.zeros(self.steps, 2 + len(model.components), device=self.device)
         stored = State.load(checkpoint, model, self.optimiser, losses)
         self.state = stored or State(losses)
@@ -189,8 +194,7 @@ class TrainingRun:
         first, started = state.step, time.monotonic()
         logged = started
         self.model.begin_epoch(derived_seed(self.settings.seed, state.epoch))
-        per_step = self.settings.batches_per_step
-        for batches in grouped(self.sampler.epoch(state.epoch, first * per_step), per_step):
+        for batches in grouped(self.sampler.epoch(state.epoch, first * self.per_step), self.per_step):
             if self.settings.eval_embeddings == "last_batch" and state.step == self.steps - 1:
                 with torch.no_grad():
                     last = self.model.training_embeddings(self._seed())
@@ -242,12 +246,14 @@ class TrainingRun:
         state, settings, name = self.state, self.settings, self.settings.monitor
         names = ("loss", *self.model.components, "grad_norm")
         means = dict(zip(names, state.losses.cpu().double().mean(0).tolist(), strict=True))
-        row: dict[str, Any] = {"epoch": state.epoch, **means, **self.model.curves()}
+        due = not state.epoch % settings.validate_every or state.epoch == settings.epochs
+        fresh = self.model.embed() if due and last is None else None
+        row: dict[str, Any] = {"epoch": state.epoch, **means, **self.model.curves(fresh)}
         row |= {f"valid_{name}": None} | ({f"test_{name}": None} if self.test is not None else {})
         state.history.append(row)
-        if state.epoch % settings.validate_every and state.epoch != settings.epochs:
+        embeddings = fresh or last
+        if not due or embeddings is None:
             return
-        embeddings = last if last is not None else self.model.embed()
         users, items = embeddings.users.detach(), embeddings.items.detach()
         value, tested = self.validation.score(users, items), None
         if self.model.shard:
@@ -349,7 +355,7 @@ class TrainingRun:
         suspects = culprits or list(self.model.suspects())
         norms = ", ".join(f"{name} {float(p.detach().norm()):.4g}" for name, p in named)
         return (
-            f"epoch {state.epoch}, batch {step * self.settings.batches_per_step + 1}: the loss is not finite, "
+            f"epoch {state.epoch}, batch {step * self.per_step + 1}: the loss is not finite, "
             f"in {', '.join(wrong) or 'the sum of its components'}; "
             f"cause: {', '.join(suspects) or 'not a parameter; check the features'}. "
             f"Norms of the parameters: {norms}. {self.checkpoint.location_note()}"
