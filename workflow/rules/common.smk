@@ -103,6 +103,7 @@ def arguments(function):
     def command_line(wildcards, input, output, threads, resources):
         task = planned(function)(wildcards)
         allotted = {"threads": threads, "gpus": resources.get("gpu", 0)}
+        allotted |= {"mem_mb": resources.get("mem_mb")}
         options = [
             ("--spec", canonical_json(task.spec)),
             ("--runtime", canonical_json(task.runtime | allotted)),
