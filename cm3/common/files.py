@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import functools
 import glob
 import hashlib
 import json
@@ -164,9 +165,12 @@ def lock(file: IO[Any], wait: bool = True) -> bool:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        log.warning(
-            "%s: files cannot be locked here (%s); going on without a lock: start one run at a time",
-            file.name,
-            error.strerror,
-        )
+        _warn_of_no_locks(str(Path(file.name).parent), str(error.strerror))
     return True
+
+
+@functools.cache
+def _warn_of_no_locks(folder: str, reason: str) -> None:
+    log.warning(
+        "%s: files cannot be locked here (%s); going on without a lock: start one run at a time", folder, reason
+    )
