@@ -26,6 +26,7 @@ from workflow.snakemake_internals import (
     config_files,
     has_local_files,
     is_main_process,
+    keep_entries_of_touched_files,
     literal_path,
     resource_limit,
     runs_elsewhere,
@@ -51,6 +52,7 @@ needs = Needs(settings)
 set_job_environment(ROOT)
 ledger = Ledger()
 compare_inputs_by_content(ledger)
+keep_entries_of_touched_files(ledger)
 run_lock = RunLock()
 
 try:
