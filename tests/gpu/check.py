@@ -15,7 +15,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/support"), str(ROOT / "benchmarks"), str(ROOT / "tests/gpu")]
 
-from extraction import image_row, text_row  # noqa: E402
+from extraction_rows import image_row, text_row  # noqa: E402
 from training import Opponent  # noqa: E402
 from training_shop import prepared, run  # noqa: E402
 

@@ -1,6 +1,5 @@
 """The rows of tests/gpu/check.sh on extraction, on a CPU with tiny data."""
 
-import sys
 import time
 from collections.abc import Callable
 
@@ -16,7 +15,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 def test_extraction_has_rows_with_the_forward_pass_alone(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(ROOT / "tests/gpu")
-    from extraction import image_row, text_row
+    from extraction_rows import image_row, text_row
 
     rows: list[tuple[str, str, str]] = []
     image_row("ViT-S-32-alt", 6, 4, "cpu", seconds, lambda *row: rows.append(row))
@@ -26,4 +25,3 @@ def test_extraction_has_rows_with_the_forward_pass_alone(monkeypatch: pytest.Mon
         "extraction of 12 texts by MiniLM",
     ]
     assert all(row[1].endswith("/s") and row[2].startswith("forward pass alone") for row in rows)
-    sys.modules.pop("extraction")
