@@ -109,7 +109,7 @@ class Training(Strict):
     """Optimisation, validation and early stopping of a trained model."""
 
     runtime_fields: ClassVar[frozenset[str]] = frozenset(
-        {"device", "processes", "gpu_share", "checkpoint_seconds", "tensorboard"}
+        {"device", "processes", "gpu_share", "checkpoint_seconds", "tensorboard", "trackers"}
     )
 
     seed: int = Field(
@@ -182,6 +182,9 @@ class Training(Strict):
     )
     tensorboard: bool = Field(
         True, description="write TensorBoard curves next to the model, if TensorBoard is installed"
+    )
+    trackers: list[Literal["mlflow", "wandb"]] = Field(
+        [], description="experiment trackers that training also reports to; their libraries are installed separately"
     )
 
 

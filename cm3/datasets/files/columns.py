@@ -13,8 +13,8 @@ from cm3.datasets.files.tabular import Columns
 from cm3.datasets.times import Times, as_numbers
 
 
-def parse_ids(table: Columns, column: str) -> pa.ChunkedArray:
-    """Return (N,) ids as text.
+def parse_ids(table: Columns, column: str, row: str = "interaction") -> pa.ChunkedArray:
+    """Return (N,) ids as text; `row` says in messages what a row is.
 
     Raises:
         UserError: an id is missing, or is neither text nor a whole number.
@@ -23,7 +23,7 @@ def parse_ids(table: Columns, column: str) -> pa.ChunkedArray:
     with _naming(table, column):
         ids, missing = id_column(values)
     reason = missing_id(python_value(values, int(np.flatnonzero(missing)[0]))) if missing.any() else ""
-    _check(table, column, missing, values, f"{reason}; every interaction needs a user and an item")
+    _check(table, column, missing, values, f"{reason}; every {row} needs a user and an item")
     return ids
 
 
@@ -33,6 +33,15 @@ def parse_ratings(table: Columns, column: str) -> np.ndarray:
         values = plain_column(table.values[column])
     with np.errstate(over="ignore"):
         numbers = as_numbers(values).astype(np.float32)
+    _check(table, column, ~np.isfinite(numbers), values, "is not a finite number; fix the row or remove it")
+    return numbers
+
+
+def parse_numbers(table: Columns, column: str) -> np.ndarray:
+    """Return (N,) float64 numbers. Raises UserError if one is not finite."""
+    with _naming(table, column):
+        values = plain_column(table.values[column])
+    numbers = as_numbers(values)
     _check(table, column, ~np.isfinite(numbers), values, "is not a finite number; fix the row or remove it")
     return numbers
 

@@ -8,10 +8,11 @@ import pyarrow as pa
 
 from cm3.common.errors import UserError
 from cm3.common.ids import id_text, missing_id
+from cm3.common.input_files import parts_in
 from cm3.common.strict import nearest
 from cm3.common.values import shown
 from cm3.datasets.files.columns import parse_ids, parse_ratings, parse_times
-from cm3.datasets.files.tabular import read_columns, read_rows
+from cm3.datasets.files.tabular import Columns, read_columns, read_rows
 from cm3.datasets.reader import Item, interaction_table
 from cm3.datasets.text import image_urls, leaves, plain_text
 from cm3.datasets.times import Times
@@ -32,19 +33,10 @@ class Reader:
             UserError: with the line: malformed file, missing or invalid id, a rating that is not a finite number, an
                 invalid time.
         """
-        columns: dict[str, str | None] = self.spec["interactions"]["columns"]
-        names = list(dict.fromkeys(name for name in columns.values() if name is not None))
-        rating, timestamp, times = columns.get("rating"), columns.get("timestamp"), Times()
-        user, item = columns["user"] or "", columns["item"] or ""
-        for part in read_columns(
-            self.inputs["interactions"], self.spec["interactions"]["format"], names, ids=(user, item)
-        ):
-            yield interaction_table(
-                parse_ids(part, user),
-                parse_ids(part, item),
-                pa.array(parse_ratings(part, rating)) if rating else None,
-                pa.array(parse_times(part, timestamp, times)) if timestamp else None,
-            )
+        interactions = self.spec["interactions"]
+        parts = parts_in(self.inputs, "interactions")
+        for _, table in interactions_of(parts, interactions["format"], interactions["columns"], Times()):
+            yield table
 
     def known_items(self) -> Iterable[list[str]] | None:
         """Return the ids of the item table, None without one."""
@@ -69,7 +61,7 @@ class Reader:
         names = list(dict.fromkeys([key, *(name for several in fields.values() for name in several)]))
         table: dict[str, Item] = {}
         places: dict[str, str] = {}
-        for place, row in read_rows(self.inputs["items"], self.spec["items"]["format"], names):
+        for place, row in read_rows(parts_in(self.inputs, "items"), self.spec["items"]["format"], names):
             if key not in row:
                 raise UserError(f"{place}: has no {key!r}{nearest(key, row)}; every item needs an id")
             item_id = _id(place, key, row[key])
@@ -87,6 +79,35 @@ class Reader:
                 image_urls=image_urls(_flat(place, row, fields["image"])),
             )
         return table
+
+
+def interactions_of(
+    paths: Sequence[Path], format: str, columns: dict[str, str | None], times: Times
+) -> Iterator[tuple[Columns, pa.Table]]:
+    """Yield the columns of parts of a table of interactions, and the interactions in them.
+
+    Args:
+        paths: its files.
+        format: csv, tsv, jsonl or parquet.
+        columns: names of the columns: user and item, and optionally others, of which rating and timestamp are parsed.
+        times: parser of the times of all parts.
+
+    Raises:
+        UserError: as `Reader.interactions`.
+    """
+    names = list(dict.fromkeys(name for name in columns.values() if name is not None))
+    rating, timestamp = columns.get("rating"), columns.get("timestamp")
+    user, item = columns["user"] or "", columns["item"] or ""
+    for part in read_columns(paths, format, names, ids=(user, item)):
+        yield (
+            part,
+            interaction_table(
+                parse_ids(part, user),
+                parse_ids(part, item),
+                pa.array(parse_ratings(part, rating)) if rating else None,
+                pa.array(parse_times(part, timestamp, times)) if timestamp else None,
+            ),
+        )
 
 
 def _id(place: str, key: str, value: Any) -> str:

@@ -25,7 +25,10 @@ _DELIMITER = {"csv": ",", "tsv": "\t"}
 PART_ROWS, PART_BYTES = 1 << 18, 1 << 24
 """Rows (jsonl, parquet) or bytes (csv, tsv) of a part of a table."""
 
-_NESTED = "is of type {}, where text is expected; store the text in a column of its own and name that"
+_NESTED = (
+    "is of type {}, where text is expected; store the text in a column of its own and name that, and for a column of images "
+    "set images: {{embedded: true}}"
+)
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,13 @@ class Columns:
         return f"{self.path}, line {next(n for i, (n, _) in enumerate(found) if i == row + 1)}"
 
 
-def read_columns(path: Path, format: str, names: Sequence[str], ids: Sequence[str] = ()) -> Iterator[Columns]:
+def read_columns(
+    path: Path | Sequence[Path], format: str, names: Sequence[str], ids: Sequence[str] = ()
+) -> Iterator[Columns]:
     """Yield the columns `names` of a csv, tsv, jsonl or parquet file in parts of bounded size.
 
     Args:
-        path: the file.
+        path: the file, or several that are read one after the other.
         format: csv, tsv, jsonl or parquet.
         names: columns to read.
         ids: those of `names` that hold ids, which are normalised in jsonl (null: a missing id).
@@ -65,6 +70,17 @@ def read_columns(path: Path, format: str, names: Sequence[str], ids: Sequence[st
     Raises:
         UserError: missing or empty file, missing column (in jsonl: missing in the first part), or malformed line.
     """
+    paths = [path] if isinstance(path, Path) else list(path)
+    rows = 0
+    for file in paths:
+        for part in _columns_of(file, format, names, ids):
+            rows += len(next(iter(part.values.values())))
+            yield part
+    if not rows:
+        raise UserError(f"{paths[0]}: has no rows" + (", only a header" if format in _DELIMITER else ""))
+
+
+def _columns_of(path: Path, format: str, names: Sequence[str], ids: Sequence[str]) -> Iterator[Columns]:
     if format == "parquet":
         parts = _parquet_parts(path, names)
     elif format == "jsonl":
@@ -75,8 +91,21 @@ def read_columns(path: Path, format: str, names: Sequence[str], ids: Sequence[st
     for table in parts:
         yield Columns(path, format, {name: table.column(name) for name in names}, first)
         first += len(table)
-    if not first:
-        raise UserError(f"{path}: has no rows" + (", only a header" if format in _DELIMITER else ""))
+
+
+def column_names(path: Path, format: str) -> list[str]:
+    """Return the names of the columns of a table file; of jsonl, the keys of its first line.
+
+    Raises:
+        UserError: the file is missing, empty or unreadable.
+    """
+    if format == "parquet":
+        with _open_parquet(path, []) as file:
+            return list(file.schema_arrow.names)
+    check_readable(path)
+    if format == "jsonl":
+        return list(next(_read_jsonl(path, []))[1])
+    return _header(path, _DELIMITER[format])
 
 
 def _parquet_parts(path: Path, names: Sequence[str]) -> Iterator[pa.Table]:
@@ -148,8 +177,8 @@ def _delimited_parts(path: Path, delimiter: str, names: Sequence[str]) -> Iterat
     check_quotes(path, delimiter, rows, counter.quotes)
 
 
-def read_rows(path: Path, format: str, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield ("path, line N", row) of a table file; a row has at least those of `names` that the line has.
+def read_rows(path: Path | Sequence[Path], format: str, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield ("path, line N", row) of a table file, or of several; a row has at least those of `names` that the line has.
 
     Raises:
         UserError: as `read_columns`; in jsonl a column may be missing in some rows, but not in all.
@@ -161,18 +190,21 @@ def read_rows(path: Path, format: str, names: Sequence[str]) -> Iterator[tuple[s
                     value = shown(python_value(values, row))
                     raise UserError(f"{part.place(row)}: {name} = {value} {_NESTED.format(_short(values.type))}")
             for number, cells in enumerate(_python_rows(part), part.first):
-                yield f"{path}, row {number}", cells
-    elif format == "jsonl":
-        yield from _read_jsonl(path, names)
-    else:
-        found = _header(path, _DELIMITER[format])
-        _require(path, names, found)
-        rows = delimited_lines(path, _DELIMITER[format])
-        next(rows)
-        for number, values in rows:
-            if len(values) != len(found):
-                raise UserError(f"{path}, line {number}: has {len(values)} values, the header has {len(found)}")
-            yield f"{path}, line {number}", dict(zip(found, values, strict=True))
+                yield f"{part.path}, row {number}", cells
+        return
+    for file in [path] if isinstance(path, Path) else path:
+        yield from _read_jsonl(file, names) if format == "jsonl" else _delimited_rows(file, _DELIMITER[format], names)
+
+
+def _delimited_rows(path: Path, delimiter: str, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    found = _header(path, delimiter)
+    _require(path, names, found)
+    rows = delimited_lines(path, delimiter)
+    next(rows)
+    for number, values in rows:
+        if len(values) != len(found):
+            raise UserError(f"{path}, line {number}: has {len(values)} values, the header has {len(found)}")
+        yield f"{path}, line {number}", dict(zip(found, values, strict=True))
 
 
 def _python_rows(part: Columns) -> list[dict[str, Any]]:

@@ -150,6 +150,8 @@ def compare(
             _run(run, point is e.chosen, metrics) for e in experiments for point in e.points for run in point.runs
         ],
     }
+    if study.search is not None:
+        result["search"] = study.search
     write_json(comparison_output, result)
     write_csv(table_output, result)
     for word in words:

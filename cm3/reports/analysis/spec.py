@@ -38,6 +38,9 @@ class StudySpec(Strict):
     metrics: list[str] = Field(min_length=1, description="metrics to test; the sentences refer to the first")
     experiments: dict[str, ExperimentSpec] = Field(min_length=1)
     cells: list[RunSpec]
+    search: dict[str, Any] | None = Field(
+        None, description="settings and trials of the study's search (`workflow.plan.searched`), copied to the output"
+    )
     resamples: int = Field(10_000, ge=100, description="bootstrap resamples of the users")
     bootstrap_seed: int = Field(0, ge=0)
 

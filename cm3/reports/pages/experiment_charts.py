@@ -119,8 +119,8 @@ def plane(
 
 
 def read_streams(model: Path | None) -> np.ndarray | None:
-    """Return the (U, M + 1) stream weights of the users, None for models without."""
-    if model is None:
+    """Return the (U, M + 1) stream weights of the users, None for models without, such as those that have lists alone."""
+    if model is None or model.suffix != ".safetensors":
         return None
     tensors, _ = read_tensors(model)
     if "stream_logits" not in tensors:

@@ -10,6 +10,7 @@ from cm3.common.files import read_json
 from cm3.reports.pages.chart import Chart, Forest, Points
 from cm3.reports.pages.figures import save_figures
 from cm3.reports.pages.page import pretty, write_page
+from cm3.reports.pages.search import search_sections
 
 log = logging.getLogger("cm3.reports.pages.study_page")
 
@@ -25,7 +26,8 @@ def study_page(*, comparison: Path, page_output: Path, figures_output: Path) -> 
     """
     study = read_json(comparison)
     both, cost = planes(study), _cost_chart(study)
-    charts = [*both, *([cost] if cost else [])]
+    searches = search_sections(study)
+    charts = [*both, *([cost] if cost else []), *(one["chart"] for one in searches)]
     context = {
         "study": study,
         "names": {metric: pretty(metric) for metric in study["metrics"]},
@@ -35,6 +37,7 @@ def study_page(*, comparison: Path, page_output: Path, figures_output: Path) -> 
         "beyond": _beyond(study),
         "planes": both,
         "cost": cost,
+        "searches": searches,
         "grids": {name: one["grid"] for name, one in study["experiments"].items() if len(one["grid"]) > 1},
     }
     write_page(page_output, "study.html", context)
