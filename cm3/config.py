@@ -109,7 +109,7 @@ class Training(Strict):
     """Optimisation, validation and early stopping of a trained model."""
 
     runtime_fields: ClassVar[frozenset[str]] = frozenset(
-        {"device", "processes", "checkpoint_seconds", "tensorboard", "trackers"}
+        {"device", "processes", "gpu_share", "checkpoint_seconds", "tensorboard", "trackers"}
     )
 
     seed: int = Field(
@@ -167,6 +167,13 @@ class Training(Strict):
     device: Device = Field("auto", description="auto: CUDA if available, then MPS, then the CPU")
     processes: int = Field(
         1, gt=0, description="data-parallel processes that split each batch, one per GPU; cm3 only (docs/training.md)"
+    )
+    gpu_share: Float = Field(
+        1.0,
+        ge=0.05,
+        le=1,
+        description="part of a GPU that the job takes: at 0.25 four trainings run on one GPU of this machine at a time; a "
+        "cluster gives each a GPU of its own (docs/gpu.md)",
     )
     checkpoint_seconds: Float = Field(
         30.0,

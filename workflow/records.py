@@ -46,10 +46,11 @@ def check_outputs(ledger: Ledger) -> list[str]:
             warnings.append(f"{fault}; it is made again where it is needed")
             for output in entry.outputs:
                 faults.setdefault(output, fault)
+    readable = set()
     for output, of_job in entries.items():
         if Path(output).exists():
-            _correct(output, of_job[0], faults.get(output))
-    for path in _unreadable_records():
+            readable.add(_correct(output, of_job[0], faults.get(output)))
+    for path in _unreadable_records(readable):
         write_json(path, _record(None, LOST, {}), checksum=False)
     return sorted(warnings)
 
@@ -60,12 +61,14 @@ def _is_needed(entry: Entry) -> bool:
     return entry.path not in entry.outputs or (len(folders) == 2 and folders[0] == "results")
 
 
-def _correct(output: str, entry: Entry, fault: str | None) -> None:
+def _correct(output: str, entry: Entry, fault: str | None) -> Path:
+    """Correct Snakemake's record of an output where it is needed, and return its path."""
     path = record_path(output)
     record = _read(path)
     identity = fault or entry.identity
     if record is None or record.get("params") != [repr(identity)]:
         write_json(path, _record(record, identity, entry.inputs), checksum=False)
+    return path
 
 
 def _record(old: dict[str, Any] | None, identity: str, inputs: Any) -> dict[str, Any]:
@@ -83,7 +86,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def _unreadable_records() -> Iterator[Path]:
+def _unreadable_records(readable: set[Path]) -> Iterator[Path]:
     for path in METADATA.rglob("*"):
-        if path.is_file() and not path.name.startswith(".") and _read(path) is None:
+        if path not in readable and path.is_file() and not path.name.startswith(".") and _read(path) is None:
             yield path

@@ -129,6 +129,20 @@ def record_path(output: str) -> Path:
     return METADATA.joinpath(*(f"@{part}" for part in parts[:-1]), parts[-1])
 
 
+def keep_entries_of_touched_files(ledger: Ledger) -> None:
+    """Keep the ledger's entries of outputs, which Snakemake touches when their job has ended."""
+    touch_file = _IOFile.touch
+
+    def touch(file: Any, times: Any = None) -> None:
+        if file.is_storage or file.is_directory:
+            touch_file(file, times)
+            return
+        with ledger.touching(str(file)):
+            touch_file(file, times)
+
+    _IOFile.touch = touch
+
+
 def compare_inputs_by_content(ledger: Ledger) -> None:
     """Make Snakemake compare every input with the content that a job recorded, whatever the times of the files.
 

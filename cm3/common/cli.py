@@ -23,6 +23,7 @@ from cm3.common.files import exclusive, read_json, remove_stale_parts, write_jso
 from cm3.common.gpus import own_gpus
 from cm3.common.inputs import Watch, check_made_from
 from cm3.common.ledger import Ledger
+from cm3.common.limits import Limits
 from cm3.common.origin import commit, machine
 from cm3.common.stages import STAGES
 from cm3.common.torchrun import started_by_torchrun, torchrun_rank
@@ -46,6 +47,7 @@ class Call:
         expected: `made_from` that inputs of such names must have, by the name of the input.
         record: facts for the stage's record file; the stage adds its own.
         parts: files besides the outputs that belong to them and have no name of their own in the workflow, such as shards.
+        limits: threads and memory of the job.
     """
 
     spec: dict[str, Any]
@@ -59,6 +61,7 @@ class Call:
     expected: dict[str, dict[str, str]] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
     parts: list[Path] = field(default_factory=list)
+    limits: Limits = field(default_factory=Limits)
 
 
 class ProcessRole:
@@ -127,7 +130,15 @@ def stage(name: str) -> Iterator[Call]:
         given = read_json(arguments.call)
         inputs = {name: arguments.root / path for name, path in given["inputs"].items()}
         outputs = {name: Path(path) for name, path in given.get("outputs", {}).items()} | outputs
-        call = Call(given["spec"], given["runtime"], inputs, outputs, given["code"], arguments.library, *made)
+        call = Call(
+            given["spec"],
+            given["runtime"] | arguments.runtime,
+            inputs,
+            outputs,
+            given["code"],
+            arguments.library,
+            *made,
+        )
     role = ProcessRole(call.runtime.get("processes", 1))
     _configure_logging(None if role.rank else arguments.log, role)
     signal.signal(signal.SIGTERM, _terminate)
@@ -137,8 +148,10 @@ def stage(name: str) -> Iterator[Call]:
     written = list(call.outputs.values()) if role.writes else []
     lock = exclusive(written[0].parent / f".{written[0].name}.lock") if written else contextlib.nullcontext()
     try:
-        # The number of GPUs that the workflow allots to the job; stages have no such setting.
+        # The GPUs and the memory that the workflow allots to the job; stages have no such settings.
         gpus = call.runtime.pop("gpus", None)
+        call.limits = Limits(call.runtime.get("threads"), call.runtime.pop("mem_mb", None))
+        call.limits.apply()
         note = written[0].parent / f".{written[0].name}.usage" if written else None
         own = own_gpus(None if role.started else gpus)
         with logging_redirect_tqdm(), lock, own, Usage(note, f"{name} {call.identity}") as usage:

@@ -16,11 +16,15 @@ _BATCH_ROWS = 4096
 def write_embeddings(
     path: str | os.PathLike[str], id_name: str, ids: Sequence[str], vectors: np.ndarray, metadata: dict[str, Any]
 ) -> None:
-    """Write (N, D) float32 vectors with their ids as columns `id_name` and `embedding`, atomically."""
+    """Write (N, D) float32 vectors with their ids as columns `id_name` and `embedding`, atomically.
+
+    Without dictionaries and compression, which cost half of the time and save a tenth of the space.
+    """
     values = np.ascontiguousarray(vectors, np.float32)
     schema = _schema(id_name, values.shape[1])
     column = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=schema.field("embedding").type)
-    write_table(path, pa.table([pa.array(ids, pa.string()), column], schema=schema), schema, metadata)
+    table = pa.table([pa.array(ids, pa.string()), column], schema=schema)
+    write_table(path, table, schema, metadata, compression="none", use_dictionary=False)
 
 
 def read_embeddings(

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import functools
 import glob
 import hashlib
 import json
@@ -11,7 +12,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from cm3.common.checksums import verified, with_checksum
 from cm3.common.errors import DamagedFileError, UserError
@@ -23,6 +24,7 @@ _NO_ROOM = {
     errno.EDQUOT: "disk quota exceeded",
     errno.EFBIG: "file too large",
 }
+_NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS)
 
 
 @contextlib.contextmanager
@@ -133,16 +135,42 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
 def exclusive(path: str | os.PathLike[str]) -> Iterator[None]:
     """Hold the lock file `path` while the body runs; the kernel releases it even when the holder is killed.
 
-    A job that outlives its killed Snakemake (an orphan) is waited for, so two writers never meet.
+    A job that outlives its killed Snakemake (an orphan) is waited for, so two writers never meet. Where the file system
+    has no locks, the body runs without one, after a warning.
     """
-    lock = Path(path)
-    with writing(lock):
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        opened = lock.open("a")
+    target = Path(path)
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        opened = target.open("a")
     with opened as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.warning("%s is held by another process; waiting for it to end", lock)
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        if not lock(handle, wait=False):
+            log.warning("%s is held by another process; waiting for it to end", target)
+            lock(handle)
         yield
+
+
+def lock(file: IO[Any], wait: bool = True) -> bool:
+    """Lock an open file until it is closed, and return whether this process may go on.
+
+    On a file system without locks (some NFS, FUSE and cluster mounts) it may, after a warning.
+
+    Args:
+        file: the lock file.
+        wait: wait while another process holds the lock; else return False.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        _warn_of_no_locks(str(Path(file.name).parent), str(error.strerror))
+    return True
+
+
+@functools.cache
+def _warn_of_no_locks(folder: str, reason: str) -> None:
+    log.warning(
+        "%s: files cannot be locked here (%s); going on without a lock: start one run at a time", folder, reason
+    )

@@ -1,8 +1,8 @@
 """Per-job GPU assignment by file locks; Snakemake only counts GPUs."""
 
 import contextlib
-import fcntl
 import logging
+import math
 import os
 import re
 import shutil
@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
+from cm3.common.files import lock
+
 log = logging.getLogger("stage")
 
 _POLL_SECONDS = 0.5
@@ -23,6 +25,9 @@ DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 ALLOTTED = "CM3_ALLOTTED_GPUS"
 """Environment variable of a job that asked for GPUs: their number. Processes that the job starts inherit it."""
+
+SHARES = 20
+"""Parts of a GPU that jobs can share."""
 
 # Values of CUDA_VISIBLE_DEVICES without a GPU: empty, the usual -1, and SLURM's name.
 _NONE = ("", "-1", "NoDevFiles")
@@ -88,7 +93,7 @@ def _asked(fields: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def own_gpus(wanted: int | None) -> Iterator[list[str]]:
+def own_gpus(wanted: float | None) -> Iterator[list[str]]:
     """Lock GPUs that no other job of this user on this machine holds, and make only them visible to CUDA.
 
     Waits until enough are free. The kernel releases the locks when the job ends, in whatever way. Must be entered before
@@ -97,8 +102,10 @@ def own_gpus(wanted: int | None) -> Iterator[list[str]]:
     for one another.
 
     Args:
-        wanted: number of GPUs; where the machine has fewer, all of them. 0 hides all GPUs, so that a library does not use
-            one that another job holds. None changes nothing, for runs in which GPUs are not counted.
+        wanted: number of GPUs; where the machine has fewer, all of them. Below 1: a share of one GPU, which jobs whose
+            shares sum up to 1 hold together; a share limits neither the memory nor the arithmetic of a job. 0 hides all
+            GPUs, so that a library does not use one that another job holds. None changes nothing, for runs in which GPUs
+            are not counted.
 
     Yields:
         ids of the GPUs; empty where none is wanted or none exists.
@@ -111,24 +118,20 @@ def own_gpus(wanted: int | None) -> Iterator[list[str]]:
         yield []
         return
     if not (ids := visible_gpus()):
-        with _environment(ALLOTTED, str(wanted)):
+        with _environment(ALLOTTED, str(math.ceil(wanted))):
             yield []
         return
-    folder = _locks()
-    uuids = _listed()
-    devices = {name: uuids.get(name, name) for name in ids}
-    held = _free(folder, devices, min(wanted, len(ids)))
-    if not held:
-        log.info("of %d GPUs too few are free for this job, which needs %d; waiting", len(ids), wanted)
-    while not held:
-        time.sleep(_POLL_SECONDS)
-        held = _free(folder, devices, min(wanted, len(ids)))
-    try:
+    folder, uuids = _locks(), _listed()
+    devices = {name: uuids.get(name, name).replace("/", "_") for name in ids}
+    with contextlib.ExitStack() as locks:
+        held = _choose(folder, devices, wanted, locks)
+        if not held:
+            log.info("of %d GPUs too few are free for this job, which needs %g; waiting", len(ids), wanted)
+        while not held:
+            time.sleep(_POLL_SECONDS)
+            held = _choose(folder, devices, wanted, locks)
         with _environment(ALLOTTED, str(len(held))), _showing(held):
-            yield list(held)
-    finally:
-        for lock in held.values():
-            lock.close()
+            yield held
 
 
 def _locks() -> Path:
@@ -156,19 +159,40 @@ def _environment(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
-def _free(folder: Path, devices: dict[str, str], wanted: int) -> dict[str, IO[str]]:
-    """Lock `wanted` of `devices` (id -> device) and return ids and locks; empty, with no lock, where fewer are free."""
-    held: dict[str, IO[str]] = {}
-    for name, device in devices.items():
-        lock: IO[str] = (folder / f"{device.replace('/', '_')}.lock").open("a")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            continue
-        held[name] = lock
-        if len(held) == wanted:
-            return held
-    for lock in held.values():
-        lock.close()
-    return {}
+def _choose(folder: Path, devices: dict[str, str], wanted: float, locks: contextlib.ExitStack) -> list[str]:
+    """Return the ids of free GPUs and leave their locks in `locks`; empty, with no lock, where too few are free.
+
+    A GPU has one lock for each of its `SHARES`. A share is taken of the GPU with the least left, so that others stay whole.
+
+    Args:
+        folder: of the lock files.
+        devices: file names of the GPUs by id.
+        wanted: number of GPUs, or a share of one.
+        locks: closes the lock files when the job ends.
+    """
+    needed = SHARES if wanted >= 1 else max(1, int(wanted * SHARES + 1e-9))
+    count = min(int(wanted) or 1, len(devices))
+    with (folder / "choosing.lock").open("a") as choosing:
+        lock(choosing)
+        free = {name: _free_shares(folder, device) for name, device in devices.items()}
+        fitting = sorted((name for name in free if len(free[name]) >= needed), key=lambda name: len(free[name]))
+        chosen = fitting[:count] if len(fitting) >= count else []
+        for name, files in free.items():
+            for number, file in enumerate(files):
+                if name in chosen and number < needed:
+                    locks.enter_context(file)
+                else:
+                    file.close()
+    return chosen
+
+
+def _free_shares(folder: Path, device: str) -> list[IO[str]]:
+    """Lock all shares of a GPU that no other job holds, and return the lock files."""
+    held = []
+    for number in range(SHARES):
+        file: IO[str] = (folder / f"{device}.{number:02d}.lock").open("a")
+        if lock(file, wait=False):
+            held.append(file)
+        else:
+            file.close()
+    return held

@@ -86,24 +86,33 @@ SIMILARITY = pa.schema([("item", pa.int32()), ("neighbour", pa.int32()), ("score
 
 
 def write_table(
-    path: str | os.PathLike[str], table: pa.Table, schema: pa.Schema, metadata: dict[str, Any] | None = None
+    path: str | os.PathLike[str],
+    table: pa.Table,
+    schema: pa.Schema,
+    metadata: dict[str, Any] | None = None,
+    **options: Any,
 ) -> None:
     """Write `table` as Parquet (zstd) under exactly `schema`, atomically.
 
-    `metadata` values are stored as JSON in the schema's metadata (read them with `read_metadata`).
+    `metadata` values are stored as JSON in the schema's metadata (read them with `read_metadata`). `options` are those of
+    a ParquetWriter.
 
     Raises:
         ValueError: the table's columns are not those of the schema.
     """
-    write_tables(path, [table], schema, metadata)
+    write_tables(path, [table], schema, metadata, **options)
 
 
 def write_tables(
-    path: str | os.PathLike[str], tables: Iterable[pa.Table], schema: pa.Schema, metadata: dict[str, Any] | None = None
+    path: str | os.PathLike[str],
+    tables: Iterable[pa.Table],
+    schema: pa.Schema,
+    metadata: dict[str, Any] | None = None,
+    **options: Any,
 ) -> None:
     """Write several tables as one file, as `write_table` does; one table is in memory at a time."""
     described = schema.with_metadata(encode_metadata(metadata))
-    with atomic(path) as temporary, parquet_writer(temporary, described, compression="zstd") as writer:
+    with atomic(path) as temporary, parquet_writer(temporary, described, **{"compression": "zstd"} | options) as writer:
         for table in tables:
             if table.column_names != schema.names:
                 raise ValueError(f"{path}: columns {table.column_names} are not {schema.names}")

@@ -15,16 +15,17 @@ import pyarrow as pa
 
 from cm3.common.errors import UserError
 from cm3.common.files import writing
+from cm3.common.limits import Limits
 from cm3.datasets.reader import ROWS
 
 log = logging.getLogger("cm3.datasets.interactions_db")
 
 IDS_SHOWN = 20
-_MEMORY = "800MB"
 _FOLDER = ".interactions-"
 _ROWS_AT_ONCE = 250_000
 _NO_ROOM = ("space", "quota", "file too large", "could not write")
 """What DuckDB says where a disk is full."""
+_NO_LIMITS = Limits()
 _UNKNOWN = {"rating": np.nan, "timestamp": 0}
 
 
@@ -58,9 +59,14 @@ class InteractionsDatabase:
     """Interactions of a source, in a database in a temporary folder inside `folder`.
 
     Use as a context manager, in this order: `add` everything, `encode`, `drop_duplicates`, `apply_policy`, `fetch`.
+
+    Attributes:
+        base: the connection.
+        folder: the temporary folder.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, limits: Limits = _NO_LIMITS) -> None:
+        self._limits = limits
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             for stale in folder.glob(f"{_FOLDER}*"):  # of a killed process; the stage holds a lock
@@ -71,7 +77,7 @@ class InteractionsDatabase:
     def __enter__(self) -> "InteractionsDatabase":
         # The order is restored by ids at the end; keeping it costs memory.
         settings: dict[str, Any] = {
-            "memory_limit": _MEMORY,
+            **self._limits.duckdb(),
             "temp_directory": str(self.folder),
             "preserve_insertion_order": "false",
         }

@@ -11,6 +11,7 @@ import pyarrow as pa
 from cm3.common.cli import stage
 from cm3.common.errors import UserError
 from cm3.common.files import write_json
+from cm3.common.limits import Limits
 from cm3.common.tables import ITEMS, MADE_FROM, USERS, write_table
 from cm3.datasets.interactions_db import InteractionArrays, InteractionsDatabase
 from cm3.datasets.k_core import kcore
@@ -21,6 +22,8 @@ from cm3.datasets.statistics import describe
 
 log = logging.getLogger("cm3.datasets.prepare")
 
+_NO_LIMITS = Limits()
+
 
 def prepare(
     spec: dict[str, Any],
@@ -30,6 +33,7 @@ def prepare(
     users: Path,
     stats: Path,
     made_from: Mapping[str, str] | None = None,
+    limits: Limits = _NO_LIMITS,
 ) -> dict[str, Any]:
     """Read a source, remove duplicates and unknown items, filter to the k-core, and write the common tables.
 
@@ -43,6 +47,7 @@ def prepare(
         inputs: raw files by name.
         ratings, items, users, stats: files to write.
         made_from: keys of the settings by stage, for the metadata of the tables.
+        limits: threads and memory of the database.
 
     Returns:
         the statistics that are written to `stats`.
@@ -54,7 +59,7 @@ def prepare(
     reader = source_spec(spec["source"]).open_reader(spec, inputs)
     log.info("reading %s", ", ".join(str(path) for path in inputs.values()))
     k = spec["kcore"]
-    with InteractionsDatabase(ratings.parent) as database:
+    with InteractionsDatabase(ratings.parent, limits) as database:
         for table in reader.interactions():
             database.add(table)
         raw = database.encode()
@@ -182,7 +187,14 @@ def main() -> None:
         if published := source_spec(call.spec["source"]).published_files(call.inputs):
             call.record["published"] = published
         call.record["stats"] = prepare(
-            call.spec, call.inputs, out["ratings"], out["items"], out["users"], out["stats"], call.made_from
+            call.spec,
+            call.inputs,
+            out["ratings"],
+            out["items"],
+            out["users"],
+            out["stats"],
+            call.made_from,
+            call.limits,
         )
 
 

@@ -89,6 +89,8 @@ class OpenClipExtractor(ImageModel):
         except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise UserError(f"{file or name}: not weights of an open_clip model: {str(error)[:500]}") from error
         self.preprocess = preprocess
+        # open_clip ends with these two; `pixels` and `normalised` do the same in two steps.
+        *self._geometry, self._to_tensor, self._normalise = preprocess.transforms
         self.preprocessing = dict(model.visual.preprocess_cfg)
         kind = "an open_clip model"
         self.model = on_device(model.eval(), self.device, kind, spec, folder, dtype=torch_dtype(spec.precision))
@@ -102,6 +104,22 @@ class OpenClipExtractor(ImageModel):
         """Return a (3, side, side) float tensor: resized, cropped and normalised."""
         prepared: torch.Tensor = self.preprocess(image)
         return prepared
+
+    def pixels(self, image: Image.Image) -> "torch.Tensor":
+        """Return a (3, side, side) uint8 tensor: resized and cropped."""
+        from torchvision.transforms.functional import pil_to_tensor
+
+        for transform in self._geometry:
+            image = transform(image)
+        found: torch.Tensor = pil_to_tensor(image)
+        return found
+
+    def normalised(self, stack: "torch.Tensor") -> "torch.Tensor":
+        """Return (n, 3, side, side) float tensors of uint8 ones."""
+        # A tensor as divisor: CUDA multiplies by the inverse of a number.
+        scaled = stack.float() / stack.new_tensor(255.0, dtype=torch_dtype("float32"))
+        found: torch.Tensor = self._normalise(scaled)
+        return found
 
     def forward(self, stack: "torch.Tensor") -> "torch.Tensor":
         """Return (n, d) image embeddings in the space shared with text."""

@@ -109,6 +109,20 @@ class TransformersVisionExtractor(ImageModel):
         pixels: torch.Tensor = prepared["pixel_values"][0]
         return pixels
 
+    def pixels(self, image: Image.Image) -> "torch.Tensor | dict[str, torch.Tensor]":
+        """Return a (3, height, width) uint8 tensor: resized and cropped; of a NaFlex model, its inputs."""
+        prepared = self.processor(images=image, return_tensors="pt", do_rescale=False, do_normalize=False)
+        pixels: torch.Tensor = prepared["pixel_values"][0]
+        return pixels
+
+    def normalised(self, stack: "torch.Tensor") -> "torch.Tensor":
+        """Return (n, 3, height, width) float tensors of uint8 ones, by the processor's own function."""
+        own = self.processor
+        found: torch.Tensor = own.rescale_and_normalize(
+            stack, own.do_rescale, own.rescale_factor, own.do_normalize, own.image_mean, own.image_std
+        )
+        return found
+
     def _pixels(self, image: Image.Image) -> "torch.Tensor":
         prepared = self.prepare(image)
         return prepared["pixel_values"] if isinstance(prepared, dict) else prepared

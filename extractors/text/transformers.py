@@ -1,6 +1,6 @@
 """Text encoders of transformers: pooled last hidden states."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -8,11 +8,12 @@ import numpy as np
 from pydantic import Field
 
 from cm3.common.errors import UserError
+from extractors.extractor import Advance, Encoded, silent
 from extractors.runtime.precision import arithmetic
 from extractors.spec import Cost
 from extractors.text.base import USUAL_LIMIT, TextModel, TextModelSpec, positions_of
 from extractors.text.pooling import TokenPooling, pool
-from extractors.weights.hub import checked_path
+from extractors.weights.hub import checked_path, quiet
 from extractors.weights.pretrained import load_model, load_part, loaded, on_device
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class TransformersTextExtractor(TextModel):
         from transformers import AutoModel, AutoTokenizer
 
         super().__init__(spec)
+        self._ids: dict[str, np.ndarray] = {}
         folder = checked_path(spec)
         self.tokenizer = load_part(AutoTokenizer, spec, folder, "a text model with a tokenizer")
         self._padded_right(folder)
@@ -63,6 +65,21 @@ class TransformersTextExtractor(TextModel):
         self.prompt = spec.prompt or ""
         self.limit = self._token_limit()
         self.ready(loaded(lambda: self._states(["a"])[0].shape[-1], kind, spec, folder))
+
+    def run(self, inputs: Iterable[str], advance: Advance = silent) -> Encoded:
+        """Encode texts as `TextModel.run` does; each is tokenised once, for its length and its vector."""
+        try:
+            return super().run(inputs, advance)
+        finally:
+            self._ids.clear()
+
+    def counted(self, texts: Sequence[str]) -> list[int]:
+        """Return the numbers of tokens of n texts without truncation; keep the tokens of those within the limit."""
+        found = self.tokenizer(list(texts), truncation=False, padding=False)["input_ids"]
+        self._ids |= {
+            text: np.asarray(ids, np.int32) for text, ids in zip(texts, found, strict=True) if len(ids) <= self.limit
+        }
+        return [len(ids) for ids in found]
 
     def facts(self) -> dict[str, Any]:
         """Return architecture, pooling, token limit and prompt."""
@@ -87,17 +104,23 @@ class TransformersTextExtractor(TextModel):
         """Return (n, tokens, width) last hidden states and the (n, tokens) attention mask."""
         import torch
 
-        batch = self.tokenizer(
-            [self.prompt + text for text in texts],
-            truncation=True,
-            max_length=self.limit,
-            padding=True,
-            return_tensors="pt",
-            return_token_type_ids=False,
-        ).to(self.device)
+        with quiet("transformers.tokenization_utils_base"):  # it advises against padding apart from tokenising
+            batch = self.tokenizer.pad(
+                {"input_ids": self._tokens_of([self.prompt + text for text in texts])},
+                padding=True,
+                return_attention_mask=True,
+                return_tensors="pt",
+            ).to(self.device)
         with torch.inference_mode(), arithmetic(self.device, self.spec.precision):
             output = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         return output.last_hidden_state, batch["attention_mask"]
+
+    def _tokens_of(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of n texts with their prompt, truncated to the limit."""
+        new = [text for text in texts if text not in self._ids]
+        found = self.tokenizer(new, truncation=True, max_length=self.limit)["input_ids"] if new else []
+        tokenised = dict(zip(new, found, strict=True))
+        return [self._ids[text].tolist() if text in self._ids else tokenised[text] for text in texts]
 
     def _padded_right(self, folder: Path) -> None:
         """Let the tokenizer pad on the right, so that positions start at 0 and a decoder sees no padding."""

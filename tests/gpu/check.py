@@ -13,8 +13,9 @@ import scipy.sparse as sp
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests/support"), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/support"), str(ROOT / "benchmarks"), str(ROOT / "tests/gpu")]
 
+from extraction_rows import image_row, text_row  # noqa: E402
 from training import Opponent  # noqa: E402
 from training_shop import prepared, run  # noqa: E402
 
@@ -201,6 +202,18 @@ def evaluation() -> None:
     )
 
 
+def images() -> None:
+    """Images through ViT-B/32 with random weights."""
+    architecture, count, batch = ("ViT-S-32-alt", 8, 4) if TINY else ("ViT-B-32", 4096, 256)
+    image_row(architecture, count, batch, DEVICE.type, seconds, row)
+
+
+def texts() -> None:
+    """Texts through MiniLM."""
+    count, batch = (16, 8) if TINY else (50_000, 512)
+    text_row(count, batch, DEVICE.type, seconds, row)
+
+
 def main() -> None:
     """Print the table."""
     select_device(DEVICE.type, "CM3_CHECK_DEVICE")
@@ -216,6 +229,8 @@ def main() -> None:
         ),
         *(lambda width=width: neighbours(width) for width in KNN_WIDTHS),
         evaluation,
+        images,
+        texts,
         gpu_tests,
     ]
     failed = 0

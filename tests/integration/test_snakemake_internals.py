@@ -112,3 +112,27 @@ def test_a_file_next_to_the_records_does_not_disturb_snakemake(folder: Path):
     run(folder)
     (folder / "processed/.snakemake-metadata/.versions").write_text("{}")
     assert "Nothing to be done" in run(folder, "-n")[0]
+
+
+def test_an_output_that_snakemake_touches_keeps_its_entry_in_the_ledger(tmp_path: Path):
+    (tmp_path / "Snakefile").write_text(
+        """
+from cm3.common.ledger import Ledger
+from workflow.snakemake_internals import keep_entries_of_touched_files, store_metadata_with_data
+
+store_metadata_with_data()
+keep_entries_of_touched_files(Ledger())
+
+rule one:
+    output: "processed/{name}.txt"
+    run:
+        Path(output[0]).write_text("a")
+        os.utime(output[0], (1, 1))
+        Ledger().record(output[0], "settings 0", (output[0],))
+"""
+    )
+    run(tmp_path)
+    status = (tmp_path / "processed/a.txt").stat()
+    assert status.st_mtime > 1, "Snakemake has touched it"
+    (entry,) = (json.loads(path.read_text()) for path in (tmp_path / "processed/.checksums").glob("*.json"))
+    assert (entry["mtime_ns"], entry["inode"]) == (status.st_mtime_ns, status.st_ino)

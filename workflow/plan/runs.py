@@ -206,11 +206,12 @@ def train_module(config: Config, experiment: str) -> str:
     return STAGES[config.experiments[experiment].model.stage].module
 
 
-def train_gpus(config: Config, experiment: str) -> int:
-    """Return how many GPUs training needs, one per process; none for a model that computes on the CPU."""
-    chosen = config.experiments[experiment]
-    needs = chosen.model.on_device and chosen.training.device != "cpu"
-    return chosen.training.processes if needs else 0
+def train_gpus(config: Config, experiment: str) -> float:
+    """Return how many GPUs training needs: one per process, or its share of one; none for a model on the CPU."""
+    training, model = config.experiments[experiment].training, config.experiments[experiment].model
+    if not model.on_device or training.device == "cpu":
+        return 0
+    return training.processes if training.processes > 1 else training.gpu_share
 
 
 @functools.lru_cache(maxsize=4096)

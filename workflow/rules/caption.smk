@@ -13,6 +13,7 @@ rule caption:
     threads: share_of_cores(features.caption_gpus)
     resources:
         gpu=gpus(features.caption_gpus),
+        gpu_percent=gpu_percent(features.caption_gpus),
         mem_mb=needs.mem_mb("caption"),
         runtime=needs.runtime("caption"),
     params:

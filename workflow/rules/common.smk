@@ -1,4 +1,5 @@
 import inspect
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ from workflow.snakemake_internals import (
     extend_targets,
     has_local_files,
     is_main_process,
+    keep_entries_of_touched_files,
     literal_path,
     resource_limit,
     runs_elsewhere,
@@ -51,6 +53,7 @@ needs = Needs(settings)
 set_job_environment(ROOT)
 ledger = Ledger()
 compare_inputs_by_content(ledger)
+keep_entries_of_touched_files(ledger)
 run_lock = RunLock()
 
 try:
@@ -106,7 +109,12 @@ def identity(function):
 def arguments(function):
     def command_line(wildcards, input, output, threads, resources):
         task = planned(function)(wildcards)
-        allotted = {"threads": threads, "gpus": resources.get("gpu", 0)}
+        share = resources.get("gpu_percent", 0)
+        allotted = {
+            "threads": threads,
+            "gpus": resources.get("gpu", 0) or (share / 100 if share else 0),
+            "mem_mb": resources.get("mem_mb"),
+        }
         options = [
             ("--spec", canonical_json(task.spec)),
             ("--runtime", canonical_json(task.runtime | allotted)),
@@ -129,8 +137,9 @@ def arguments(function):
     return command_line
 
 
-# GPUs of a job. None if jobs run on this machine and it has no GPU: they then run in parallel, as cores allow.
-def gpus(function):
+# GPUs of a job, below 1 for a share. None if jobs run on this machine and it has no GPU: they then run in parallel, as
+# cores allow.
+def wanted_gpus(function):
     def count(wildcards):
         available = runs_elsewhere(workflow) or gpu_here()
         return planned(function)(wildcards) if available else 0
@@ -138,15 +147,28 @@ def gpus(function):
     return count
 
 
+# Whole GPUs of a job. A share of one counts in `gpu_percent` on this machine; a cluster gives the job a GPU of its own.
+def gpus(function):
+    def count(wildcards):
+        wanted = wanted_gpus(function)(wildcards)
+        return math.ceil(wanted) if runs_elsewhere(workflow) else int(wanted)
+
+    return count
+
+
+def gpu_percent(function):
+    return lambda wildcards: int(100 * wanted_gpus(function)(wildcards))
+
+
 # Threads of a job that can have a GPU: its share of the cores, so that as many jobs run at a time as there are GPUs.
 def share_of_cores(function):
     def threads(wildcards):
         cores = resource_limit(workflow, "_cores")
         all_gpus = resource_limit(workflow, "gpu")
-        own_gpus = gpus(function)(wildcards)
+        own_gpus = wanted_gpus(function)(wildcards)
         if not (cores and all_gpus and own_gpus):
             return 8
-        return max(1, min(8, cores * min(own_gpus, all_gpus) // all_gpus))
+        return max(1, min(8, int(cores * min(own_gpus, all_gpus) / all_gpus)))
 
     return threads
 

@@ -13,6 +13,7 @@ rule extract:
     threads: share_of_cores(features.extract_gpus)
     resources:
         gpu=gpus(features.extract_gpus),
+        gpu_percent=gpu_percent(features.extract_gpus),
         mem_mb=needs.mem_mb("extract"),
         runtime=needs.runtime("extract"),
     params:

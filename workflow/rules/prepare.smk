@@ -12,6 +12,7 @@ rule prepare:
         "logs/{dataset}/prepare.log",
     conda:
         "../../environment.yml"
+    threads: 4
     resources:
         mem_mb=needs.mem_mb("prepare"),
         runtime=needs.runtime("prepare"),

@@ -38,6 +38,7 @@ rule similarity:
     threads: share_of_cores(features.similarity_gpus)
     resources:
         gpu=gpus(features.similarity_gpus),
+        gpu_percent=gpu_percent(features.similarity_gpus),
         mem_mb=needs.mem_mb("similarity"),
         runtime=needs.runtime("similarity"),
     params:

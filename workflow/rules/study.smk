@@ -36,11 +36,14 @@ rule study:
                 settings, planned(comparison.compare_inputs)(wildcards)
             )
         ),
+        limits=lambda wildcards, threads, resources: canonical_json(
+            {"threads": threads, "mem_mb": resources.get("mem_mb")}
+        ),
         root=lambda wildcards, input: root_of(
             input, files(comparison.compare_inputs)(wildcards)
         ),
     shell:
         "exec python -m cm3.reports.analysis.compare --call {input.call:q} --root {params.root:q}"
-        " --identity {params.identity:q} --expected {params.expected:q}"
+        " --runtime {params.limits:q} --identity {params.identity:q} --expected {params.expected:q}"
         " --output comparison={output.comparison:q} --output table={output.table:q}"
         " --output record={output.record:q} --log {log:q}"

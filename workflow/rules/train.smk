@@ -18,6 +18,7 @@ rule train:
     threads: share_of_cores(runs.train_gpus)
     resources:
         gpu=gpus(runs.train_gpus),
+        gpu_percent=gpu_percent(runs.train_gpus),
         mem_mb=needs.mem_mb("train"),
         runtime=needs.runtime("train"),
     params:

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import io
 import logging
@@ -13,7 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from cm3.common.errors import UserError
-from cm3.common.files import read_json, remove_stale_parts, write_json
+from cm3.common.files import lock, read_json, remove_stale_parts, write_json
 from cm3.common.http import without_secrets
 
 log = logging.getLogger("cm3.datasets.download.stage")
@@ -173,11 +172,9 @@ def _open_locked(path: Path) -> io.FileIO:
         # Unbuffered: written bytes survive a kill, and a full disk is reported once.
         file = io.FileIO(path, "a+")
         try:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not lock(file, wait=False):
                 log.warning("%s is being downloaded by another process; waiting for it to end", path)
-                fcntl.flock(file, fcntl.LOCK_EX)
+                lock(file)
             if _is_still_at(file, path):
                 return file
         except BaseException:

@@ -1,5 +1,6 @@
 """A file is whole or absent, whatever happens while it is written."""
 
+import errno
 import os
 import resource
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 
 from cm3.common.errors import UserError
 from cm3.common.features import write_features
-from cm3.common.files import atomic, read_json, remove_stale_parts, write_json
+from cm3.common.files import atomic, exclusive, read_json, remove_stale_parts, write_json
 from cm3.common.tables import USERS, write_table
 
 
@@ -111,3 +112,26 @@ def test_a_lock_is_waited_for_and_freed_by_a_kill(tmp_path: Path):
     output, _ = waiter.communicate(timeout=10)
     assert output == b"2\n"
     process.communicate()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+):
+    monkeypatch.setattr("fcntl.flock", raising(number))
+    with exclusive(tmp_path / "a.lock"):
+        pass
+    assert f"{tmp_path}: files cannot be locked here" in caplog.text and "start one run at a time" in caplog.text
+
+
+def test_another_fault_of_a_lock_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("fcntl.flock", raising(errno.EIO))
+    with pytest.raises(OSError, match="Input/output"), exclusive(tmp_path / "a.lock"):
+        pass
+
+
+def raising(number: int):
+    def flock(file: object, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return flock

@@ -18,7 +18,7 @@ import os, sys, time
 from pathlib import Path
 from cm3.common import gpus
 gpus.SHARED_FOLDER = Path(os.environ["SHARED"])
-with gpus.own_gpus(1) as held:
+with gpus.own_gpus(float(os.environ.get("WANTED", 1))) as held:
     assert os.environ["CUDA_VISIBLE_DEVICES"] == held[0]
     print(*held, flush=True)
     time.sleep(float(sys.argv[1]))
@@ -109,6 +109,66 @@ def test_a_job_that_wants_several_gets_all_or_waits():
         assert waiting.poll() is None
     assert told(waiting) == "0"
     waiting.wait(20)
+
+
+def ended(*jobs: subprocess.Popen[str]) -> None:
+    for job in jobs:
+        job.kill()
+        job.wait(20)
+
+
+def test_jobs_with_shares_fill_one_gpu_and_leave_the_other_whole():
+    quarters = [start(30, WANTED="0.25") for _ in range(4)]
+    assert {told(job) for job in quarters} == {"0"}, "all on one GPU"
+    fifth = start(30, WANTED="0.25")
+    assert told(fifth) == "1"
+    whole = start(0)
+    time.sleep(0.7)
+    assert whole.poll() is None
+    ended(fifth)
+    assert told(whole) == "1"
+    whole.wait(20)
+    ended(*quarters)
+
+
+def test_a_share_waits_for_room_and_a_killed_job_gives_its_share_back(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    first, second = start(30, WANTED="0.5"), start(30, WANTED="0.4")
+    assert told(first) == told(second) == "0"
+    third = start(0, WANTED="0.2")
+    time.sleep(1)
+    assert third.poll() is None, "0.1 is left"
+    small = start(0, WANTED="0.1")
+    assert told(small) == "0"
+    first.send_signal(signal.SIGKILL)
+    assert told(third) == "0"
+    small.wait(20)
+    third.wait(20)
+    ended(first, second)
+
+
+def test_three_jobs_with_a_third_each_share_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    with own_gpus(0.33) as a, own_gpus(0.34) as b, own_gpus(1 / 3) as c:
+        assert a == b == c == ["1"] and os.environ["CM3_ALLOTTED_GPUS"] == "1"
+        waiting = start(0)
+        time.sleep(0.7)
+        assert waiting.poll() is None
+    assert told(waiting) == "1"
+    waiting.wait(20)
+
+
+def test_a_share_is_of_the_gpu_by_its_uuid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Two jobs of a scheduler that hides the other GPUs: each one's GPU has the id 0."""
+    (tmp_path / "bin/nvidia-smi").write_text("#!/bin/sh\nprintf '0, GPU-a\\n'\n")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with own_gpus(1):
+        (tmp_path / "bin/nvidia-smi").write_text("#!/bin/sh\nprintf '0, GPU-b\\n'\n")
+        with own_gpus(0.5) as held:
+            assert held == ["0"]
+        waiting = start(0, WANTED="0.5")
+        assert told(waiting) == "0"
+        waiting.wait(20)
 
 
 @pytest.mark.parametrize(("device", "there"), [("nvidia0", True), ("kfd", True), ("nvidiactl", False), ("null", False)])

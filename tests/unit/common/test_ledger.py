@@ -118,3 +118,33 @@ def test_a_folder_that_cannot_be_written_costs_time_only(tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("in the place of a folder")
     assert Ledger(Path("file/below")).sha256(written("a")) == sha256_of("table.csv")
+
+
+def test_a_touched_file_is_not_read_again(ledger: Ledger, reads: list[str]):
+    path = written("a")
+    ledger.record(path, "settings 1", (str(path),))
+    with ledger.touching(path):
+        os.utime(path)
+    assert Ledger(ledger.folder).sha256(path) == ledger.sha256(path) == sha256_of(path)
+    entry = ledger.entry(path)
+    assert entry and entry.identity == "settings 1" and ledger.unchanged(entry)
+    assert reads == [str(path)], "once, for its entry"
+
+
+def test_a_touch_hides_neither_a_change_nor_damage(ledger: Ledger):
+    path = written("a")
+    ledger.record(path, "settings 1", (str(path),))
+    ledger.mark_damaged(path, "cut")
+    with ledger.touching(path):
+        os.utime(path)
+    entry = ledger.entry(path)
+    assert entry and entry.damaged == "cut" and not ledger.unchanged(entry)
+    ledger.record(path, "settings 1", (str(path),))
+    written("b", age=30)
+    with ledger.touching(path):
+        os.utime(path)
+    entry = ledger.entry(path)
+    assert entry and not ledger.unchanged(entry)
+    with ledger.touching(written("c", name="of the user.csv")):
+        pass
+    assert ledger.entry("of the user.csv") is None

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cm3.common.embeddings import read_embeddings, write_embeddings
 from cm3.common.errors import UserError
 from cm3.common.features import features_schema, read_features, write_features
 from cm3.common.keys import canonical_json, key_of
-from cm3.common.tables import SIMILARITY, read_metadata, read_table, write_table
+from cm3.common.tables import SIMILARITY, open_parquet, read_metadata, read_table, write_table
 
 IDS = ["a", "b", "c"]
 
@@ -123,3 +124,14 @@ def test_keys_do_not_depend_on_order(settings: dict):
 @given(json_values)
 def test_canonical_json_loses_nothing(value: object):
     assert json.loads(canonical_json(value)) == value
+
+
+def test_vectors_of_embeddings_are_stored_plainly(tmp_path: Path):
+    vectors = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
+    write_embeddings(tmp_path / "users.parquet", "user_id", [f"u{n}" for n in range(50)], vectors, {"epoch": 3})
+    with open_parquet(tmp_path / "users.parquet") as file:
+        columns = [file.metadata.row_group(0).column(n) for n in range(2)]
+    assert {column.compression for column in columns} == {"UNCOMPRESSED"}
+    assert not any("DICTIONARY" in encoding for column in columns for encoding in column.encodings)
+    found, metadata = read_embeddings(tmp_path / "users.parquet", "user_id", [f"u{n}" for n in range(50)])
+    assert np.array_equal(found, vectors) and metadata == {"epoch": 3}

@@ -1,6 +1,7 @@
 """Plain transformers encoders of text, with small random models saved by the test."""
 
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from cm3.common.errors import UserError
 from cm3.common.features import read_features
 from cm3.common.tables import read_metadata
 from extractors.extract import extract
+from extractors.text.base import TextModel
 from extractors.text.pooling import TokenPooling, pool
 from extractors.text.transformers import TransformersTextExtractor
 
@@ -188,3 +190,33 @@ def test_nan_names_the_items(folders: dict[str, Path], tmp_path: Path) -> None:
     items = [{"item_id": f"i{row}", "title": text} for row, text in enumerate(TEXTS)]
     with pytest.raises(UserError, match="1 vectors hold NaN or infinity, first of items i3;"):
         load(tmp_path / "m").encode(items)
+
+
+class CountingTokenizer:
+    """A tokenizer that counts how often it gets each text."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.seen: Counter[str] = Counter()
+
+    def __call__(self, texts: list[str], **options: Any) -> Any:
+        self.seen.update(texts)
+        return self.tokenizer(texts, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_text_is_tokenised_once_and_the_vectors_are_the_same(
+    folders: dict[str, Path], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extractor = load(folders[kind], prompt="a ", batch_size=2)
+    counting = CountingTokenizer(extractor.tokenizer)
+    monkeypatch.setattr(extractor, "tokenizer", counting)
+    once = extractor.run(TEXTS)
+    too_long = {text for text in counting.seen if counting.seen[text] > 1}
+    assert len(too_long) == once.counts["truncated_texts"] == 1, "only a truncated text is tokenised a second time"
+    monkeypatch.setattr(extractor, "counted", lambda texts: TextModel.counted(extractor, texts))
+    twice = extractor.run(TEXTS)
+    assert max(counting.seen.values()) > 2 and np.array_equal(once.embedding, twice.embedding)

@@ -39,6 +39,14 @@ def test_a_model_asks_for_a_gpu_where_it_computes_on_one():
     assert not any(runs.train_gpus(checked(device="cpu"), name) for name in asked)
 
 
+def test_a_training_may_take_a_share_of_a_gpu():
+    asked = {name: runs.train_gpus(checked(gpu_share=0.25), name) for name in ("shop", "mostpop", "lightgcn")}
+    assert asked == {"shop": 0.25, "mostpop": 0, "lightgcn": 0.25}
+    assert runs.train_gpus(checked(gpu_share=0.25, processes=2), "shop") == 2
+    keys = [runs.selected_run(checked(gpu_share=share), "shop") for share in (0.25, 1.0)]
+    assert keys[0] == keys[1], "a share changes no result"
+
+
 def test_exact_search_asks_for_a_gpu_unless_all_its_readers_train_on_the_cpu():
     def asked(settings: Config, extractor: str, variant: str) -> int:
         return features.similarity_gpus(settings, "shop", extractor, variant)
@@ -75,7 +83,8 @@ def test_the_rules_ask_for_what_the_plan_says(shop: Checkout):
     asked = asked_by_rule(shop, "--cores", "8")
     assert asked["similarity"] == asked["train_item_weights"] == {(1, 8)}
     assert asked["train"] == asked["extract"] == {(0, 8), (1, 8)}
-    assert all(asked[rule] == {(0, 1)} for rule in ("prepare", "split", "publish"))
+    assert asked["prepare"] == {(0, 4)}
+    assert all(asked[rule] == {(0, 1)} for rule in ("split", "publish"))
 
 
 @pytest.mark.integration
