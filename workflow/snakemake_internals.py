@@ -4,10 +4,12 @@
 no longer works.
 """
 
+import logging
 import os
 import shutil
 import time
 from base64 import urlsafe_b64encode
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,17 @@ INCOMPLETE = Path("processed/.snakemake-incomplete")
 def config_files(workflow: Any) -> list[Path]:
     """Return the files that `--configfile` names."""
     return [Path(path) for path in workflow.overwrite_configfiles]
+
+
+def config_overrides(workflow: Any) -> list[str]:
+    """Return the words of `--config`, such as "experiments={sample: {training: {lr: 0.002}}}"."""
+    given = workflow.config_settings.config_args
+    return [] if given is None else [given] if isinstance(given, str) else list(given)
+
+
+def targets(workflow: Any) -> list[str]:
+    """Return the files or rules that the command line names."""
+    return sorted(workflow.dag_settings.targets) if workflow.dag_settings else []
 
 
 def literal_path(path: str) -> str:
@@ -63,6 +76,44 @@ def resource_limit(workflow: Any, name: str) -> int | None:
     """Return how much of a resource jobs can use at a time: "_cores", or a name of `--resources`; None without a limit."""
     limits = workflow.global_resources
     return limits[name].value if name in limits else None
+
+
+def executes_jobs(workflow: Any) -> bool:
+    """Return whether jobs are being run, in contrast to a dry run, `--touch`, or a listing."""
+    return workflow.executor_plugin is not None and not workflow.dryrun and not workflow.touch
+
+
+def replace_terminal_output(
+    workflow: Any, make: Callable[[logging.Handler], logging.Handler]
+) -> logging.Handler | None:
+    """Replace Snakemake's handler of terminal output by another one, and return that.
+
+    Snakemake takes handlers from installed packages alone (`--logger`); the workflow runs from a checkout. Its handler is
+    kept, and None is returned, where `--verbose` asks for it, another one was chosen, or this process runs a single job.
+
+    Args:
+        make: returns the new handler for that of Snakemake.
+    """
+    manager = workflow.logger_manager
+    if not is_main_process(workflow) or manager.settings.verbose or manager.settings.debug_dag:
+        return None
+    original = next((handler for handler in manager.logger.handlers if handler.name == "DefaultStreamHandler"), None)
+    if original is None:
+        return None
+    manager.logger.removeHandler(original)
+    handler = make(original)
+    manager.logger.addHandler(handler)
+    return handler
+
+
+def log_file(workflow: Any) -> str | None:
+    """Return the file of Snakemake's own messages, None without one."""
+    return next(iter(workflow.logger_manager.get_logfile()), None)
+
+
+def shows_commands(workflow: Any) -> bool:
+    """Return whether `--printshellcmds` asks for the shell command of each job."""
+    return bool(workflow.output_settings.printshellcmds)
 
 
 def is_main_process(workflow: Any) -> bool:

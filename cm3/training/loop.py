@@ -73,6 +73,7 @@ def fit(
             checkpoint. Or memory ran out, several processes train a model that supports one process only, or they
             drew different batches.
         SystemExit: SIGTERM requested a stop; the checkpoint is written.
+        KeyboardInterrupt: Ctrl-C did.
     """
     if shard and not model.supports_ddp:
         raise UserError("training.processes: this model supports one process only; set it to 1")
@@ -266,7 +267,9 @@ class TrainingRun:
         self.save()
         if stop.requested:
             log.info("stop requested; the checkpoint is written, the same command resumes from it")
-            raise SystemExit(128 + signal.SIGTERM)
+            if stop.requested == signal.SIGINT:
+                raise KeyboardInterrupt
+            raise SystemExit(128 + stop.requested)
 
     def _due(self) -> bool:
         least = self.settings.checkpoint_seconds

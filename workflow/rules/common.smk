@@ -3,7 +3,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from snakemake.exceptions import WorkflowError
+from snakemake.exceptions import MissingRuleException, WorkflowError
 
 ROOT = Path(str(workflow.current_basedir)).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -23,15 +23,51 @@ from workflow.snakemake_internals import (
     METADATA,
     compare_inputs_by_content,
     config_files,
+    config_overrides,
+    executes_jobs,
     has_local_files,
     is_main_process,
     literal_path,
+    log_file,
+    replace_terminal_output,
     resource_limit,
     runs_elsewhere,
+    shows_commands,
     store_metadata_with_data,
+    targets,
 )
 from workflow.summary import print_summary
-from workflow.working_directory import RunLock, set_job_environment
+from workflow.targets import names_in, unknown_target
+from workflow.terminal import Terminal, user_error
+from workflow.working_directory import (
+    RunLock,
+    log_to_files_only,
+    set_job_environment,
+)
+
+
+
+# In place of Snakemake's message about an error; None keeps it.
+def explained(error):
+    if isinstance(error, MissingRuleException):
+        return unknown_target(settings, targets(workflow))
+    return user_error(error)
+
+
+def summarise_requested():
+    print_summary(settings, names_in(settings, targets(workflow)))
+
+
+terminal = replace_terminal_output(
+    workflow,
+    lambda original: Terminal(
+        original,
+        executes=lambda: executes_jobs(workflow),
+        explain=explained,
+        nothing_to_do=summarise_requested,
+        shows_commands=shows_commands(workflow),
+    ),
+)
 
 
 configfile:
@@ -41,13 +77,20 @@ configfile:
 
 
 try:
-    settings = load_config(config, config_files(workflow), has_local_files(workflow))
+    settings = load_config(
+        config,
+        config_files(workflow),
+        has_local_files(workflow),
+        config_overrides(workflow),
+    )
 except UserError as error:
     raise WorkflowError(f"The configuration is refused:\n{error}") from None
 
 needs = Needs(settings)
 
 set_job_environment(ROOT)
+if terminal:
+    log_to_files_only()
 ledger = Ledger()
 compare_inputs_by_content(ledger)
 run_lock = RunLock()
@@ -155,4 +198,17 @@ onstart:
 
 
 onsuccess:
-    print_summary(settings.experiments, settings.studies, run_lock.since)
+    if terminal:
+        terminal.end()
+    print_summary(
+        settings,
+        [*settings.experiments, *settings.studies],
+        run_lock.since,
+        warnings=terminal.warnings() if terminal else [],
+        log=log_file(workflow) if terminal else None,
+    )
+
+
+onerror:
+    if terminal:
+        terminal.report_failures()
