@@ -72,6 +72,11 @@ def runs_elsewhere(workflow: Any) -> bool:
     return bool(workflow.non_local_exec_or_dryrun)
 
 
+def has_cluster(workflow: Any) -> bool:
+    """Return whether jobs run, or in a dry run would run, on other machines than this one."""
+    return workflow.remote_execution_settings is not None and workflow.resource_settings.nodes is not None
+
+
 def resource_limit(workflow: Any, name: str) -> int | None:
     """Return how much of a resource jobs can use at a time: "_cores", or a name of `--resources`; None without a limit."""
     limits = workflow.global_resources
@@ -81,6 +86,11 @@ def resource_limit(workflow: Any, name: str) -> int | None:
 def executes_jobs(workflow: Any) -> bool:
     """Return whether jobs are being run, in contrast to a dry run, `--touch`, or a listing."""
     return workflow.executor_plugin is not None and not workflow.dryrun and not workflow.touch
+
+
+def planned_jobs(workflow: Any) -> list[tuple[str, dict[str, str]]]:
+    """Return rule and wildcards of each job that will run."""
+    return [(job.rule.name, dict(job.wildcards.items())) for job in workflow.dag.needrun_jobs()]
 
 
 def replace_terminal_output(

@@ -67,6 +67,7 @@ class Terminal(logging.Handler):
         executes: Callable[[], bool],
         explain: Callable[[BaseException], str | None] = lambda error: None,
         nothing_to_do: Callable[[], None] = lambda: None,
+        forecast: Callable[[], Sequence[str]] = tuple,
         shows_commands: bool = False,
         stream: TextIO | None = None,
     ) -> None:
@@ -76,12 +77,13 @@ class Terminal(logging.Handler):
             executes: returns whether jobs are being run.
             explain: returns a message in place of Snakemake's for an error, None where Snakemake's is kept.
             nothing_to_do: prints the results that are up to date.
+            forecast: returns what the planned jobs cost.
             shows_commands: print the shell command of each job.
             stream: default: stderr.
         """
         super().__init__()
         self.original, self.executes, self.explain = original, executes, explain
-        self.nothing_to_do = nothing_to_do
+        self.nothing_to_do, self.forecast = nothing_to_do, forecast
         self.shows_commands = shows_commands
         self.stream = stream or sys.stderr
         self.running: dict[int, Job] = {}
@@ -105,6 +107,10 @@ class Terminal(logging.Handler):
             elif not self.executes():
                 if not _says_nothing(record):
                     self.original.handle(record)  # of `--dry-run`, `--summary` and the like
+                if event == LogEvent.RUN_INFO and self._total == 0:
+                    self._total = vars(record).get("stats", {}).get("total", 0)
+                    for line in self.forecast():
+                        self.original.handle(logging.LogRecord("cm3", logging.INFO, "", 0, line, (), None))
             elif event in _EVENTS:
                 _EVENTS[event](self, record)
             elif record.getMessage() == NOTHING_TO_BE_DONE_MSG:
@@ -127,6 +133,8 @@ class Terminal(logging.Handler):
         self._total = stats.get("total", 0)
         jobs = ", ".join(f"{count} {rule}" if count > 1 else rule for rule, count in stats.items() if rule != "total")
         self.show(f"{self._total} jobs: {jobs}")
+        for line in self.forecast():
+            self.show(f"  {line}")
         if self.stream.isatty():
             self._bar = tqdm(
                 total=self._total, file=self.stream, leave=False, dynamic_ncols=True, smoothing=0, unit="job"

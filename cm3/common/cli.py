@@ -235,7 +235,7 @@ def _configure_logging(path: Path | None, role: ProcessRole) -> None:
             sys.exit(f"ERROR: {path_fault(error) or error}")
         if to_file:
             # What libraries, child processes and the interpreter write is in the log, too.
-            os.dup2(file.stream.fileno(), sys.stderr.fileno())
+            os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), 2)
         handlers = [file] if to_file else [*handlers, file]
     logging.basicConfig(
         level=logging.WARNING if role.rank else logging.INFO,

@@ -4,6 +4,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from cm3.common.http import hide_secrets
 from cm3.common.keys import key_of
 from workflow.plan import data, features, runs
 from workflow.plan.config import Config
@@ -74,7 +75,7 @@ def config_options(config: Config) -> list[str]:
     names = [str(path.relative_to(here) if path.is_relative_to(here) else path) for path in config.files]
     return [
         *(["--configfile", *names] if names else []),
-        *(["--config", *config.overrides] if config.overrides else []),
+        *(["--config", *map(hide_secrets, config.overrides)] if config.overrides else []),
     ]
 
 

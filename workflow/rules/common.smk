@@ -1,3 +1,4 @@
+import functools
 import inspect
 import shlex
 import sys
@@ -15,6 +16,7 @@ from cm3.common.keys import canonical_json
 from cm3.common.ledger import Ledger
 from workflow.plan import comparison, data, features, mmrec, pages, publish, runs
 from workflow.plan.config import load_config
+from workflow.plan.forecast import PlannedJob, forecast
 from workflow.plan.migrate import migrate_records
 from workflow.plan.resources import Needs
 from workflow.plan.storage import root_of
@@ -25,10 +27,12 @@ from workflow.snakemake_internals import (
     config_files,
     config_overrides,
     executes_jobs,
+    has_cluster,
     has_local_files,
     is_main_process,
     literal_path,
     log_file,
+    planned_jobs,
     replace_terminal_output,
     resource_limit,
     runs_elsewhere,
@@ -58,6 +62,14 @@ def summarise_requested():
     print_summary(settings, names_in(settings, targets(workflow)))
 
 
+# What the planned jobs download, and how long their extractors take here; a cluster's machines are unknown.
+@functools.cache
+def cost_of_run():
+    jobs = [PlannedJob(*job) for job in planned_jobs(workflow)]
+    on_gpus = has_cluster(workflow) or gpu_here()
+    return forecast(settings, jobs, on_gpus)
+
+
 terminal = replace_terminal_output(
     workflow,
     lambda original: Terminal(
@@ -65,6 +77,7 @@ terminal = replace_terminal_output(
         executes=lambda: executes_jobs(workflow),
         explain=explained,
         nothing_to_do=summarise_requested,
+        forecast=lambda: cost_of_run().lines,
         shows_commands=shows_commands(workflow),
     ),
 )
@@ -195,6 +208,8 @@ onstart:
         run_lock.acquire()
     except OSError as error:
         raise WorkflowError(str(path_fault(error) or error)) from None
+    if cost_of_run().refused:
+        raise WorkflowError("\n".join(cost_of_run().refused))
 
 
 onsuccess:
