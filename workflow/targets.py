@@ -10,6 +10,13 @@ from workflow.plan.publish import run_command
 
 EXPERIMENT_FILES = ("metrics.json", "report.html")
 STUDY_FILES = ("comparison.html", "comparison.json", "comparison.csv")
+FILES = {
+    *EXPERIMENT_FILES,
+    *STUDY_FILES,
+    *("per_user.parquet", "recommendations.parquet", "history.csv", "model.safetensors"),
+    *("user_embeddings.parquet", "item_embeddings.parquet", "report.stage.json", "page.stage.json", "figures"),
+}
+"""Files in results/{name} that rules make."""
 
 
 def names_in(config: Config, targets: Sequence[str]) -> list[str]:
@@ -35,7 +42,7 @@ def unknown_target(config: Config, targets: Sequence[str]) -> str | None:
             return f"{name} is an experiment, not a study: {run_command(config, 'report', name)}"
         if name not in config.experiments and name not in config.studies:
             return f"{name}: no such experiment or study{nearest_name(config, name)}\n{listing(config)}"
-        if not file.startswith("runs/"):
+        if not (file.startswith("runs/") or file in FILES):
             return f"{target}: no such target{_nearest_target(config, target)}"
     return None
 

@@ -220,7 +220,6 @@ class Terminal(logging.Handler):
     def end(self) -> None:
         """Remove the bar: what follows is a summary."""
         self._close_bar()
-        self._reported = True
 
     def close(self) -> None:
         """Report failures that nobody has reported, as with `--no-hooks`, and end the thread of the bar."""
@@ -308,6 +307,12 @@ def _reason(status: int) -> str:
     if status in (-9, 137):
         return "it was killed (SIGKILL), as happens where memory runs out"
     return f"it ended with status {status}"
+
+
+def quoted(messages: Sequence[str], text: str) -> str | None:
+    """Return those of `messages` that a text holds, however it wraps and indents them; None if it holds none."""
+    words = " ".join(text.split())
+    return "\n".join(dict.fromkeys(m for m in messages if " ".join(m.split()) in words)) or None
 
 
 def user_error(error: BaseException) -> str | None:

@@ -42,20 +42,22 @@ from workflow.snakemake_internals import (
 )
 from workflow.summary import print_summary
 from workflow.targets import names_in, unknown_target
-from workflow.terminal import Terminal, user_error
+from workflow.terminal import Terminal, quoted, user_error
 from workflow.working_directory import (
     RunLock,
     log_to_files_only,
     set_job_environment,
 )
 
+# Messages of the functions of workflow/plan; Snakemake adds its rule, wildcards and traceback to them.
+planning_errors = []
 
 
 # In place of Snakemake's message about an error; None keeps it.
 def explained(error):
     if isinstance(error, MissingRuleException):
         return unknown_target(settings, targets(workflow))
-    return user_error(error)
+    return quoted(planning_errors, str(error)) or user_error(error)
 
 
 def summarise_requested():
@@ -135,9 +137,15 @@ wildcard_constraints:
 # A function of workflow/plan for a rule: called with the configuration and the wildcards that its parameters name.
 def planned(function):
     _, *names = inspect.signature(function).parameters
-    return lambda wildcards: function(
-        settings, *(getattr(wildcards, name) for name in names)
-    )
+
+    def call(wildcards):
+        try:
+            return function(settings, *(getattr(wildcards, name) for name in names))
+        except UserError as error:
+            planning_errors.append(str(error))
+            raise
+
+    return call
 
 
 # Input files by name. `items` is a method of Snakemake's named lists, so within rules the item table is `items_`.
