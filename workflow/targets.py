@@ -42,7 +42,7 @@ def unknown_target(config: Config, targets: Sequence[str]) -> str | None:
             return f"{name} is an experiment, not a study: {run_command(config, 'report', name)}"
         if name not in config.experiments and name not in config.studies:
             return f"{name}: no such experiment or study{nearest_name(config, name)}\n{listing(config)}"
-        if not (file.startswith("runs/") or file in FILES):
+        if not (file.startswith(("runs/", "mmrec/")) or file in FILES):
             return f"{target}: no such target{_nearest_target(config, target)}"
     return None
 
