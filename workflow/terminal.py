@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from snakemake.common import NOTHING_TO_BE_DONE_MSG
-from snakemake.exceptions import RuleException, WorkflowError
+from snakemake.exceptions import MissingRuleException, RuleException, WorkflowError
 from snakemake.scheduling.job_scheduler import _ERROR_MSG_FINAL
 from snakemake_interface_logger_plugins.common import LogEvent
 from tqdm import tqdm
@@ -182,7 +182,7 @@ class Terminal(logging.Handler):
     def _error(self, record: logging.LogRecord, error: BaseException | None) -> None:
         if self._reported:
             return  # that a job has failed was reported with its reason
-        if self.executes() and isinstance(error, RuleException):
+        if self._total and isinstance(error, RuleException) and not isinstance(error, MissingRuleException):
             status = status_of(error)
             self.interrupted |= status in _INTERRUPTED
             self.reasons.append(record.getMessage() if status is None else _reason(status))

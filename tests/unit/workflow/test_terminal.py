@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from snakemake.exceptions import RuleException, WorkflowError
+from snakemake.exceptions import MissingRuleException, RuleException, WorkflowError
 from snakemake_interface_logger_plugins.common import LogEvent
 
 from cm3.common.errors import UserError
@@ -43,6 +43,7 @@ class Screen:
         self.send(LogEvent.JOB_INFO, jobid=number, wildcards=wildcards, **fields)
 
     def fail(self, number: int, status: int | None = 1) -> None:
+        self.send(LogEvent.RUN_INFO, stats={"train": 1, "total": 1})
         error: Exception = RuleException("CalledProcessError in file train.smk, line 2: a long command")
         if status is not None:
             error.__cause__ = subprocess.CalledProcessError(status, "train")
@@ -89,6 +90,12 @@ def test_commands_are_shown_on_request_only():
         screen = Screen(shows_commands=shows)
         screen.start(1, "train", "model", experiment="shop")
         assert ("python -m train" in screen.text) is shows
+
+
+def test_a_missing_rule_is_no_failure_of_a_job():
+    screen = Screen(explain=lambda error: "shap: no such experiment")
+    screen.error(MissingRuleException("results/shap/metrics.json"))
+    assert screen.lines == ["ERROR: shap: no such experiment"]
 
 
 def test_a_failure_ends_with_reason_log_and_next_step(folder: Path):
