@@ -48,6 +48,10 @@ class Forecast:
     lines: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
 
+    def described(self, refusals: bool) -> list[str]:
+        """Return the lines, with the refusals for a dry run; a run ends with them."""
+        return [*self.lines, *(f"would be refused here: {reason}" for reason in self.refused if refusals)]
+
 
 def forecast(config: Config, jobs: Iterable[PlannedJob], gpu: bool | None = None) -> Forecast:
     """Return what jobs download and how long their extractors take.

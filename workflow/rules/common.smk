@@ -79,7 +79,7 @@ terminal = replace_terminal_output(
         executes=lambda: executes_jobs(workflow),
         explain=explained,
         nothing_to_do=summarise_requested,
-        forecast=lambda: cost_of_run().lines,
+        forecast=lambda: cost_of_run().described(refusals=not executes_jobs(workflow)),
         shows_commands=shows_commands(workflow),
     ),
 )

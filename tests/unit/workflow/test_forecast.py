@@ -57,6 +57,9 @@ def test_downloads_images_and_hours_are_stated():
 def test_a_large_model_is_refused_without_a_gpu():
     [reason] = forecast(config(), JOBS, gpu=False).refused
     assert reason.startswith("extractors.qwen: a model of 7.0 billion parameters on this CPU needs about 13.7 hours")
+    shown = forecast(config(), JOBS, gpu=False)
+    assert shown.described(refusals=True) == [*shown.lines, f"would be refused here: {reason}"]
+    assert shown.described(refusals=False) == shown.lines
     assert "allow_slow: true" in reason and "openai-caption" in reason
 
 
