@@ -25,6 +25,7 @@ MODELS = {
     "mm-gf": "cm3.baselines.mm_gf:MMGF",
     "lirdrec": "cm3.baselines.lirdrec:LIRDRec",
     "smore": "cm3.baselines.smore:SMORE",
+    "rerank": "cm3.evaluation.rerank_config:Rerank",
 }
 
 DEFAULT_MODEL = "cm3"

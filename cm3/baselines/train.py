@@ -13,7 +13,7 @@ from cm3.baselines.inputs import Inputs, check_modalities, read_inputs
 from cm3.common.cli import stage
 from cm3.common.device import memory_advice, select_device, set_threads
 from cm3.common.files import sha256_of
-from cm3.common.interactions import read_interactions
+from cm3.common.interactions import LEARNT_FROM, read_interactions
 from cm3.common.keys import key_of
 from cm3.common.strict import validate
 from cm3.common.tensors import write_tensors
@@ -108,7 +108,7 @@ def train(
     else:
         raise TypeError(f"{type(model).__name__} is neither a NetworkBaseline nor a ClosedForm")
     if model.exports == "item_weights":
-        write_tensors(model_output, fitted.parameters, {"settings": identity})
+        write_tensors(model_output, fitted.parameters, {"settings": identity, LEARNT_FROM: data.digest})
     else:
         if history_output is None or users_output is None or items_output is None:
             raise ValueError(

@@ -34,6 +34,7 @@ STAGES = {
     "similarity": Stage("cm3.similarity.stage", 1, ("numpy", "pyarrow", "torch")),
     "train": Stage("cm3.training.train", 1, ("numpy", "pyarrow", "scipy", "torch")),
     "train-baseline": Stage("cm3.baselines.train", 1, ("numpy", "pyarrow", "scipy", "torch")),
+    "rerank": Stage("cm3.evaluation.rerank_stage", 1, ("numpy", "pyarrow", "scipy", "torch")),
     "evaluate": Stage("cm3.evaluation.evaluate", 1, ("numpy", "pyarrow", "scipy", "torch")),
     "publish": Stage("workflow.publish", 1, ("snakemake",)),
     "compare": Stage("cm3.reports.analysis.compare", 2, ("numpy", "pyarrow", "scipy")),

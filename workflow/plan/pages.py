@@ -17,7 +17,8 @@ def experiment_page_inputs(config: Config, experiment: str) -> dict[str, str]:
     """
     chosen = config.experiments[experiment]
     dataset = chosen.dataset
-    published = ["metrics.json", "per_user.parquet", "recommendations.parquet", "model.safetensors"]
+    published = ["metrics.json", "per_user.parquet", "recommendations.parquet"]
+    published.append(runs.model_file(config, experiment))
     if chosen.model.exports == "embeddings":
         published += ["history.csv", "user_embeddings.parquet", "item_embeddings.parquet"]
     paths = runs.tables(config, experiment) | {Path(file).stem: f"results/{experiment}/{file}" for file in published}

@@ -249,17 +249,18 @@ SPECS = spec_classes()
 
 def test_each_model_gets_its_inputs_its_stage_and_its_version():
     modalities = {"text": "words"}
+    trained = {name: spec for name, spec in SPECS.items() if spec.exports != "lists"}
     sections = {
         f"of-{name}": {
             "dataset": "shop",
             "model": {"name": name},
             "modalities": modalities if SPECS[name].reads_features else {},
         }
-        for name in SPECS
+        for name in trained
     }
     found = checked(**sections)
     versions = {}
-    for name in SPECS:
+    for name in trained:
         experiment = f"of-{name}"
         run = selected_run(found, experiment)
         inputs = train_inputs(found, experiment, run)
@@ -271,7 +272,7 @@ def test_each_model_gets_its_inputs_its_stage_and_its_version():
         versions[name] = task.version
         published = publish.publish_inputs(found, experiment)
         assert ("user_embeddings" in published) == ("history" in published) == (SPECS[name].exports == "embeddings")
-    assert len(set(versions.values())) == len(SPECS)
+    assert len(set(versions.values())) == len(trained)
     assert {name for name, spec in SPECS.items() if spec.exports == "item_weights"} >= {
         "itemknn",
         "itemknn-content",
