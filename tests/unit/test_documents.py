@@ -98,6 +98,7 @@ def named_config(files: Sequence[Path], words: Sequence[str]) -> Config:
 @pytest.mark.parametrize(("document", "words"), commands(), ids=lambda value: " ".join(value)[:60])
 def test_snakemake_takes_the_documented_command(document: str, words: list[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("CM3_TEST_DATA", os.environ.get("CM3_TEST_DATA", "data"))  # of benchmarks/hm.yaml
     options = snakemake_parser().parse_args(words)
     assert options.workflow_profile is None or (ROOT / options.workflow_profile).is_dir(), document
     assert "--profile" not in words, f"{document}: --profile leaves profiles/default on top"
