@@ -137,7 +137,12 @@ class Terminal(logging.Handler):
             self.show(f"  {line}")
         if self.stream.isatty():
             self._bar = tqdm(
-                total=self._total, file=self.stream, leave=False, dynamic_ncols=True, smoothing=0, unit="job"
+                total=self._total,
+                file=self.stream,
+                leave=False,
+                dynamic_ncols=True,
+                smoothing=0,
+                bar_format="{percentage:3.0f} % |{bar}| {n}/{total} jobs, {elapsed}, {remaining} left{postfix}",
             )
             threading.Thread(target=self._refresh, daemon=True).start()
 

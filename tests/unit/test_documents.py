@@ -199,3 +199,21 @@ def test_parts_of_the_suite_have_the_same_names_everywhere():
     parts = [marker.partition(":")[0] for marker in markers][:5]
     assert " | ".join(parts) in (ROOT / "run").read_text()
     assert ", ".join(parts[:4]) in (ROOT / "CONTRIBUTING.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--cores", "2"], "the name of an experiment comes first"),
+        (["report"], "./run report NAME"),
+        (["study", "-n"], "./run study NAME"),
+        (
+            ["sample", "--configfile", "mine.yaml", "results/x/metrics.json"],
+            "--configfile takes results/x/metrics.json",
+        ),
+        (["sample", "--config", "a=1", "results/x/metrics.json"], "--config takes results/x/metrics.json"),
+    ],
+)
+def test_mistakes_in_the_words_of_run_are_one_line(words: list[str], message: str):
+    done = subprocess.run([ROOT / "run", *words], capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1

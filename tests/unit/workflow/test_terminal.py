@@ -236,4 +236,4 @@ def test_a_terminal_shows_a_bar_with_the_running_jobs():
     screen.start(1, "train", "model", experiment="shop")
     screen.send(LogEvent.JOB_FINISHED, job_id=1)
     screen.terminal.end()
-    assert "0/1" in screen.text and "train shop]" in screen.text
+    assert "0/1 jobs, 00:00, ? left" in screen.text and ", train shop" in screen.text
