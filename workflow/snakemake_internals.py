@@ -13,10 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from snakemake.common import NOTHING_TO_BE_DONE_MSG
 from snakemake.io import _IOFile
+from snakemake.scheduling.job_scheduler import _ERROR_MSG_FINAL
 
 from cm3.common.ledger import Ledger
 
+NOTHING_TO_DO = NOTHING_TO_BE_DONE_MSG
+"""The message of a run whose targets are up to date."""
+A_JOB_FAILED = _ERROR_MSG_FINAL
+"""The message at the end of a run in which a job failed."""
 STATE = Path(".snakemake")
 METADATA = Path("processed/.snakemake-metadata")
 """The folder of Snakemake's records: a JSON file for each output, with the parameters and inputs that made it."""

@@ -13,14 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from snakemake.common import NOTHING_TO_BE_DONE_MSG
 from snakemake.exceptions import MissingRuleException, RuleException, WorkflowError
-from snakemake.scheduling.job_scheduler import _ERROR_MSG_FINAL
 from snakemake_interface_logger_plugins.common import LogEvent
 from tqdm import tqdm
 
 from cm3.common.errors import UserError
 from cm3.common.files import read_json
+from workflow.snakemake_internals import A_JOB_FAILED, NOTHING_TO_DO
 from workflow.stage_logs import last_error, warnings_in
 
 REFRESH_SECONDS = 1.0
@@ -113,10 +112,10 @@ class Terminal(logging.Handler):
                         self.original.handle(logging.LogRecord("cm3", logging.INFO, "", 0, line, (), None))
             elif event in _EVENTS:
                 _EVENTS[event](self, record)
-            elif record.getMessage() == NOTHING_TO_BE_DONE_MSG:
-                self.show(NOTHING_TO_BE_DONE_MSG)
+            elif record.getMessage() == NOTHING_TO_DO:
+                self.show(NOTHING_TO_DO)
                 self.nothing_to_do()
-            elif event is None and record.levelno >= logging.WARNING and record.getMessage() not in _SAID_BETTER:
+            elif event is None and record.levelno >= logging.WARNING and record.getMessage() != A_JOB_FAILED:
                 self.show(f"{record.levelname}: {record.getMessage()}")
         except Exception:
             self.handleError(record)
@@ -252,7 +251,6 @@ class Terminal(logging.Handler):
 
 
 _INTERRUPTED = (130, -2)
-_SAID_BETTER = (_ERROR_MSG_FINAL,)
 _EVENTS: dict[LogEvent, Callable[[Terminal, logging.LogRecord], None]] = {
     LogEvent.RUN_INFO: Terminal._plan,
     LogEvent.JOB_INFO: Terminal._start,
