@@ -128,6 +128,14 @@ class BackendSpec(Strict, Part):
         """Return the model's inputs, read from the job's input files. Loads no model."""
         raise NotImplementedError
 
+    def named_parameters(self) -> int:
+        """Return the number of parameters that the model's name states, such as 7B; 0 if it states none."""
+        return 0
+
+    def cpu_hours(self, parameters: int, items: int) -> float | None:
+        """Return the estimated hours of `items` items on this CPU; None if the backend has no estimate."""
+        return None
+
     def check_cpu_time(self, items: int) -> None:
         """Log a warning if `items` items take long on this machine; raise a UserError if they take hours."""
 

@@ -4,6 +4,7 @@
 no longer works.
 """
 
+import logging
 import os
 import shutil
 import time
@@ -12,10 +13,16 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from snakemake.common import NOTHING_TO_BE_DONE_MSG
 from snakemake.io import _IOFile
+from snakemake.scheduling.job_scheduler import _ERROR_MSG_FINAL
 
 from cm3.common.ledger import Ledger
 
+NOTHING_TO_DO = NOTHING_TO_BE_DONE_MSG
+"""The message of a run whose targets are up to date."""
+A_JOB_FAILED = _ERROR_MSG_FINAL
+"""The message at the end of a run in which a job failed."""
 STATE = Path(".snakemake")
 METADATA = Path("processed/.snakemake-metadata")
 """The folder of Snakemake's records: a JSON file for each output, with the parameters and inputs that made it."""
@@ -26,6 +33,17 @@ INCOMPLETE = Path("processed/.snakemake-incomplete")
 def config_files(workflow: Any) -> list[Path]:
     """Return the files that `--configfile` names."""
     return [Path(path) for path in workflow.overwrite_configfiles]
+
+
+def config_overrides(workflow: Any) -> list[str]:
+    """Return the words of `--config`, such as "experiments={sample: {training: {lr: 0.002}}}"."""
+    given = workflow.config_settings.config_args
+    return [] if given is None else [given] if isinstance(given, str) else list(given)
+
+
+def targets(workflow: Any) -> list[str]:
+    """Return the files or rules that the command line names."""
+    return sorted(workflow.dag_settings.targets) if workflow.dag_settings else []
 
 
 def literal_path(path: str) -> str:
@@ -60,10 +78,58 @@ def runs_elsewhere(workflow: Any) -> bool:
     return bool(workflow.non_local_exec_or_dryrun)
 
 
+def has_cluster(workflow: Any) -> bool:
+    """Return whether jobs run, or in a dry run would run, on other machines than this one."""
+    return workflow.remote_execution_settings is not None and workflow.resource_settings.nodes is not None
+
+
 def resource_limit(workflow: Any, name: str) -> int | None:
     """Return how much of a resource jobs can use at a time: "_cores", or a name of `--resources`; None without a limit."""
     limits = workflow.global_resources
     return limits[name].value if name in limits else None
+
+
+def executes_jobs(workflow: Any) -> bool:
+    """Return whether jobs are being run, in contrast to a dry run, `--touch`, or a listing."""
+    return workflow.executor_plugin is not None and not workflow.dryrun and not workflow.touch
+
+
+def planned_jobs(workflow: Any) -> list[tuple[str, dict[str, str]]]:
+    """Return rule and wildcards of each job that will run."""
+    return [(job.rule.name, dict(job.wildcards.items())) for job in workflow.dag.needrun_jobs()]
+
+
+def replace_terminal_output(
+    workflow: Any, make: Callable[[logging.Handler], logging.Handler]
+) -> logging.Handler | None:
+    """Replace Snakemake's handler of terminal output by another one, and return that.
+
+    Snakemake takes handlers from installed packages alone (`--logger`); the workflow runs from a checkout. Its handler is
+    kept, and None is returned, where `--verbose` asks for it, another one was chosen, or this process runs a single job.
+
+    Args:
+        make: returns the new handler for that of Snakemake.
+    """
+    manager = workflow.logger_manager
+    if not is_main_process(workflow) or manager.settings.verbose or manager.settings.debug_dag:
+        return None
+    original = next((handler for handler in manager.logger.handlers if handler.name == "DefaultStreamHandler"), None)
+    if original is None:
+        return None
+    manager.logger.removeHandler(original)
+    handler = make(original)
+    manager.logger.addHandler(handler)
+    return handler
+
+
+def log_file(workflow: Any) -> str | None:
+    """Return the file of Snakemake's own messages, None without one."""
+    return next(iter(workflow.logger_manager.get_logfile()), None)
+
+
+def shows_commands(workflow: Any) -> bool:
+    """Return whether `--printshellcmds` asks for the shell command of each job."""
+    return bool(workflow.output_settings.printshellcmds)
 
 
 def is_main_process(workflow: Any) -> bool:

@@ -61,3 +61,8 @@ def set_job_environment(root: Path) -> None:
     # nearly as fast as a long one on an idle machine, and as none on a busy one (benchmarks/RESULTS.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
+
+def log_to_files_only() -> None:
+    """Make stages that have a log file write to it alone, because the terminal shows a line for each job."""
+    os.environ["CM3_LOG_TO_FILE"] = "1"

@@ -88,7 +88,7 @@ def stage(name: str) -> Iterator[Call]:
     The record (output `record`, if given) holds time and memory (`cm3.common.usage`), started, code, device, threads, the
     versions of the libraries of the stage and its parts, machine, commit of the source, and what the body added to `call.record`; a body that uses another device
     than the CPU adds `device`. A UserError, Ctrl-C or SIGTERM ends the process with a message of one line and status 1,
-    130 or 143; partial results stay for the stage to resume from.
+    130 or 143; any other error with its traceback and status 1; partial results stay for the stage to resume from.
 
     Args:
         name: the stage's module.
@@ -154,7 +154,9 @@ def stage(name: str) -> Iterator[Call]:
         call.limits.apply()
         note = written[0].parent / f".{written[0].name}.usage" if written else None
         own = own_gpus(None if role.started else gpus)
-        with logging_redirect_tqdm(), lock, own, Usage(note, f"{name} {call.identity}") as usage:
+        # Bars are drawn on a terminal alone.
+        bars = logging_redirect_tqdm() if sys.stderr.isatty() else contextlib.nullcontext()
+        with bars, lock, own, Usage(note, f"{name} {call.identity}") as usage:
             for output in written:
                 remove_stale_parts(output)
             watch = Watch(call.inputs)
@@ -195,8 +197,12 @@ def stage(name: str) -> Iterator[Call]:
     except OSError as error:
         fault = path_fault(error)
         if fault is None:
-            raise
-        log.error("%s: %s", name, fault)
+            log.exception("%s: %s: %s", name, type(error).__name__, error)
+        else:
+            log.error("%s: %s", name, fault)
+        sys.exit(1)
+    except Exception as error:
+        log.exception("%s: %s: %s", name, type(error).__name__, error)
         sys.exit(1)
     except KeyboardInterrupt:
         log.error("%s: interrupted; run the same command again to go on", name)
@@ -234,14 +240,19 @@ def _pair(text: str) -> tuple[str, Path]:
 
 def _configure_logging(path: Path | None, role: ProcessRole) -> None:
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    to_file = path is not None and bool(os.environ.get("CM3_LOG_TO_FILE"))
     if path:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # Opened for appending, because several processes may write to it; the first one empties it.
             path.open("a" if role.started else "w").close()
-            handlers.append(logging.FileHandler(path, mode="a", encoding="utf-8"))
+            file = logging.FileHandler(path, mode="a", encoding="utf-8")
         except OSError as error:
             sys.exit(f"ERROR: {path_fault(error) or error}")
+        if to_file:
+            # What libraries, child processes and the interpreter write is in the log, too.
+            os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), 2)
+        handlers = [file] if to_file else [*handlers, file]
     logging.basicConfig(
         level=logging.WARNING if role.rank else logging.INFO,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",

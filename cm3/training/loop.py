@@ -85,6 +85,7 @@ def fit(
             checkpoint. Or memory ran out, several processes train a model that supports one process only, or they
             drew different batches.
         SystemExit: SIGTERM requested a stop; the checkpoint is written.
+        KeyboardInterrupt: Ctrl-C did.
     """
     if shard and not model.supports_ddp:
         raise UserError("training.processes: this model supports one process only; set it to 1")
@@ -293,7 +294,9 @@ class TrainingRun:
         self.save()
         if stop.requested:
             log.info("stop requested; the checkpoint is written, the same command resumes from it")
-            raise SystemExit(128 + signal.SIGTERM)
+            if stop.requested == signal.SIGINT:
+                raise KeyboardInterrupt
+            raise SystemExit(128 + stop.requested)
 
     def check_pruned(self, trial: Trial | None) -> None:
         """Write a checkpoint and raise PrunedError where a search ends this run after the epochs so far."""

@@ -47,31 +47,38 @@ def lr_factor(settings: Training, epoch: int, batch: int, batches: int) -> float
 
 
 class GracefulStop:
-    """Context manager that turns the first SIGTERM into a request to stop; the second one terminates.
+    """Context manager that turns the first SIGTERM or SIGINT (Ctrl-C) into a request to stop.
+
+    A second SIGINT interrupts, and so does a second SIGTERM that does not follow a SIGINT: after Ctrl-C, which reaches all
+    processes of a terminal, Snakemake ends too, and its jobs get a SIGTERM for that.
 
     Attributes:
-        requested: a SIGTERM has arrived.
+        requested: the number of the signal that has arrived, None before.
     """
 
-    requested = False
+    requested: int | None = None
 
     def __init__(self, enabled: bool = True) -> None:
-        """With `enabled` false the first SIGTERM is ignored: another process decides, and ends this one."""
+        """With `enabled` false the first signal is ignored: another process decides, and ends this one."""
         self.enabled = enabled
 
     def __enter__(self) -> "GracefulStop":
         # Signals can be handled in the main thread only.
         self._main = threading.current_thread() is threading.main_thread()
         if self._main:
-            self._before: Any = signal.signal(signal.SIGTERM, self._request)
+            # A job in the background of a shell ignores SIGINT.
+            taken = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) is not signal.SIG_IGN]
+            self._before: dict[int, Any] = {number: signal.signal(number, self._request) for number in taken}
         return self
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = self.enabled
-        signal.signal(signal.SIGTERM, self._before)
+        if self.enabled and self.requested is None:
+            self.requested = number
+        signal.signal(number, self._before[number])
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._main:
-            signal.signal(signal.SIGTERM, self._before)
+            for number, before in self._before.items():
+                signal.signal(number, before)

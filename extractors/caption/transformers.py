@@ -58,9 +58,12 @@ class TransformersCaptionSpec(CaptionSpec, ModelSpec):
         """
         parameters = parameters_of(model_path(self))
         if select_device(self.device, "device").type == "cpu" and parameters >= LARGE:
-            tokens, speed = tokens_of(self.max_pixels, self.prompt), seconds_per_parameter(self.precision)
-            estimate = hours(parameters, items, tokens, self.token_limit(), speed)
-            check_cpu_hours(parameters, items, estimate, self.allow_slow, _SERVER)
+            check_cpu_hours(parameters, items, self.cpu_hours(parameters, items), self.allow_slow, _SERVER)
+
+    def cpu_hours(self, parameters: int, items: int) -> float:
+        """Return the estimated hours of captions on this CPU."""
+        tokens, speed = tokens_of(self.max_pixels, self.prompt), seconds_per_parameter(self.precision)
+        return hours(parameters, items, tokens, self.token_limit(), speed)
 
     def load(self) -> "TransformersCaptioner":
         """Load the model."""

@@ -66,9 +66,12 @@ class TransformersMllmSpec(PromptedSpec, CodeSpec):
         """
         parameters = parameters_of(model_path(self))
         if select_device(self.device, "device").type == "cpu" and parameters >= LARGE:
-            speed = seconds_per_parameter("float32" if self.precision in ("float32", "tf32") else "bfloat16")
-            estimate = hours(parameters, items, tokens_of(self.max_pixels, self.prompt), 0, speed)
-            check_cpu_hours(parameters, items, estimate, self.allow_slow)
+            check_cpu_hours(parameters, items, self.cpu_hours(parameters, items), self.allow_slow)
+
+    def cpu_hours(self, parameters: int, items: int) -> float:
+        """Return the estimated hours on this CPU."""
+        speed = seconds_per_parameter("float32" if self.precision in ("float32", "tf32") else "bfloat16")
+        return hours(parameters, items, tokens_of(self.max_pixels, self.prompt), 0, speed)
 
     def load(self) -> "TransformersMllmExtractor":
         """Load the model."""

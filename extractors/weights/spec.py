@@ -105,8 +105,12 @@ class ModelSpec(BackendSpec):
             files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
             # Twice: the checkpoint and the model are in memory together while it loads.
             return 2 * sum(file.stat().st_size for file in files) / 1e6 or self.cost.weights_mb
+        return 4000 * self.named_parameters() / 1e9 or self.cost.weights_mb
+
+    def named_parameters(self) -> int:
+        """Return the number of parameters that the model's name states, such as 7B; 0 if it states none."""
         billions = _PARAMETERS.search(self.model or "")
-        return 4000 * float(billions[1]) if billions else self.cost.weights_mb
+        return round(1e9 * float(billions[1])) if billions else 0
 
     def commit(self) -> str | None:
         """Return the commit of the hub repository: the pinned one, else the recorded one; None without a hub.

@@ -114,7 +114,7 @@ def test_a_tenth_more_products_cost_a_tenth_of_the_work(tmp_path: Path, bert: Pa
         before = {m: read_features(path) for m, path in feature_files(grown).items()}
 
         write_products(grown.folder / "shop", OLD, OLD + NEW)
-        output = grown.run(METRICS)
+        output = grown.run("--verbose", METRICS)
         assert work(grown) == {
             "text": (OLD, NEW, 0),
             "image": (OLD, NEW, 0),

@@ -136,3 +136,42 @@ rule one:
     assert status.st_mtime > 1, "Snakemake has touched it"
     (entry,) = (json.loads(path.read_text()) for path in (tmp_path / "processed/.checksums").glob("*.json"))
     assert (entry["mtime_ns"], entry["inode"]) == (status.st_mtime_ns, status.st_ino)
+
+
+TERMINAL = """
+import logging
+from workflow.snakemake_internals import (
+    config_overrides, executes_jobs, has_cluster, log_file, planned_jobs, replace_terminal_output, shows_commands, targets
+)
+
+class Seen(logging.Handler):
+    def emit(self, record):
+        print("SEEN", getattr(record, "event", None), executes_jobs(workflow), file=__import__("sys").stderr)
+
+def made(original):
+    print("NAME", original.name, shows_commands(workflow), config_overrides(workflow))
+    return Seen()
+
+replace_terminal_output(workflow, made)
+
+onstart:
+    print("JOBS", planned_jobs(workflow), targets(workflow), bool(log_file(workflow)), has_cluster(workflow))
+
+rule one:
+    output: "processed/{name}.txt"
+    shell: "touch {output}"
+"""
+
+
+def test_the_terminal_output_can_be_replaced(folder: Path):
+    (folder / "Snakefile").write_text(TERMINAL)
+    words = "experiments={a: {lr: 0.1}}"
+    printed, _ = run(folder, "-p", "--config", words)
+    assert f"NAME DefaultStreamHandler True ['{words}']" in printed
+    assert "JOBS [('one', {'name': 'a'})] ['processed/a.txt'] True False" in printed
+    for event in ("run_info", "job_info", "job_finished"):
+        assert f"SEEN {event} True" in printed
+    assert "rule one:" not in printed
+    (folder / "processed/a.txt").unlink()
+    assert "SEEN run_info False" in run(folder, "-n")[0]
+    assert "rule one:" in run(folder, "--verbose")[0]

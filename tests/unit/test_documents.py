@@ -6,13 +6,18 @@ import re
 import shlex
 import subprocess
 import tomllib
+from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from urllib.parse import unquote
 
 import pytest
 import yaml
 from repository import ROOT
+
+from workflow.plan.config import Config, load_config
+from workflow.prune import read_config
+from workflow.targets import unknown_target
 
 
 def documents() -> list[Path]:
@@ -52,17 +57,26 @@ def test_the_index_lists_every_document():
     assert listed == {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
 
 
-def commands() -> list[tuple[str, list[str]]]:
-    """Lines of code in documents that call snakemake, as words, without comments and variables before it."""
+def lines_of_code(program: str) -> list[tuple[str, list[str]]]:
+    """Commands of a program in documents, in lines of code and in backticks, as words, without comments and variables."""
+    pattern = rf"^(?: {{4}}|\$ )?((?:\w+=\S+ +)*{program} .*)$|`((?:\w+=\S+ +)*{program} [^`\n]+)`"
     found = []
     for document in documents():
-        for line in re.findall(r"^(?: {4}|\$ )?((?:\w+=\S+ +)*snakemake .*)$", document.read_text(), re.MULTILINE):
+        for groups in re.findall(pattern, document.read_text(), re.MULTILINE):
+            line = "".join(groups)
             # placeholders, and one-liners that go on in the next line
-            if "{" in line or "..." in line or " -c " in line:
+            if re.search(r"\{\w*\}|\.\.\.| -c |\b[A-Z]{3,}\b", line):
                 continue
             words = shlex.split(line, comments=True)
-            found.append((document.name, words[words.index("snakemake") + 1 :]))
+            found.append((document.name, words[words.index(program.replace("\\", "")) + 1 :]))
     return found
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """The documented calls of snakemake."""
+    return [
+        (document, words) for document, words in lines_of_code("snakemake") if words[0].startswith(("-", "results/"))
+    ]
 
 
 @cache
@@ -72,11 +86,44 @@ def snakemake_parser():
     return get_argument_parser()
 
 
+EXAMPLES = (("mine",), ("my-shop",), ("my-study",), ("shop",), ("hm",))
+"""Experiments and studies of the reader, or of a config file that a page shows."""
+
+
+def named_config(files: Sequence[Path], words: Sequence[str]) -> Config:
+    """The shipped configuration with files and words of the command line over it."""
+    return load_config(read_config(files), files, overrides=words)
+
+
 @pytest.mark.parametrize(("document", "words"), commands(), ids=lambda value: " ".join(value)[:60])
-def test_snakemake_takes_the_documented_command(document: str, words: list[str]):
+def test_snakemake_takes_the_documented_command(document: str, words: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("CM3_TEST_DATA", os.environ.get("CM3_TEST_DATA", "data"))  # of benchmarks/hm.yaml
     options = snakemake_parser().parse_args(words)
     assert options.workflow_profile is None or (ROOT / options.workflow_profile).is_dir(), document
     assert "--profile" not in words, f"{document}: --profile leaves profiles/default on top"
+    files = [Path(file) for file in options.configfile or ()]
+    assert not [file for file in files if file.parts[0] == "results"], (
+        f"{document}: a target is taken for a config file"
+    )
+    if all(file.exists() for file in files):
+        config = named_config(files, options.config or [])
+        shipped = [name for name in sorted(options.targets) if PurePath(name).parts[1:2] not in EXAMPLES]
+        assert unknown_target(config, shipped) is None, document
+
+
+@pytest.mark.parametrize(("document", "words"), lines_of_code(r"\./run"), ids=lambda value: " ".join(value)[:60])
+def test_run_takes_the_documented_task(document: str, words: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    config = named_config([], [])
+    task, *rest = words
+    tasks = re.findall(r"^    ([a-z][a-z |]*)\)", (ROOT / "run").read_text(), re.MULTILINE)
+    if task == "report":
+        assert rest[0] in config.experiments, document
+    elif task == "study":
+        assert rest[0] in config.studies, document
+    else:
+        assert task in config.experiments or task in " | ".join(tasks).split(" | "), document
 
 
 def test_documents_show_commands():
@@ -152,3 +199,21 @@ def test_parts_of_the_suite_have_the_same_names_everywhere():
     parts = [marker.partition(":")[0] for marker in markers][:5]
     assert " | ".join(parts) in (ROOT / "run").read_text()
     assert ", ".join(parts[:4]) in (ROOT / "CONTRIBUTING.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--cores", "2"], "the name of an experiment comes first"),
+        (["report"], "./run report NAME"),
+        (["study", "-n"], "./run study NAME"),
+        (
+            ["sample", "--configfile", "mine.yaml", "results/x/metrics.json"],
+            "--configfile takes results/x/metrics.json",
+        ),
+        (["sample", "--config", "a=1", "results/x/metrics.json"], "--config takes results/x/metrics.json"),
+    ],
+)
+def test_mistakes_in_the_words_of_run_are_one_line(words: list[str], message: str):
+    done = subprocess.run([ROOT / "run", *words], capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1

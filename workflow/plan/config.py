@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from pydantic import Field
 
 from cm3.common.errors import UserError
@@ -47,6 +48,7 @@ class Config:
         files: the files that `--configfile` names, for the commands that results state.
         local: the user's files are on this machine, not in an object storage.
         exists: whether there is a file at a path, for raw files that users put in place; on disk by default.
+        overrides: the words of `--config`, for the commands that results state.
     """
 
     datasets: Mapping[str, SourceSpec]
@@ -56,22 +58,25 @@ class Config:
     files: Sequence[Path] = ()
     local: bool = True
     exists: Callable[[str], bool] = os.path.exists
+    overrides: Sequence[str] = ()
 
 
-def load_config(raw: Any, files: Sequence[Path] = (), local: bool = True) -> Config:
+def load_config(raw: Any, files: Sequence[Path] = (), local: bool = True, overrides: Sequence[str] = ()) -> Config:
     """Check the configuration as a whole.
 
     Args:
         raw: the content of config.yaml.
         files: the files that `--configfile` names.
         local: the user's files are on this machine, not in an object storage.
+        overrides: the words of `--config`.
 
     Raises:
         UserError: all faults, one per line: path of the key, value, and the nearest valid name; or a key that is given
-            twice in `files` or in the default config.yaml.
+            twice in `files` or in the default config.yaml; or a target that `--configfile` has taken for a file of its own.
     """
+    _check_no_target(files)
     check_duplicate_keys([default_config(), *files])
-    sections = validate(Sections, raw, "")
+    sections = validate(Sections, with_overrides(raw, overrides), "")
     faults: list[str] = []
     datasets = _parse_each("datasets", sections.datasets, parse_dataset, faults)
     extractors = _parse_each("extractors", sections.extractors, parse_extractor, faults)
@@ -131,7 +136,39 @@ def load_config(raw: Any, files: Sequence[Path] = (), local: bool = True) -> Con
     if faults:
         raise UserError("\n".join(faults))
     checked = {name: study for name, study in studies.items() if study}
-    return Config(datasets, extractors, experiments, checked, files, local)
+    return Config(datasets, extractors, experiments, checked, files, local, overrides=overrides)
+
+
+def with_overrides(raw: Any, overrides: Sequence[str]) -> Any:
+    """Return a configuration with the values of `--config` in the types that they have in YAML.
+
+    Snakemake has merged them already, but reads the values inside braces as text: `lr: 0.002` arrives as "0.002".
+    """
+    for words in overrides:
+        key, _, text = words.partition("=")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            continue  # Snakemake takes it as text, which is refused where it does not belong
+        raw = merged(raw, {key: value})
+    return raw
+
+
+def merged(base: Any, values: Any) -> Any:
+    """Return `values` on top of `base`: mappings are merged, anything else is replaced."""
+    if not (isinstance(base, Mapping) and isinstance(values, Mapping)):
+        return values
+    return {**base, **{key: merged(base.get(key), value) for key, value in values.items()}}
+
+
+def _check_no_target(files: Sequence[Path]) -> None:
+    for path in files:
+        absolute = path.absolute()
+        if any(absolute.is_relative_to(Path(folder).absolute()) for folder in ("raw", "processed", "results")):
+            raise UserError(
+                f"--configfile takes {path} for a file of settings, because it takes all words up to the next option; "
+                "put `--` before the target, or the target first"
+            )
 
 
 def _check_rerank(

@@ -4,6 +4,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from cm3.common.http import hide_secrets
 from cm3.common.keys import key_of
 from workflow.plan import data, features, runs
 from workflow.plan.config import Config
@@ -59,10 +60,23 @@ def publish(config: Config, experiment: str) -> Task:
 
 def command(config: Config, target: str) -> str:
     """Return the command that makes a file again, for the folder that holds the results."""
+    options = config_options(config)
+    return shlex.join(["snakemake", "--cores", "8", *options, *(["--"] if options else []), target])
+
+
+def run_command(config: Config, *words: str) -> str:
+    """Return a call of `./run` with the configuration of this run, for the user to type."""
+    return shlex.join(["./run", *words, *config_options(config)])
+
+
+def config_options(config: Config) -> list[str]:
+    """Return the options of `snakemake` that name the configuration: its files, and the values of `--config`."""
     here = Path.cwd()
     names = [str(path.relative_to(here) if path.is_relative_to(here) else path) for path in config.files]
-    options = ["--configfile", *names, "--"] if names else []
-    return shlex.join(["snakemake", "--cores", "8", *options, target])
+    return [
+        *(["--configfile", *names] if names else []),
+        *(["--config", *map(hide_secrets, config.overrides)] if config.overrides else []),
+    ]
 
 
 def _model_libraries(config: Config, experiment: str) -> dict[str, list[str]]:

@@ -171,6 +171,11 @@ class Needs:
         """Tables and pages: a few times the size of the inputs."""
         return Need(1500 + 4 * _megabytes(files.values()), 20)
 
+    def items(self, dataset: str) -> int:
+        """Return the number of items of a dataset: of its table, otherwise as expected."""
+        shape = _shape(f"processed/{dataset}/items.parquet")
+        return shape.rows if shape else self.config.datasets[dataset].expected_counts().get("items", 100_000)
+
     # Counts from existing files, otherwise from the expectations in the configuration
 
     def _sizes(self, wildcards: Any, files: Files, features: Sequence[tuple[int, int]] = ()) -> Sizes:

@@ -1,10 +1,11 @@
+import functools
 import inspect
 import math
 import shlex
 import sys
 from pathlib import Path
 
-from snakemake.exceptions import WorkflowError
+from snakemake.exceptions import MissingRuleException, WorkflowError
 
 ROOT = Path(str(workflow.current_basedir)).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -16,6 +17,7 @@ from cm3.common.keys import canonical_json
 from cm3.common.ledger import Ledger
 from workflow.plan import comparison, data, features, mmrec, pages, publish, runs
 from workflow.plan.config import load_config
+from workflow.plan.forecast import PlannedJob, forecast
 from workflow.plan.migrate import migrate_records
 from workflow.plan.resources import Needs
 from workflow.plan.storage import root_of
@@ -25,16 +27,65 @@ from workflow.snakemake_internals import (
     compare_inputs_by_content,
     config_files,
     extend_targets,
+    config_overrides,
+    executes_jobs,
+    has_cluster,
     has_local_files,
     is_main_process,
     keep_entries_of_touched_files,
     literal_path,
+    log_file,
+    planned_jobs,
+    replace_terminal_output,
     resource_limit,
     runs_elsewhere,
+    shows_commands,
     store_metadata_with_data,
+    targets,
 )
 from workflow.summary import print_summary
-from workflow.working_directory import RunLock, set_job_environment
+from workflow.targets import names_in, unknown_target
+from workflow.terminal import Terminal, quoted, user_error
+from workflow.working_directory import (
+    RunLock,
+    log_to_files_only,
+    set_job_environment,
+)
+
+# Messages of the functions of workflow/plan; Snakemake adds its rule, wildcards and traceback to them.
+planning_errors = []
+
+
+# In place of Snakemake's message about an error; None keeps it.
+def explained(error):
+    if isinstance(error, MissingRuleException):
+        return unknown_target(settings, targets(workflow))
+    return quoted(planning_errors, str(error)) or user_error(error)
+
+
+def summarise_requested():
+    print_summary(settings, names_in(settings, targets(workflow)))
+
+
+# What the planned jobs download, and how long their extractors take here; a cluster's machines are unknown.
+@functools.cache
+def cost_of_run():
+    jobs = [PlannedJob(*job) for job in planned_jobs(workflow)]
+    on_gpus = has_cluster(workflow) or gpu_here()
+    return forecast(settings, jobs, on_gpus)
+
+
+terminal = replace_terminal_output(
+    workflow,
+    lambda original: Terminal(
+        original,
+        executes=lambda: executes_jobs(workflow),
+        explain=explained,
+        nothing_to_do=summarise_requested,
+        forecast=lambda: cost_of_run().described(refusals=not executes_jobs(workflow)),
+        shows_commands=shows_commands(workflow),
+    ),
+)
 
 
 configfile:
@@ -44,13 +95,20 @@ configfile:
 
 
 try:
-    settings = load_config(config, config_files(workflow), has_local_files(workflow))
+    settings = load_config(
+        config,
+        config_files(workflow),
+        has_local_files(workflow),
+        config_overrides(workflow),
+    )
 except UserError as error:
     raise WorkflowError(f"The configuration is refused:\n{error}") from None
 
 needs = Needs(settings)
 
 set_job_environment(ROOT)
+if terminal:
+    log_to_files_only()
 ledger = Ledger()
 compare_inputs_by_content(ledger)
 keep_entries_of_touched_files(ledger)
@@ -86,9 +144,15 @@ wildcard_constraints:
 # A function of workflow/plan for a rule: called with the configuration and the wildcards that its parameters name.
 def planned(function):
     _, *names = inspect.signature(function).parameters
-    return lambda wildcards: function(
-        settings, *(getattr(wildcards, name) for name in names)
-    )
+
+    def call(wildcards):
+        try:
+            return function(settings, *(getattr(wildcards, name) for name in names))
+        except UserError as error:
+            planning_errors.append(str(error))
+            raise
+
+    return call
 
 
 # Input files by name. `items` is a method of Snakemake's named lists, so within rules the item table is `items_`.
@@ -178,7 +242,22 @@ onstart:
         run_lock.acquire()
     except OSError as error:
         raise WorkflowError(str(path_fault(error) or error)) from None
+    if cost_of_run().refused:
+        raise WorkflowError("\n".join(cost_of_run().refused))
 
 
 onsuccess:
-    print_summary(settings.experiments, settings.studies, run_lock.since)
+    if terminal:
+        terminal.end()
+    print_summary(
+        settings,
+        [*settings.experiments, *settings.studies],
+        run_lock.since,
+        warnings=terminal.warnings() if terminal else [],
+        log=log_file(workflow) if terminal else None,
+    )
+
+
+onerror:
+    if terminal:
+        terminal.report_failures()

@@ -157,3 +157,19 @@ def test_versions_name_what_is_installed_and_nothing_else(monkeypatch: pytest.Mo
     monkeypatch.setattr(metadata, "version", version)
     found = versions(["torch", "torchvision", "tokenizers", "vllm", "timm"])
     assert found.keys() == {"python", *there} and found.items() >= there.items()
+
+
+def test_a_job_of_the_workflow_logs_to_its_file_alone(tmp_path: Path):
+    code = STAGE + "    print('of a library', file=sys.stderr)\n    raise ValueError('a bug')\n"
+    code = "import sys\n" + code
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--log", str(tmp_path / "logs/job.log")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"CM3_LOG_TO_FILE": "1"},
+    )
+    log = (tmp_path / "logs/job.log").read_text()
+    assert done.returncode == 1 and done.stderr == ""
+    assert "of a library" in log and "ERROR stage: demo: ValueError: a bug\nTraceback" in log
+    assert log.count("a bug") == 2  # the message and the end of the traceback: no line is written twice

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,6 +20,7 @@ from cm3.config import WARM
 from workflow import reference
 from workflow.plan import data, runs
 from workflow.plan.config import Config, load_config
+from workflow.plan.publish import command
 
 
 def shipped() -> dict[str, Any]:
@@ -343,3 +345,29 @@ def test_the_users_own_tables_are_checked_when_they_are_planned(tmp_path: Path):
     pairs.rmdir()
     pairs.touch()
     assert data.prepare_inputs(load_config(config), "mine") == {"interactions": str(pairs)}
+
+
+LR = "experiments={shop: {training: {lr: 0.002, round_valid: null}, evaluation: {ks: [5]}}}"
+
+
+def test_values_of_config_on_the_command_line_have_the_types_of_yaml():
+    # as Snakemake merges them: values within braces are text
+    raw = with_value("experiments.shop.training", {"lr": "0.002", "round_valid": "null", "epochs": 4})
+    raw["experiments"]["shop"]["evaluation"] = {"ks": ["5"]}
+    with pytest.raises(UserError):
+        load_config(raw)
+    found = load_config(raw, overrides=[LR]).experiments["shop"]
+    assert (found.training.lr, found.training.epochs, found.evaluation.ks) == (0.002, 4, [5])
+
+
+def test_the_command_of_a_result_names_values_of_the_command_line():
+    words = command(load_config(SMALL, overrides=[LR]), "results/shop/metrics.json")
+    assert shlex.split(words)[3:] == ["--config", LR, "--", "results/shop/metrics.json"]
+    secret = "datasets={x: {mirrors: ['https://me:secret@example.com']}}"
+    assert "secret" not in command(replace(load_config(SMALL), overrides=[secret]), "x")
+
+
+@pytest.mark.parametrize("target", ["results/shop/metrics.json", "processed/shop/items.parquet"])
+def test_a_target_that_configfile_took_is_named(target: str):
+    with pytest.raises(UserError, match=f"--configfile takes {target} .*put `--` before the target"):
+        load_config(SMALL, [Path(target)])
