@@ -69,7 +69,7 @@ def test_a_new_item_gets_the_vector_of_a_cold_item_of_the_same_network(changed: 
 
 
 def test_the_layers_of_the_catalogue_give_its_vectors(trained: cm3.Recommender):
-    pairs, features, _ = shop()
+    _, features, _ = shop()
     assert trained.encoder is not None
     edges = [knn(torch.from_numpy(x.astype(np.float32)), 4)[0].numpy() for x in features.values()]
     graph = item_item_matrix([(np.repeat(np.arange(41), 4), near.ravel()) for near in edges], [0.9, 0.1], 41)
@@ -199,7 +199,7 @@ def test_settings_of_a_baseline_are_checked():
 def test_the_history_of_training_is_saved(trained: cm3.Recommender, tmp_path: Path):
     trained.save(tmp_path)
     assert cm3.load(tmp_path).history == trained.history
-    assert list(trained.history[0])[0] == "epoch"
+    assert next(iter(trained.history[0])) == "epoch"
 
 
 def test_an_unknown_id_is_not_answered_with_all_ids(trained: cm3.Recommender):
