@@ -162,6 +162,12 @@ def split_ratings(
     metadata = {"strategy": strategy, "seed": seed} | ({MADE_FROM: dict(made_from)} if made_from else {})
     write_table(interactions, table.drop_columns("published").append_column("split", column), INTERACTIONS, metadata)
     log.info("%s: %s; %d users without training interactions", strategy, counts, cold)
+    if strategy == "random" and len(pc.unique(table.column("timestamp").drop_null())) > 1:
+        log.warning(
+            "the interactions have times, but the split is random: training sees interactions that are later than those it "
+            "is tested on. For a split in the order of time set split.strategy of the data set to user-time, global-time or "
+            "leave-one-out; split.strategy: random is right to compare with papers that split at random"
+        )
     facts = {"split": counts, "users_without_train": cold}
     if kept is not None:
         facts["kept_labels"] = int((kept == labels).sum())

@@ -166,8 +166,17 @@ def split(config: Config, dataset: str) -> Task:
 
 
 def image_inputs(config: Config, dataset: str) -> dict[str, str]:
-    """Return the files that list a dataset's images, besides the item table."""
-    return config.datasets[dataset].image_inputs(dataset)
+    """Return the files that list a dataset's images, besides the item table.
+
+    Raises:
+        UserError: the user's own folder of images does not exist.
+    """
+    chosen = config.datasets[dataset]
+    folder = chosen.image_folder()
+    # Here and not in `images`: Snakemake reports a fault of an input in one line, one of a parameter with a traceback.
+    if config.local and folder and not Path(folder).is_dir():
+        raise UserError(f"datasets.{dataset}.images.folder = {folder!r}: no such folder; correct the path")
+    return chosen.image_inputs(dataset)
 
 
 def images(config: Config, dataset: str) -> Task:
