@@ -184,7 +184,9 @@ class InteractionsDatabase:
             self._check_floats()
             message = f"{count} items with {rows} interactions are not in the item table: {', '.join(first)}"
             message += ", ..." if count > IDS_SHOWN else ""
-            items, known_count = self._one("select (select count(*) from items), (select count(distinct id) from known)")
+            items, known_count = self._one(
+                "select (select count(*) from items), (select count(distinct id) from known)"
+            )
             if count == items and known_count:
                 message += f"; no id of the interactions is in it. {self._both_sides()}"
             if policy == "error":

@@ -51,7 +51,7 @@ class FilesSpec(SourceWithImages):
         return {
             **super().prepare_spec(),
             **{
-                name: table and {"format": table.resolved_format, "columns": table.columns.identity()}
+                name: table and {"format": table.resolved_format, "columns": table.columns.identity(), **table.layout()}
                 for name, table in tables.items()
             },
         }

@@ -11,7 +11,8 @@ from cm3.common.ids import id_text, missing_id
 from cm3.common.strict import nearest
 from cm3.common.values import shown
 from cm3.datasets.files.columns import parse_ids, parse_ratings, parse_times
-from cm3.datasets.files.tabular import read_columns, read_rows
+from cm3.datasets.files.delimited import Dialect
+from cm3.datasets.files.tabular import DELIMITER, read_columns, read_rows
 from cm3.datasets.reader import Item, interaction_table
 from cm3.datasets.text import image_urls, leaves, plain_text
 from cm3.datasets.times import Times
@@ -36,13 +37,15 @@ class Reader:
         names = list(dict.fromkeys(name for name in columns.values() if name is not None))
         rating, timestamp, times = columns.get("rating"), columns.get("timestamp"), Times()
         user, item = columns["user"] or "", columns["item"] or ""
+        table = self.spec["interactions"]
+        decimal = table.get("decimal", ".")
         for part in read_columns(
-            self.inputs["interactions"], self.spec["interactions"]["format"], names, ids=(user, item)
+            self.inputs["interactions"], table["format"], names, ids=(user, item), dialect=_dialect(table)
         ):
             yield interaction_table(
                 parse_ids(part, user),
                 parse_ids(part, item),
-                pa.array(parse_ratings(part, rating)) if rating else None,
+                pa.array(parse_ratings(part, rating, decimal)) if rating else None,
                 pa.array(parse_times(part, timestamp, times)) if timestamp else None,
             )
 
@@ -69,7 +72,9 @@ class Reader:
         names = list(dict.fromkeys([key, *(name for several in fields.values() for name in several)]))
         table: dict[str, Item] = {}
         places: dict[str, str] = {}
-        for place, row in read_rows(self.inputs["items"], self.spec["items"]["format"], names):
+        for place, row in read_rows(
+            self.inputs["items"], self.spec["items"]["format"], names, _dialect(self.spec["items"])
+        ):
             if key not in row:
                 raise UserError(f"{place}: has no {key!r}{nearest(key, row)}; every item needs an id")
             item_id = _id(place, key, row[key])
@@ -87,6 +92,14 @@ class Reader:
                 image_urls=image_urls(_flat(place, row, fields["image"])),
             )
         return table
+
+
+def _dialect(table: dict[str, Any]) -> Dialect | None:
+    """Return how a csv or tsv table is written, from its entry in the spec."""
+    if table["format"] not in DELIMITER:
+        return None
+    mark = table.get("delimiter", DELIMITER[table["format"]])
+    return Dialect(mark, table.get("encoding", "utf-8"), tuple(table.get("header", ())))
 
 
 def _id(place: str, key: str, value: Any) -> str:

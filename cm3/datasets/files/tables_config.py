@@ -2,7 +2,7 @@
 
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -55,6 +55,33 @@ class TableFile(Strict):
         default="auto", description="File format; auto: by the suffix .csv, .tsv, .jsonl or .parquet, .gz may follow."
     )
 
+    delimiter: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=1,
+        description="character between the cells of a csv or tsv file, such as ';'; null: a comma in csv, a tab in tsv",
+    )
+    encoding: Literal["utf-8", "cp1252", "latin-1", "utf-16"] = Field(
+        default="utf-8", description="encoding of the text of a csv or tsv file; cp1252 is that of Windows in the West"
+    )
+    header: list[str] | None = Field(
+        default=None,
+        min_length=1,
+        description="names of the columns, in order, of a csv or tsv file whose first line already holds values",
+    )
+
+    def layout(self) -> dict[str, Any]:
+        """Return delimiter, encoding and header where they are set: the keys of other tables do not hold them."""
+        found = {"delimiter": self.delimiter, "encoding": self.encoding, "header": self.header}
+        return {name: value for name, value in found.items() if value not in (None, "utf-8")}
+
+    @model_validator(mode="after")
+    def _only_text_has_a_layout(self) -> "TableFile":
+        if self.layout() and self.resolved_format not in ("csv", "tsv"):
+            name = next(iter(self.layout()))
+            raise ValueError(f"{name} is for csv and tsv only; remove it, or set format: csv")
+        return self
+
     @cached_property
     def resolved_format(self) -> str:
         """The format; `auto` is resolved by the suffix."""
@@ -74,6 +101,11 @@ class InteractionsFile(TableFile):
     """The user's interactions."""
 
     columns: InteractionColumns = InteractionColumns()
+    decimal: Literal[".", ","] = Field(default=".", description="decimal mark of the ratings, such as ',' in 4,5")
+
+    def layout(self) -> dict[str, Any]:
+        """Return the same, with the decimal mark."""
+        return super().layout() | ({"decimal": self.decimal} if self.decimal != "." else {})
 
 
 class ItemsFile(TableFile):
