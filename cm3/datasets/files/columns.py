@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -44,6 +44,32 @@ def parse_ratings(table: Columns, column: str, decimal: str = ".") -> np.ndarray
         advice = "if it is written with a decimal comma, set decimal: ',' next to path"
     _check(table, column, bad, values, f"is not a finite number; {advice}")
     return numbers
+
+
+_LABELS = {
+    **dict.fromkeys(("train", "training", "0"), 0),
+    **dict.fromkeys(("valid", "validation", "val", "dev", "1"), 1),
+    **dict.fromkeys(("test", "testing", "2"), 2),
+}
+
+
+def parse_splits(table: Columns, column: str) -> pa.Array:
+    """Return (N,) int8 labels of the user's own split: 0 train, 1 valid, 2 test. Raises UserError for another word."""
+    texts = _texts(table, column)
+    labels = np.array([_LABELS.get(text.strip().lower(), -1) for text in texts], np.int8)
+    advice = "is not a split; write train, valid or test in every row"
+    _check(table, column, labels < 0, table.values[column], advice)
+    return pa.array(labels)
+
+
+def has_event(table: Columns, column: str, events: Sequence[str]) -> np.ndarray:
+    """Return which rows are of one of the kinds `events`, (N,) bool."""
+    wanted = set(events)
+    return np.array([text in wanted for text in _texts(table, column)], bool)
+
+
+def _texts(table: Columns, column: str) -> list[str]:
+    return ["" if value is None else str(value) for value in table.values[column].to_pylist()]
 
 
 def _with_points(values: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -48,13 +48,19 @@ class FilesSpec(SourceWithImages):
     def prepare_spec(self) -> dict[str, Any]:
         """Return the spec of the prepare stage; it does not include the paths of its inputs."""
         tables = {"interactions": self.interactions, "items": self.items}
-        return {
+        found = {
             **super().prepare_spec(),
             **{
                 name: table and {"format": table.resolved_format, "columns": table.columns.identity(), **table.layout()}
                 for name, table in tables.items()
             },
         }
+        found["interactions"] |= self.interactions.rows()
+        return found
+
+    def has_labels(self) -> bool:
+        """Return whether the interactions have a column with their split."""
+        return self.interactions.columns.split is not None
 
     def held_in_memory(self, path: str) -> bool:
         """Return True: all formats are held in memory while they are parsed."""

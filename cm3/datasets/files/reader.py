@@ -4,15 +4,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from cm3.common.errors import UserError
 from cm3.common.ids import id_text, missing_id
 from cm3.common.strict import nearest
 from cm3.common.values import shown
-from cm3.datasets.files.columns import parse_ids, parse_ratings, parse_times
+from cm3.datasets.files.columns import has_event, parse_ids, parse_ratings, parse_splits, parse_times
 from cm3.datasets.files.delimited import Dialect
-from cm3.datasets.files.tabular import DELIMITER, read_columns, read_rows
+from cm3.datasets.files.tabular import DELIMITER, Columns, read_columns, read_rows
 from cm3.datasets.reader import Item, interaction_table
 from cm3.datasets.text import image_urls, leaves, plain_text
 from cm3.datasets.times import Times
@@ -42,12 +43,30 @@ class Reader:
         for part in read_columns(
             self.inputs["interactions"], table["format"], names, ids=(user, item), dialect=_dialect(table)
         ):
-            yield interaction_table(
+            ratings = parse_ratings(part, rating, decimal) if rating else None
+            found = interaction_table(
                 parse_ids(part, user),
                 parse_ids(part, item),
-                pa.array(parse_ratings(part, rating, decimal)) if rating else None,
+                pa.array(ratings) if ratings is not None else None,
                 pa.array(parse_times(part, timestamp, times)) if timestamp else None,
+                parse_splits(part, columns["split"]) if columns.get("split") else None,
             )
+            yield self._kept(found, part, ratings)
+
+    def _kept(self, found: pa.Table, part: Columns, ratings: np.ndarray | None) -> pa.Table:
+        """Return the rows that `min_rating` and `events` keep; the others are counted in the notes."""
+        table = self.spec["interactions"]
+        filters = {}
+        if ratings is not None and "min_rating" in table:
+            filters["rating below min_rating"] = ratings >= table["min_rating"]
+        if "events" in table:
+            filters["event not in events"] = has_event(part, table["columns"]["event"], table["events"])
+        kept = np.ones(len(found), bool)
+        for reason, passed in filters.items():
+            name = f"left out: {reason}"
+            self.notes[name] = self.notes.get(name, 0) + int((kept & ~passed).sum())
+            kept &= passed
+        return found.filter(pa.array(kept)) if filters else found
 
     def known_items(self) -> Iterable[list[str]] | None:
         """Return the ids of the item table, None without one."""

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from cm3.common.strict import Strict
+from cm3.common.strict import Float, Strict
 from cm3.datasets.images.config import Names
 
 _SUFFIXES = {
@@ -31,6 +31,17 @@ class InteractionColumns(Strict):
     timestamp: str | None = Field(
         default=None, description="Time in Unix seconds, Unix milliseconds, or dates like 2020-09-16."
     )
+    split: str | None = Field(
+        default=None,
+        description="Split of your own: train, valid (validation, val, dev) or test in every row; then k-core filtering is "
+        "off by default.",
+    )
+    event: str | None = Field(default=None, description="Kind of interaction, such as view or purchase; see events.")
+
+    def identity(self) -> dict[str, Any]:
+        """Return the columns, split and event only where they are set: other keys were computed without them."""
+        found = super().identity()
+        return {name: column for name, column in found.items() if column or name not in ("split", "event")}
 
 
 class ItemColumns(Strict):
@@ -102,10 +113,24 @@ class InteractionsFile(TableFile):
 
     columns: InteractionColumns = InteractionColumns()
     decimal: Literal[".", ","] = Field(default=".", description="decimal mark of the ratings, such as ',' in 4,5")
+    min_rating: Float | None = Field(default=None, description="leave out interactions with a lower rating")
+    events: list[str] | None = Field(
+        default=None, min_length=1, description="keep interactions of these kinds only, by columns.event"
+    )
 
-    def layout(self) -> dict[str, Any]:
-        """Return the same, with the decimal mark."""
-        return super().layout() | ({"decimal": self.decimal} if self.decimal != "." else {})
+    def rows(self) -> dict[str, Any]:
+        """Return the settings that decide how rows are read and which are kept, where they are set."""
+        found = {"decimal": None if self.decimal == "." else self.decimal, "min_rating": self.min_rating}
+        found |= {"events": sorted(set(self.events)) if self.events else None}
+        return {name: value for name, value in found.items() if value is not None}
+
+    @model_validator(mode="after")
+    def _columns_of_filters(self) -> "InteractionsFile":
+        if self.min_rating is not None and self.columns.rating is None:
+            raise ValueError("min_rating needs columns.rating, the column of the ratings")
+        if (self.events is None) != (self.columns.event is None):
+            raise ValueError("events, the kinds to keep, and columns.event, the column of the kinds, need each other")
+        return self
 
 
 class ItemsFile(TableFile):
