@@ -37,6 +37,7 @@ class Reader:
         columns: dict[str, str | None] = self.spec["interactions"]["columns"]
         names = list(dict.fromkeys(name for name in columns.values() if name is not None))
         rating, timestamp, times = columns.get("rating"), columns.get("timestamp"), Times()
+        label = columns.get("split")
         user, item = columns["user"] or "", columns["item"] or ""
         table = self.spec["interactions"]
         decimal = table.get("decimal", ".")
@@ -49,7 +50,7 @@ class Reader:
                 parse_ids(part, item),
                 pa.array(ratings) if ratings is not None else None,
                 pa.array(parse_times(part, timestamp, times)) if timestamp else None,
-                parse_splits(part, columns["split"]) if columns.get("split") else None,
+                parse_splits(part, label) if label else None,
             )
             yield self._kept(found, part, ratings)
 

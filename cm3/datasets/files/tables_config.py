@@ -120,7 +120,10 @@ class InteractionsFile(TableFile):
 
     def rows(self) -> dict[str, Any]:
         """Return the settings that decide how rows are read and which are kept, where they are set."""
-        found = {"decimal": None if self.decimal == "." else self.decimal, "min_rating": self.min_rating}
+        found: dict[str, Any] = {
+            "decimal": None if self.decimal == "." else self.decimal,
+            "min_rating": self.min_rating,
+        }
         found |= {"events": sorted(set(self.events)) if self.events else None}
         return {name: value for name, value in found.items() if value is not None}
 
