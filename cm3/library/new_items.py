@@ -147,7 +147,10 @@ def read_item_encoder(path: Path) -> ItemEncoder:
     return ItemEncoder(
         validate(Model, settings["model"], str(path)),
         settings["weights"],
-        *(of(kind) for kind in ("parameter", "fill", "searched", "rows")),
+        of("parameter"),
+        of("fill"),
+        of("searched"),
+        of("rows"),
         [layers[str(n)] for n in range(len(layers))],
     )
 
