@@ -31,7 +31,7 @@ from cm3.model.graph import item_item_matrix
 from cm3.model.model import build_model
 from cm3.model.sampling import Sampler
 from cm3.training.checkpoint import NullCheckpoint
-from cm3.training.loop import _Run, grouped
+from cm3.training.loop import TrainingRun, grouped
 
 BABY = (19_445, 7_050, 119_674)
 BATCH = 2048
@@ -62,7 +62,7 @@ def measure(
     sampler = Sampler(users, items, n_items, batch_size=BATCH, negative_sampling="negative", dedup_pairs=True, seed=0)
     validation = Validation(drawn(n_users, n_items, n_users, rng), train, "recall@20")
     training = Training(batch_size=BATCH, batches_per_step=batches_per_step)
-    run = _Run(model, sampler, validation, training, NullCheckpoint(), None)
+    run = TrainingRun(model, sampler, validation, training, NullCheckpoint(), None)
     seconds = []
     for batches in grouped(sampler.epoch(1), batches_per_step):
         started = time.perf_counter()

@@ -108,18 +108,20 @@ class Model(ModelSpec, ItemGraphs, Weighted):
 class Training(Strict):
     """Optimisation, validation and early stopping of a trained model."""
 
-    runtime_fields: ClassVar[frozenset[str]] = frozenset({"device", "processes", "checkpoint_seconds", "tensorboard"})
+    runtime_fields: ClassVar[frozenset[str]] = frozenset(
+        {"device", "processes", "checkpoint_seconds", "tensorboard", "trackers"}
+    )
 
     seed: int = Field(
         42, ge=0, lt=2**32, description="seed of initial values, batches, negative samples and mixing coefficients"
     )
     epochs: int = Field(1000, gt=0, description="maximum number of passes over the training interactions")
     batch_size: int = Field(2048, gt=1, description="interactions per batch; the losses compare them with one another")
-    batches_per_step: int = Field(
+    batches_per_step: Positive | Literal["auto"] = Field(
         1,
-        gt=0,
         description="batches per propagation and optimiser step; larger values save propagations on large data sets; "
-        "docs/training.md shows the effect on accuracy",
+        "auto: 1 below 200,000 interactions, then as many as leave some 50 steps an epoch, so that its time grows in "
+        "proportion to the data; docs/training.md shows the effect on accuracy",
     )
     warm_start: str | None = Field(
         None,
@@ -173,6 +175,9 @@ class Training(Strict):
     )
     tensorboard: bool = Field(
         True, description="write TensorBoard curves next to the model, if TensorBoard is installed"
+    )
+    trackers: list[Literal["mlflow", "wandb"]] = Field(
+        [], description="experiment trackers that training also reports to; their libraries are installed separately"
     )
 
 

@@ -29,6 +29,8 @@ MODELS = {
     "mm-gf": "cm3.baselines.mm_gf:MMGF",
     "lirdrec": "cm3.baselines.lirdrec:LIRDRec",
     "smore": "cm3.baselines.smore:SMORE",
+    "external": "cm3.evaluation.external_config:External",
+    "rerank": "cm3.evaluation.rerank_config:Rerank",
 }
 
 DEFAULT_MODEL = "cm3"

@@ -56,7 +56,8 @@ class ModelSpec(Part, Strict):
         reads_item_graphs: reads the similarity files of its modalities.
         trains: fitted by gradient descent with the `training` settings; otherwise computed in closed form.
         on_device: computes on `training.device`; otherwise on the CPU alone, and its job asks for no GPU.
-        exports: what scores are computed from: user and item embeddings, or item weights W with scores history @ W.
+        exports: what scores are computed from: user and item embeddings, or item weights W with scores history @ W; lists: the
+            lists themselves, from the files of other models.
         optional_training: the keys of `OPTIONAL_TRAINING` that it supports.
         training_defaults: defaults of `training` that differ from those of `cm3.config.Training`.
         presets: preset -> section (model, training, evaluation) -> values for keys that the user does not set.
@@ -67,7 +68,7 @@ class ModelSpec(Part, Strict):
     reads_item_graphs: ClassVar[bool] = False
     trains: ClassVar[bool] = True
     on_device: ClassVar[bool] = True
-    exports: ClassVar[Literal["embeddings", "item_weights"]] = "embeddings"
+    exports: ClassVar[Literal["embeddings", "item_weights", "lists"]] = "embeddings"
     optional_training: ClassVar[frozenset[str]] = frozenset()
     training_defaults: ClassVar[Mapping[str, Any]] = {}
     presets: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {"default": {}}

@@ -101,8 +101,12 @@ class BackendSpec(Strict, Part):
         return [type(self).__module__]
 
     def needs(self) -> set[str]:
-        """Return the names of the job's inputs, out of items, manifest and vectors."""
+        """Return the names of the job's inputs, out of items, manifest, reviews, interactions and vectors."""
         return {"items"}
+
+    def inputs_per_item(self) -> int:
+        """Return the largest number of inputs of the model per item, for estimates of time."""
+        return 1
 
     def uses_gpu(self) -> bool:
         """Return whether a job should request a GPU."""

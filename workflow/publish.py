@@ -101,7 +101,9 @@ def gather(
 
 _OPTIONAL = frozenset({"resumes", "gpu_peak_memory_mb", "device_name", "library_versions"})
 _STAGE_FACTS = ("wall_seconds", "peak_memory_mb", "code", "device", "threads", "versions", *sorted(_OPTIONAL))
-_OF_EVERY_STAGE = frozenset({"stage", "started", "wall_seconds", "peak_memory_mb", "code", "versions", *_OPTIONAL})
+_OF_EVERY_STAGE = frozenset(
+    {"stage", "started", "wall_seconds", "peak_memory_mb", "code", "versions", "machine", "commit", *_OPTIONAL}
+)
 
 
 def library_warning(records: Mapping[str, Mapping[str, Any]], libraries: Mapping[str, Sequence[str]]) -> str | None:

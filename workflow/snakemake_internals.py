@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from base64 import urlsafe_b64encode
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,26 @@ def resource_limit(workflow: Any, name: str) -> int | None:
 def is_main_process(workflow: Any) -> bool:
     """Return whether this process plans the run; Snakemake reads the Snakefile again for some of its jobs."""
     return bool(workflow.is_main_process)
+
+
+def extend_targets(workflow: Any, more: Callable[[Iterable[str]], list[str]]) -> None:
+    """Add targets to those of the command line, or to the default one: what `more` returns for them.
+
+    Snakemake reads the Snakefile before it knows its targets, and has no way to add to them later; so `_prepare_dag`, the
+    first that reads them, is replaced by one that adds them before. Targets of jobs stay as they are.
+    """
+    prepare_dag = workflow._prepare_dag
+
+    def prepare_with_more(*arguments: Any, **options: Any) -> Any:
+        settings = workflow.dag_settings
+        default = [workflow.default_target] if workflow.default_target else []
+        targets = list(settings.targets) or default
+        added = [] if settings.target_jobs else more(targets)
+        if added:
+            settings.targets = frozenset([*targets, *added])
+        return prepare_dag(*arguments, **options)
+
+    workflow._prepare_dag = prepare_with_more
 
 
 def store_metadata_with_data() -> None:

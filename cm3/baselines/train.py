@@ -13,7 +13,7 @@ from cm3.baselines.inputs import Inputs, check_modalities, read_inputs
 from cm3.common.cli import stage
 from cm3.common.device import memory_advice, select_device, set_threads
 from cm3.common.files import sha256_of
-from cm3.common.interactions import read_interactions
+from cm3.common.interactions import LEARNT_FROM, read_interactions
 from cm3.common.keys import key_of
 from cm3.common.strict import validate
 from cm3.common.tensors import write_tensors
@@ -24,8 +24,10 @@ from cm3.model.network import Embeddings, Network
 from cm3.model.sampling import derived_seed
 from cm3.training.checkpoint import Checkpoint
 from cm3.training.loop import Fitted, fit, memory_hint
+from cm3.training.pruning import read_trial
 from cm3.training.run import run_facts, training_sampler, validations, write_run
 from cm3.training.state import Best
+from cm3.training.trackers import Trackers
 
 log = logging.getLogger("cm3.baselines.train")
 
@@ -84,6 +86,7 @@ def train(
         ", ".join(modalities) or "none",
     )
     checkpoint = Checkpoint(model_output.parent / "checkpoints", fingerprint)
+    trackers = None
     if isinstance(model, NetworkBaseline):
         scored = validations(data, inputs.interactions, training, device, interactions)
         network = build_network(model, inputs, training.seed)
@@ -99,7 +102,9 @@ def train(
             dedup_pairs=getattr(model, "dedup_pairs", False),
             advice="use a model without negative samples, such as directau, or remove such users",
         )
-        fitted = fit(network, sampler, scored[0], training, checkpoint, scored[1], curves)
+        trial = read_trial(model_output.parent)
+        trackers = Trackers(training.trackers, model_output.parent, identity)
+        fitted = fit(network, sampler, scored[0], training, checkpoint, scored[1], curves, None, trial, trackers)
         n_parameters = sum(p.numel() for p in network.parameters())
     elif isinstance(model, ClosedForm):
         scored = validations(data, inputs.interactions, training, torch.device("cpu"), interactions)
@@ -108,7 +113,7 @@ def train(
     else:
         raise TypeError(f"{type(model).__name__} is neither a NetworkBaseline nor a ClosedForm")
     if model.exports == "item_weights":
-        write_tensors(model_output, fitted.parameters, {"settings": identity})
+        write_tensors(model_output, fitted.parameters, {"settings": identity, LEARNT_FROM: data.digest})
     else:
         if history_output is None or users_output is None or items_output is None:
             raise ValueError(
@@ -125,6 +130,8 @@ def train(
         )
     checkpoint.remove()
     facts = run_facts(fitted, training, device, n_parameters)
+    if trackers is not None:
+        trackers.finish(facts, [path for path in (model_output, history_output, users_output, items_output) if path])
     if history_output is not None and model.exports != "item_weights":
         facts["history_sha256"] = sha256_of(history_output)
     facts |= {"model": model.name, "modality_weights": dict(inputs.weights) or None}

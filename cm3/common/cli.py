@@ -23,6 +23,7 @@ from cm3.common.files import exclusive, read_json, remove_stale_parts, write_jso
 from cm3.common.gpus import own_gpus
 from cm3.common.inputs import Watch, check_made_from
 from cm3.common.ledger import Ledger
+from cm3.common.origin import commit, machine
 from cm3.common.stages import STAGES
 from cm3.common.torchrun import started_by_torchrun, torchrun_rank
 from cm3.common.usage import Usage
@@ -82,7 +83,7 @@ def stage(name: str) -> Iterator[Call]:
     """Parse the command line, run the body with logging set up, and write the stage's record.
 
     The record (output `record`, if given) holds time and memory (`cm3.common.usage`), started, code, device, threads, the
-    versions of the libraries of the stage and its parts, and what the body added to `call.record`; a body that uses another device
+    versions of the libraries of the stage and its parts, machine, commit of the source, and what the body added to `call.record`; a body that uses another device
     than the CPU adds `device`. A UserError, Ctrl-C or SIGTERM ends the process with a message of one line and status 1,
     130 or 143; partial results stay for the stage to resume from.
 
@@ -158,6 +159,8 @@ def stage(name: str) -> Iterator[Call]:
                     **usage.facts(),
                     code=call.code,
                     versions=versions(_libraries(name, call)),
+                    machine=machine(),
+                    commit=commit(),
                 )
                 write_json(path, call.record)
             if call.identity and role.writes:

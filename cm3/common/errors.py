@@ -28,6 +28,10 @@ class DamagedFileError(UserError):
         self.reason = reason
         super().__init__(f"{path}: damaged ({reason}); delete it and run the same command again, which makes it anew")
 
+    def __reduce__(self) -> tuple[type["DamagedFileError"], tuple[Path, str]]:
+        """Let a process of a pool hand the error to the one that started it."""
+        return type(self), (self.path, self.reason)
+
 
 _MACHINE_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 

@@ -1,8 +1,36 @@
-"""Files that the user names in the configuration: whether they exist and can be read."""
+"""Files that the user names in the configuration: whether they exist and can be read, and the parts of a table."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from cm3.common.errors import UserError
+
+PARQUET = ".parquet"
+"""Suffix of the parts of a Parquet table in a folder."""
+
+
+def parts_of(path: Path) -> list[Path]:
+    """Return the parts of a Parquet table that is a folder, in the order of their names; of anything else, `path` alone.
+
+    Parts are the files *.parquet in the folder and in those below it; names that begin with a dot or an underscore are left
+    out, as by the programs that write such folders.
+    """
+    if not path.is_dir():
+        return [path]
+    parts = (part for part in path.rglob(f"*{PARQUET}") if part.is_file())
+    seen = [part for part in parts if not any(name[0] in "._" for name in part.relative_to(path).parts)]
+    return sorted(seen) or [path]
+
+
+def named_parts(name: str, path: Path) -> dict[str, str]:
+    """Return the files of a table as inputs of a stage: {name: path}, and of a folder {name: .., name.1: .., name.2: ..}."""
+    return {f"{name}.{number}" if number else name: str(part) for number, part in enumerate(parts_of(path))}
+
+
+def parts_in(inputs: Mapping[str, Path], name: str) -> list[Path]:
+    """Return the files of a table among the inputs of a stage, as `named_parts` named them."""
+    further = sorted((key for key in inputs if key.startswith(f"{name}.")), key=lambda key: int(key.rpartition(".")[2]))
+    return [inputs[key] for key in [name, *further] if key in inputs]
 
 
 def check_readable(path: Path, key: str = "") -> None:
@@ -21,7 +49,7 @@ def unreadable(path: Path) -> str:
     """Return why `path` is not a file that can be read, and what to do; empty if it is one."""
     try:
         if path.is_dir():
-            return "is a folder, not a file; name a file, and merge a table in parts into one file"
+            return f"is a folder, not a file; name a file, or of Parquet a folder with parts (*{PARQUET})"
         if path.exists() and not path.is_file():
             return "is not a regular file; write its contents to a file"
         with path.open("rb"):

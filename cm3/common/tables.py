@@ -47,6 +47,8 @@ ITEMS = pa.schema(
         ("image_urls", pa.list_(pa.string())),  # candidates, best first
     ]
 )
+REVIEWS = pa.schema([("user", pa.int32()), ("item", pa.int32()), ("text", pa.string())])
+"""Texts of reviews, plain text and not empty, by user and item; of all interactions, whatever their split."""
 USERS = pa.schema([("user", pa.int32()), ("user_id", pa.string())])
 MANIFEST = pa.schema(
     [

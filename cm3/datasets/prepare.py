@@ -179,6 +179,8 @@ def main() -> None:
     with stage("cm3.datasets.prepare") as call:
         out = call.outputs
         call.record["raw"] = provenance(call.inputs, call.spec.get("checksums", {}))
+        if published := source_spec(call.spec["source"]).published_files(call.inputs):
+            call.record["published"] = published
         call.record["stats"] = prepare(
             call.spec, call.inputs, out["ratings"], out["items"], out["users"], out["stats"], call.made_from
         )

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from cm3.common.paths import expand
 from cm3.common.strict import Float, nearest
-from cm3.datasets.images.config import Images
+from cm3.datasets.images.config import Images, allowed_hosts
 from cm3.datasets.spec import SourceWithImages
 
 
@@ -119,4 +119,4 @@ class PublishedSource(SourceWithImages):
     def images_spec(self) -> dict[str, Any]:
         """Return the spec of the images stage."""
         spec = self.images.spec()
-        return spec if spec["find"] != "urls" or spec["hosts"] else {**spec, "hosts": sorted(self.image_hosts())}
+        return spec if spec["find"] != "urls" or spec["hosts"] else {**spec, **allowed_hosts(self.image_hosts())}

@@ -17,6 +17,7 @@ SOURCES = {
     "amazon-2023": "cm3.datasets.amazon.config:Amazon2023Spec",
     "microlens": "cm3.datasets.microlens.config:MicroLensSpec",
     "mmrec": "cm3.datasets.mmrec.config:MMRecSpec",
+    "recbole": "cm3.datasets.recbole.config:RecBoleSpec",
 }
 """`source` of a dataset -> module:class of its SourceSpec."""
 
@@ -24,6 +25,7 @@ IMAGE_SOURCES = {
     "none": "cm3.datasets.images.none:find",
     "folder": "cm3.datasets.images.folder:find",
     "urls": "cm3.datasets.images.web:find",
+    "embedded": "cm3.datasets.images.embedded:find",
 }
 """`find` of an images_spec() -> module:function that finds the images."""
 

@@ -55,11 +55,15 @@ class SourceSpec(Strict, Part):
 
     Attributes:
         reader: module:class of its `cm3.datasets.reader.Reader`, imported by the prepare stage only.
+        review_reader: module:function that reads the texts of reviews for the reviews stage; empty for sources without.
         labelled: the data come with a published split.
+        own: the data are the user's own, not those of a publication, in whose way they are split by default.
     """
 
     reader: ClassVar[str]
+    review_reader: ClassVar[str] = ""
     labelled: ClassVar[bool] = False
+    own: ClassVar[bool] = False
 
     source: str
     kcore: int | None = Field(
@@ -109,6 +113,15 @@ class SourceSpec(Strict, Part):
         if cls.version is not None:
             return str(cls.version)
         return "dev-" + digest_of_modules(cls.__module__, cls.reader.partition(":")[0], *cls.code_modules)
+
+    @classmethod
+    def published_files(cls, inputs: Mapping[str, Path]) -> dict[str, bool]:
+        """Return whether files next to the inputs of the prepare stage are the published ones, for files that are known.
+
+        Args:
+            inputs: the files of prepare_inputs() by name.
+        """
+        return {}
 
     def has_labels(self) -> bool:
         """Return whether the data come with a published split."""
@@ -165,6 +178,18 @@ class SourceSpec(Strict, Part):
         """Return the spec of the split stage."""
         default = "published" if self.has_labels() else "random"
         return self.split.identity() | {"strategy": self.split.strategy or default}
+
+    def split_runtime(self) -> dict[str, Any]:
+        """Return the settings of the split stage that change its messages only."""
+        return {"warn_of_random": self.own and self.split.strategy is None}
+
+    def review_inputs(self, name: str) -> dict[str, str]:
+        """Return the files with the texts of reviews by name; empty for data without reviews."""
+        return {}
+
+    def reviews_spec(self) -> dict[str, Any]:
+        """Return the spec of the reviews stage."""
+        return {"source": self.source}
 
     def images_spec(self) -> dict[str, Any]:
         """Return the spec of the images stage; `find` names one of the registry's image sources."""

@@ -1,32 +1,33 @@
 """Evaluation stage: rank all items for every test and validation user, write metrics and recommendations."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 import torch
-from torch import Tensor
-from torch.nn import functional
 
 from cm3.common.cli import stage
 from cm3.common.device import select_device, set_threads
-from cm3.common.embeddings import read_embeddings
 from cm3.common.errors import UserError
 from cm3.common.files import write_json
-from cm3.common.interactions import read_interactions
+from cm3.common.interactions import Interactions, read_interactions
 from cm3.common.strict import validate
 from cm3.config import Evaluation
-from cm3.evaluation.item_weights import read_item_weights
+from cm3.evaluation.external import read_external
 from cm3.evaluation.metrics import per_user
 from cm3.evaluation.ranking import Ranking
+from cm3.evaluation.rerank import read_reranker
 from cm3.evaluation.results import RankedLists, UserMetrics, write_per_user, write_recommendations
+from cm3.evaluation.scores import Score, read_scores
 
 log = logging.getLogger("cm3.evaluation.evaluate")
 
-Score = Callable[[Tensor], Tensor]
+Ranker = Callable[[Ranking, int], tuple[np.ndarray, np.ndarray]]
+"""From a ranking and a length k to items and scores, (R, k) each, as `Ranking.top_by` gives them."""
+
 MASKS = ("train", "train+valid")
 
 PART_USERS = 65_536  # users per part; an Arrow array of strings is limited to 2 GiB
@@ -38,9 +39,7 @@ def evaluate(
     interactions: Path,
     items: Path,
     users: Path,
-    user_embeddings: Path | None = None,
-    item_embeddings: Path | None = None,
-    weights: Path | None = None,
+    files: Mapping[str, Path],
     settings: Evaluation,
     metrics_output: Path,
     per_user_output: Path,
@@ -49,7 +48,13 @@ def evaluate(
 ) -> dict[str, Any]:
     """Rank all items for every user of the test and validation splits and write metrics and recommendations.
 
-    Scores are computed from the embeddings of users and items, or from the item `weights` and the training interactions.
+    Args:
+        interactions, items, users: the tables of the data set.
+        files: what a model exports, as `cm3.evaluation.scores.read_scores` or `cm3.evaluation.rerank.read_reranker` reads it.
+        settings: cut-offs, score and mask.
+        metrics_output, per_user_output, recommendations_output: files to write.
+        device: of the scores.
+
     Writes evaluation.json (test, valid, detail, counts), per_user.parquet (user, n_test, a float64 column per
     metric@k of the main test metrics) and recommendations.parquet (user_id, item_id, rank from 1, score).
     Validation always masks the training items; the test mask is `settings.mask`. The metrics of the other score are in the
@@ -70,20 +75,10 @@ def evaluate(
             f"{interactions}: no row of a user with training interactions is in the test split; check the split settings "
             "and prepare the data again"
         )
-    metadata: dict[str, Any] = {}
-    if weights is not None:
-        by_name = {"dot": read_item_weights(weights, len(data.item_ids)).scores(train, device)}
-    elif user_embeddings is not None and item_embeddings is not None:
-        user_vectors, _ = read_embeddings(user_embeddings, "user_id", data.user_ids)
-        item_vectors, metadata = read_embeddings(item_embeddings, "item_id", data.item_ids)
-        by_name = embedding_scores(
-            *(torch.as_tensor(vectors, device=device) for vectors in (user_vectors, item_vectors))
-        )
-    else:
-        raise ValueError("neither the embeddings of users and items nor item weights are given")
+    by_name, facts = _rankers(files, data, device)
     if settings.score not in by_name:
         raise UserError(
-            f"evaluation.score = {settings.score!r}: {weights} holds item weights and no embeddings; set score to dot"
+            f"evaluation.score = {settings.score!r}: {', '.join(map(str, files.values()))} hold no embeddings; set score to dot"
         )
     if settings.also_report is not None:
         by_name = {name: of for name, of in by_name.items() if name in (settings.score, *settings.also_report)}
@@ -96,10 +91,10 @@ def evaluate(
     recommended: list[RankedLists] = []
     for part in np.split(users_to_rank, range(PART_USERS, len(users_to_rank), PART_USERS)):
         test_users, valid_users = part[tested[part]], part[validated[part]]
-        for score, of_users in by_name.items():
+        for score, rank in by_name.items():
             main = score == settings.score
             length = longest if main else k
-            by_mask = _ranked(of_users, part if main else test_users, train, valid, length, device)
+            by_mask = _ranked(rank, part if main else test_users, train, valid, length, device)
             for mask, lists in by_mask.items():
                 found = lists.of(test_users, length)
                 test_parts[score, mask].append(_measure(found, test, settings.ks))
@@ -132,7 +127,7 @@ def evaluate(
         },
         "score": settings.score,
         "mask": settings.mask,
-        "best_epoch": metadata.get("epoch"),
+        **facts,
     }
     write_json(metrics_output, result)
     write_per_user(per_user_output, primary)
@@ -141,17 +136,25 @@ def evaluate(
     return result
 
 
-def embedding_scores(users: Tensor, items: Tensor) -> dict[str, Score]:
-    """Return by name the scores, functions from user indices (b,) to (b, I), of embeddings (U, D) and (I, D)."""
-    unit_items = functional.normalize(items, dim=1)
-    return {
-        "dot": lambda rows: users[rows] @ items.T,
-        "cosine": lambda rows: functional.normalize(users[rows], dim=1) @ unit_items.T,
-    }
+def _rankers(files: Mapping[str, Path], data: Interactions, device: str) -> tuple[dict[str, Ranker], dict[str, Any]]:
+    """Return rankers by score, and facts for evaluation.json."""
+    if "rerank" in files:
+        reranker = read_reranker(files, data, device)
+        chosen = {"of": reranker.base_name, "weights": dict(reranker.weights), "top": reranker.top}
+        return {"dot": reranker}, {"best_epoch": None, "rerank": chosen}
+    if "external" in files:
+        lists = read_external(files["external"], files["lists"], data)
+        return {"dot": lists}, {"best_epoch": None, "lists": lists.counts}
+    scores, metadata = read_scores(files, data, device)
+    return {name: _by(score) for name, score in scores.items()}, {"best_epoch": metadata.get("epoch")}
+
+
+def _by(score: Score) -> Ranker:
+    return lambda ranking, k: ranking.top_by(score, k)
 
 
 def _ranked(
-    score: Score, users: np.ndarray, train: sp.csr_matrix, valid: sp.csr_matrix, length: int, device: str
+    rank: Ranker, users: np.ndarray, train: sp.csr_matrix, valid: sp.csr_matrix, length: int, device: str
 ) -> dict[str, RankedLists]:
     """Return the lists of users (R,) up to `length` under each mask.
 
@@ -167,7 +170,7 @@ def _ranked(
         rows = np.sort(rising[: max(1, np.searchsorted(entries, LIST_ENTRIES, "right"))])
         rising = rising[len(rows) :]
         ranking = Ranking(users[rows], train, device)
-        lists = RankedLists(users[rows], *ranking.top_by(score, length + int(spare[rows].max())))
+        lists = RankedLists(users[rows], *rank(ranking, length + int(spare[rows].max())))
         for mask, whole in found.items():
             part = lists.of(lists.users, length, valid if mask == "train+valid" else None)
             whole.items[rows], whole.scores[rows] = part.items, part.scores
@@ -199,8 +202,9 @@ def _by_temperature(
 
 
 def main() -> None:
-    """Run the stage: spec of `Evaluation`; inputs interactions, items, users, and user_embeddings and item_embeddings, or
-    weights; outputs metrics, per_user, recommendations, record.
+    """Run the stage: spec of `Evaluation`; inputs interactions, items, users, and what the model exports: user_embeddings
+    and item_embeddings, weights, or rerank and the files of the models that it names,
+    or external and its lists; outputs metrics, per_user, recommendations, record.
     """
     with stage("cm3.evaluation.evaluate") as call:
         set_threads(call.runtime.get("threads"))
@@ -210,10 +214,9 @@ def main() -> None:
         if wanted == "auto" and device.type == "mps":
             device = torch.device("cpu")
         names = ("interactions", "items", "users")
-        scored = [n for n in ("user_embeddings", "item_embeddings", "weights") if n in call.inputs]
         result = evaluate(
             **{name: call.inputs[name] for name in names},
-            **{name: call.inputs[name] for name in scored},
+            files={name: path for name, path in call.inputs.items() if name not in names},
             settings=validate(Evaluation, call.spec, "evaluation"),
             metrics_output=call.outputs["metrics"],
             per_user_output=call.outputs["per_user"],

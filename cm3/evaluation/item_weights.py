@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -37,14 +38,15 @@ class ItemWeights:
         return score
 
 
-def read_item_weights(path: str | os.PathLike[str], n_items: int) -> ItemWeights:
-    """Read the weights of `n_items` items.
+def read_item_weights(path: str | os.PathLike[str], n_items: int) -> tuple[ItemWeights, dict[str, Any]]:
+    """Return the weights of `n_items` items, and the file's metadata.
 
     Raises:
         DamagedFileError: a checksum differs, or the file is not readable.
         UserError: absent, of another number of items, not rows of a matrix, or not finite.
     """
-    tensors = {name: tensor.numpy() for name, tensor in read_tensors(path)[0].items()}
+    stored, metadata = read_tensors(path)
+    tensors = {name: tensor.numpy() for name, tensor in stored.items()}
     shape = (n_items, n_items)
     if set(tensors) == {"weights"} and tensors["weights"].shape == shape:
         matrix, values = tensors["weights"], tensors["weights"]
@@ -60,4 +62,4 @@ def read_item_weights(path: str | os.PathLike[str], n_items: int) -> ItemWeights
         raise UserError(f"{path}: holds {held}, not the weights of {n_items} items; delete it and train again")
     if not np.isfinite(values).all():
         raise UserError(f"{path}: a weight is NaN or infinite; delete it and train again")
-    return ItemWeights(matrix)
+    return ItemWeights(matrix), metadata

@@ -8,6 +8,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from cm3.common.device import is_out_of_memory
 from cm3.common.topk import top_k, top_k_and_ties
@@ -16,7 +17,11 @@ from cm3.evaluation.registry import Metric, metric_class
 
 log = logging.getLogger(__name__)
 
-BLOCK_ENTRIES = 7_000_000  # scores per block on the CPU: glibc reuses freed blocks up to 32 MiB without page faults
+BLOCK_ENTRIES = 7_000_000  # scores per block on the CPU: they fit the cache, and glibc reuses freed blocks up to 32 MiB
+BLOCK_USERS = 320
+"""Users per block on the CPU where that is more, as long as `LARGE_BLOCK_ENTRIES` allows it: a product of few rows reads all
+items for little arithmetic."""
+LARGE_BLOCK_ENTRIES = 2**25
 CUDA_BLOCK_ENTRIES = 2**26
 ROW_MULTIPLE = 16
 """Rows of a block are padded to a multiple of this. A matrix product has another kernel for the rows after the last full
@@ -34,8 +39,7 @@ class Ranking:
         rows = sp.csr_matrix(masked[users])
         self.n_items = rows.shape[1]
         self.users = torch.as_tensor(users, dtype=torch.int64, device=device)
-        entries = BLOCK_ENTRIES if self.users.device.type == "cpu" else CUDA_BLOCK_ENTRIES
-        self.block = max(1, entries // max(1, self.n_items))
+        self.block = block_users(self.n_items, self.users.device.type)
         self.columns = torch.as_tensor(rows.indices, dtype=torch.int64, device=device)
         self.rows = torch.as_tensor(np.repeat(np.arange(len(users)), np.diff(rows.indptr)), device=device)
         self.offsets = rows.indptr
@@ -49,10 +53,13 @@ class Ranking:
             users, items: (U, D) and (I, D) embeddings on this ranking's device.
             k: length of the lists; may exceed I.
         """
-        return self.top_by(lambda rows: users[rows] @ items.T, k)
+        return self.top_by(ProductScores(users, items), k)
 
     def top_by(self, score: Callable[[Tensor], Tensor], k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the same as `top` for any function from user indices (b,) to new scores (b, I) on this device."""
+        """Return the same as `top` for any function from user indices (b,) to scores (b, I) on this device.
+
+        The scores are overwritten, and not read after the next call.
+        """
         width = min(k, self.n_items)
         best = np.full((len(self.users), k), -1, np.int64)
         values = np.full((len(self.users), k), -np.inf, np.float32)
@@ -115,6 +122,39 @@ class Ranking:
         return indices.masked_fill_(top == -torch.inf, -1), top, tied
 
 
+def block_users(n_items: int, device_type: str) -> int:
+    """Return how many users to rank at a time."""
+    n_items = max(1, n_items)
+    if device_type != "cpu":
+        return max(1, CUDA_BLOCK_ENTRIES // n_items)
+    return max(1, BLOCK_ENTRIES // n_items, min(BLOCK_USERS, LARGE_BLOCK_ENTRIES // n_items))
+
+
+class ProductScores:
+    """Scores of users (b,) for all items, (b, I), by the products of their embeddings, (U, D) and (I, D).
+
+    On the CPU a call overwrites the scores of the one before: page faults of fresh memory cost as much as half of the
+    arithmetic.
+    """
+
+    def __init__(self, users: Tensor, items: Tensor, unit: bool = False) -> None:
+        """With `unit`, vectors of users are normalised; those of items are taken as they are."""
+        self.users, self.items, self.unit = users, items, unit
+        self.buffer = users.new_empty(0, len(items))
+
+    @torch.no_grad()
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Return the scores."""
+        vectors = self.users[rows]
+        if self.unit:
+            vectors = functional.normalize(vectors, dim=1)
+        if vectors.device.type != "cpu":
+            return vectors @ self.items.T
+        if len(self.buffer) < len(rows):
+            self.buffer = vectors.new_empty(len(rows), len(self.items))
+        return torch.mm(vectors, self.items.T, out=self.buffer[: len(rows)])
+
+
 Select = Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -175,7 +215,7 @@ class Validation:
 
     def score(self, users: Tensor, items: Tensor) -> float:
         """Return the mean of the metric over the users that have truth, for embeddings (U, D) and (I, D)."""
-        return self.score_by(lambda rows: users[rows] @ items.T)
+        return self.score_by(ProductScores(users, items))
 
     def score_by(self, score: Callable[[Tensor], Tensor]) -> float:
         """Return the same for any function from user indices (b,) to scores (b, I)."""

@@ -8,8 +8,9 @@ The items after C keep the order of the base model. The weights w are chosen on 
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,15 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
+from cm3.common.files import read_json
+from cm3.common.interactions import Interactions
 from cm3.evaluation.hits import hit_matrix
 from cm3.evaluation.ranking import BLOCK_ENTRIES, ROW_MULTIPLE, Ranking
 from cm3.evaluation.registry import metric_class
+from cm3.evaluation.scores import Score, read_scores
 
-Score = Callable[[Tensor], Tensor]
-"""From user indices (b,) to new scores of all items (b, I)."""
+MODEL = "rerank"
+"""Name of the input of a stage that holds the chosen weights; the others are `{model}.{file}` of the models in it."""
 
 
 class Reranker:
@@ -33,10 +37,18 @@ class Reranker:
         parts: scores of the other models by name.
         top: how many of the base model's items are ordered anew.
         weights: w_p by name; a part without one counts for nothing.
+        base_name: name of the base model.
     """
 
-    def __init__(self, base: Score, parts: Mapping[str, Score], top: int, weights: Mapping[str, float]) -> None:
-        self.base, self.parts, self.top, self.weights = base, parts, top, weights
+    def __init__(
+        self,
+        base: Score,
+        parts: Mapping[str, Score],
+        top: int,
+        weights: Mapping[str, float],
+        base_name: str = "",
+    ) -> None:
+        self.base, self.parts, self.top, self.weights, self.base_name = base, parts, top, weights, base_name
 
     def __call__(self, ranking: Ranking, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (items, scores) of the k best items of each user, as `Ranking.top_by` does.
@@ -151,6 +163,44 @@ def choose_weights(
     best = max(range(len(values)), key=lambda n: (values[n], -sum(combinations[n].values())))
     tried = [{"weights": weights, monitor: value} for weights, value in zip(combinations, values, strict=True)]
     return combinations[best], tried
+
+
+def scores_by_model(
+    files: Mapping[str, Path], scores: Mapping[str, str], data: Interactions, device: torch.device | str
+) -> dict[str, Score]:
+    """Return the score of each model.
+
+    Args:
+        files: `{model}.user_embeddings` and `{model}.item_embeddings`, or `{model}.weights`.
+        scores: model -> dot or cosine.
+        data: the interactions that the models learnt from.
+        device: of the scores.
+
+    Raises:
+        UserError: as `cm3.evaluation.scores.read_scores`.
+    """
+    found = {}
+    for name, score in scores.items():
+        own = {key.removeprefix(f"{name}."): path for key, path in files.items() if key.startswith(f"{name}.")}
+        found[name] = read_scores(own, data, device)[0][score]
+    return found
+
+
+def read_reranker(files: Mapping[str, Path], data: Interactions, device: torch.device | str) -> Reranker:
+    """Return the reranker that `cm3.evaluation.rerank_stage` fitted.
+
+    Args:
+        files: the fitted weights under `MODEL`, and the files of the models as in `scores_by_model`.
+        data, device: as there.
+
+    Raises:
+        UserError: as there.
+    """
+    fitted = read_json(files[MODEL])
+    scores = scores_by_model(files, fitted["scores"], data, device)
+    base = fitted["of"]
+    parts = {name: score for name, score in scores.items() if name != base}
+    return Reranker(scores[base], parts, fitted["top"], fitted["weights"], base)
 
 
 def _combinations(

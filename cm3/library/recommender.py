@@ -122,9 +122,9 @@ def load(path: str | Path, interactions: str | Path | None = None) -> Recommende
         seen = pair_matrix(table.column("user").to_numpy(), table.column("item").to_numpy(), shape)
     elif data is not None:
         seen = _seen(read_prepared(data), user_ids, item_ids)
-    weights = None
+    weights: ItemWeights | None = None
     if (folder / WEIGHTS).exists() and not _is_experiment(folder):
-        weights = read_item_weights(folder / WEIGHTS, len(item_ids))
+        weights, _ = read_item_weights(folder / WEIGHTS, len(item_ids))
         users, items = users[:, :0], items[:, :0]
     encoder = read_item_encoder(folder / ENCODER) if (folder / ENCODER).exists() else None
     return Recommender(user_ids, item_ids, users.copy(), items.copy(), seen, history, weights, encoder)
@@ -132,7 +132,7 @@ def load(path: str | Path, interactions: str | Path | None = None) -> Recommende
 
 def _weights_of_experiment(folder: Path, interactions: Path, history: list[dict[str, Any]]) -> Recommender:
     data = read_prepared(interactions)
-    weights = read_item_weights(folder / WEIGHTS, len(data.item_ids))
+    weights, _ = read_item_weights(folder / WEIGHTS, len(data.item_ids))
     users, items = (np.zeros((len(ids), 0), np.float32) for ids in (data.user_ids, data.item_ids))
     seen = _seen(data, data.user_ids, data.item_ids)
     return Recommender(data.user_ids, data.item_ids, users, items, seen, history, weights)

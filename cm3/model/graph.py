@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -49,24 +50,42 @@ class SparseMatrix(nn.Module):
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def product(self, x: Tensor) -> Tensor:
-        """Return the dense (N, D) product with `x` (K, D), outside autograd.
-
-        On the CPU an embedding bag sums the weighted rows; its kernel is several times faster than torch's sparse
-        product. Each row is summed in a fixed order, so the result is deterministic.
-        """
+        """Return the dense (N, D) product with `x` (K, D), outside autograd."""
         if x.device.type == "cpu":
-            if not len(self.columns):
-                return x.new_zeros((self.shape[0], x.shape[1]))
-            values = self.values.to(x.dtype)
-            return functional.embedding_bag(
-                self.columns, x, self.offsets, mode="sum", per_sample_weights=values, include_last_offset=True
-            )
+            return Entries(self.offsets, self.columns, self.values).product(x)
         if x.device.type == "cuda":
             return self.csr_product(x)
         lengths = (self.offsets[1:] - self.offsets[:-1]).long()
         rows = torch.arange(self.shape[0], device=x.device).repeat_interleave(lengths, output_size=len(self.columns))
         weighted = x.index_select(0, self.columns) * self.values.to(x.dtype)[:, None]
         return x.new_zeros((self.shape[0], x.shape[1])).index_add_(0, rows, weighted)
+
+    def rows(self, ids: Tensor) -> "Entries":
+        """Return the rows `ids` (n,), repetitions allowed, as a matrix of n rows; on the CPU."""
+        starts, ends = self.offsets[ids].long(), self.offsets[ids + 1].long()
+        offsets = functional.pad((ends - starts).cumsum(0), (1, 0))
+        total = int(offsets[-1])
+        places = torch.arange(total) + (starts - offsets[:-1]).repeat_interleave(ends - starts, output_size=total)
+        columns, values = (some.index_select(0, places) for some in (self.columns, self.values))
+        return Entries(offsets.to(self.offsets.dtype), columns, values)
+
+    def rows_from(self, first: int) -> "Entries":
+        """Return the rows from `first` on; on the CPU."""
+        start = int(self.offsets[first])
+        return Entries(self.offsets[first:] - start, self.columns[start:], self.values[start:])
+
+    def with_columns(self, kept: Tensor, first: int) -> "Entries":
+        """Return the matrix with 0 in the rows from `first` on where `kept` (first,) bool is false, on the CPU.
+
+        These rows have entries in the columns before `first` only, as the items' rows of a user-item graph.
+        """
+        start, rest = int(self.offsets[first]), self.rows_from(first)
+        wanted = kept.index_select(0, rest.columns)
+        before = torch.zeros(len(wanted) + 1, dtype=self.offsets.dtype)
+        torch.cumsum(wanted, 0, out=before[1:])
+        places = wanted.nonzero().squeeze(1) + start
+        columns, values = (torch.cat([some[:start], some[places]]) for some in (self.columns, self.values))
+        return Entries(torch.cat([self.offsets[:first], before[rest.offsets] + start]), columns, values)
 
     def csr_product(self, x: Tensor) -> Tensor:
         """Return the product with `x` (K, D) through torch's sparse kernel, the fastest one on a CUDA GPU."""
@@ -79,6 +98,28 @@ class SparseMatrix(nn.Module):
                 )
         product: Tensor = self._csr[x.dtype] @ x
         return product
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Entries of a (N, K) matrix in CSR format on the CPU."""
+
+    offsets: Tensor
+    columns: Tensor
+    values: Tensor
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return the dense (N, D) product with `x` (K, D), outside autograd.
+
+        An embedding bag sums the weighted rows; its kernel is several times faster than torch's sparse product. Each
+        row is summed in a fixed order, so the result is deterministic.
+        """
+        if not len(self.columns):
+            return x.new_zeros((len(self.offsets) - 1, x.shape[1]))
+        values = self.values.to(x.dtype)
+        return functional.embedding_bag(
+            self.columns, x, self.offsets, mode="sum", per_sample_weights=values, include_last_offset=True
+        )
 
 
 def user_item_matrix(interactions: sp.csr_matrix) -> sp.csr_matrix:
@@ -149,8 +190,9 @@ def _horner(adjacency: SparseMatrix, x: Tensor, layers: int) -> Tensor:
 def propagate_to(adjacency: SparseMatrix, x: Tensor, layers: int, users: Tensor, n_users: int) -> tuple[Tensor, Tensor]:
     """Return rows of `propagate`: those of `users` (n,), (n, D), and those of all items, (I, D).
 
-    A training step reads few users. Only the rows that it reads are summed over the layers, forward and backward, so
-    the products with A are the only passes over whole tables.
+    A training step reads few users. Only the rows that it reads are summed over the layers, forward and backward. On the
+    CPU the last product forward leaves out the rows of the other users, and the first one backward their columns, where
+    the gradient is 0; the order of each sum stays, so the result is the same to the last bit.
 
     Args:
         adjacency, x, layers: as in `propagate`; the first `n_users` nodes are the users.
@@ -168,11 +210,15 @@ class _Rows(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.adjacency, ctx.layers, ctx.n_users = adjacency, layers, n_users
         ctx.save_for_backward(users)
+        ctx.few = layers > 0 and x.device.type == "cpu" and 2 * len(users) <= n_users
         by_user, rest, y = x[users], x[n_users:].clone(), x
-        for _ in range(layers):
+        for _ in range(layers - ctx.few):
             y = adjacency.product(y)
             by_user += y[users]
             rest += y[n_users:]
+        if ctx.few:
+            by_user += adjacency.rows(users).product(y)
+            rest += adjacency.rows_from(n_users).product(y)
         return by_user, rest
 
     @staticmethod
@@ -181,7 +227,11 @@ class _Rows(torch.autograd.Function):
         (users,) = ctx.saved_tensors
         grad = by_user.new_zeros(ctx.n_users + len(rest), by_user.shape[1])
         for layer in range(ctx.layers + 1):
-            if layer:
+            if layer == 1 and ctx.few:
+                read = torch.zeros(ctx.n_users, dtype=torch.bool)
+                read[users] = True
+                grad = ctx.adjacency.with_columns(read, ctx.n_users).product(grad)
+            elif layer:
                 grad = ctx.adjacency.product(grad)
             grad[: ctx.n_users].index_add_(0, users, by_user)
             grad[ctx.n_users :] += rest

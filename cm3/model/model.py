@@ -222,7 +222,7 @@ class CM3(Network):
         return found
 
     @torch.no_grad()
-    def curves(self) -> dict[str, float]:
+    def curves(self, embedded: FusedEmbeddings | None = None) -> dict[str, float]:
         """Return the mean weight of each stream over the users, `stream_weight_NAME`, and `fused_cosine`.
 
         The latter is the mean cosine between the fused points of two items, t = 0.5. Near 1 all items have the same
@@ -230,9 +230,13 @@ class CM3(Network):
         """
         weights = self.stream_logits.softmax(1).mean(0).tolist()
         found = {f"stream_weight_{name}": value for name, value in zip(self.stream_names, weights, strict=True)}
-        points = [modality()[1] for modality in self.modalities]
         n = self.n_items
-        fused = functional.normalize(self._fused(points, torch.full((n,), 0.5, device=self.users.device)), dim=1)
+        if embedded is None:
+            points = [modality()[1] for modality in self.modalities]
+            fused = self._fused(points, torch.full((n,), 0.5, device=self.users.device))
+        else:
+            fused = embedded.fused
+        fused = functional.normalize(fused, dim=1)
         if n > 1:
             found["fused_cosine"] = float((fused.sum(0).square().sum() - n) / (n * (n - 1)))
         return found

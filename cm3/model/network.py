@@ -118,6 +118,10 @@ class Network(nn.Module):
         """Return the settings that can make a loss infinite while every parameter is finite."""
         return ()
 
-    def curves(self) -> dict[str, float]:
-        """Return further numbers to log each epoch, such as the mean weight of each stream."""
+    def curves(self, embedded: Any = None) -> dict[str, float]:
+        """Return further numbers to log each epoch, such as the mean weight of each stream.
+
+        Args:
+            embedded: what `embed` returns for the current parameters, where it was computed.
+        """
         return {}

@@ -1,7 +1,9 @@
 """Approximate nearest neighbours by cosine with faiss, rescored exactly, and their measured recall."""
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ _LINKS = 32
 _SEED = 0
 _ROUNDING = 1e-5
 _GAIN = 1e-3
+_BLOCK_ROWS = 4096  # rows that faiss multiplies at a time, so that blocks have the sums of a whole
 
 
 def approximate_knn(features: Tensor, k: int, method: str) -> tuple[Tensor, Tensor, dict[str, float]]:
@@ -30,7 +33,7 @@ def approximate_knn(features: Tensor, k: int, method: str) -> tuple[Tensor, Tens
     tie count. The breadth of the search is doubled until the candidates of these rows reach `RECALL`, a doubling gains
     nothing, or exact search would be faster; a recall that stays below is logged as a warning.
 
-    The index is built by one thread from a fixed seed: a second run on the same machine and faiss gives the same result.
+    The index is built from a fixed seed, in an order that no thread changes: a second run on the same machine and faiss gives the same result.
     On another kind of CPU the candidates may differ, their scores do not.
 
     Args:
@@ -106,11 +109,15 @@ def faiss_candidates(
     else:
         raise ValueError(f"method {method!r} is neither hnsw nor ivf")
     threads = faiss.omp_get_max_threads()
-    # With several threads the links of HNSW and the sums of k-means depend on timing; a search does not.
+    # With several threads the links of HNSW depend on timing, and the products of k-means on their number; a search
+    # does not.
     faiss.omp_set_num_threads(1)
     try:
         index.train(unit)
-        index.add(unit)
+        if method == "ivf":
+            add_in_blocks(faiss, index, unit, torch.get_num_threads())
+        else:
+            index.add(unit)
         faiss.omp_set_num_threads(torch.get_num_threads())
         breadth, before = min(breadth, most), -1.0
         while True:
@@ -125,3 +132,16 @@ def faiss_candidates(
         return found, breadth
     finally:
         faiss.omp_set_num_threads(threads)
+
+
+def add_in_blocks(faiss: ModuleType, index: Any, unit: np.ndarray, threads: int) -> None:
+    """Add the rows to an IVF index, their cells found block by block in threads; the index is that of `index.add`."""
+
+    def cells_of(start: int) -> np.ndarray:
+        faiss.omp_set_num_threads(1)  # of this thread alone: a product by several threads has other last digits
+        found: np.ndarray = index.quantizer.search(unit[start : start + _BLOCK_ROWS], 1)[1]
+        return found
+
+    with ThreadPoolExecutor(threads) as pool:
+        cells = np.concatenate(list(pool.map(cells_of, range(0, len(unit), _BLOCK_ROWS)))).ravel()
+    index.add_core(len(unit), faiss.swig_ptr(unit), None, faiss.swig_ptr(cells))

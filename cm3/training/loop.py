@@ -22,13 +22,19 @@ from cm3.model.network import Embeddings, Loss, Network
 from cm3.model.sampling import Batch, Sampler, derived_seed
 from cm3.training.checkpoint import Checkpoint
 from cm3.training.curves import Curves
-from cm3.training.schedule import GracefulStop, lr_factor
+from cm3.training.pruning import Trial, scores_of
+from cm3.training.schedule import GracefulStop, batches_per_step, lr_factor
 from cm3.training.state import Best, State
+from cm3.training.trackers import Trackers
 
 log = logging.getLogger(__name__)
 
 _REST = 9  # pause between checkpoints, in multiples of the time that writing one takes
 _LOG_SECONDS = 20.0
+
+
+class DivergedError(UserError):
+    """The loss is not finite."""
 
 
 @dataclass
@@ -42,6 +48,7 @@ class Fitted:
     history: list[dict[str, Any]]
     stopped: str
     seconds_per_epoch: float
+    batches_per_step: int = 1
 
 
 def fit(
@@ -53,6 +60,8 @@ def fit(
     test: Validation | None = None,
     curves: Path | None = None,
     shard: ProcessShard | None = None,
+    trial: Trial | None = None,
+    trackers: Trackers | None = None,
 ) -> Fitted:
     """Train until validation has not improved for `settings.patience` validations in a row, or epochs run out.
 
@@ -67,8 +76,11 @@ def fit(
         test: computes the same metric on the test split; only for `select_on: test`.
         curves: folder for TensorBoard's event files; None writes none.
         shard: this process's part, of several processes that train one model; the first one writes.
+        trial: the trial of a search that this run is; its pruner may end it.
+        trackers: get each epoch's numbers, too.
 
     Raises:
+        PrunedError: the pruner of `trial` ended the run; the checkpoint is written.
         UserError: the loss is not finite; the message names the epoch, the batch, the component or parameter, and the
             checkpoint. Or memory ran out, several processes train a model that supports one process only, or they
             drew different batches.
@@ -78,7 +90,7 @@ def fit(
         raise UserError("training.processes: this model supports one process only; set it to 1")
     model.shard = shard
     with memory_advice(f"training on {sampler.users.device.type}", memory_hint(settings)):
-        return _fit(model, sampler, validation, settings, checkpoint, test, curves, shard)
+        return _fit(model, sampler, validation, settings, checkpoint, test, curves, shard, trial, trackers)
 
 
 def memory_hint(settings: Training) -> str:
@@ -86,7 +98,7 @@ def memory_hint(settings: Training) -> str:
     steps = [f"lower training.batch_size (now {settings.batch_size})"]
     if settings.precision != "bfloat16":
         steps.append("set training.precision to bfloat16, which halves the features")
-    if settings.batches_per_step > 1:
+    if settings.batches_per_step != 1:
         steps.append(f"lower training.batches_per_step (now {settings.batches_per_step})")
     return f"{', or '.join(steps)}, or use a device with more memory; the same command resumes from the last checkpoint"
 
@@ -100,6 +112,8 @@ def _fit(
     test: Validation | None,
     curves: Path | None,
     shard: ProcessShard | None,
+    trial: Trial | None,
+    trackers: Trackers | None,
 ) -> Fitted:
     first = shard is None or shard.rank == 0
     run = TrainingRun(model, sampler, validation, settings, checkpoint, test)
@@ -109,11 +123,19 @@ def _fit(
     with GracefulStop(enabled=first) as stop:
         while not stopped:
             started = time.monotonic()
-            last = run.epoch(stop)
+            run.check_pruned(trial)
+            try:
+                last = run.epoch(stop)
+            except DivergedError as error:
+                if trial and first:
+                    trial.report_failure(str(error), scores_of(state.history, settings.monitor))
+                raise
             run.validate(last)
             seconds, epochs_here = seconds + time.monotonic() - started, epochs_here + 1
             run.log_epoch(time.monotonic() - started)
             plotted.add(state.history[-1])
+            if trackers and first:
+                trackers.add(state.history[-1])
             stopped = run.finished()
             state.epoch, state.step = state.epoch + 1, 0
             run.save_if_due(stop, bool(stopped))
@@ -127,6 +149,7 @@ def _fit(
         state.history,
         stopped,
         seconds / max(epochs_here, 1),
+        run.per_step,
     )
 
 
@@ -151,7 +174,10 @@ class TrainingRun:
             weight_decay=settings.weight_decay,
             fused=self.device.type in ("cpu", "cuda"),
         )
-        self.steps = -(-sampler.n_batches // settings.batches_per_step)
+        self.per_step = batches_per_step(settings, len(sampler.users))
+        self.steps = -(-sampler.n_batches // self.per_step)
+        if settings.batches_per_step == "auto":
+            log.info("batches_per_step: %d, for %d training interactions", self.per_step, len(sampler.users))
         losses = torch.zeros(self.steps, 2 + len(model.components), device=self.device)
         stored = State.load(checkpoint, model, self.optimiser, losses)
         self.state = stored or State(losses)
@@ -168,8 +194,7 @@ class TrainingRun:
         first, started = state.step, time.monotonic()
         logged = started
         self.model.begin_epoch(derived_seed(self.settings.seed, state.epoch))
-        per_step = self.settings.batches_per_step
-        for batches in grouped(self.sampler.epoch(state.epoch, first * per_step), per_step):
+        for batches in grouped(self.sampler.epoch(state.epoch, first * self.per_step), self.per_step):
             if self.settings.eval_embeddings == "last_batch" and state.step == self.steps - 1:
                 with torch.no_grad():
                     last = self.model.training_embeddings(self._seed())
@@ -221,12 +246,14 @@ class TrainingRun:
         state, settings, name = self.state, self.settings, self.settings.monitor
         names = ("loss", *self.model.components, "grad_norm")
         means = dict(zip(names, state.losses.cpu().double().mean(0).tolist(), strict=True))
-        row: dict[str, Any] = {"epoch": state.epoch, **means, **self.model.curves()}
+        due = not state.epoch % settings.validate_every or state.epoch == settings.epochs
+        fresh = self.model.embed() if due and last is None else None
+        row: dict[str, Any] = {"epoch": state.epoch, **means, **self.model.curves(fresh)}
         row |= {f"valid_{name}": None} | ({f"test_{name}": None} if self.test is not None else {})
         state.history.append(row)
-        if state.epoch % settings.validate_every and state.epoch != settings.epochs:
+        embeddings = fresh or last
+        if not due or embeddings is None:
             return
-        embeddings = last if last is not None else self.model.embed()
         users, items = embeddings.users.detach(), embeddings.items.detach()
         value, tested = self.validation.score(users, items), None
         if self.model.shard:
@@ -268,6 +295,15 @@ class TrainingRun:
             log.info("stop requested; the checkpoint is written, the same command resumes from it")
             raise SystemExit(128 + signal.SIGTERM)
 
+    def check_pruned(self, trial: Trial | None) -> None:
+        """Write a checkpoint and raise PrunedError where a search ends this run after the epochs so far."""
+        if trial is None or self.state.step:
+            return
+        scores = scores_of(self.state.history, self.settings.monitor)
+        if trial.is_pruned(scores):
+            self.save()
+            raise trial.end_pruned(scores, writes=not (self.model.shard and self.model.shard.rank))
+
     def _due(self) -> bool:
         least = self.settings.checkpoint_seconds
         return time.monotonic() - self.saved >= (max(least, _REST * self.writing) if least else 0)
@@ -303,13 +339,13 @@ class TrainingRun:
         if bad:
             by_name = zip(self.model.components, values[bad[0], 1:].tolist(), strict=True)
             wrong = [name for name, value in by_name if not math.isfinite(value)]
-            raise UserError(self._not_finite(wrong, bad[0]))
+            raise DivergedError(self._not_finite(wrong, bad[0]))
 
     def check_finite(self, loss: Loss) -> None:
         """Raise UserError where the loss of this step is not finite."""
         if not torch.isfinite(loss.total):
             wrong = [name for name, value in loss.components.items() if not torch.isfinite(value)]
-            raise UserError(self._not_finite(wrong, self.state.step))
+            raise DivergedError(self._not_finite(wrong, self.state.step))
 
     def _not_finite(self, wrong: list[str], step: int) -> str:
         state, named = self.state, list(self.model.named_parameters())
@@ -319,7 +355,7 @@ class TrainingRun:
         suspects = culprits or list(self.model.suspects())
         norms = ", ".join(f"{name} {float(p.detach().norm()):.4g}" for name, p in named)
         return (
-            f"epoch {state.epoch}, batch {step * self.settings.batches_per_step + 1}: the loss is not finite, "
+            f"epoch {state.epoch}, batch {step * self.per_step + 1}: the loss is not finite, "
             f"in {', '.join(wrong) or 'the sum of its components'}; "
             f"cause: {', '.join(suspects) or 'not a parameter; check the features'}. "
             f"Norms of the parameters: {norms}. {self.checkpoint.location_note()}"

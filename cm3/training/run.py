@@ -13,7 +13,7 @@ from cm3.common.device import has_tf32
 from cm3.common.embeddings import write_embeddings
 from cm3.common.errors import UserError
 from cm3.common.files import atomic
-from cm3.common.interactions import Interactions
+from cm3.common.interactions import LEARNT_FROM, Interactions
 from cm3.common.tables import SIMILARITY, read_table
 from cm3.common.tensors import write_tensors
 from cm3.config import Training
@@ -111,7 +111,7 @@ def write_run(
     items_output: Path,
 ) -> None:
     """Write the best epoch's parameters (safetensors) and embeddings (Parquet), and the history (CSV)."""
-    metadata = {"settings": identity, "epoch": fitted.best.epoch}
+    metadata = {"settings": identity, "epoch": fitted.best.epoch, LEARNT_FROM: data.digest}
     for path, name, ids, vectors in (
         (users_output, "user_id", data.user_ids, fitted.users),
         (items_output, "item_id", data.item_ids, fitted.items),
@@ -143,6 +143,8 @@ def run_facts(fitted: Fitted, training: Training, device: torch.device, n_parame
         "seed": training.seed,
         "parameters": n_parameters,
     }
+    if training.batches_per_step == "auto":
+        facts["batches_per_step"] = fitted.batches_per_step
     if training.select_on == "test":
         facts["warning"] = (
             "select_on: test repeats the reference's choice of settings by TEST scores; "

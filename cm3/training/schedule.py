@@ -1,4 +1,4 @@
-"""The learning rate schedule, and the request to stop."""
+"""The number of batches per step, the learning rate schedule, and the request to stop."""
 
 import math
 import signal
@@ -7,6 +7,20 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from cm3.config import Training
+
+STEPS = 50
+_LEAST_BATCH = 2048
+
+
+def batches_per_step(settings: Training, n_pairs: int) -> int:
+    """Return how many batches share one propagation and one step: the setting, or for auto what the data ask for.
+
+    A propagation costs as much as its graph has edges. With about `STEPS` steps an epoch, whatever the number of training
+    pairs, an epoch grows in proportion to them. Less than twice that many batches of 2,048 pairs have a step each.
+    """
+    if settings.batches_per_step != "auto":
+        return settings.batches_per_step
+    return max(1, n_pairs // (STEPS * max(settings.batch_size, _LEAST_BATCH)))
 
 
 def lr_factor(settings: Training, epoch: int, batch: int, batches: int) -> float:

@@ -21,7 +21,9 @@ from cm3.model.graph import item_item_matrix
 from cm3.model.model import build_model, fill_missing
 from cm3.training.checkpoint import Checkpoint
 from cm3.training.loop import fit, memory_hint
+from cm3.training.pruning import read_trial
 from cm3.training.run import read_neighbours, run_facts, training_sampler, validations, write_run
+from cm3.training.trackers import Trackers
 from cm3.training.warm_start import check_no_leakage, earlier_files, warm_start
 
 log = logging.getLogger("cm3.training.train")
@@ -114,7 +116,9 @@ def train(
         advice="set model.uniformity_items to positive or uniform",
     )
     curves = model_output.parent / "tensorboard"
-    fitted = fit(network, sampler, valid, training, checkpoint, test, curves, shard)
+    trial = read_trial(model_output.parent)
+    trackers = Trackers([] if shard and shard.rank else training.trackers, model_output.parent, identity)
+    fitted = fit(network, sampler, valid, training, checkpoint, test, curves, shard, trial, trackers)
     if shard and shard.rank:
         return {}
     write_run(
@@ -127,7 +131,9 @@ def train(
         items_output=items_output,
     )
     checkpoint.remove()
-    facts = run_facts(fitted, training, device, n_parameters) | {"history_sha256": sha256_of(history_output)}
+    facts = run_facts(fitted, training, device, n_parameters)
+    trackers.finish(facts, [model_output, history_output, users_output, items_output])
+    facts |= {"history_sha256": sha256_of(history_output)}
     return facts | {"modality_weights": weights} | started
 
 

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from cm3.common.errors import UserError
 from cm3.common.ids import id_column, missing_id
+from cm3.common.input_files import parts_of
 from cm3.common.strict import nearest
 from cm3.common.tables import FAILED, MISSING, OK
 from cm3.common.values import InvalidValueError, first_valid, is_list, python_value, shown, without_views
@@ -21,18 +22,28 @@ _ROWS = 1024
 def read_vectors(path: Path, id_column_name: str, vector_column: str) -> Iterator[tuple[pa.Array, np.ndarray]]:
     """Yield chunks of ids (binary: their UTF-8 bytes) and their (n, d) float32 vectors; rows without a vector are skipped.
 
+    Args:
+        path: a file, or a folder of parts.
+        id_column_name, vector_column: names of the columns.
+
     Raises:
         UserError: with the row and column: the file is unreadable, a column is missing or of another type, an id is
             missing or invalid, or a vector is empty, of another length, or holds a null or a number beyond float32.
     """
-    try:
-        with pq.ParquetFile(path) as file:
-            yield from _read(path, file, id_column_name, vector_column)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable Parquet file ({error})") from error
+    dim = None
+    for part in parts_of(path):
+        try:
+            with pq.ParquetFile(part) as file:
+                for ids, values in _read(part, file, id_column_name, vector_column, dim):
+                    dim = values.shape[1]
+                    yield ids, values
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{part}: not a readable Parquet file ({error})") from error
 
 
-def _read(path: Path, file: pq.ParquetFile, ids: str, vectors: str) -> Iterator[tuple[pa.Array, np.ndarray]]:
+def _read(
+    path: Path, file: pq.ParquetFile, ids: str, vectors: str, dim: int | None
+) -> Iterator[tuple[pa.Array, np.ndarray]]:
     names = file.schema_arrow.names
     for column in (ids, vectors):
         if column not in names:
@@ -41,7 +52,7 @@ def _read(path: Path, file: pq.ParquetFile, ids: str, vectors: str) -> Iterator[
             raise UserError(f"{path}: duplicate column {column!r}; rename one of them")
     # A features file of this pipeline holds zeros for items that had no input.
     state = ["status"] if _has_statuses(file) else []
-    first, dim = 0, None
+    first = 0
     for batch in file.iter_batches(_ROWS, columns=[ids, vectors, *state]):
         there = batch.column(vectors).is_valid()
         if state:

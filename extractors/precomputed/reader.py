@@ -1,5 +1,6 @@
 """Vectors computed elsewhere, looked up by item id: Parquet, .npy with ids, files of Amazon and MicroLens."""
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -10,7 +11,7 @@ import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
 from cm3.common.errors import UserError
-from cm3.common.input_files import check_readable
+from cm3.common.input_files import check_readable, parts_of
 from cm3.common.paths import expand
 from cm3.common.tables import MISSING, OK
 from extractors.extractor import Advance, Encoded, Extractor, no_vectors, silent
@@ -40,7 +41,9 @@ class PrecomputedSpec(BackendSpec):
 
     backend: Literal["precomputed"] = Field(description="Look up vectors by item id in a file made elsewhere.")
     path: str | None = Field(
-        None, description="The file, identified by its content. Default: the file published with the dataset."
+        None,
+        description="The file, or for Parquet a folder of parts, identified by its content. Default: the file published with "
+        "the dataset.",
     )
     ids: str | None = Field(
         None,
@@ -75,7 +78,9 @@ class PrecomputedSpec(BackendSpec):
     @property
     def kind(self) -> str | None:
         """The format: as configured, else by the suffix."""
-        return self.format or (_SUFFIXES.get(Path(self.path).suffix) if self.path else None)
+        if self.format or not self.path:
+            return self.format
+        return _SUFFIXES.get(Path(self.path).suffix) or ("parquet" if _has_parts(self.path) else None)
 
     def model_identity(self) -> dict[str, Any]:
         """Return the sha256 of the files. The file published with a dataset is an input of the job instead."""
@@ -83,8 +88,7 @@ class PrecomputedSpec(BackendSpec):
         for name, path in (("vectors_sha256", self.path), ("ids_sha256", self.ids)):
             if path is not None:
                 file = Path(expand(path))
-                check_readable(file, "path" if path == self.path else "ids")
-                found[name] = digest_of(file)
+                found[name] = _digest(file, self.kind == "parquet", "path" if path == self.path else "ids")
         return found
 
     def needs(self) -> set[str]:
@@ -110,12 +114,31 @@ class PrecomputedSpec(BackendSpec):
         return PrecomputedExtractor(self, Path(expand(self.path)))
 
 
+def _has_parts(path: str) -> bool:
+    try:
+        return parts_of(folder := Path(expand(path))) != [folder]
+    except UserError:  # a variable that is not set
+        return False
+
+
+def _digest(path: Path, may_be_folder: bool, key: str) -> str:
+    """Return the sha256 of a file, or of the names and contents of the parts of a Parquet table."""
+    parts = parts_of(path) if may_be_folder else [path]
+    for part in parts:
+        check_readable(part, key)
+    if parts == [path]:
+        return digest_of(path)
+    names = "".join(f"{part.relative_to(path).as_posix()}\0{digest_of(part)}\n" for part in parts)
+    return hashlib.sha256(names.encode()).hexdigest()
+
+
 class PrecomputedExtractor(Extractor[str]):
     """A file of vectors, read as a stream; only the vectors of the requested items are stored."""
 
     def __init__(self, spec: PrecomputedSpec, path: Path) -> None:
         self.spec, self.path = spec, path
-        check_readable(path, "path")
+        for part in parts_of(path) if spec.kind == "parquet" else [path]:
+            check_readable(part, "path")
         first = next(self._chunks(), None)
         if first is None:
             raise UserError(f"{path}: holds no vectors")

@@ -11,10 +11,12 @@ from pydantic import Field, model_validator
 
 from cm3.common.device import select_device
 from cm3.common.errors import UserError
+from cm3.common.tables import OK
 from extractors.extractor import Advance, Encoded, Extractor, collect, silent
 from extractors.runtime.batch import Batch
 from extractors.runtime.source import Source
 from extractors.text import item_text
+from extractors.text import reviews as review_text
 from extractors.weights.hub import quiet
 from extractors.weights.spec import CodeSpec
 
@@ -30,9 +32,9 @@ _TEXTS_AT_ONCE = 256
 
 
 class TextModelSpec(CodeSpec):
-    """A spec of a text encoder."""
+    """A spec of a text encoder: of items' own texts, or with modality reviews of the reviews in the training split."""
 
-    modalities: ClassVar[tuple[str, ...]] = ("text",)
+    modalities: ClassVar[tuple[str, ...]] = ("text", review_text.MODALITY)
 
     fields: list[item_text.Field] = Field(
         list(item_text.FIELDS), min_length=1, description="Item fields that the text is made of, in this order."
@@ -46,20 +48,57 @@ class TextModelSpec(CodeSpec):
         None, gt=0, description="Truncate vectors to the first dimensions (Matryoshka models)."
     )
 
+    reviews: review_text.ReviewChoice | None = Field(
+        None,
+        description="Reviews that are encoded, for modality reviews; each vector is the mean of an item's reviews.",
+    )
+
+    @model_validator(mode="after")
+    def _settings_of_reviews(self) -> "TextModelSpec":
+        if self.reviews is not None and not self.reads_reviews:
+            raise ValueError(f"reviews is for modality reviews, but modality is {self.modality}; remove it")
+        if self.reads_reviews and "fields" in self.model_fields_set:
+            raise ValueError("fields are those of items, but modality is reviews; remove it")
+        return self
+
+    @property
+    def reads_reviews(self) -> bool:
+        """Whether the texts are those of reviews."""
+        return self.modality == review_text.MODALITY
+
+    def settings(self) -> dict[str, Any]:
+        """Return the fields that change the output; for reviews, their number and order in place of an item's fields."""
+        found = super().settings()
+        if self.reads_reviews:
+            del found["fields"]
+            found["reviews"] = (self.reviews or review_text.ReviewChoice()).identity()
+        return found
+
+    def needs(self) -> set[str]:
+        """Return items, for modality reviews also the reviews and the split."""
+        return {"items", "reviews", "interactions"} if self.reads_reviews else {"items"}
+
+    def inputs_per_item(self) -> int:
+        """Return the largest number of texts per item."""
+        return (self.reviews or review_text.ReviewChoice()).count if self.reads_reviews else 1
+
     @model_validator(mode="after")
     def _fields_once(self) -> "TextModelSpec":
         if len(set(self.fields)) < len(self.fields):
             raise ValueError(f"duplicate field in fields: {self.fields}")
         return self
 
-    def read(self, inputs: Mapping[str, Path]) -> Source[str]:
-        """Return the captions if the job has captions as input, else the texts of the items."""
+    def read(self, inputs: Mapping[str, Path]) -> Source[Any]:
+        """Return the captions if the job has captions as input, else the texts of the items or of their reviews."""
         if "captions" in inputs:
             return item_text.read_captions(inputs["items"], inputs["captions"])
+        if self.reads_reviews:
+            choice = self.reviews or review_text.ReviewChoice()
+            return review_text.read_reviews(inputs["items"], inputs["reviews"], inputs["interactions"], choice)
         return item_text.read_texts(inputs["items"], self.fields)
 
 
-class TextModel(Extractor[str]):
+class TextModel(Extractor[Any]):
     """A loaded text encoder. Subclasses set `tokenizer`, `prompt` and `limit`, call `ready`, and implement `forward`.
 
     Attributes:
@@ -96,11 +135,28 @@ class TextModel(Extractor[str]):
     def forward(self, texts: Sequence[str]) -> np.ndarray:
         """Return (n, dim) float32 vectors of n texts, given without the prompt, in one forward pass."""
 
-    def input_of(self, item: Mapping[str, Any]) -> str | None:
-        """Return the item's text, made of the spec's fields."""
+    def input_of(self, item: Mapping[str, Any]) -> str | tuple[str, ...] | None:
+        """Return the item's text, made of the spec's fields, or the texts of its `reviews`."""
+        if self.spec.reads_reviews:
+            return tuple(text for text in map(item_text.clean, item.get("reviews") or ()) if text) or None
         return item_text.item_text(item, self.spec.fields)
 
-    def run(self, inputs: Iterable[str], advance: Advance = silent) -> Encoded:
+    def run(self, inputs: Iterable[Any], advance: Advance = silent) -> Encoded:
+        """Encode texts, or of reviews the texts of each item, whose mean is its vector; return them in input order."""
+        return self._run_reviews(list(inputs), advance) if self.spec.reads_reviews else self._run(inputs, advance)
+
+    def _run_reviews(self, items: Sequence[Sequence[str]], advance: Advance) -> Encoded:
+        rows = {text: row for row, text in enumerate(dict.fromkeys(text for texts in items for text in texts))}
+        encoded = self._run(rows, silent)
+        known = [[rows[text] for text in texts if encoded.status[rows[text]] == OK] for texts in items]
+        vectors = review_text.pooled(encoded.embedding, known, self.spec.normalise)
+        errors = {row: "no review has a token that the model knows" for row in range(len(items)) if row not in vectors}
+        result = collect(vectors, errors, len(items), self.dim)
+        result.counts = encoded.counts | {"reviews": sum(map(len, items))}
+        advance(len(items), ok=len(vectors), failed=len(errors))
+        return result
+
+    def _run(self, inputs: Iterable[str], advance: Advance) -> Encoded:
         """Encode texts, longest first, in batches with about equal numbers of tokens; return them in input order.
 
         Texts without any known token are failed. Counts `truncated_texts`, texts longer than the limit.

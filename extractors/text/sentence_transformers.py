@@ -41,10 +41,10 @@ class SentenceTransformersSpec(TextModelSpec):
     version: ClassVar[int | None] = 1
     libraries: ClassVar[tuple[str, ...]] = ("sentence-transformers", "torch", "transformers", "tokenizers")
     cost: ClassVar[Cost] = Cost(2500, 1500, 30)
-    modalities: ClassVar[tuple[str, ...]] = ("text", "image", "multimodal")
+    modalities: ClassVar[tuple[str, ...]] = ("text", "reviews", "image", "multimodal")
 
-    modality: Literal["text", "image", "multimodal"] = Field(
-        description="Input: text, image, or image and text together (multimodal)."
+    modality: Literal["text", "reviews", "image", "multimodal"] = Field(
+        description="Input: text, the reviews in the training split, image, or image and text together (multimodal)."
     )
     backend: Literal["sentence-transformers"] = Field(
         description="Encode texts, images or both with a sentence-transformers model."
@@ -58,10 +58,10 @@ class SentenceTransformersSpec(TextModelSpec):
 
     @model_validator(mode="after")
     def _settings_of_the_modality(self) -> "SentenceTransformersSpec":
-        if self.modality == "text":
+        if self._reads_text:
             for name in ("max_pixels", "min_pixels"):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"{name} is for images, but modality is text; remove it")
+                    raise ValueError(f"{name} is for images, but modality is {self.modality}; remove it")
         elif self.max_length is not None:
             raise ValueError(f"max_length is for texts, but modality is {self.modality}; remove it")
         if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
@@ -70,11 +70,15 @@ class SentenceTransformersSpec(TextModelSpec):
 
     def needs(self) -> set[str]:
         """Return items, and the manifest where images are read."""
-        return {"items"} if self.modality == "text" else {"items", "manifest"}
+        return super().needs() if self._reads_text else {"items", "manifest"}
+
+    @property
+    def _reads_text(self) -> bool:
+        return self.modality in ("text", "reviews")
 
     def items_per_shard(self) -> int | None:
         """Return the number of items per shard: fewer images than texts."""
-        return super().items_per_shard() if self.modality == "text" else self.shard_size or _IMAGES_PER_SHARD
+        return super().items_per_shard() if self._reads_text else self.shard_size or _IMAGES_PER_SHARD
 
     def text_of(self, item: Mapping[str, Any]) -> str:
         """Return the text that goes with an item's image: none for modality image."""
@@ -83,11 +87,11 @@ class SentenceTransformersSpec(TextModelSpec):
 
     def read(self, inputs: Mapping[str, Path]) -> Source[Any]:
         """Return the texts, the images, or the images with their texts."""
-        return super().read(inputs) if self.modality == "text" else read_prompted(inputs, self.text_of)
+        return super().read(inputs) if self._reads_text else read_prompted(inputs, self.text_of)
 
     def load(self) -> Extractor[Any]:
         """Load the model."""
-        if self.modality == "text":
+        if self._reads_text:
             return SentenceTransformersExtractor(self)
         from extractors.multimodal.sentence_transformers import SentenceTransformersImages
 

@@ -29,7 +29,7 @@ class TransformersTextSpec(TextModelSpec):
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "tokenizers")
     cost: ClassVar[Cost] = Cost(2500, 4000, 10)
 
-    modality: Literal["text"] = Field(description="Always text.")
+    modality: Literal["text", "reviews"] = Field(description="Input: text, or the reviews in the training split.")
     backend: Literal["transformers-text"] = Field(description="Pool the last hidden states of a transformers model.")
     pooling: TokenPooling = Field(
         "mean",

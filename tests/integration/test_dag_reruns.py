@@ -81,6 +81,17 @@ def test_a_swapped_image_extractor_runs_the_image_side_only(checkout: Checkout):
     assert checkout.planned(METRICS) == {}
 
 
+def test_a_page_that_exists_is_made_again_with_its_results(checkout: Checkout):
+    page = "results/shop/report.html"
+    checkout.run(page)
+    assert checkout.planned(METRICS) == {}
+    checkout.configure(changed(experiments__shop__evaluation={"ks": [5, 15]}))
+    assert checkout.planned(METRICS) == {"evaluate": 1, "publish": 1, "experiment_page": 1}
+    checkout.run(METRICS)
+    assert "Recall@15" in (checkout.folder / page).read_text()
+    assert checkout.planned(METRICS) == checkout.planned(page) == {}
+
+
 def test_a_text_extractor_setting_runs_only_the_text_side(checkout: Checkout):
     checkout.configure(changed(extractors__words__max_length=32))
     assert checkout.planned(METRICS) == AFTER_IMAGE

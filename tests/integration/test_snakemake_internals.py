@@ -70,6 +70,18 @@ def test_the_snakefile_sees_config_files_limits_and_where_jobs_run(folder: Path)
     assert facts == {"files": [], "elsewhere": False, "local": True, "limits": [3, 2, None]}
 
 
+def test_targets_are_added_to_those_of_the_command_line(folder: Path):
+    (folder / "Snakefile").write_text(
+        SNAKEFILE
+        + "\nfrom workflow.snakemake_internals import extend_targets\n"
+        + "extend_targets(workflow, lambda targets: [t.replace('a.txt', 'b.txt') for t in targets])\n"
+    )
+    run(folder)
+    assert (folder / "processed/a.txt").exists() and (folder / "processed/b.txt").exists()
+    printed, _ = run(folder)
+    assert "Nothing to be done" in printed
+
+
 def test_braces_in_an_input_are_not_wildcards(folder: Path):
     paths = ["a{2020}.csv", "{name}/x.csv", "b{x,[0-9]+}{{y}}.csv", "plain.csv"]
     (folder / "inputs.yaml").write_text(f"inputs: {json.dumps(paths)}\n")

@@ -90,7 +90,7 @@ def scored(
         paths = {"weights": folder / "model.safetensors"}
     result = evaluate(
         **{table: shop[table] for table in ("interactions", "items", "users")},
-        **paths,
+        files=paths,
         settings=Evaluation(ks=[k], top_n=k),
         metrics_output=folder.parent / "evaluation.json",
         per_user_output=folder.parent / "per_user.parquet",

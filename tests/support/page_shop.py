@@ -87,7 +87,7 @@ def measured(folder: Path, tables: dict[str, Path], record: dict[str, Any], **ex
     tables = {name: tables[name] for name in ("interactions", "items", "users")}
     evaluation = evaluate(
         **tables,
-        **exported,
+        files=exported,
         settings=Evaluation(ks=[5, 10, 20]),
         metrics_output=folder / "evaluation.json",
         per_user_output=outputs["per_user"],

@@ -87,7 +87,7 @@ class Shop:
         }
         result = evaluate(
             **self.paths,
-            **files,
+            files=files,
             settings=Evaluation(**{"ks": [5, 10], "top_n": 20} | dict(settings or {})),
             metrics_output=outputs["evaluation"],
             per_user_output=outputs["per_user"],

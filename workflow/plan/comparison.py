@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from workflow.plan.config import Config
+from workflow.plan.experiments import Experiment
 from workflow.plan.publish import command
 from workflow.plan.runs import features_of, run_key, tables
+from workflow.plan.searched import check_searched, search_spec
 from workflow.plan.task import Task
 
 COMPARED = {
@@ -22,6 +24,7 @@ COMPARED = {
 
 def compare_inputs(config: Config, study: str) -> dict[str, str]:
     """Return the tables of the dataset, and the files of each run as `evaluation.EXPERIMENT.RUN`, `per_user....`, ..."""
+    check_searched(config, study)
     points = config.studies[study].points
     paths = tables(config, next(iter(points)))
     for name in points:
@@ -37,6 +40,7 @@ def compare_inputs(config: Config, study: str) -> dict[str, str]:
 
 def compare(config: Config, study: str) -> Task:
     """Return the task of comparing the runs of a study."""
+    check_searched(config, study)
     chosen = config.studies[study]
     spec: dict[str, Any] = {
         "study": study,
@@ -45,6 +49,7 @@ def compare(config: Config, study: str) -> Task:
         "metrics": list(chosen.metrics),
         "experiments": {name: _described(config, name, list(chosen.points)) for name in chosen.points},
         "cells": [entry for name in chosen.points for entry in _runs(config, study, name)],
+        **search_spec(config, study),
     }
     decides = _without_command(spec) | {"cells": [_without_command(entry) for entry in spec["cells"]]}
     return Task("compare", spec, decides=decides)
@@ -87,7 +92,15 @@ def _described(config: Config, experiment: str, others: Sequence[str]) -> dict[s
         "modalities": dict(chosen.modalities),
         "control": dict(chosen.controls) or None,
         "control_of": next(originals, None) if chosen.controls else None,
+        "settings": _settings(chosen),
+        "deterministic": run_key(config, chosen.with_seed(0)) == run_key(config, chosen.with_seed(1)),
     }
+
+
+def _settings(chosen: Experiment) -> dict[str, Any]:
+    sections = {"model": chosen.model.identity(), "training": chosen.training_identity()}
+    settings = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
+    return {key: value for key, value in settings.items() if key not in ("training.seed", "model.name")}
 
 
 def _without_control(config: Config, experiment: str) -> list[Any]:

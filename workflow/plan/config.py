@@ -13,10 +13,12 @@ from cm3.common.errors import UserError
 from cm3.common.strict import Strict, nearest, validate
 from cm3.datasets.registry import parse_dataset
 from cm3.datasets.spec import SourceSpec
+from cm3.evaluation.rerank_config import Rerank
 from extractors.registry import parse_extractor
 from extractors.spec import BackendSpec
 from workflow.plan.experiments import Experiment, ExperimentSection, inherit, parse_settings
 from workflow.plan.modalities import name_faults, with_weights_by_kind
+from workflow.plan.searches import read_states
 from workflow.plan.studies import Study, parse_study
 from workflow.plan.yaml_keys import check_duplicate_keys, default_config
 
@@ -115,13 +117,41 @@ def load_config(raw: Any, files: Sequence[Path] = (), local: bool = True) -> Con
         refused = sections.experiments.keys() - experiments.keys()
         if isinstance(named, list) and any(isinstance(n, str) and n in refused for n in named):
             return None  # the fault of that experiment is already reported
-        return parse_study(data, experiments, where)
+        return parse_study(data, experiments, where, read_states(name) if "search" in data else None)
+
+    for name, experiment in experiments.items():
+        if isinstance(experiment.model, Rerank):
+            wrong = _check_rerank(name, experiment, experiment.model, experiments, sections.experiments)
+            faults += wrong
+            if not wrong:
+                experiments[name] = experiment.with_seed(experiments[experiment.model.of].training.seed)
 
     studies = _parse_each("studies", sections.studies, parse_comparison, faults)
     if faults:
         raise UserError("\n".join(faults))
     checked = {name: study for name, study in studies.items() if study}
     return Config(datasets, extractors, experiments, checked, files, local)
+
+
+def _check_rerank(
+    name: str,
+    experiment: Experiment,
+    model: Rerank,
+    experiments: Mapping[str, Experiment],
+    valid: Iterable[str],
+) -> list[str]:
+    faults = []
+    for key, other in (("of", model.of), *(("by", other) for other in model.by)):
+        path = f"experiments.{name}.model.{key}"
+        faults += _reference(path, other, valid)
+        chosen = experiments.get(other)
+        if chosen is None:
+            continue
+        if chosen.model.exports == "lists":
+            faults.append(f"{path} = {other!r}: has lists and no scores; name a model with embeddings or item weights")
+        if chosen.dataset != experiment.dataset:
+            faults.append(f"{path} = {other!r}: is on dataset {chosen.dataset!r}, but {name} on {experiment.dataset!r}")
+    return faults
 
 
 def _parse_each(

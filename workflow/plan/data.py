@@ -125,7 +125,7 @@ def prepare_inputs(config: Config, dataset: str) -> dict[str, str]:
     inputs = config.datasets[dataset].prepare_inputs(dataset)
     if config.local and config.datasets[dataset].source == "files":
         for name, path in inputs.items():
-            check_readable(Path(path), f"datasets.{dataset}.{name}.path")
+            check_readable(Path(path), f"datasets.{dataset}.{name.partition('.')[0]}.path")
     return raw_files(config, dataset, inputs)
 
 
@@ -162,7 +162,32 @@ def split_inputs(config: Config, dataset: str) -> dict[str, str]:
 
 def split(config: Config, dataset: str) -> Task:
     """Return the task of labelling interactions train, valid or test."""
-    return Task("split", config.datasets[dataset].split_spec(), earlier=prepare(config, dataset).made_from)
+    chosen = config.datasets[dataset]
+    earlier = prepare(config, dataset).made_from
+    return Task("split", chosen.split_spec(), runtime=chosen.split_runtime(), earlier=earlier)
+
+
+def review_inputs(config: Config, dataset: str) -> dict[str, str]:
+    """Return the files with texts of reviews, and the tables of the interactions that they belong to.
+
+    Raises:
+        UserError: the dataset has no reviews.
+    """
+    chosen = config.datasets[dataset]
+    inputs = chosen.review_inputs(dataset)
+    if not inputs:
+        hint = "; name the column of reviews in interactions.columns.review" if chosen.source == "files" else ""
+        raise UserError(f"datasets.{dataset}: source {chosen.source!r} has no texts of reviews{hint}")
+    base = f"processed/{dataset}"
+    tables = {name: f"{base}/{name}.parquet" for name in ("ratings", "users", "items")}
+    return raw_files(config, dataset, inputs) | tables
+
+
+def reviews(config: Config, dataset: str) -> Task:
+    """Return the task of collecting the texts of reviews."""
+    chosen = config.datasets[dataset]
+    earlier = prepare(config, dataset).made_from
+    return Task("reviews", chosen.reviews_spec(), {chosen.source: chosen}, earlier=earlier)
 
 
 def image_inputs(config: Config, dataset: str) -> dict[str, str]:
@@ -194,9 +219,10 @@ _MAKERS = {
     "items": prepare,
     "users": prepare,
     "interactions": split,
+    "reviews": reviews,
     "manifest": images,
 }
-STAGES = frozenset({"prepare", "split", "images"})
+STAGES = frozenset({"prepare", "split", "reviews", "images"})
 """Stages whose outputs have paths without a key of their settings, and hold `made_from`."""
 
 _TABLE = re.compile(rf"(?:^|/)processed/([^/]+)/(?:images/)?({'|'.join(_MAKERS)})\.parquet$")

@@ -77,7 +77,7 @@ def record_path(output: str) -> str:
 
 
 def extract_inputs(config: Config, dataset: str, extractor: str, key: str) -> dict[str, str]:
-    """Return the items and the captions, images or published vectors that an extractor reads.
+    """Return the items and the captions, reviews, images or published vectors that an extractor reads.
 
     Raises:
         UserError: `key` is not that of the configured extractor, or the dataset has no published vectors.
@@ -104,6 +104,9 @@ def _item_inputs(config: Config, dataset: str, extractor: str) -> dict[str, str]
     paths = {"items": f"processed/{dataset}/items.parquet"}
     if "manifest" in needs:
         paths["manifest"] = f"processed/{dataset}/images/manifest.parquet"
+    if "reviews" in needs:
+        data.review_inputs(config, dataset)  # an error for a dataset without reviews
+        paths |= {name: f"processed/{dataset}/{name}.parquet" for name in ("reviews", "interactions")}
     if "vectors" in needs:
         paths |= _published_vectors(config, dataset, extractor)
     return paths

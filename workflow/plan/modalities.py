@@ -23,7 +23,7 @@ def name_faults(path: str, name: str, extractor: str, extractors: Mapping[str, B
     if not NAME.fullmatch(name) or name == _RESERVED:
         return [f"{path}: not a name of a modality; use letters, digits, '.', '_' and '-', and not {_RESERVED!r}"]
     fitting = sorted(other for other, spec in extractors.items() if spec.modality == name)
-    if not fitting and name not in ("text", IMAGE, "caption", "multimodal"):
+    if not fitting and name not in ("text", IMAGE, "caption", "multimodal", "reviews"):
         return []
     return [
         f"{path} = {extractor!r}: this extractor is of modality {kind!r}; of modality {name!r} there are: "

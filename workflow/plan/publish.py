@@ -18,7 +18,7 @@ def publish_inputs(config: Config, experiment: str) -> dict[str, str]:
         "evaluation": f"{run}/evaluation.json",
         "per_user": f"{run}/per_user.parquet",
         "recommendations": f"{run}/recommendations.parquet",
-        "model": f"{run}/model.safetensors",
+        "model": f"{run}/{runs.model_file(config, experiment)}",
     }
     if chosen.model.exports == "embeddings":
         paths |= {

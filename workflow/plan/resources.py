@@ -73,6 +73,7 @@ class Needs:
             "download": lambda wildcards, files: Need(1000, 720),
             "prepare": self.prepare,
             "split": self.split,
+            "reviews": self.reviews,
             "images": self.images,
             "extract": self.extract,
             "caption": self.extract,
@@ -106,6 +107,10 @@ class Needs:
         rows = self._interactions(wildcards, files)
         return Need(1000 + rows * 200 / MEBIBYTE, 10 + rows / 2e6)
 
+    def reviews(self, wildcards: Any, files: Files) -> Need:
+        """The texts of all interactions, and their sorted copy; compressed files hold three times their size."""
+        return Need(1500 + 9 * _megabytes(files.values()), 15 + _megabytes(files.values()) / 60)
+
     def images(self, wildcards: Any, files: Files) -> Need:
         """Memory does not grow with the number of images; time is what a polite client takes, twice over."""
         dataset = self.config.datasets[wildcards.dataset]
@@ -119,7 +124,8 @@ class Needs:
         if "captions" in files:
             spec = self.config.extractors[encoder_of(self.config, name) or name]
         items = self._items(wildcards, files).rows
-        return Need(spec.memory_mb(items), 20 + items / spec.cost.items_per_second / 60)
+        inputs = items * spec.inputs_per_item()
+        return Need(spec.memory_mb(items), 20 + inputs / spec.cost.items_per_second / 60)
 
     def control(self, wildcards: Any, files: Files) -> Need:
         """The features and their replacement."""

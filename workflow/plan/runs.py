@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cm3.common.errors import UserError
+from cm3.common.input_files import check_readable
 from cm3.common.keys import key_of
 from cm3.common.paths import expand
 from cm3.common.stages import STAGES
 from cm3.config import WARM
+from cm3.evaluation.external_config import External
 from cm3.evaluation.registry import METRICS, metric_class
+from cm3.evaluation.rerank_config import Rerank
 from workflow.plan.config import Config
 from workflow.plan.data import generator_spec
 from workflow.plan.experiments import Experiment
@@ -54,10 +57,35 @@ def run_key(config: Config, settings: Experiment) -> str:
         {
             "dataset": [settings.dataset, source, dataset.tables_spec(), dataset.split_spec()],
             "features": features,
-            "model": settings.model.identity(),
+            "model": settings.model.identity() | _combined_runs(config, settings),
             "training": settings.training_identity(),
         }
     )
+
+
+def combined(config: Config, settings: Experiment) -> dict[str, Experiment]:
+    """Return the experiments that a re-ranking combines, at its seed and the base first; empty for other models."""
+    model = settings.model
+    if not isinstance(model, Rerank):
+        return {}
+    return {name: config.experiments[name].with_seed(settings.training.seed) for name in (model.of, *model.by)}
+
+
+def _combined_runs(config: Config, settings: Experiment) -> dict[str, Any]:
+    models = combined(config, settings)
+    return {"runs": {name: run_key(config, chosen) for name, chosen in models.items()}} if models else {}
+
+
+def _combined_files(config: Config, settings: Experiment) -> dict[str, str]:
+    """Return the files from which a re-ranking computes the scores of its experiments, as `{experiment}.{file}`."""
+    paths = {}
+    for name, chosen in combined(config, settings).items():
+        run = f"results/{name}/runs/{run_key(config, chosen)}"
+        if chosen.model.exports == "item_weights":
+            paths[f"{name}.weights"] = f"{run}/model.safetensors"
+        else:
+            paths |= {f"{name}.{kind}": f"{run}/{kind}.parquet" for kind in ("user_embeddings", "item_embeddings")}
+    return paths
 
 
 @functools.lru_cache(maxsize=1024)
@@ -73,12 +101,21 @@ def run_folder(config: Config, experiment: str) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def runs_of(config: Config, experiment: str) -> Mapping[str, Experiment]:
-    """Return the settings of all runs of an experiment by key: the selected one and those of studies."""
+    """Return the settings of all runs of an experiment by key: the selected one, those of studies and of re-rankings."""
     runs = {selected_run(config, experiment): config.experiments[experiment]}
     for study in config.studies.values():
         if experiment in study.points:
-            for _, _, settings in study.settings(experiment):
+            compared = [settings for _, _, settings in study.settings(experiment)]
+            for settings in [*compared, *study.trial_settings(experiment)]:
                 runs.setdefault(run_key(config, settings), settings)
+    if isinstance(config.experiments[experiment].model, Rerank):
+        return runs
+    for name, other in config.experiments.items():
+        if isinstance(other.model, Rerank):
+            for reranking in runs_of(config, name).values():
+                settings_here = combined(config, reranking).get(experiment)
+                if settings_here is not None:
+                    runs.setdefault(run_key(config, settings_here), settings_here)
     return runs
 
 
@@ -97,9 +134,14 @@ def settings_of(config: Config, experiment: str, run: str) -> Experiment:
     return runs[run]
 
 
-def experiments_that_export(config: Config, exports: Literal["embeddings", "item_weights"]) -> list[str]:
-    """Return the names of the experiments whose models export embeddings, or of those that export item weights."""
+def experiments_that_export(config: Config, exports: Literal["embeddings", "item_weights", "lists"]) -> list[str]:
+    """Return the names of the experiments whose models export embeddings, item weights or lists."""
     return [name for name, experiment in config.experiments.items() if experiment.model.exports == exports]
+
+
+def model_file(config: Config, experiment: str) -> str:
+    """Return the name of the file of an experiment's model: tensors, or JSON for a model that only exports lists."""
+    return "model.json" if config.experiments[experiment].model.exports == "lists" else "model.safetensors"
 
 
 def tables(config: Config, experiment: str) -> dict[str, str]:
@@ -118,7 +160,28 @@ def train_inputs(config: Config, experiment: str, run: str) -> dict[str, str]:
     paths = tables(config, experiment)
     paths |= {f"features.{modality}": path for modality, path in features_of(config, chosen).items()}
     paths |= {f"similarity.{modality}": path for modality, path in graphs_of(config, chosen).items()}
-    return paths | _warm_start(experiment, chosen)
+    return paths | _combined_files(config, chosen) | _external_lists(config, chosen) | _warm_start(experiment, chosen)
+
+
+def list_inputs(config: Config, experiment: str, run: str) -> dict[str, str]:
+    """Return the tables and the files from which evaluation has the lists: the fitted re-ranking and the files of its models,
+    or the checked lists of another tool.
+
+    Raises:
+        UserError: the configuration has no such run, or the file of the lists cannot be read.
+    """
+    chosen = settings_of(config, experiment, run)
+    fitted = {chosen.model.stage: f"results/{experiment}/runs/{run}/model.json"}
+    return tables(config, experiment) | fitted | _combined_files(config, chosen) | _external_lists(config, chosen)
+
+
+def _external_lists(config: Config, settings: Experiment) -> dict[str, str]:
+    if not isinstance(settings.model, External):
+        return {}
+    path = expand(settings.model.recommendations)
+    if config.local:
+        check_readable(Path(path), "model.recommendations")
+    return {"lists": path}
 
 
 def _warm_start(name: str, settings: Experiment) -> dict[str, str]:
@@ -154,13 +217,28 @@ def train_gpus(config: Config, experiment: str) -> int:
 def train(config: Config, experiment: str, run: str) -> Task:
     """Return the task of training: modalities in the order of fusion, the model and its training."""
     chosen = settings_of(config, experiment, run)
+    parts = {chosen.model_name: chosen.model}
+    if isinstance(chosen.model, Rerank):
+        return Task(chosen.model.stage, _rerank_spec(config, chosen, chosen.model), parts)
+    if isinstance(chosen.model, External):
+        return Task(chosen.model.stage, {"model": chosen.model.identity(), "monitor": chosen.training.monitor}, parts)
     spec = {
         "modalities": list(chosen.modalities),
         "model": chosen.model.identity(),
         "training": chosen.training_identity(),
     }
-    parts = {chosen.model_name: chosen.model}
     return Task(chosen.model.stage, spec, parts, chosen.training.runtime())
+
+
+def _rerank_spec(config: Config, settings: Experiment, model: Rerank) -> dict[str, Any]:
+    return {
+        "of": model.of,
+        "scores": {name: chosen.evaluation.score for name, chosen in combined(config, settings).items()},
+        "top": model.top,
+        "weights": dict(model.weights),
+        "grid": list(model.grid),
+        "monitor": settings.training.monitor,
+    }
 
 
 def evaluate(config: Config, experiment: str, run: str) -> Task:

@@ -1,8 +1,9 @@
 """Studies: experiments on one dataset, compared over seeds and grids of settings."""
 
+import contextlib
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from pydantic import Field, field_validator
@@ -12,6 +13,7 @@ from cm3.common.keys import canonical_json
 from cm3.common.strict import Strict, nearest, validate
 from cm3.evaluation.registry import METRICS
 from workflow.plan.experiments import Experiment, check
+from workflow.plan.searches import ExperimentState, Range, Search, SearchSection, parse_space
 
 DEFAULT_METRICS = ("recall", "ndcg")
 SECTIONS = ("model", "training")
@@ -33,6 +35,9 @@ class StudySection(Strict):
         default_factory=dict,
         description="experiment -> key -> values, such as model.gamma: [0.5, 0.9]; every combination is trained, and the "
         "one with the best mean validation score over the seeds is compared",
+    )
+    search: SearchSection | None = Field(
+        None, description="settings that Optuna searches by validation (./run search STUDY); the best are compared"
     )
     reference: str | None = Field(
         None, description="experiment that every other one is tested against; null: all pairs are tested"
@@ -63,25 +68,43 @@ class Point:
 
 @dataclass(frozen=True)
 class Study:
-    """A checked study; `points` has the grid points of each experiment, in the order of the configuration."""
+    """A checked study.
+
+    Attributes:
+        points: the grid points of each experiment, in the order of the configuration; the best trials of an experiment
+            that is searched, none before its search has finished.
+        trials: the points that a search has chosen so far; each is trained with the first seed.
+    """
 
     points: Mapping[str, Sequence[Point]]
     seeds: Sequence[int]
     reference: str | None
     metrics: Sequence[str]
+    search: Search | None = None
+    trials: Mapping[str, Sequence[Point]] = field(default_factory=dict)
+
+    def trial_settings(self, experiment: str) -> list[Experiment]:
+        """Return the settings of the trials of an experiment's search."""
+        return [point.experiment.with_seed(self.seeds[0]) for point in self.trials.get(experiment, ())]
 
     def settings(self, experiment: str) -> list[tuple[Point, int, Experiment]]:
         """Return (grid point, seed, settings) of each run of an experiment."""
         return [(p, seed, p.experiment.with_seed(seed)) for p in self.points[experiment] for seed in self.seeds]
 
 
-def parse_study(data: Mapping[str, Any], experiments: Mapping[str, Experiment], where: str) -> Study:
+def parse_study(
+    data: Mapping[str, Any],
+    experiments: Mapping[str, Experiment],
+    where: str,
+    states: Mapping[str, ExperimentState] | None = None,
+) -> Study:
     """Return a section of `studies`, expanded.
 
     Args:
         data: the section.
         experiments: all checked experiments.
         where: the key path of the section.
+        states: what its search has found, by experiment.
 
     Raises:
         UserError: one line per fault: unknown names and keys, invalid values, experiments that are not comparable.
@@ -92,23 +115,58 @@ def parse_study(data: Mapping[str, Any], experiments: Mapping[str, Experiment], 
         for name in section.experiments
         if name not in experiments
     ]
-    for path, name in [("reference", section.reference), *((f"grids.{name}", name) for name in section.grids)]:
+    searched = section.search.spaces if section.search else {}
+    named = [("reference", section.reference), *((f"grids.{name}", name) for name in section.grids)]
+    for path, name in [*named, *((f"search.spaces.{name}", name) for name in searched)]:
         if name is not None and name not in section.experiments:
             faults.append(f"{where}.{path}: the study has no experiment {name!r}{nearest(name, section.experiments)}")
     if faults:
         raise UserError("\n".join(faults))
     compared = {name: experiments[name] for name in section.experiments}
     faults += _incomparable(compared, where)
-    points = {}
+    faults += [
+        f"{where}.search.spaces.{name}: the experiment has a grid, too; remove one of them"
+        for name in searched
+        if name in section.grids
+    ]
+    points: dict[str, Sequence[Point]] = {}
+    trials: dict[str, Sequence[Point]] = {}
+    spaces = {}
     for name, experiment in compared.items():
         try:
+            if name in searched and section.search is not None:
+                at = f"{where}.search.spaces.{name}"
+                spaces[name] = _space(experiment, searched[name], at)
+                state = (states or {}).get(name)
+                trials[name] = _known(experiment, [t.values for t in state.trials] if state else [], at)
+                best = state.best(section.search.finalists) if state and state.finished else []
+                points[name] = _known(experiment, [t.values for t in best], at)
+                continue
             points[name] = _expand(experiment, section.grids.get(name, {}), f"{where}.grids.{name}")
         except UserError as error:
             faults.append(str(error))
     metrics = _metrics(section.metrics, compared, where, faults)
     if faults:
         raise UserError("\n".join(faults))
-    return Study(points, section.seeds, section.reference, metrics)
+    search = Search(section.search, spaces, states or {}) if section.search else None
+    return Study(points, section.seeds, section.reference, metrics, search, trials)
+
+
+def _space(
+    experiment: Experiment, space: Mapping[str, list[Any] | Range], where: str
+) -> Mapping[str, list[Any] | Range]:
+    for path in space:
+        _check_path(experiment, path, where)
+    return parse_space(space, lambda values: point_of(experiment, values, where), where)
+
+
+def _known(experiment: Experiment, trials: Sequence[Mapping[str, Any]], where: str) -> list[Point]:
+    """Return the points of trials; those of an earlier configuration that the experiment cannot have are left out."""
+    points = []
+    for values in trials:
+        with contextlib.suppress(UserError):
+            points.append(point_of(experiment, values, where))
+    return points
 
 
 def _incomparable(experiments: Mapping[str, Experiment], where: str) -> list[str]:
@@ -137,7 +195,7 @@ def _expand(experiment: Experiment, grid: Mapping[str, Sequence[Any]], where: st
     faults: dict[str, None] = {}
     for combination in itertools.product(*(grid[path] for path in sorted(grid))):
         try:
-            point = _point(experiment, dict(zip(sorted(grid), combination, strict=True)), where)
+            point = point_of(experiment, dict(zip(sorted(grid), combination, strict=True)), where)
         except UserError as error:
             faults |= dict.fromkeys(str(error).splitlines())
             continue
@@ -174,7 +232,12 @@ def _check_path(experiment: Experiment, path: str, where: str) -> None:
         )
 
 
-def _point(experiment: Experiment, values: Mapping[str, Any], where: str) -> Point:
+def point_of(experiment: Experiment, values: Mapping[str, Any], where: str) -> Point:
+    """Return an experiment with some of its settings changed, by key path such as model.gamma.
+
+    Raises:
+        UserError: the experiment cannot have these values.
+    """
     changed: dict[str, Any] = {}
     for section in SECTIONS:
         before: Strict = getattr(experiment, section)

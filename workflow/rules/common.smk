@@ -23,6 +23,7 @@ from workflow.snakemake_internals import (
     METADATA,
     compare_inputs_by_content,
     config_files,
+    extend_targets,
     has_local_files,
     is_main_process,
     literal_path,
@@ -60,6 +61,9 @@ except OSError as error:
     raise WorkflowError(str(path_fault(error) or error)) from None
 for warning in warnings:
     print(f"WARNING: {warning}", file=sys.stderr)
+
+if is_main_process(workflow) and has_local_files(workflow):
+    extend_targets(workflow, lambda targets: pages.existing_pages(settings, targets))
 
 
 def one_of(names):

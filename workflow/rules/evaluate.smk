@@ -34,3 +34,11 @@ use rule evaluate as evaluate_item_weights with:
         weights="results/{experiment}/runs/{run}/model.safetensors",
     wildcard_constraints:
         experiment=one_of(runs.experiments_that_export(settings, "item_weights")),
+
+
+# the lists of a re-ranking to metrics of the test split
+use rule evaluate as evaluate_lists with:
+    input:
+        unpack(files(runs.list_inputs)),
+    wildcard_constraints:
+        experiment=one_of(runs.experiments_that_export(settings, "lists")),

@@ -42,3 +42,25 @@ rule split:
         arguments=arguments(data.split),
     shell:
         "exec python -m cm3.datasets.label {params.arguments} --log {log:q}"
+
+
+# the texts of reviews of the interactions, for extractors of modality reviews
+rule reviews:
+    input:
+        # the files with reviews, and ratings, users and items
+        unpack(files(data.review_inputs)),
+    output:
+        reviews="processed/{dataset}/reviews.parquet",
+        record="processed/{dataset}/reviews.stage.json",
+    log:
+        "logs/{dataset}/reviews.log",
+    conda:
+        "../../environment.yml"
+    resources:
+        mem_mb=needs.mem_mb("reviews"),
+        runtime=needs.runtime("reviews"),
+    params:
+        identity=identity(data.reviews),
+        arguments=arguments(data.reviews),
+    shell:
+        "exec python -m cm3.datasets.reviews {params.arguments} --log {log:q}"

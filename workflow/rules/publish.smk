@@ -36,3 +36,14 @@ use rule publish as publish_item_weights with:
         model="results/{experiment}/model.safetensors",
     wildcard_constraints:
         experiment=one_of(runs.experiments_that_export(settings, "item_weights")),
+
+
+# the same for models that only have lists
+use rule publish as publish_lists with:
+    output:
+        metrics="results/{experiment}/metrics.json",
+        per_user="results/{experiment}/per_user.parquet",
+        recommendations="results/{experiment}/recommendations.parquet",
+        model="results/{experiment}/model.json",
+    wildcard_constraints:
+        experiment=one_of(runs.experiments_that_export(settings, "lists")),

@@ -10,7 +10,7 @@ rule experiment_page:
             "results/{experiment}/report.html",
             caption="../report/experiment.rst",
             category="Experiments",
-            labels={"experiment": "{experiment}", "what": "page"},
+            labels=planned(pages.experiment_labels),
         ),
         figures=report(
             directory("results/{experiment}/figures"),
@@ -18,7 +18,7 @@ rule experiment_page:
             caption="../report/figure.rst",
             category="Figures",
             subcategory="{experiment}",
-            labels={"figure": "{figure}"},
+            labels={"of": "{experiment}", "figure": "{figure}"},
         ),
         record="results/{experiment}/report.stage.json",
     log:
@@ -44,7 +44,7 @@ rule study_page:
             "results/{study}/comparison.html",
             caption="../report/study.rst",
             category="Studies",
-            labels={"study": "{study}", "what": "page"},
+            labels=planned(pages.study_labels),
         ),
         figures=report(
             directory("results/{study}/figures"),
@@ -52,7 +52,7 @@ rule study_page:
             caption="../report/figure.rst",
             category="Figures",
             subcategory="{study}",
-            labels={"figure": "{figure}"},
+            labels={"of": "{study}", "figure": "{figure}"},
         ),
         record="results/{study}/page.stage.json",
     log:

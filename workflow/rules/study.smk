@@ -33,7 +33,7 @@ rule study:
         identity=identity(comparison.compare),
         expected=lambda wildcards, input: canonical_json(
             data.expected_settings(
-                settings, files(comparison.compare_inputs)(wildcards)
+                settings, planned(comparison.compare_inputs)(wildcards)
             )
         ),
         root=lambda wildcards, input: root_of(

@@ -36,3 +36,12 @@ use rule train as train_item_weights with:
         record="results/{experiment}/runs/{run}/train.stage.json",
     wildcard_constraints:
         experiment=one_of(runs.experiments_that_export(settings, "item_weights")),
+
+
+# scores of models to the weights of their re-ranking
+use rule train as train_lists with:
+    output:
+        model="results/{experiment}/runs/{run}/model.json",
+        record="results/{experiment}/runs/{run}/train.stage.json",
+    wildcard_constraints:
+        experiment=one_of(runs.experiments_that_export(settings, "lists")),

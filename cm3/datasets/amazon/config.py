@@ -4,16 +4,9 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from cm3.datasets.images.alternatives import AMAZON_HOSTS
 from cm3.datasets.published import PublishedSource, Url
 
-_IMAGE_HOSTS = (
-    "ecx.images-amazon.com",
-    "g-ecx.images-amazon.com",
-    "images.amazon.com",
-    "images-eu.ssl-images-amazon.com",
-    "images-na.ssl-images-amazon.com",
-    "m.media-amazon.com",
-)
 _UCSD = (
     "https://mcauleylab.ucsd.edu/public_datasets/data",
     "https://datarepo.eng.ucsd.edu/mcauley_group/data",
@@ -29,7 +22,23 @@ class _AmazonSpec(PublishedSource):
         description="As for every dataset. Default keep: the published counts include items without metadata.",
     )
 
+    review_reader = "cm3.datasets.amazon.review_texts:read_texts"
+    review_names: ClassVar[tuple[str, ...]] = ("reviewerID", "asin", "overall", "unixReviewTime")
+    review_texts: ClassVar[tuple[str, ...]] = ("summary", "reviewText")
+
     interactions: str
+
+    def review_kind(self) -> str:
+        """Return the key of `files` with the texts of reviews."""
+        return "reviews"
+
+    def review_inputs(self, name: str) -> dict[str, str]:
+        """Return the file with the texts of reviews."""
+        return {"reviews": self.place(name, self.review_kind())}
+
+    def reviews_spec(self) -> dict[str, Any]:
+        """Return the spec of the reviews stage: the names of the fields."""
+        return {**super().reviews_spec(), "names": list(self.review_names), "texts": list(self.review_texts)}
 
     def prepare_inputs(self, name: str) -> dict[str, str]:
         """Return the interaction files by kind, and the metadata."""
@@ -45,7 +54,7 @@ class _AmazonSpec(PublishedSource):
 
     def image_hosts(self) -> list[str]:
         """Return the hosts of Amazon's product images."""
-        return list(_IMAGE_HOSTS)
+        return list(AMAZON_HOSTS)
 
 
 class Amazon2014Spec(_AmazonSpec):
@@ -113,12 +122,18 @@ class Amazon2018Spec(_AmazonSpec):
             "meta": f"metaFiles2/meta_{self.category}.json.gz",
         }
 
+    def review_kind(self) -> str:
+        """Return the key of the reviews of the 5-core, or of all reviews."""
+        return "5core" if self.interactions == "5core" else "reviews"
+
 
 class Amazon2023Spec(_AmazonSpec):
     """A category of the Amazon reviews of 2023; items are parent ASINs."""
 
     reader = "cm3.datasets.amazon.v2023:Reader"
     split_parts: ClassVar[tuple[str, ...]] = ("train", "valid", "test")
+    review_names = ("user_id", "parent_asin", "rating", "timestamp")
+    review_texts = ("title", "text")
 
     source: Literal["amazon-2023"]
     category: str = Field(

@@ -91,6 +91,11 @@ def _interaction(line: bytes, names: Names) -> tuple[str, str, float, int]:
         raise ValueError("not JSON") from None
     if not isinstance(review, dict):
         raise ValueError("not a JSON object")
+    return values_of(review, names)
+
+
+def values_of(review: dict[str, Any], names: Names) -> tuple[str, str, float, int]:
+    """Return (user, item, rating, Unix seconds) of a review. Raises ValueError with the reason if one is invalid."""
     for name in (names.user, names.item):
         value = review.get(name)
         if not isinstance(value, str) or not value or not is_unicode(value):

@@ -15,8 +15,8 @@ from cm3.datasets.files.tabular import Columns
 from cm3.datasets.times import Times, as_numbers
 
 
-def parse_ids(table: Columns, column: str) -> pa.ChunkedArray:
-    """Return (N,) ids as text.
+def parse_ids(table: Columns, column: str, row: str = "interaction") -> pa.ChunkedArray:
+    """Return (N,) ids as text; `row` says in messages what a row is.
 
     Raises:
         UserError: an id is missing, or is neither text nor a whole number.
@@ -25,7 +25,7 @@ def parse_ids(table: Columns, column: str) -> pa.ChunkedArray:
     with _naming(table, column):
         ids, missing = id_column(values)
     reason = missing_id(python_value(values, int(np.flatnonzero(missing)[0]))) if missing.any() else ""
-    _check(table, column, missing, values, f"{reason}; every interaction needs a user and an item")
+    _check(table, column, missing, values, f"{reason}; every {row} needs a user and an item")
     return ids
 
 
@@ -74,6 +74,15 @@ def _texts(table: Columns, column: str) -> list[str]:
 
 def _with_points(values: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.replace_substring(values, ",", ".") if is_text(values.type) else values
+
+
+def parse_numbers(table: Columns, column: str) -> np.ndarray:
+    """Return (N,) float64 numbers. Raises UserError if one is not finite."""
+    with _naming(table, column):
+        values = plain_column(table.values[column])
+    numbers = as_numbers(values)
+    _check(table, column, ~np.isfinite(numbers), values, "is not a finite number; fix the row or remove it")
+    return numbers
 
 
 def parse_times(table: Columns, column: str, times: Times) -> np.ndarray:

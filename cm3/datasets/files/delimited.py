@@ -28,11 +28,13 @@ class Dialect:
         delimiter: character between cells.
         encoding: of the text.
         header: names of the columns of a file without a header; empty: the first row holds them.
+        configurable: the config has keys for the attributes above, which messages then name.
     """
 
     delimiter: str
     encoding: str = "utf-8"
     header: tuple[str, ...] = ()
+    configurable: bool = True
 
     def open(self, path: Path) -> BinaryIO:
         """Open a file as UTF-8 with a header. Raises UserError if it cannot be read."""
@@ -82,7 +84,7 @@ def delimited_lines(path: Path, written: str | Dialect) -> Iterator[tuple[int, l
         UserError: with the line: not UTF-8, damaged gzip, a cell that is too long, or invalid quotes.
     """
     csv.field_size_limit(_LONGEST_CELL)
-    dialect = written if isinstance(written, Dialect) else Dialect(written)
+    dialect = written if isinstance(written, Dialect) else Dialect(written, configurable=False)
     added = int(bool(dialect.header))
     with dialect.open(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
@@ -96,7 +98,7 @@ def delimited_lines(path: Path, written: str | Dialect) -> Iterator[tuple[int, l
         except UnicodeDecodeError as error:
             if dialect.encoding != "utf-8":
                 raise UserError(f"{path}: not {dialect.encoding} text ({error}); correct encoding") from None
-            key = ", or set its encoding, such as encoding: cp1252" if written is dialect else ""
+            key = ", or set its encoding, such as encoding: cp1252" if dialect.configurable else ""
             raise UserError(
                 f"{path}, line {_first_bad_utf8(path)}: not UTF-8 text; convert the file to UTF-8{key}"
             ) from None

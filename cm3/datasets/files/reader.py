@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from cm3.common.errors import UserError
 from cm3.common.ids import id_text, missing_id
+from cm3.common.input_files import parts_in
 from cm3.common.strict import nearest
 from cm3.common.values import shown
 from cm3.datasets.files.columns import has_event, parse_ids, parse_ratings, parse_splits, parse_times
@@ -34,40 +35,9 @@ class Reader:
             UserError: with the line: malformed file, missing or invalid id, a rating that is not a finite number, an
                 invalid time.
         """
-        columns: dict[str, str | None] = self.spec["interactions"]["columns"]
-        names = list(dict.fromkeys(name for name in columns.values() if name is not None))
-        rating, timestamp, times = columns.get("rating"), columns.get("timestamp"), Times()
-        label = columns.get("split")
-        user, item = columns["user"] or "", columns["item"] or ""
-        table = self.spec["interactions"]
-        decimal = table.get("decimal", ".")
-        for part in read_columns(
-            self.inputs["interactions"], table["format"], names, ids=(user, item), dialect=_dialect(table)
-        ):
-            ratings = parse_ratings(part, rating, decimal) if rating else None
-            found = interaction_table(
-                parse_ids(part, user),
-                parse_ids(part, item),
-                pa.array(ratings) if ratings is not None else None,
-                pa.array(parse_times(part, timestamp, times)) if timestamp else None,
-                parse_splits(part, label) if label else None,
-            )
-            yield self._kept(found, part, ratings)
-
-    def _kept(self, found: pa.Table, part: Columns, ratings: np.ndarray | None) -> pa.Table:
-        """Return the rows that `min_rating` and `events` keep; the others are counted in the notes."""
-        table = self.spec["interactions"]
-        filters = {}
-        if ratings is not None and "min_rating" in table:
-            filters["rating below min_rating"] = ratings >= table["min_rating"]
-        if "events" in table:
-            filters["event not in events"] = has_event(part, table["columns"]["event"], table["events"])
-        kept = np.ones(len(found), bool)
-        for reason, passed in filters.items():
-            name = f"left out: {reason}"
-            self.notes[name] = self.notes.get(name, 0) + int((kept & ~passed).sum())
-            kept &= passed
-        return found.filter(pa.array(kept)) if filters else found
+        parts = parts_in(self.inputs, "interactions")
+        for _, table, _ in interactions_of(parts, self.spec["interactions"], self.notes):
+            yield table
 
     def known_items(self) -> Iterable[list[str]] | None:
         """Return the ids of the item table, None without one."""
@@ -92,9 +62,8 @@ class Reader:
         names = list(dict.fromkeys([key, *(name for several in fields.values() for name in several)]))
         table: dict[str, Item] = {}
         places: dict[str, str] = {}
-        for place, row in read_rows(
-            self.inputs["items"], self.spec["items"]["format"], names, _dialect(self.spec["items"])
-        ):
+        entry = self.spec["items"]
+        for place, row in read_rows(parts_in(self.inputs, "items"), entry["format"], names, _dialect(entry)):
             if key not in row:
                 raise UserError(f"{place}: has no {key!r}{nearest(key, row)}; every item needs an id")
             item_id = _id(place, key, row[key])
@@ -114,12 +83,61 @@ class Reader:
         return table
 
 
-def _dialect(table: dict[str, Any]) -> Dialect | None:
+def interactions_of(
+    paths: Sequence[Path], entry: dict[str, Any], notes: dict[str, int]
+) -> Iterator[tuple[Columns, pa.Table, np.ndarray]]:
+    """Yield the columns of parts of a table of interactions, the interactions in them that count, and their rows.
+
+    Args:
+        paths: its files.
+        entry: how it is written: format (csv, tsv, jsonl or parquet), columns (user and item, and optionally others),
+            and optionally delimiter, encoding, header, decimal, min_rating and events.
+        notes: counts of the rows that `min_rating` and `events` leave out, which are added here.
+
+    Yields:
+        the columns of (N) rows, a table of those that are kept, and (N,) bool: which they are.
+
+    Raises:
+        UserError: as `Reader.interactions`.
+    """
+    columns: dict[str, str | None] = entry["columns"]
+    names = list(dict.fromkeys(name for name in columns.values() if name is not None))
+    rating, timestamp, label, times = columns.get("rating"), columns.get("timestamp"), columns.get("split"), Times()
+    user, item = columns["user"] or "", columns["item"] or ""
+    for part in read_columns(paths, entry["format"], names, ids=(user, item), dialect=_dialect(entry)):
+        ratings = parse_ratings(part, rating, entry.get("decimal", ".")) if rating else None
+        table = interaction_table(
+            parse_ids(part, user),
+            parse_ids(part, item),
+            pa.array(ratings) if ratings is not None else None,
+            pa.array(parse_times(part, timestamp, times)) if timestamp else None,
+            parse_splits(part, label) if label else None,
+        )
+        kept = _kept(part, entry, ratings, notes)
+        yield part, table if kept.all() else table.filter(pa.array(kept)), kept
+
+
+def _kept(part: Columns, entry: dict[str, Any], ratings: np.ndarray | None, notes: dict[str, int]) -> np.ndarray:
+    """Return which rows `min_rating` and `events` keep, (N,) bool, and count the others in the notes."""
+    filters = {}
+    if ratings is not None and "min_rating" in entry:
+        filters["rating below min_rating"] = ratings >= entry["min_rating"]
+    if "events" in entry:
+        filters["event not in events"] = has_event(part, entry["columns"]["event"], entry["events"])
+    kept = np.ones(len(next(iter(part.values.values()))), bool)
+    for reason, passed in filters.items():
+        name = f"left out: {reason}"
+        notes[name] = notes.get(name, 0) + int((kept & ~passed).sum())
+        kept &= passed
+    return kept
+
+
+def _dialect(entry: dict[str, Any]) -> Dialect | None:
     """Return how a csv or tsv table is written, from its entry in the spec."""
-    if table["format"] not in DELIMITER:
+    if entry["format"] not in DELIMITER:
         return None
-    mark = table.get("delimiter", DELIMITER[table["format"]])
-    return Dialect(mark, table.get("encoding", "utf-8"), tuple(table.get("header", ())))
+    mark = entry.get("delimiter", DELIMITER[entry["format"]])
+    return Dialect(mark, entry.get("encoding", "utf-8"), tuple(entry.get("header", ())))
 
 
 def _id(place: str, key: str, value: Any) -> str:

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from cm3.common.errors import UserError
+from cm3.common.paths import expand
 from cm3.common.strict import Float, Strict
 from cm3.datasets.images.config import Names
 
@@ -30,6 +32,9 @@ class InteractionColumns(Strict):
     rating: str | None = Field(default=None, description="Rating, a number; leave it out for purchases or clicks.")
     timestamp: str | None = Field(
         default=None, description="Time in Unix seconds, Unix milliseconds, or dates like 2020-09-16."
+    )
+    review: str | None = Field(
+        default=None, description="Text of the user's review, read only for extractors of modality reviews."
     )
     split: str | None = Field(
         default=None,
@@ -57,13 +62,16 @@ class ItemColumns(Strict):
 
 
 class TableFile(Strict):
-    """A table in a file."""
+    """A table in a file, or in a folder of Parquet parts."""
 
     path: str = Field(
-        min_length=1, description="Path, absolute or relative to the working directory; ~ and $VARIABLES are expanded."
+        min_length=1,
+        description="Path, absolute or relative to the working directory; ~ and $VARIABLES are expanded. Of Parquet, also "
+        "a folder with parts.",
     )
     format: _Format = Field(
-        default="auto", description="File format; auto: by the suffix .csv, .tsv, .jsonl or .parquet, .gz may follow."
+        default="auto",
+        description="File format; auto: by the suffix .csv, .tsv, .jsonl or .parquet, .gz may follow; a folder is Parquet.",
     )
 
     delimiter: str | None = Field(
@@ -99,12 +107,21 @@ class TableFile(Strict):
         if self.format != "auto":
             return self.format
         suffixes = [s.lower() for s in Path(self.path).suffixes]
-        return _SUFFIXES.get(next((s for s in reversed(suffixes) if s != ".gz"), ""), "")
+        by_suffix = _SUFFIXES.get(next((s for s in reversed(suffixes) if s != ".gz"), ""), "")
+        return by_suffix or ("parquet" if self._is_folder() else "")
+
+    def _is_folder(self) -> bool:
+        try:
+            return Path(expand(self.path)).is_dir()
+        except UserError:  # a variable that is not set
+            return False
 
     @model_validator(mode="after")
     def _known_format(self) -> "TableFile":
         if not self.resolved_format:
-            raise ValueError(f"unknown suffix in {self.path!r}; set format to csv, tsv, jsonl or parquet")
+            raise ValueError(
+                f"unknown suffix in {self.path!r}, and no folder; set format to csv, tsv, jsonl or parquet"
+            )
         return self
 
 

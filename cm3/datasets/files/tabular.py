@@ -27,7 +27,10 @@ DELIMITER = {"csv": ",", "tsv": "\t"}
 PART_ROWS, PART_BYTES = 1 << 18, 1 << 24
 """Rows (jsonl, parquet) or bytes (csv, tsv) of a part of a table."""
 
-_NESTED = "is of type {}, where text is expected; store the text in a column of its own and name that"
+_NESTED = (
+    "is of type {}, where text is expected; store the text in a column of its own and name that, and for a column of images "
+    "set images: {{embedded: true}}"
+)
 
 
 @dataclass(frozen=True)
@@ -57,12 +60,16 @@ class Columns:
 
 
 def read_columns(
-    path: Path, format: str, names: Sequence[str], ids: Sequence[str] = (), dialect: Dialect | None = None
+    path: Path | Sequence[Path],
+    format: str,
+    names: Sequence[str],
+    ids: Sequence[str] = (),
+    dialect: Dialect | None = None,
 ) -> Iterator[Columns]:
     """Yield the columns `names` of a csv, tsv, jsonl or parquet file in parts of bounded size.
 
     Args:
-        path: the file.
+        path: the file, or several that are read one after the other.
         format: csv, tsv, jsonl or parquet.
         names: columns to read.
         ids: those of `names` that hold ids, which are normalised in jsonl (null: a missing id).
@@ -71,19 +78,45 @@ def read_columns(
     Raises:
         UserError: missing or empty file, missing column (in jsonl: missing in the first part), or malformed line.
     """
+    paths = [path] if isinstance(path, Path) else list(path)
+    rows = 0
+    for file in paths:
+        for part in _columns_of(file, format, names, ids, dialect):
+            rows += len(next(iter(part.values.values())))
+            yield part
+    if not rows:
+        raise UserError(f"{paths[0]}: has no rows" + (", only a header" if format in DELIMITER else ""))
+
+
+def _columns_of(
+    path: Path, format: str, names: Sequence[str], ids: Sequence[str], dialect: Dialect | None
+) -> Iterator[Columns]:
     if format == "parquet":
         parts = _parquet_parts(path, names)
     elif format == "jsonl":
         parts = _jsonl_parts(path, names, ids)
     else:
-        dialect = dialect or Dialect(DELIMITER[format])
+        dialect = dialect or Dialect(DELIMITER[format], configurable=False)
         parts = _delimited_parts(path, dialect, names)
     first = 0
     for table in parts:
         yield Columns(path, format, {name: table.column(name) for name in names}, first, dialect)
         first += len(table)
-    if not first:
-        raise UserError(f"{path}: has no rows" + (", only a header" if format in DELIMITER else ""))
+
+
+def column_names(path: Path, format: str) -> list[str]:
+    """Return the names of the columns of a table file; of jsonl, the keys of its first line.
+
+    Raises:
+        UserError: the file is missing, empty or unreadable.
+    """
+    if format == "parquet":
+        with _open_parquet(path, []) as file:
+            return list(file.schema_arrow.names)
+    check_readable(path)
+    if format == "jsonl":
+        return list(next(_read_jsonl(path, []))[1])
+    return _header(path, Dialect(DELIMITER[format], configurable=False), [])
 
 
 def _parquet_parts(path: Path, names: Sequence[str]) -> Iterator[pa.Table]:
@@ -155,9 +188,9 @@ def _delimited_parts(path: Path, dialect: Dialect, names: Sequence[str]) -> Iter
 
 
 def read_rows(
-    path: Path, format: str, names: Sequence[str], dialect: Dialect | None = None
+    path: Path | Sequence[Path], format: str, names: Sequence[str], dialect: Dialect | None = None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield ("path, line N", row) of a table file; a row has at least those of `names` that the line has.
+    """Yield ("path, line N", row) of a table file, or of several; a row has at least those of `names` that the line has.
 
     Raises:
         UserError: as `read_columns`; in jsonl a column may be missing in some rows, but not in all.
@@ -169,18 +202,23 @@ def read_rows(
                     value = shown(python_value(values, row))
                     raise UserError(f"{part.place(row)}: {name} = {value} {_NESTED.format(_short(values.type))}")
             for number, cells in enumerate(_python_rows(part), part.first):
-                yield f"{path}, row {number}", cells
-    elif format == "jsonl":
-        yield from _read_jsonl(path, names)
-    else:
-        dialect = dialect or Dialect(DELIMITER[format])
-        found = _header(path, dialect, names)
-        rows = delimited_lines(path, dialect)
-        next(rows)
-        for number, values in rows:
-            if len(values) != len(found):
-                raise UserError(f"{path}, line {number}: has {len(values)} values, the header has {len(found)}")
-            yield f"{path}, line {number}", dict(zip(found, values, strict=True))
+                yield f"{part.path}, row {number}", cells
+        return
+    for file in [path] if isinstance(path, Path) else path:
+        if format == "jsonl":
+            yield from _read_jsonl(file, names)
+        else:
+            yield from _delimited_rows(file, dialect or Dialect(DELIMITER[format], configurable=False), names)
+
+
+def _delimited_rows(path: Path, dialect: Dialect, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    found = _header(path, dialect, names)
+    rows = delimited_lines(path, dialect)
+    next(rows)
+    for number, values in rows:
+        if len(values) != len(found):
+            raise UserError(f"{path}, line {number}: has {len(values)} values, the header has {len(found)}")
+        yield f"{path}, line {number}", dict(zip(found, values, strict=True))
 
 
 def _python_rows(part: Columns) -> list[dict[str, Any]]:
@@ -283,7 +321,7 @@ def _header(path: Path, dialect: Dialect, names: Sequence[str]) -> list[str]:
     if first is None:
         raise UserError(f"{path}: is empty")
     found = first[1]
-    if not set(names) & set(found):
+    if dialect.configurable and not set(names) & set(found):
         _check_layout(path, dialect, found)
     twice = sorted({name for name in found if found.count(name) > 1})
     if twice:

@@ -3,12 +3,14 @@
 import ipaddress
 import re
 import string
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from yarl import URL
 
 from cm3.common.strict import Float, Strict
+from cm3.datasets.images.alternatives import alternatives_of
 
 
 def _check_pattern(pattern: str) -> str:
@@ -57,6 +59,12 @@ _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Host = Annotated[str, AfterValidator(_check_host)]
 _Pattern = Annotated[str, AfterValidator(_check_pattern)]
 _Patterns = Annotated[list[_Pattern], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
+
+
+def allowed_hosts(hosts: Sequence[str]) -> dict[str, Any]:
+    """Return the part of an images_spec() that follows from the allow-list: hosts, and alternatives where there are any."""
+    alternatives = alternatives_of(hosts)
+    return {"hosts": sorted(hosts)} | ({"alternatives": alternatives} if alternatives else {})
 
 
 class ImageLimits(Strict):
@@ -116,15 +124,16 @@ class Images(ImageLimits):
             raise ValueError("set either folder (local images) or hosts (images to download), not both")
         return self
 
+    def limits(self) -> dict[str, Any]:
+        """Return the settings that decide which images the stage accepts, as JSON."""
+        placeholders = sorted(set(self.placeholders))
+        return {"max_pixels": self.max_pixels, "max_bytes": self.max_bytes, "placeholders": placeholders}
+
     def spec(self) -> dict[str, Any]:
         """Return the settings that decide which images the stage finds and accepts, as JSON."""
-        limits = {
-            "max_pixels": self.max_pixels,
-            "max_bytes": self.max_bytes,
-            "placeholders": sorted(set(self.placeholders)),
-        }
+        limits = self.limits()
         if self.folder is None:
-            return {"find": "urls", "hosts": sorted(self.hosts), "private": self.private, **limits}
+            return {"find": "urls", "private": self.private, **limits, **allowed_hosts(self.hosts)}
         # Only where it is set: the keys of existing images were computed without it.
         links = {"follow_links": True} if self.follow_links else {}
         return {"find": "folder", "folder": self.folder, "patterns": self.pattern, **limits, **links}

@@ -5,7 +5,7 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -28,6 +28,7 @@ from cm3.common.image_decode import UnreadableError
 from cm3.common.progress import Progress
 from cm3.common.ssrf import RefusedError, check_host, parse_url
 from cm3.common.tables import FAILED, MISSING, OK
+from cm3.datasets.images.alternatives import absent_statuses
 from cm3.datasets.images.encodings import EncodingError, decoded
 from cm3.datasets.images.hosts import Host, PublicResolver
 from cm3.datasets.images.proxies import environment_proxies, proxy_of
@@ -219,7 +220,7 @@ class Fetcher:
                             raise _NoImageError("placeholder", f"led on to a placeholder: {url.name}", MISSING)
                         seen.append(check_host(url, self.spec["hosts"], self.spec["private"]))
                         continue
-                    _check(response, host)
+                    _check(response, host, absent_statuses(self.spec, host.name))
                     async with contextlib.AsyncExitStack() as large:
                         data = await self._body(response, large)
                         if encoding := ",".join(response.headers.getall("Content-Encoding", [])):
@@ -294,8 +295,8 @@ def _proxy_error(status: int, reason: str) -> UserError:
     )
 
 
-def _check(response: aiohttp.ClientResponse, host: Host) -> None:
-    if response.status in (404, 410):
+def _check(response: aiohttp.ClientResponse, host: Host, absent: Set[int]) -> None:
+    if response.status in (404, 410) or response.status in absent:
         raise _NoImageError(f"HTTP {response.status}", f"HTTP {response.status}: there is no such image", MISSING)
     try:
         check_status(response.status, response.reason or "", response.headers)

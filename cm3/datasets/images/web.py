@@ -11,6 +11,7 @@ from cm3.common.errors import UserError
 from cm3.common.http import is_offline, without_secrets
 from cm3.common.ssrf import is_allowed
 from cm3.common.tables import FAILED, MISSING, OK
+from cm3.datasets.images.alternatives import with_alternatives
 from cm3.datasets.images.fetch import NOT_REACHED, Fetcher, without_request
 from cm3.datasets.images.shards import KNOWN
 from cm3.datasets.images.source import Found, Search, Wanted
@@ -20,16 +21,17 @@ _RUNTIME = {"rate": 50.0, "concurrency": 16, "timeout": 30.0, "attempts": 5, "pa
 
 
 def find(search: Search) -> Iterator[Found]:
-    """Download each item's image from the first of its URLs with an image that decodes.
+    """Download each item's image from the first of its URLs, or of their `alternatives`, with an image that decodes.
 
     Known outcomes are not requested again: everything that an interrupted run downloaded, and, of a finished run, images
-    and permanent absences (HTTP 404 or 410, placeholders). Only items that failed are retried; an item with an image
-    keeps it, even if an earlier URL failed.
+    and permanent absences (HTTP 404 or 410, from Amazon's hosts also 400 or 403, placeholders). Only items that failed
+    are retried; an item with an image keeps it, even if an earlier URL failed.
 
     Raises:
         UserError: CM3_OFFLINE is set and an image is not on disk; or no host answered or is allowed.
     """
-    spec, wanted = search.spec, search.wanted
+    spec = search.spec
+    wanted = [Wanted(item.item_id, with_alternatives(item.references, spec)) for item in search.wanted]
     runtime = {**_RUNTIME, "threads": min(os.cpu_count() or 1, 4), **search.runtime}
     with contextlib.closing(Store(search.folder, spec, lambda host: is_allowed(host, spec["hosts"]))) as store:
         _retry_failures(wanted, store, spec)

@@ -1,5 +1,6 @@
 """Settings of a folder in the format of the MMRec toolbox: `data/{name}/` with {name}.inter, mappings and features."""
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -12,6 +13,7 @@ from cm3.datasets.download.gzip import GZIP_ERRORS
 from cm3.datasets.files.lines import open_bytes
 from cm3.datasets.images.config import Images
 from cm3.datasets.mmrec.format import ITEM_MAPPING, LABEL, USER_MAPPING, interactions_file, metadata_file, vectors_file
+from cm3.datasets.mmrec.published import published_files
 from cm3.datasets.spec import SourceWithImages
 
 _LONGEST_HEADER = 65_536
@@ -101,6 +103,11 @@ class MMRecSpec(SourceWithImages):
         }
         found = {kind: str(path) for kind, path in optional.items() if path.is_file()}
         return {"interactions": str(self._interactions), **found}
+
+    @classmethod
+    def published_files(cls, inputs: Mapping[str, Path]) -> dict[str, bool]:
+        """Return whether the folder's files are those that MMRec's authors publish, for files whose fingerprints are known."""
+        return published_files(inputs["interactions"])
 
     def published_vectors(self, name: str, modality: str) -> dict[str, str]:
         """Return {modality}_feat.npy, and the file with the item of each row.

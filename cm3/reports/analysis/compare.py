@@ -22,7 +22,7 @@ from cm3.common.interactions import Interactions, read_interactions
 from cm3.common.strict import validate
 from cm3.reports.analysis.beyond_accuracy import beyond_accuracy
 from cm3.reports.analysis.category_calibration import category_divergence, read_item_categories
-from cm3.reports.analysis.findings import sentences
+from cm3.reports.analysis.findings import main_experiment, sentences
 from cm3.reports.analysis.geometry import EmbeddingSample, draw_sample, measure
 from cm3.reports.analysis.pairs import ALPHA, CONFIDENCE, best_of, compare_pairs, pairs_to_test
 from cm3.reports.analysis.runs import Experiment, Point, Run, read_experiments, read_lists, read_per_user
@@ -121,13 +121,14 @@ def compare(
             entries[name]["metrics"][metric] |= {"low": float(low[e, m]), "high": float(high[e, m]), "best": marked}
 
     monitors = {e.monitor for e in experiments}
-    words = sentences(entries, pairs, metrics[0], len(pairs))
+    words = sentences(entries, pairs, metrics[0], len(pairs), study.reference)
     result: dict[str, Any] = {
         "study": study.study,
         "dataset": experiments[0].spec.dataset,
         "reference": study.reference,
         "metrics": metrics,
         "headline": metrics[0],
+        "main": main_experiment(entries, study.reference),
         "command": study.command,
         "settings": {
             "resamples": study.resamples,
@@ -150,6 +151,8 @@ def compare(
             _run(run, point is e.chosen, metrics) for e in experiments for point in e.points for run in point.runs
         ],
     }
+    if study.search is not None:
+        result["search"] = study.search
     write_json(comparison_output, result)
     write_csv(table_output, result)
     for word in words:
@@ -250,10 +253,11 @@ def _entry(
         "modalities": about.modalities,
         "control": about.control,
         "control_of": about.control_of,
+        "settings": about.settings,
         "point": chosen.settings,
         "seeds": [spec.seed for spec in specs],
         "n_seeds": len(specs),
-        "deterministic": len(specs) > 1 and len({spec.run for spec in specs}) == 1,
+        "deterministic": about.deterministic or (len(specs) > 1 and len({spec.run for spec in specs}) == 1),
         "runs": [spec.run for spec in specs],
         "commands": [spec.command for spec in specs],
         "command": _one_command([spec.command for spec in specs]),
@@ -327,6 +331,7 @@ def _counts(data: Data, experiments: Sequence[Experiment]) -> dict[str, int]:
         "cold_items": int((data.counts == 0).sum()),
         "experiments": len(experiments),
         "cells": sum(len(point.runs) for e in experiments for point in e.points),
+        "runs": len({run.folder for e in experiments for point in e.points for run in point.runs}),
     }
 
 

@@ -16,6 +16,8 @@ class ExperimentSpec(Strict):
     modalities: dict[str, str] = Field({}, description="extractor by modality; empty for a model without content")
     control: dict[str, str] | None = Field(None, description="control that replaces the features, by modality")
     control_of: str | None = Field(None, description="the experiment whose control this is")
+    settings: dict[str, Any] = Field({}, description="settings of model and training by dotted key, without the seed")
+    deterministic: bool = Field(False, description="the model is the same for every seed, as in a closed form")
 
 
 class RunSpec(Strict):
@@ -38,6 +40,9 @@ class StudySpec(Strict):
     metrics: list[str] = Field(min_length=1, description="metrics to test; the sentences refer to the first")
     experiments: dict[str, ExperimentSpec] = Field(min_length=1)
     cells: list[RunSpec]
+    search: dict[str, Any] | None = Field(
+        None, description="settings and trials of the study's search (`workflow.plan.searched`), copied to the output"
+    )
     resamples: int = Field(10_000, ge=100, description="bootstrap resamples of the users")
     bootstrap_seed: int = Field(0, ge=0)
 

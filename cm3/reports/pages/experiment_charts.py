@@ -61,7 +61,7 @@ def training_curves(history: Mapping[str, list[float | None]], best_epoch: int |
             name="training-" + "".join(letter if letter.isalnum() else "-" for letter in name),
             title=_title(name),
             x_label="epoch",
-            y_label="",
+            y_label=_unit(name),
             series=(Line(epochs, history[name], tone="accent" if "@" in name else "ink"),),
             marks=marks,
             wide=320,
@@ -76,6 +76,13 @@ def _title(column: str) -> str:
         if column.startswith(split):
             return f"{word} {pretty(column.removeprefix(split))}"
     return _NAMES.get(column, column.replace("_", " ").capitalize())
+
+
+def _unit(column: str) -> str:
+    if "@" in column:
+        return pretty(column.partition("_")[2])
+    units = {"cosine": "cosine", "norm": "norm", "weight": "mean weight", "seconds": "seconds", "lr": "learning rate"}
+    return next((unit for part, unit in units.items() if part in column), "loss")
 
 
 def plane(
@@ -119,8 +126,8 @@ def plane(
 
 
 def read_streams(model: Path | None) -> np.ndarray | None:
-    """Return the (U, M + 1) stream weights of the users, None for models without."""
-    if model is None:
+    """Return the (U, M + 1) stream weights of the users, None for models without, such as those that have lists alone."""
+    if model is None or model.suffix != ".safetensors":
         return None
     tensors, _ = read_tensors(model)
     if "stream_logits" not in tensors:

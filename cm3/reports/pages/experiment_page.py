@@ -1,7 +1,7 @@
 """Stage `experiment_page`: the page of an experiment, and its figures."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from cm3.common.cli import stage
 from cm3.common.embeddings import read_embeddings
 from cm3.common.files import read_json
-from cm3.common.interactions import read_interactions
+from cm3.common.interactions import Interactions, read_interactions
 from cm3.common.tables import CAPTIONS, MANIFEST, OK, read_table
 from cm3.reports.analysis.geometry import draw_sample, measure
 from cm3.reports.pages import experiment_charts as charts
@@ -20,7 +20,8 @@ from cm3.reports.pages.figures import save_figures
 from cm3.reports.pages.item_cards import Shop, evenly_spaced, read_shop
 from cm3.reports.pages.neighbours import by_embedding, by_graph, chosen_items, neighbour_panels
 from cm3.reports.pages.page import write_page
-from cm3.reports.pages.settings import metric_tables, overview, sections
+from cm3.reports.pages.rivals import rivals
+from cm3.reports.pages.settings import features_of, metric_tables, origin, overview, sections, warnings_of
 from cm3.reports.pages.thumbnails import BUDGET, thumbnails
 from cm3.reports.pages.user_examples import history_panels, list_length
 
@@ -30,16 +31,25 @@ CAPTIONS_SHOWN = 12
 
 
 def experiment_page(
-    *, inputs: Mapping[str, Path], page_output: Path, figures_output: Path, budget: int = BUDGET
+    *,
+    inputs: Mapping[str, Path],
+    page_output: Path,
+    figures_output: Path,
+    changed: Sequence[str] = (),
+    studies: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
+    budget: int = BUDGET,
 ) -> dict[str, Any]:
     """Write an experiment's page, and its figures as SVG and PNG.
 
     Args:
         inputs: `metrics` (metrics.json), `per_user`, `recommendations`, and the dataset's `items`, `users` and
             `interactions`; if they exist, `history`, `model`, `user_embeddings`, `item_embeddings`, `manifest`, and for
-            each modality M `similarity.M`, `captions.M` and `record.extract.M`.
+            each modality M `similarity.M`, `captions.M` and `record.extract.M`, and `record.train` and `record.evaluate`.
         page_output: the page, one self-contained HTML file.
         figures_output: the folder of the figures.
+        changed: settings that differ from the defaults, as dotted keys such as "training.lr".
+        studies: study -> other experiment -> keys of its runs, whose metrics are shown where they exist
+            (`cm3.reports.pages.rivals`).
         budget: total size of the images in characters.
 
     Returns:
@@ -57,14 +67,19 @@ def experiment_page(
     k = list_length(metrics["config"]["evaluation"]["ks"])
     histories = history_panels(shop, inputs["per_user"], inputs["recommendations"], k)
     captions = _captions(inputs, shop, with_image)
-    drawn = _charts(inputs, metrics, vectors, shop)
+    interactions = read_interactions(inputs["interactions"], inputs["items"], inputs["users"])
+    tables = metric_tables(metrics)
+    drawn = _charts(inputs, metrics, vectors, interactions)
     cards = [*_cards(neighbours), *_cards(histories), *_cards(captions)]
     small = thumbnails(inputs.get("manifest"), [card["item"] for card in cards], budget)
     context = {
         "metrics": metrics,
-        "overview": overview(metrics),
-        "tables": metric_tables(metrics),
-        "sections": sections(metrics["config"]),
+        "overview": overview(metrics) + origin(metrics, _records(inputs)),
+        "features": features_of(metrics["config"]),
+        "warnings": warnings_of(metrics),
+        "tables": tables,
+        "rivals": rivals(metrics, interactions, [key for key, *_ in tables["headline"]], studies or {}),
+        "sections": sections(metrics["config"], changed),
         "neighbours": neighbours if any(way["cards"] for panel in neighbours for way in panel["ways"]) else [],
         "histories": histories,
         "captions": captions,
@@ -124,14 +139,16 @@ def _captions(inputs: Mapping[str, Path], shop: Shop, with_image: set[int]) -> l
 
 
 def _charts(
-    inputs: Mapping[str, Path], metrics: Mapping[str, Any], vectors: tuple[np.ndarray, np.ndarray] | None, shop: Shop
+    inputs: Mapping[str, Path],
+    metrics: Mapping[str, Any],
+    vectors: tuple[np.ndarray, np.ndarray] | None,
+    interactions: Interactions,
 ) -> dict[str, Any]:
     history = charts.read_history(inputs.get("history"), metrics["training"].get("history_sha256"))
     curves = charts.training_curves(history, metrics["training"].get("best_epoch"))
     geometry = None
     if vectors is not None:
-        train = read_interactions(inputs["interactions"], inputs["items"], inputs["users"]).matrix("train")
-        geometry = measure(*vectors, draw_sample(train, seed=0))
+        geometry = measure(*vectors, draw_sample(interactions.matrix("train"), seed=0))
     plane = charts.plane(history, metrics["training"].get("best_epoch"), geometry)
     weights = charts.read_streams(inputs.get("model"))
     streams, stream_rows = None, []
@@ -151,6 +168,10 @@ def _charts(
     }
 
 
+def _records(inputs: Mapping[str, Path]) -> dict[str, Any]:
+    return {name: read_json(inputs[f"record.{name}"]) for name in ("train", "evaluate") if f"record.{name}" in inputs}
+
+
 def _cards(part: Any) -> list[dict[str, Any]]:
     """Return every item card in a part of the page."""
     if isinstance(part, dict):
@@ -162,7 +183,11 @@ def main() -> None:
     """Run the stage: inputs of `experiment_page`; outputs page, figures, record."""
     with stage("cm3.reports.pages.experiment_page") as call:
         facts = experiment_page(
-            inputs=call.inputs, page_output=call.outputs["page"], figures_output=call.outputs["figures"]
+            inputs=call.inputs,
+            page_output=call.outputs["page"],
+            figures_output=call.outputs["figures"],
+            changed=call.spec.get("changed", ()),
+            studies=call.runtime.get("studies"),
         )
         call.record.update(facts)
 

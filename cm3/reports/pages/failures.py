@@ -40,16 +40,25 @@ def failures_of(shop: Shop, inputs: Mapping[str, Path]) -> list[dict[str, Any]]:
             found.append({"what": f"Captions ({name.removeprefix('captions.')})", **rows})
     for name, path in inputs.items():
         if name.startswith("record.extract."):
-            found.append(
-                {"what": f"Vectors ({name.removeprefix('record.extract.')})", **_recorded(shop, read_json(path))}
-            )
+            modality = name.removeprefix("record.extract.")
+            own = {"what": f"Vectors ({modality})", **_recorded(shop, read_json(path))}
+            found.append(_without_repeats(own, found, modality))
     missing = [
         OK if any((shop.titles[i], shop.brands[i], shop.categories[i])) else "missing"
         for i in range(len(shop.item_ids))
     ]
     texts = _rows(shop, missing, ["neither title nor brand nor categories"] * len(missing))
     found.append({"what": "Texts", **texts})
-    return [one for one in found if one["kinds"]]
+    return [one for one in found if one["kinds"] or (one.get("same_as") and one["count"])]
+
+
+def _without_repeats(own: dict[str, Any], before: list[dict[str, Any]], modality: str) -> dict[str, Any]:
+    """Return the failures of an extraction without those that a table before it shows: no image, or no caption."""
+    sources = (f"Captions ({modality})", "Images")
+    source = next((one for name in sources for one in before if one["what"] == name and one["kinds"]), None)
+    if source is None or own["count"] > source["count"] or not own["failed"] <= source["failed"]:
+        return own
+    return own | {"kinds": [], "more": 0, "same_as": source["what"]}
 
 
 def _rows(shop: Shop, status: list[str], errors: list[str | None]) -> dict[str, Any]:
@@ -71,6 +80,7 @@ def _rows(shop: Shop, status: list[str], errors: list[str | None]) -> dict[str, 
         "more": sum(len(items) for _, items in ranked[KINDS:]),
         "count": sum(len(items) for _, items in ranked),
         "total": len(status),
+        "failed": {shop.item_ids[item] for items in kinds.values() for item in items},
     }
 
 

@@ -53,6 +53,7 @@ def _environment() -> Environment:
         "duration": duration,
         "megabytes": megabytes,
         "setting": setting,
+        "unbroken": unbroken,
     }
     environment.globals |= {
         "svg": svg,
@@ -62,6 +63,7 @@ def _environment() -> Environment:
         "as_metric": metric,
         "as_short": short,
         "as_duration": duration,
+        "relative": relative,
         "as_megabytes": megabytes,
     }
     return environment
@@ -99,6 +101,20 @@ def pretty(column: str) -> str:
 def percent(value: float | None) -> str:
     """Return a fraction as a percentage, with one decimal unless it is whole."""
     return _NONE if value is None else f"{100 * value:.1f}".removesuffix(".0") + " %"
+
+
+def relative(value: float | None, base: float | None) -> str:
+    """Return the change from `base` to `value` in percent, with its sign: +31 %, −3.1 %; a dash without a base."""
+    if value is None or not base:
+        return _NONE
+    share = 100 * (value / base - 1)
+    decimals = 1 if abs(share) < 9.95 else 0
+    return f"{round(share, decimals) + 0.0:+.{decimals}f} %".replace("-", "\N{MINUS SIGN}")
+
+
+def unbroken(text: str) -> str:
+    """Return text whose percentages do not break between number and sign."""
+    return text.replace(" %", "\N{NO-BREAK SPACE}%")
 
 
 def duration(seconds: float | None) -> str:

@@ -1,11 +1,14 @@
 """The overview, settings and metric tables of an experiment's page."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
-from cm3.reports.pages.page import metric_name
+from cm3.reports.pages.page import duration, metric_name
 
 HEADLINE = ("recall", "ndcg", "hitrate", "mrr")
+NEARLY_EQUAL = 0.99
+"""Mean cosine of two items' fused points from which on the page warns that they hardly differ."""
 
 
 def overview(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -17,7 +20,7 @@ def overview(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         extractor = config["extractors"][modality]
         rows.append((modality.capitalize(), _extractor(extractor)))
     if not config["modalities"]:
-        rows.append(("Features", "none: interactions only"))
+        rows.append(("Features", features_of(config)))
     control = config.get("control") or config.get("controls")
     if control:
         rows.append(
@@ -37,6 +40,54 @@ def overview(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def features_of(config: Mapping[str, Any]) -> str:
+    """Return the modalities of an experiment, or what its model reads in place of them."""
+    model = config["model"]
+    if "of" in model and "by" in model:
+        return f"the lists of {model['of']}, re-ranked by scores of {', '.join(model['by'])}"
+    return ", ".join(config["modalities"]) or "interactions only"
+
+
+def origin(metrics: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Return when, how long, on which machine and with which commit the numbers were computed, where it is recorded.
+
+    Args:
+        metrics: metrics.json.
+        records: the records of the stages `train` and `evaluate`; those of earlier releases hold no machine and commit.
+    """
+    rows = []
+    train, evaluated = records.get("train", {}), records.get("evaluate", {})
+    if "started" in train:
+        when = datetime.fromtimestamp(train["started"], UTC)
+        rows.append(("Trained", f"{when:%d %B %Y, %H:%M} UTC".lstrip("0")))
+    seconds = {name: stage.get("wall_seconds") or 0.0 for name, stage in metrics["stages"].items()}
+    if "train" in seconds:
+        rows.append(
+            ("Duration", f"training {duration(seconds['train'])}, all stages {duration(sum(seconds.values()))}")
+        )
+    device = train.get("device_name") or train.get("device")
+    if train.get("machine"):
+        rows.append(("Machine", f"{train['machine']}, on {device}"))
+    elif device:
+        rows.append(("Device", device))
+    commits = list(dict.fromkeys(filter(None, (train.get("commit"), evaluated.get("commit")))))
+    if commits:
+        rows.append(("Commit", commits[0] if len(commits) == 1 else f"{commits[0]}, evaluated with {commits[1]}"))
+    return rows
+
+
+def warnings_of(metrics: Mapping[str, Any]) -> list[str]:
+    """Return the warnings of metrics.json, and one of fused points that hardly differ."""
+    found = [f"{metrics['warning']}."] if metrics.get("warning") else []
+    cosine = (metrics["training"].get("best_loss") or {}).get("fused_cosine")
+    if cosine is not None and cosine >= NEARLY_EQUAL:
+        found.append(
+            f"The fused points of two items have a mean cosine of {cosine:.4f}: the fusion hardly distinguishes items, and "
+            "calibrated uniformity is almost plain uniformity. model.detach_similarity: true prevents this."
+        )
+    return found
+
+
 def _extractor(settings: Mapping[str, Any]) -> str:
     caption = settings.get("caption")
     if isinstance(caption, Mapping):
@@ -51,8 +102,11 @@ def _weights(settings: Mapping[str, Any]) -> str:
     )
 
 
-def sections(config: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, Any]]]]:
-    """Return the settings as (section, (dotted key, value) pairs), single values under `general`."""
+def sections(config: Mapping[str, Any], changed: Sequence[str] = ()) -> list[tuple[str, list[tuple[str, Any, bool]]]]:
+    """Return the settings as (section, (dotted key, value, whether it is changed)), single values under `general`.
+
+    `changed` names settings as SECTION.KEY; all values below such a key count as changed.
+    """
     general: list[tuple[str, Any]] = []
     found: list[tuple[str, list[tuple[str, Any]]]] = []
     for name, value in config.items():
@@ -62,7 +116,12 @@ def sections(config: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, Any]]
             found.append((name, _flat(value)))
         else:
             general.append((name, value))
-    return [("general", general), *((name, pairs) for name, pairs in found if pairs)]
+    marked = set(changed)
+    return [
+        (name, [(key, value, f"{name}.{key.partition('.')[0]}" in marked) for key, value in pairs])
+        for name, pairs in [("general", general), *found]
+        if pairs
+    ]
 
 
 def _flat(settings: Mapping[str, Any], before: str = "") -> list[tuple[str, Any]]:
@@ -116,7 +175,7 @@ def metric_tables(metrics: Mapping[str, Any]) -> dict[str, Any]:
         "kinds": kinds,
         "shown": shown,
         "headline": [
-            (f"{metric_name(name)}@{shown}", test[f"{name}@{shown}"], valid.get(f"{name}@{shown}"))
+            (f"{name}@{shown}", f"{metric_name(name)}@{shown}", test[f"{name}@{shown}"], valid.get(f"{name}@{shown}"))
             for name in HEADLINE
             if name in names
         ],

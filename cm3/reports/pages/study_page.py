@@ -1,17 +1,23 @@
 """Stage `study_page`: the page of a study's comparison, and its figures."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cm3.common.cli import stage
 from cm3.common.files import read_json
+from cm3.reports.analysis.findings import changes, reranked_experiment
 from cm3.reports.pages.chart import Chart, Forest, Points
 from cm3.reports.pages.figures import save_figures
-from cm3.reports.pages.page import pretty, write_page
+from cm3.reports.pages.page import pretty, setting, write_page
+from cm3.reports.pages.search import search_sections
+from cm3.reports.pages.text_tables import latex, markdown
 
 log = logging.getLogger("cm3.reports.pages.study_page")
+
+COLUMNS = 8
+"""Metrics in the table of results: as many as fit next to each other on a page 1024 pixels wide."""
 
 
 def study_page(*, comparison: Path, page_output: Path, figures_output: Path) -> dict[str, Any]:
@@ -24,17 +30,28 @@ def study_page(*, comparison: Path, page_output: Path, figures_output: Path) -> 
         UserError: the comparison is missing or invalid.
     """
     study = read_json(comparison)
+    metrics = _ordered(study["metrics"])
+    columns = metrics if len(metrics) <= COLUMNS else _chosen(metrics, study["headline"])
     both, cost = planes(study), _cost_chart(study)
-    charts = [*both, *([cost] if cost else [])]
+    searches = search_sections(study)
+    charts = [*both, *([cost] if cost else []), *(one["chart"] for one in searches)]
     context = {
         "study": study,
-        "names": {metric: pretty(metric) for metric in study["metrics"]},
-        "intervals": {metric: _intervals(study, metric) for metric in study["metrics"]},
-        "differences": [table for metric in study["metrics"] if (table := _differences(study, metric))["rows"]],
-        "slices": _slices(study),
+        "names": {metric: pretty(metric) for metric in metrics},
+        "metrics": metrics,
+        "columns": columns,
+        "labels": {name: _labels(study, name) for name in study["experiments"]},
+        "copies": {"Markdown": markdown(study, columns), "LaTeX": latex(study, columns)},
+        "verdicts": _verdicts(study, columns),
+        "pages_command": _pages_command(study),
+        "runs": _runs(study),
+        "intervals": {metric: _intervals(study, metric) for metric in metrics},
+        "differences": [table for metric in metrics if (table := _differences(study, metric))["rows"]],
+        "slices": _slices(study, metrics),
         "beyond": _beyond(study),
         "planes": both,
         "cost": cost,
+        "searches": searches,
         "grids": {name: one["grid"] for name, one in study["experiments"].items() if len(one["grid"]) > 1},
     }
     write_page(page_output, "study.html", context)
@@ -42,6 +59,63 @@ def study_page(*, comparison: Path, page_output: Path, figures_output: Path) -> 
     figures = save_figures([*forests, *charts], figures_output)
     log.info("%s: %d experiments, %d figures", page_output, len(study["experiments"]), len(figures))
     return {"bytes": page_output.stat().st_size, "figures": len(figures)}
+
+
+def _ordered(metrics: Sequence[str]) -> list[str]:
+    """Return the metrics by name, in their order, and each by ascending cut-off."""
+    names = list(dict.fromkeys(metric.partition("@")[0] for metric in metrics))
+    return sorted(
+        metrics, key=lambda metric: (names.index(metric.partition("@")[0]), int(metric.partition("@")[2] or 0))
+    )
+
+
+def _chosen(metrics: Sequence[str], headline: str) -> list[str]:
+    """Return the metrics of the first table where all would not fit: all at the headline's cut-off, then its own others."""
+    name, _, cutoff = headline.partition("@")
+    first = [metric for metric in metrics if metric.partition("@")[2] == cutoff]
+    own = [metric for metric in metrics if metric.partition("@")[0] == name]
+    chosen = list(dict.fromkeys([headline, *first, *own]))[:COLUMNS]
+    return [metric for metric in metrics if metric in chosen]
+
+
+def _labels(study: Mapping[str, Any], name: str) -> list[str]:
+    """Return what distinguishes an experiment, for the line below its name."""
+    one, main = study["experiments"][name], study["experiments"][study["main"]]
+    found = []
+    if name == study["reference"]:
+        found.append("reference")
+    if one["control_of"]:
+        found.append(f"control of {one['control_of']}")
+    elif name != study["main"] and one["model"] == main["model"]:
+        found += changes(main, one)
+    else:
+        of = reranked_experiment(one)
+        features = f"lists of {of}" if of else ", ".join(one["modalities"]) or "no content"
+        found.append(f"{'CM3' if one['model'] == 'cm3' else one['model']}: {features}")
+    return found + [f"{key} = {setting(value)}" for key, value in one["point"].items()]
+
+
+def _verdicts(study: Mapping[str, Any], metrics: Sequence[str]) -> dict[str, list[str]]:
+    """Return why the best of a column is marked or not, and the columns for which that is so."""
+    found: dict[str, list[str]] = {}
+    for metric in metrics:
+        best = study["best"][metric]
+        text = best["reason"] if best["marked"] else f"not marked, because {best['reason']}"
+        found.setdefault(text, []).append(pretty(metric))
+    return found
+
+
+def _pages_command(study: Mapping[str, Any]) -> str:
+    before = study["command"].rpartition(" ")[0]
+    return " ".join([before, *(f"results/{name}/report.html" for name in study["experiments"])])
+
+
+def _runs(study: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the different runs, each with its seeds: a closed form has one for all of them."""
+    found: dict[str, dict[str, Any]] = {}
+    for one in study["cells"]:
+        found.setdefault(one["folder"], {**one, "seeds": []})["seeds"].append(one["seed"])
+    return list(found.values())
 
 
 def _intervals(study: Mapping[str, Any], metric: str) -> dict[str, Any]:
@@ -59,10 +133,10 @@ def _scale(values: list[float]) -> tuple[float, float]:
     return (min(values), max(values)) if values else (0.0, 1.0)
 
 
-def _slices(study: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _slices(study: Mapping[str, Any], metrics: Sequence[str]) -> list[dict[str, Any]]:
     """Return a table for each kind of slice and metric: experiments in rows, slices in columns, means over seeds."""
     tables = []
-    for metric in study["metrics"]:
+    for metric in metrics:
         for kind in ("items", "users"):
             chosen = [one for one in study["slices"] if one["kind"] == kind]
             rows = [
@@ -75,7 +149,7 @@ def _slices(study: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _beyond(study: Mapping[str, Any]) -> dict[str, Any]:
-    columns = list(dict.fromkeys(name for one in study["experiments"].values() for name in one["beyond"]))
+    columns = _ordered(list(dict.fromkeys(name for one in study["experiments"].values() for name in one["beyond"])))
     rows = {name: [one["beyond"].get(column) for column in columns] for name, one in study["experiments"].items()}
     return {"columns": columns, "rows": rows}
 

@@ -209,7 +209,7 @@ def test_weights_come_back_from_their_file(tmp_path, name):
     data = prepared(tmp_path / "data")
     small.fit(data, tmp_path / "run", name)
     interactions, inputs = small.read(data, name)
-    stored = read_item_weights(tmp_path / "run/model.safetensors", 30)
+    stored, _ = read_item_weights(tmp_path / "run/model.safetensors", 30)
     fresh = small.settings(name).solve(inputs, CPU)
     assert type(stored.matrix) is type(fresh.matrix) and np.array_equal(dense(stored), dense(fresh))
     scores = stored.scores(interactions.matrix("train"))(torch.tensor([3, 0]))
@@ -236,7 +236,7 @@ def test_files_that_are_no_weights_of_these_items_are_refused(tmp_path):
         with pytest.raises(UserError, match=message):
             read_item_weights(path, 3)
     save_file(sparse | {"columns": np.array([2])}, path)
-    assert dense(read_item_weights(path, 3)).tolist() == [[0, 0, 1], [0, 0, 0], [0, 0, 0]]
+    assert dense(read_item_weights(path, 3)[0]).tolist() == [[0, 0, 1], [0, 0, 0], [0, 0, 0]]
     assert set(load_file(path)) == {"offsets", "columns", "values"}
 
 

@@ -263,7 +263,7 @@ def test_specs_import_no_torch_and_match_the_registry():
     code += "assert not {'torch', 'scipy', 'numpy'} & set(sys.modules), 'heavy import'"
     subprocess.run([sys.executable, "-c", code], check=True, env=environment())
     for name, spec in spec_classes().items():
-        assert spec().name == name and spec.version and spec.libraries and STAGES[spec.stage]
+        assert spec.model_fields["name"].default == name and spec.version and spec.libraries and STAGES[spec.stage]
 
 
 def test_the_documents_have_a_row_for_every_baseline():

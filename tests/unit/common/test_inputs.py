@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from repository import ROOT
 
-from cm3.common.errors import UserError
+from cm3.common.errors import DamagedFileError, UserError
 from cm3.common.inputs import Watch, check_made_from
 from cm3.common.ledger import Ledger
 from cm3.common.tables import MADE_FROM, USERS, write_table
@@ -152,3 +153,9 @@ def test_a_path_of_the_wrong_kind_is_named_in_one_line(folder: Path, fault: Call
     done = run(folder, "none", "--log", "logs/demo.log")
     assert done.returncode == 1
     assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_error_about_a_damaged_file_passes_between_processes():
+    error = DamagedFileError("table.parquet", "cut")
+    again = pickle.loads(pickle.dumps(error))
+    assert (again.path, again.reason, str(again)) == (error.path, error.reason, str(error))

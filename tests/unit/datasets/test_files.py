@@ -11,6 +11,7 @@ from oracles_sources import dataset, grid, jsonl, run_prepare
 from cm3.common.errors import UserError
 from cm3.common.tables import ITEMS, USERS, read_table
 from cm3.datasets.reader import RATINGS
+from cm3.datasets.registry import parse_dataset
 
 
 def rows(path: Path, schema: pa.Schema) -> list[dict]:
@@ -258,3 +259,48 @@ def test_a_mapped_item_column_that_no_row_has_is_an_error(tmp_path: Path):
     }
     with pytest.raises(UserError, match=r"items\.jsonl: has no column 'titel' \(did you mean 'title'\?\)"):
         run_prepare(tmp_path, data)
+
+
+def test_a_folder_of_parquet_parts_is_one_table(tmp_path: Path):
+    pairs = pa.table({"user": [f"u{n % 4}" for n in range(24)], "item": [f"i{n % 6}" for n in range(24)]})
+    shop = pa.table({"item_id": [f"i{n}" for n in range(6)], "title": [f"Title {n}" for n in range(6)]})
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for folder in (whole, parts):
+        folder.mkdir()
+    pq.write_table(pairs, whole / "pairs.parquet")
+    pq.write_table(shop, whole / "shop.parquet")
+    for name, table in (("pairs", pairs), ("shop", shop)):
+        for number, start in enumerate((0, 2, 5)):
+            place = parts / name / ("" if number else "first") / f"part-{number:05}-of-3.snappy.parquet"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(table.slice(start, (2, 3, 100)[number]), place)
+        pq.write_table(table.slice(0, 0), parts / name / "part-00003.parquet")  # Spark writes empty parts
+        (parts / name / "_SUCCESS").touch()
+        (parts / name / "_temporary.parquet").write_text("left by a killed job")
+    paths = {folder: (folder / "pairs", folder / "shop") for folder in (whole, parts)}
+    for folder, (interactions, items) in paths.items():
+        suffix = ".parquet" if folder == whole else ""
+        data = {
+            "source": "files",
+            "kcore": 2,
+            "interactions": {"path": f"{interactions}{suffix}"},
+            "items": {"path": f"{items}{suffix}", "columns": {"title": "title"}},
+        }
+        spec = parse_dataset("mine", data, "datasets.mine")
+        assert len(spec.prepare_inputs("mine")) == (2 if suffix else 8)
+        run_prepare(folder, data)
+    for name, schema in (("ratings", RATINGS), ("items", ITEMS), ("users", USERS)):
+        assert rows(whole / f"{name}.parquet", schema) == rows(parts / f"{name}.parquet", schema)
+    pq.write_table(pa.table({"user": ["u"], "item": [None]}), parts / "pairs" / "part-00009.parquet")
+    with pytest.raises(UserError, match=r"part-00009\.parquet, row 0: item"):
+        run_prepare(parts, {"source": "files", "interactions": {"path": str(parts / "pairs")}})
+
+
+def test_a_folder_without_parts_is_named(tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(
+        UserError, match=r"empty: is a folder, not a file; name a file, or of Parquet a folder with parts"
+    ):
+        run_prepare(tmp_path, {"source": "files", "interactions": {"path": str(tmp_path / "empty")}})
+    with pytest.raises(UserError, match=r"unknown suffix in '.*nowhere', and no folder"):
+        run_prepare(tmp_path, {"source": "files", "interactions": {"path": str(tmp_path / "nowhere")}})

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from amazon_shop import literal, review, review_2023, run
 from golden import check_golden, digest, summary
@@ -124,6 +123,18 @@ def mmrec(folder: Path) -> dict[str, Any]:
     return run_prepare(folder, {"source": "mmrec", "folder": str(data)})
 
 
+def recbole(folder: Path) -> dict[str, Any]:
+    data = folder / "shop"
+    data.mkdir()
+    lines = ["user_id:token\titem_id:token\trating:float\ttimestamp:float"]
+    lines += [f"A{u}\tB{i}\t{r}\t{t}" for u, i, r, t in ROWS]
+    (data / "shop.inter").write_text("\n".join([*lines, "A1\t\t1\t1400000000"]) + "\n")
+    items = ["item_id:token\ttitle:token_seq\tcategories:token_seq\timage:token"]
+    items += [f'B{i}\t"T{i} ""x"" &amp; y"\tGifts Cards\thttp://a.org/{i}.jpg' for i in range(8)]
+    (data / "shop.item").write_text("\n".join(items) + "\n")
+    return run_prepare(folder, {"source": "recbole", "folder": "shop", "kcore": 3})
+
+
 PREPARE: dict[str, Callable[[Path], dict[str, Any]]] = {
     "sample": sample,
     "files": files,
@@ -132,6 +143,7 @@ PREPARE: dict[str, Callable[[Path], dict[str, Any]]] = {
     "amazon-2023": amazon_2023,
     "microlens": microlens,
     "mmrec": mmrec,
+    "recbole": recbole,
 }
 
 
@@ -206,7 +218,7 @@ def test_split_that_keeps_labels(tmp_path: Path):
     earlier = tmp_path / "earlier.parquet"
     source = ratings(tmp_path / "ratings.parquet")
     few = tmp_path / "few.parquet"
-    pq.write_table(read_table(source, RATINGS).slice(0, 150), few)
+    write_table(few, read_table(source, RATINGS).slice(0, 150), RATINGS)
     split_ratings(few, earlier, "random", 3)
     outputs = {}
     for strategy in ("random", "user-time", "leave-one-out"):

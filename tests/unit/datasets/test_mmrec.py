@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from oracles_sources import run_prepare
 
 from cm3.common.errors import UserError
 from cm3.common.tables import INTERACTIONS, ITEMS, USERS, read_table
+from cm3.datasets.mmrec.published import FINGERPRINTS, published_files
 from cm3.datasets.mmrec.reader import Reader
 from cm3.datasets.reader import ROWS
 from cm3.datasets.registry import parse_dataset
@@ -304,3 +306,30 @@ def test_the_published_clothing_data(real_data: Path, tmp_path: Path) -> None:
     with gzip.open(source, "rt", newline="") as file:
         rows = [line.split() for line in file][1:]
     assert found == {(user, item, names[label]) for user, item, label in rows} and len(rows) == 278_677
+
+
+def test_published_files_are_recognised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    folder = write(tmp_path / "baby", items=[f"B{n}" for n in range(6)])
+    inter = folder / "baby.inter"
+    np.save(folder / "text_feat.npy", np.zeros((6, 2), np.float32))
+    spec = config(folder)
+    inputs = {name: Path(path) for name, path in spec.prepare_inputs("shop").items()}
+    assert spec.published_files(inputs) == dict.fromkeys(("baby.inter", "i_id_mapping.csv", "text_feat.npy"), False)
+    assert "baby.inter: is not the file that MMRec's authors publish" in caplog.text
+    fingerprint = (inter.stat().st_size, hashlib.sha256(inter.read_bytes()).hexdigest()[:12])
+    monkeypatch.setitem(FINGERPRINTS["baby"], "baby.inter", fingerprint)
+    with caplog.at_level("INFO"):
+        assert spec.published_files(inputs)["baby.inter"]
+    assert "baby.inter: is the file that MMRec's authors publish" in caplog.text
+    inter.write_bytes(inter.read_bytes().replace(b"\t0\n", b"\t1\n", 1))
+    assert not spec.published_files(inputs)["baby.inter"]
+    other = config(write(tmp_path / "shop"))
+    assert other.published_files({"interactions": tmp_path / "shop/shop.inter"}) == {}
+
+
+def test_the_published_mapping_of_baby_has_its_fingerprint(real_data: Path, tmp_path: Path):
+    folder = write(tmp_path / "baby")
+    (folder / "i_id_mapping.csv").write_bytes((real_data / "odd/mmrec_baby_i_id_mapping.csv").read_bytes())
+    assert published_files(folder / "baby.inter") == {"baby.inter": False, "i_id_mapping.csv": True}

@@ -37,9 +37,9 @@ def shop(tmp_path_factory):
 
 
 def run(shop, folder, **settings):
-    names = ("interactions", "items", "users", "user_embeddings", "item_embeddings")
     return evaluate(
-        **{name: shop[name] for name in names},
+        **{name: shop[name] for name in ("interactions", "items", "users")},
+        files={name: shop[name] for name in ("user_embeddings", "item_embeddings")},
         settings=Evaluation(**{"ks": [3, 10]} | settings),
         metrics_output=folder / "evaluation.json",
         per_user_output=folder / "per_user.parquet",

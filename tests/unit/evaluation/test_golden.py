@@ -41,7 +41,8 @@ def shop(tmp_path_factory):
 )
 def test_the_stage_gives_its_golden_output(shop, tmp_path, name, inputs, settings):
     result = evaluate(
-        **{key: shop[key] for key in ("interactions", "items", "users", *inputs)},
+        **{key: shop[key] for key in ("interactions", "items", "users")},
+        files={key: shop[key] for key in inputs},
         settings=Evaluation(**settings),
         metrics_output=tmp_path / "evaluation.json",
         per_user_output=tmp_path / "per_user.parquet",

@@ -16,7 +16,7 @@ from repository import ROOT
 import cm3.evaluation.ranking
 from cm3.common.topk import top_k
 from cm3.evaluation.metrics import per_user
-from cm3.evaluation.ranking import Ranking, Validation
+from cm3.evaluation.ranking import ProductScores, Ranking, Validation, block_users
 from cm3.evaluation.registry import METRICS, metric_class
 
 KS = [1, 3, 5, 10]
@@ -194,6 +194,34 @@ def test_hits_that_are_counted_on_the_device(monitor, block, levels):
     expected = on_host.ranking.top(users, items, 5)
     np.testing.assert_array_equal(lists.items, expected[0])
     np.testing.assert_array_equal(lists.scores, expected[1])
+
+
+def test_lists_do_not_depend_on_the_size_of_a_block():
+    users, items = torch.randn(700, 24), torch.randn(3000, 24)
+    found = []
+    for block in (16, 80, 320, 1000):
+        ranking = Ranking(np.arange(700), sp.csr_matrix((700, 3000)))
+        ranking.block = block
+        found.append(ranking.top(users, items, 30))
+    for ids, scores in found[1:]:
+        np.testing.assert_array_equal(ids, found[0][0])
+        np.testing.assert_array_equal(scores, found[0][1])
+
+
+@pytest.mark.parametrize(("n_items", "expected"), [(7_050, 992), (100_000, 320), (1_000_000, 33), (10**8, 1)])
+def test_blocks_of_users_by_the_number_of_items(n_items, expected):
+    assert block_users(n_items, "cpu") == expected
+
+
+@pytest.mark.parametrize("unit", [False, True])
+def test_product_scores_reuse_their_memory(unit, device):
+    users, items = torch.randn(9, 4, device=device), torch.randn(5, 4, device=device)
+    score = ProductScores(users, items, unit)
+    vectors = torch.nn.functional.normalize(users, dim=1) if unit else users
+    for rows in (torch.tensor([8, 0, 8]), torch.tensor([2]), torch.arange(9)):
+        rows = rows.to(device)
+        torch.testing.assert_close(score(rows), vectors[rows] @ items.T)
+    assert device != "cpu" or score(torch.tensor([1])).data_ptr() == score(torch.tensor([2])).data_ptr()
 
 
 def test_additive_metrics_are_sums_over_hits():

@@ -230,3 +230,25 @@ def test_only_the_data_sets_own_npy_goes_without_ids(tmp_path: Path) -> None:
         extractors.parse_extractor("mine", spec | {"path": "x.npy"}, "extractors.mine")
     with pytest.raises(UserError, match=r"belongs to an \.npy file"):
         extractors.parse_extractor("mine", spec | {"format": "microlens", "ids": "ids.txt"}, "extractors.mine")
+
+
+def test_a_folder_of_parquet_parts_is_one_file(tmp_path: Path) -> None:
+    data = {"path": "parts", "id_column": "asin", "vector_column": "vector"}
+    files(tmp_path)
+    table = pq.read_table(tmp_path / "lists.parquet")
+    (tmp_path / "parts").mkdir()
+    for number in range(len(IDS)):
+        pq.write_table(table.slice(number, 1), tmp_path / f"parts/part-{number}.parquet")
+    spec = spec_of(tmp_path, data)
+    assert spec.kind == "parquet" and np.array_equal(encode(tmp_path, data).embedding, EXPECTED)
+    before = spec.identity()
+    pq.write_table(table.slice(0, 0), tmp_path / "parts/part-9.parquet")
+    after = spec_of(tmp_path, data).identity()
+    assert before["vectors_sha256"] != after["vectors_sha256"] and before["format"] == after["format"] == "parquet"
+    other = table.slice(0, 1).set_column(1, "vector", pa.array([[1.0, 2.0]]))
+    pq.write_table(other, tmp_path / "parts/part-8.parquet")
+    with pytest.raises(UserError, match=r"part-8\.parquet, row 0: vector = .* has 2 numbers, those before it 3"):
+        encode(tmp_path, data)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="needs one of parquet, npy"):
+        spec_of(tmp_path, {"path": "empty"})

@@ -178,6 +178,7 @@ def test_the_curve_of_fused_points_is_their_mean_cosine(fusion):
     cosines = fused @ fused.T
     expected = (float(cosines.sum()) - ITEMS) / (ITEMS * (ITEMS - 1))
     assert model.curves()["fused_cosine"] == pytest.approx(expected, abs=1e-9)
+    assert model.curves(model.embed()) == model.curves()
     with torch.no_grad():
         for modality in model.modalities:
             modality.point.weight.zero_()

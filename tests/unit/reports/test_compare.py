@@ -202,6 +202,8 @@ def test_models_without_embeddings_have_no_geometry_and_closed_forms_no_spread(s
     assert ease["geometry"] is None and mostpop["geometry"]["alignment"]["mean"] > 0
     assert ease["deterministic"] and not result["experiments"]["cm3"]["deterministic"]
     assert ease["metrics"]["recall@10"]["sd"] == 0
+    counts = result["counts"]
+    assert (counts["cells"], counts["runs"]) == (9 + 3 + 3 + 3 + 3, 9 + 3 + 3 + 1 + 1), "a closed form has one run"
     assert ease["cost"]["cells"] == 1 and result["experiments"]["cm3"]["cost"]["cells"] == 9
     assert result["experiments"]["cm3"]["cost"]["all_cells_seconds"] == 9 * 12.5
     assert result["experiments"]["cm3"]["cost"]["train_seconds"] == {"mean": 12.5, "sd": 0.0, "values": [12.5] * 3}

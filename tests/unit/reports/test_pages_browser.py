@@ -1,6 +1,7 @@
 """Both pages in a real browser: nothing is asked for, images load, tables sort, texts stay texts, every width fits."""
 
 import re
+import urllib.parse
 from pathlib import Path
 
 import page_shop
@@ -87,25 +88,31 @@ def test_what_the_policy_forbids_is_noticed_by_these_tests(browser, report, tmp_
     assert any("Content Security Policy" in text for text in tab.complaints())
 
 
-def test_images_load_as_they_come_into_view(browser, report):
-    tab = browser.open(report)
-    images = "[...document.querySelectorAll('img[data-image]')]"
-    assert tab.run(f"{images}.some((image) => !image.src)"), "those far away wait"
-    tab.run("document.querySelector('#users').scrollIntoView()")
-    tab.until("document.querySelector('#users .panel:not([hidden]) img').naturalWidth > 0")
-    seen = "#users .panel:not([hidden]) img"
-    tab.until(f"[...document.querySelectorAll('{seen}')].slice(0, 4).every((image) => image.naturalWidth > 0)")
-    size = tab.run(
-        "(({naturalWidth, naturalHeight}) => [naturalWidth, naturalHeight])(document.querySelector('#users img'))"
-    )
-    assert max(size) == 160
+# How large the image is that an <svg> refers to, once the browser has decoded it.
+DRAWN = """
+new Promise((done) => {{
+  const use = document.querySelector("{selector} use");
+  const image = new Image();
+  image.onload = () => done(use.getBoundingClientRect().width > 0 ? image.naturalWidth : 0);
+  image.src = document.querySelector(use.getAttribute("href")).getAttribute("href");
+}})
+"""
+
+
+def test_images_are_there_without_scrolling_and_without_script(browser, report, tmp_path):
+    colours = DRAWN.format(selector="#users .panel:not([hidden]) .frame svg")
+    assert browser.open(report).run(colours) > 100, "without scrolling to it"
+    bare = tmp_path / "bare.html"
+    bare.write_text(re.sub(r"<script>.*?</script>", "", report.read_text(encoding="utf-8"), flags=re.DOTALL))
+    assert browser.open(bare).run(colours) > 100, "without the script"
 
 
 def test_printing_shows_every_image(browser, report):
     tab = browser.open(report)
-    tab.run("window.dispatchEvent(new Event('beforeprint'))")
-    images = "[...document.querySelectorAll('.panel:not([hidden]) img, .gallery img')]"
-    tab.until(f"{images}.every((image) => image.complete && image.naturalWidth > 0)")
+    tab.send("Emulation.setEmulatedMedia", media="print")
+    uses = "[...document.querySelectorAll('.panel:not([hidden]) use, .gallery use')]"
+    assert tab.run(f"{uses}.length > 10 && {uses}.every((use) => document.querySelector(use.getAttribute('href')))")
+    assert tab.run(f"{uses}.every((use) => use.getBoundingClientRect().width > 40)")
 
 
 def test_titles_with_tags_are_read_as_they_are_written(browser, report):
@@ -116,7 +123,7 @@ def test_titles_with_tags_are_read_as_they_are_written(browser, report):
     hostile = set(page_shop.HOSTILE.values())
     assert hostile <= set(texts) and hostile & set(options) and hostile & set(hints)
     assert tab.run("window.broken") is None
-    assert tab.run("document.querySelectorAll('main script, main img[src^=x]').length") == 0
+    assert tab.run("document.querySelectorAll('main script, main img').length") == 0
 
 
 def column(tab, table, index):
@@ -164,25 +171,72 @@ def test_best_cells_are_those_that_the_comparison_marks(browser, comparison):
     study = read_json(comparison.with_name("comparison.json"))
     tab = browser.open(comparison)
     marked = tab.run(
-        "[...document.querySelectorAll('#results-table td.best')].map((one) => [one.parentElement.cells[0].textContent"
-        ".trim().split(/\\s/)[0], one.cellIndex])"
+        "[...document.querySelectorAll('#results-table td.best')].map((one) => [one.parentElement.cells[0]"
+        ".querySelector('a').textContent, one.cellIndex])"
     )
+    shown = ["recall@5", "recall@10", "ndcg@10"]
+    assert sorted(shown) == sorted(study["metrics"])
     expected = [
         [name, 1 + place]
         for name, one in study["experiments"].items()
-        for place, metric in enumerate(study["metrics"])
+        for place, metric in enumerate(shown)
         if one["metrics"][metric]["best"]
     ]
     assert sorted(marked) == sorted(expected)
+
+
+@pytest.mark.parametrize("width", [1024, 1400])
+def test_the_table_of_results_fits_from_1024_pixels_on(browser, comparison, width):
+    tab = browser.open(comparison, width=width)
+    box = "document.querySelector('#results-table').parentElement"
+    assert tab.run(f"{box}.scrollWidth - {box}.clientWidth") == 0
+    headings = tab.run("[...document.querySelectorAll('#results-table thead th')].map((one) => one.innerText.trim())")
+    assert headings[:5] == ["Experiment", "Recall@5", "Recall@10", "NDCG@10", "in %"]
+    assert column(tab, "#results-table", 4)[:2] == ["", relative_of(comparison, "noise")]
+    assert column(tab, "#results-table", 6) == ["3", "3", "3", "any", "any"], "a closed form does not depend on a seed"
+
+
+def relative_of(comparison, name):
+    experiments = read_json(comparison.with_name("comparison.json"))["experiments"]
+    own, base = (experiments[one]["metrics"]["recall@10"]["mean"] for one in (name, "cm3"))
+    return f"{100 * (own / base - 1):+.0f} %".replace("-", "\N{MINUS SIGN}")
+
+
+def test_the_names_stay_in_sight_while_a_wide_table_scrolls(browser, comparison):
+    tab = browser.open(comparison, width=PHONE)
+    tab.run("document.querySelector('#results-table').parentElement.scrollLeft = 200")
+    assert tab.run("document.querySelector('#results-table tbody th').getBoundingClientRect().left") >= 0
+    assert tab.run("document.querySelector('#results-table tbody th a').getAttribute('href')") == "../cm3/report.html"
 
 
 def test_every_run_has_its_command_and_every_sentence_is_there(browser, comparison):
     study = read_json(comparison.with_name("comparison.json"))
     tab = browser.open(comparison)
     commands = tab.run("[...document.querySelectorAll('#cells code')].map((one) => one.textContent)")
-    assert commands == [cell["command"] for cell in study["cells"]]
+    assert commands == list(dict.fromkeys(cell["command"] for cell in study["cells"]))
+    assert len(commands) == study["counts"]["runs"] < len(study["cells"]), "a closed form has one run for all seeds"
     said = " ".join(tab.run("document.querySelector('#words').textContent").split())
     assert all(" ".join(one["text"].split()) in said for one in study["words"])
+
+
+def test_the_hit_of_a_user_is_seen_without_scrolling_sideways(browser, report):
+    for width in (PHONE, DESK):
+        tab = browser.open(report, width=width)
+        hit = "document.querySelector('#users .panel:not([hidden]) .hit').getBoundingClientRect()"
+        assert tab.run(f"{hit}.left >= 0 && {hit}.right <= innerWidth")
+
+
+def test_a_table_is_saved_as_csv_in_full_precision(browser, comparison):
+    study = read_json(comparison.with_name("comparison.json"))
+    tab = browser.open(comparison)
+    tab.run("HTMLAnchorElement.prototype.click = function () { window.saved = [this.download, this.href]; }")
+    tab.click("#results .scroll + .tools")
+    name, content = tab.run("window.saved")
+    assert name.endswith("-results.csv")
+    header, first, *_ = urllib.parse.unquote(content.partition(",")[2]).splitlines()
+    assert header.startswith("Experiment,Recall@5,Recall@10,NDCG@10,") and first.startswith("cm3,")
+    assert float(first.split(",")[2]) == study["experiments"]["cm3"]["metrics"]["recall@10"]["mean"]
+    assert tab.complaints() == []
 
 
 def test_the_choosers_work_by_keyboard(browser, report):

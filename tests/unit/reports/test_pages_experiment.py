@@ -1,6 +1,5 @@
 """The page of an experiment: its numbers, neighbours, users, images and troubles, against the files that it is made of."""
 
-import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,10 +10,17 @@ import pyarrow.parquet as pq
 import pytest
 from training_shop import one_thread
 
-from cm3.common.embeddings import read_embeddings
-from cm3.common.files import read_json
+from cm3.common.embeddings import read_embeddings, write_embeddings
+from cm3.common.files import read_json, write_json
+from cm3.common.interactions import read_interactions
 from cm3.common.tables import SIMILARITY, read_table
+from cm3.config import Evaluation
+from cm3.evaluation.evaluate import evaluate
 from cm3.reports.pages.experiment_page import experiment_page
+from cm3.reports.pages.page import relative
+from cm3.reports.pages.popularity import popularity_metrics
+from cm3.reports.pages.rivals import rivals
+from cm3.reports.pages.settings import warnings_of
 
 __all__ = ["one_thread"]  # used by every test here
 
@@ -63,11 +69,16 @@ class Page(HTMLParser):
         return next([" ".join(cell.split()) for cell in row] for row in self.rows if row and row[0].strip() == first)
 
 
+MARKED = {"changed": ["training.lr"]}
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trial")
     inputs = page_shop.experiment(folder)
-    facts = experiment_page(inputs=inputs, page_output=folder / "report.html", figures_output=folder / "figures")
+    facts = experiment_page(
+        inputs=inputs, page_output=folder / "report.html", figures_output=folder / "figures", **MARKED
+    )
     return inputs, folder, facts, Page(folder / "report.html")
 
 
@@ -104,6 +115,80 @@ def test_the_page_tells_settings_keys_versions_and_how_to_make_the_numbers_again
     assert "dropped: 2 by repeated pairs, 7 by the 5-core" in " ".join(text.split())
 
 
+def test_settings_that_differ_from_the_defaults_are_marked(made):
+    page = made[3]
+    assert "Settings that differ from the defaults: training.lr = 0.02." in " ".join(page.text.split())
+    (marked,) = re.findall(r'<div class="changed"><dt>(.*?)</dt>', page.source)
+    assert marked == "lr"
+
+
+def test_time_machine_and_commit_are_those_of_the_records(made, tmp_path):
+    inputs = dict(made[0])
+    for stage in ("train", "evaluate"):
+        record = {"started": 1.7e9, "machine": "Z80, 1 cores, 64 GB, Linux", "device": "cpu", "commit": f"{stage}c0de"}
+        inputs[f"record.{stage}"] = tmp_path / f"{stage}.stage.json"
+        write_json(inputs[f"record.{stage}"], record)
+    experiment_page(inputs=inputs, page_output=tmp_path / "report.html", figures_output=tmp_path / "figures")
+    facts = dict(re.findall(r"<dt>(\w+)</dt><dd>([^<]*)</dd>", Page(tmp_path / "report.html").source))
+    assert facts["Trained"] == "14 November 2023, 22:13 UTC"
+    assert facts["Duration"].startswith("training 1 min 12 s, all stages ")
+    assert facts["Machine"] == "Z80, 1 cores, 64 GB, Linux, on cpu"
+    assert facts["Commit"] == "trainc0de, evaluated with evaluatec0de"
+
+
+@pytest.mark.parametrize("mask", ["train", "train+valid"])
+def test_the_most_popular_items_are_measured_as_their_model_would_be(made, tmp_path, mask):
+    inputs = made[0]
+    tables = {name: inputs[name] for name in ("interactions", "items", "users")}
+    data = read_interactions(**tables)
+    counts = np.asarray(data.matrix("train").sum(0)).ravel()
+    vectors = {"user": np.ones((len(data.user_ids), 1)), "item": counts[:, None]}
+    for name, ids in (("user", data.user_ids), ("item", data.item_ids)):
+        write_embeddings(tmp_path / f"{name}.parquet", f"{name}_id", ids, vectors[name].astype(np.float32), {})
+    outputs = {f"{name}_output": tmp_path / name for name in ("metrics", "per_user", "recommendations")}
+    exported = {f"{name}_embeddings": tmp_path / f"{name}.parquet" for name in vectors}
+    expected = evaluate(**tables, files=exported, **outputs, settings=Evaluation(ks=[5, 10, 20], mask=mask))["test"]
+    found = popularity_metrics(data, [5, 10, 20], mask)
+    assert found == pytest.approx(expected, abs=1e-12) and len(set(counts)) < len(counts), "ties are ranked alike"
+
+
+def test_most_popular_items_and_models_of_studies_are_next_to_the_metrics(made, tmp_path, monkeypatch):
+    inputs = made[0]
+    metrics = read_json(inputs["metrics"])
+    data = read_interactions(*(inputs[name] for name in ("interactions", "items", "users")))
+    popular = popularity_metrics(data, [20], "train")["recall@20"]
+    cells = made[3].row("MostPop most popular items")
+    assert cells[1].split(" ", 1)[0] == f"{popular:.4f}"
+    assert cells[1].endswith(relative(metrics["test"]["recall@20"], popular))
+
+    monkeypatch.chdir(tmp_path)
+    ease = {"model": "ease", "runs": ["e" * 12], "metrics": {"recall@20": {"mean": 0.9}}}
+    pop = {"model": "mostpop", "runs": ["f" * 12], "metrics": {"recall@20": {"mean": 0.1}}}
+    write_json(
+        Path("results/mine/comparison.json"), {"settings": {"mask": "train"}, "experiments": {"e": ease, "p": pop}}
+    )
+    planned = {"mine": {"e": ["e" * 12], "p": ["f" * 12]}, "absent": {"e": ["e" * 12]}}
+
+    def names(metrics, studies):
+        return [one["name"] for one in rivals(metrics, data, ["recall@20", "ndcg@20"], studies)]
+
+    assert names(metrics, planned) == ["e", "p"]
+    assert set(names(metrics, {"mine": {"e": ["0" * 12]}})) == {"MostPop"}, "of other settings or another split"
+    assert set(names(metrics | {"mask": "train+valid"}, planned)) == {"MostPop"}
+    own = {"config": metrics["config"] | {"model": {"name": "mostpop"}}}
+    assert names(metrics | own, {}) == []
+
+
+def test_fused_points_that_hardly_differ_are_a_warning(made):
+    metrics = read_json(made[0]["metrics"])
+    near = metrics | {"training": metrics["training"] | {"best_loss": {"fused_cosine": 0.9951}}}
+    (text,) = warnings_of(near)
+    assert "mean cosine of 0.9951" in text and "model.detach_similarity" in text
+    near["training"]["best_loss"]["fused_cosine"] = 0.95
+    assert warnings_of(near) == []
+    assert warnings_of(near | {"warning": "features are mixed"}) == ["features are mixed."]
+
+
 def panels(page, which):
     """The HTML of each panel of a chooser."""
     start = page.source.index(f'data-panel="{which}"')
@@ -114,7 +199,9 @@ def panels(page, which):
 def strips(html):
     """Each strip of images in a part of the page: its label, and (title, line under it) of each card."""
     found = {}
-    for label, body in re.findall(r'<ul class="strip" tabindex="0" aria-label="([^"]*)">(.*?)</ul>', html, re.DOTALL):
+    for label, body in re.findall(
+        r'<ul class="strip(?: wrapped)?" tabindex="0" aria-label="([^"]*)">(.*?)</ul>', html, re.DOTALL
+    ):
         cards = re.findall(r'<li class="card( hit)?">.*?<bdi>(.*?)</bdi>(.*?)</li>', body, re.DOTALL)
         found[label] = [(title, re.sub("<[^>]*>", "", under).split(), bool(hit)) for hit, title, under in cards]
     return found
@@ -175,11 +262,10 @@ def test_hits_are_the_held_out_items_among_the_first_recommendations(made):
 def test_texts_of_items_are_text_everywhere(made):
     page = made[3]
     assert page_shop.SCRIPT in page.text and page_shop.ISLAND in page.text and "{{ 7 * 7 }}" in page.text
-    assert len(page.scripts) == 2 and "window.broken" not in "".join(page.scripts)
+    assert len(page.scripts) == 1 and "window.broken" not in page.scripts[0]
     assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
-    assert {attributes.get("src") for tag, attributes in page.elements if tag == "img"} == {None}
-    island = json.loads(page.scripts[0])
-    assert all(uri.startswith("data:image/webp;base64,") for uri in island.values())
+    assert not [tag for tag, _ in page.elements if tag == "img"]
+    assert all(uri.startswith("data:image/webp;base64,") for uri in images_of(page).values())
 
 
 def test_nothing_in_the_page_points_outside_it(made):
@@ -192,12 +278,19 @@ def test_nothing_in_the_page_points_outside_it(made):
     assert policy.startswith("default-src 'none'; img-src data:; style-src 'sha256-")
 
 
+def images_of(page):
+    """The data URI of each image of the page, by the item's number."""
+    found = [attributes for tag, attributes in page.elements if tag == "image" and "id" in attributes]
+    assert len({one["id"] for one in found}) == len(found)
+    return {one["id"].removeprefix("image-"): one["href"] for one in found}
+
+
 def test_every_chosen_image_is_in_the_page_once(made):
     _, _, facts, page = made
-    island = json.loads(page.scripts[0])
-    wanted = {attributes["data-image"] for tag, attributes in page.elements if tag == "img"}
-    assert wanted == set(island) and facts["images"] == len(island) and facts["images_left_out"] == 0
-    assert not {"5", "6", "7"} & wanted, "missing and damaged images have none"
+    images = images_of(page)
+    wanted = {attributes["href"].removeprefix("#image-") for tag, attributes in page.elements if tag == "use"}
+    assert wanted >= set(images) and facts["images"] == len(images) and facts["images_left_out"] == 0
+    assert not {"5", "6", "7"} & set(images), "missing and damaged images have none"
 
 
 def test_what_failed_is_counted_with_its_reasons(made):
@@ -206,6 +299,7 @@ def test_what_failed_is_counted_with_its_reasons(made):
     assert "Images: 3 of 30" in text and "Captions (caption): 1 of 30" in text and "Vectors (image): 1 of 30" in text
     assert "Texts: 30 of 30" not in text, "items with a title have a text"
     assert ["missing", "1", "no input", "item5"] in [[" ".join(cell.split()) for cell in row] for row in page.rows]
+    assert "Vectors (image): 1 of 30 These items are listed under Images above." in text, "failures are listed once"
     assert any("the server says no" in " ".join(row) for row in page.rows)
     assert ["ok", "1", "cut at the limit of 64 tokens", "item3"] in [
         [" ".join(c.split()) for c in r] for r in page.rows
@@ -214,7 +308,7 @@ def test_what_failed_is_counted_with_its_reasons(made):
 
 def test_the_same_files_make_the_same_page_and_figures(made, tmp_path):
     inputs, folder, _, _ = made
-    experiment_page(inputs=inputs, page_output=tmp_path / "report.html", figures_output=tmp_path / "figures")
+    experiment_page(inputs=inputs, page_output=tmp_path / "report.html", figures_output=tmp_path / "figures", **MARKED)
     assert (tmp_path / "report.html").read_bytes() == (folder / "report.html").read_bytes()
     names = sorted(path.name for path in (folder / "figures").iterdir())
     assert {"stream-weights.svg", "alignment-uniformity.png", "training-loss.svg"} <= set(names)
@@ -246,5 +340,5 @@ def test_images_beyond_the_budget_are_left_out_and_said_so(made, tmp_path):
     )
     page = Page(tmp_path / "report.html")
     assert facts["images_left_out"] > 0 and facts["images"] > 0
-    assert sum(map(len, json.loads(page.scripts[0]).values())) <= 9000
+    assert sum(map(len, images_of(page).values())) <= 9000
     assert f"{facts['images_left_out']} images are left out" in page.text

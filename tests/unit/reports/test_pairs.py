@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cm3.reports.analysis.findings import sentences
+from cm3.reports.analysis.findings import main_experiment, sentences
 from cm3.reports.analysis.pairs import best_of, compare_pairs, find_pair, pairs_to_test
 from cm3.reports.analysis.statistics import bootstrap_means
 
@@ -131,6 +131,9 @@ def experiment(model="cm3", modalities=("text", "image"), **given):
         "control_of": None,
         "warnings": [],
         "n_seeds": 5,
+        "deterministic": False,
+        "settings": {},
+        "point": {},
         "grid": [{}],
     }
     return told | given
@@ -200,6 +203,20 @@ def test_models_that_do_not_beat_simple_ones_are_named():
     assert words[2]["text"].startswith("gcn does not significantly beat pop, which recommends the most popular items: ")
 
 
+def test_a_re_ranking_is_no_model_without_content():
+    reranking = experiment("rerank", (), settings={"model.of": "hm", "model.by": ["ease"]})
+    experiments = {"hm": experiment(), "again": reranking, "ease": experiment("ease", ())}
+    pairs = [
+        pair("hm", "again", "b", difference=-0.02, low=-0.03, high=-0.01),
+        pair("again", "ease", **NONE),
+        pair("hm", "ease", "a"),
+    ]
+    texts = [word["text"] for word in said(experiments, pairs, "baseline")]
+    assert texts[0].startswith("hm is significantly worse than again, which re-ranks the lists of hm: ")
+    assert texts[1].startswith("again does not significantly beat ease, which uses no content: ")
+    assert len(texts) == 2
+
+
 def test_a_difference_within_the_noise_of_seeds_is_named():
     experiments = {"hm": experiment(), "gcn": experiment("lightgcn", ())}
     noisy = {"low": -0.01, "high": 0.05, "sd": 0.02, "exceeds": False}
@@ -208,6 +225,78 @@ def test_a_difference_within_the_noise_of_seeds_is_named():
     assert "interval of the difference in recall@20 is -0.0500 to 0.0100" in word["text"]
     assert said(experiments, [pair("hm", "gcn", "a")], "seeds") == []
     assert said(experiments, [pair("hm", "gcn", seeds=noisy)], "seeds") == [], "nothing was claimed"
+
+
+def test_models_that_are_beaten_are_named_in_one_sentence():
+    experiments = {
+        "hm": experiment(),
+        "noise": experiment(control=CONTROL, control_of="hm"),
+        "ease": experiment("ease", ()),
+        "pop": experiment("mostpop", ()),
+        "bm3": experiment("bm3"),
+    }
+    ease = pair("hm", "ease", "a")
+    pairs = [ease, pair("pop", "hm", "b", difference=-0.1, mean_a=0.02, low=-0.2, high=-0.05), pair("hm", "noise", "a")]
+    (word,) = said(experiments, [*pairs, pair("hm", "bm3", **NONE)], "ahead")
+    assert word["text"] == (
+        "hm is ahead of ease and pop; of ease, the closest, by 0.0200 recall@20 (+20 %): 0.1200 against 0.1000; "
+        "95 % interval 0.0100 to 0.0300, p < 0.001 after Holm's correction over 6 tests."
+    )
+    assert (word["experiment"], word["against"], word["verdict"]) == ("hm", "ease", "gain")
+    (word,) = said(experiments, [ease], "ahead")
+    assert word["text"].startswith("hm is ahead of ease by 0.0200 recall@20 (+20 %): 0.1200 against 0.1000; ")
+    assert said(experiments, [pair("hm", "ease", **NONE)], "ahead") == [], "only what is significant is claimed"
+    (word,) = said(experiments, [pair("hm", "bm3", **NONE)], "baseline")
+    assert word["text"].startswith("hm does not significantly beat bm3: recall@20 is")
+
+
+def test_ablations_are_named_in_one_sentence_by_what_they_change():
+    whole = {"model.fusion": "bezier", "model.gamma": 0.9, "model.calibration": True}
+    experiments = {
+        "hm": experiment(settings=whole),
+        "hm-text": experiment(modalities=("text",), settings=whole),
+        "hm-plain": experiment(settings=whole | {"model.fusion": "mean", "model.calibration": False}),
+        "hm-tuned": experiment(settings=whole, point={"model.gamma": 0.5}),
+        "noise": experiment(settings=whole, control=CONTROL, control_of="hm"),
+        "ease": experiment("ease", ()),
+    }
+    pairs = [
+        pair("hm-text", "hm", "b", difference=-0.003, low=-0.004, high=-0.002),
+        pair("hm", "hm-plain", **NONE),
+        pair("hm-tuned", "hm", **NONE | {"mean_b": 0.0}),
+        pair("noise", "hm", "b"),
+    ]
+    (word,) = said(experiments, pairs, "ablation")
+    assert word["text"] == (
+        "Changes in recall@20 against hm: without image (hm-text) -3.0 %; fusion = mean, calibration = false (hm-plain) "
+        "-0.1 %, not significant; hm-tuned by 0.0001, not significant."
+    )
+    assert said({"hm": experiment(), "ease": experiment("ease", ())}, [], "ablation") == []
+
+
+def test_one_warning_names_all_experiments_that_it_is_about():
+    experiments = {
+        "hm": experiment(n_seeds=1, warnings=["features are mixed"]),
+        "hm-text": experiment(n_seeds=1, warnings=["features are mixed"]),
+        "ease": experiment("ease", (), n_seeds=1, deterministic=True),
+    }
+    words = said(experiments, [], "warning")
+    assert [word["text"] for word in words] == [
+        "hm, hm-text: features are mixed.",
+        "hm and hm-text have one seed only: the variation between trainings is unknown.",
+    ], "a closed form needs no seeds"
+
+
+def test_the_main_experiment_is_the_reference_or_the_first_with_content():
+    experiments = {
+        "pop": experiment("mostpop", ()),
+        "noise": experiment(control=CONTROL, control_of="hm"),
+        "hm": experiment(),
+        "bm3": experiment("bm3"),
+    }
+    assert main_experiment(experiments, None) == "hm"
+    assert main_experiment(experiments, "bm3") == "bm3"
+    assert main_experiment({"pop": experiment("mostpop", ())}, None) == "pop"
 
 
 def test_warnings_come_first():

@@ -221,3 +221,20 @@ def test_each_variant_of_the_graph_has_a_path_and_a_task_of_its_own():
 def test_only_the_official_preset_lets_missing_items_take_part():
     assert Model().knn_missing == "drop" and Model().knn_method == "exact"
     assert settings("official", {}, {}, {}, "x").model.knn_missing == "mean"
+
+
+def test_an_ivf_index_does_not_depend_on_the_number_of_threads(monkeypatch):
+    faiss = pytest.importorskip("faiss", reason="faiss-cpu is not installed")
+    from cm3.similarity import approximate
+
+    unit = torch.nn.functional.normalize(torch.randn(9000, 260), dim=1).numpy()
+    sample, exact = np.arange(50), np.full((50, 5), 0.1, np.float32)
+    found = []
+    for threads in (1, 2, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found.append(approximate.faiss_candidates(faiss, unit, 12, "ivf", sample, exact))
+    monkeypatch.setattr(approximate, "add_in_blocks", lambda faiss, index, unit, threads: index.add(unit))
+    found.append(approximate.faiss_candidates(faiss, unit, 12, "ivf", sample, exact))
+    for candidates, breadth in found[1:]:
+        assert breadth == found[0][1]
+        np.testing.assert_array_equal(candidates, found[0][0])

@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from cm3.baselines.base import NetworkBaseline, parse_baseline
 from cm3.baselines.inputs import Inputs
 from cm3.config import Model, Training
-from cm3.evaluation.evaluate import embedding_scores
 from cm3.evaluation.ranking import Ranking, Validation
+from cm3.evaluation.scores import embedding_scores
 from cm3.model.fused_slerp import fused_slerp
 from cm3.model.fusion import lerp, reference_slerp, slerp, spherical_bezier
 from cm3.model.losses import alignment

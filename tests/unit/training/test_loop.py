@@ -13,8 +13,10 @@ from training_shop import OUTPUTS, history, one_thread, run, shop
 
 import cm3.training.loop
 from cm3.common.errors import UserError
+from cm3.config import Training
 from cm3.evaluation.ranking import Ranking
 from cm3.model.sampling import derived_seed
+from cm3.training.schedule import batches_per_step
 
 __all__ = ["one_thread", "shop"]
 
@@ -170,6 +172,46 @@ def test_batches_that_share_a_step(shop, tmp_path, monkeypatch, per_step):
     assert sum(steps) == n_batches and len(steps) == math.ceil(n_batches / per_step)
     assert set(steps[:-1]) <= {per_step}
     assert outputs(tmp_path / "one") != outputs(tmp_path / "more")
+
+
+@pytest.mark.parametrize(
+    ("pairs", "batch_size", "expected"),
+    [
+        (66_542, 2048, 1),
+        (66_542, 256, 1),
+        (119_674, 2048, 1),
+        (200_000, 2048, 1),
+        (359_022, 2048, 3),
+        (1_196_740, 2048, 11),
+        (1_196_740, 8192, 2),
+        (10_000_000, 2048, 97),
+    ],
+)
+def test_automatic_batches_per_step_follow_from_the_pairs(pairs, batch_size, expected):
+    assert batches_per_step(Training(batches_per_step="auto", batch_size=batch_size), pairs) == expected
+    assert batches_per_step(Training(batches_per_step=4, batch_size=batch_size), pairs) == 4
+
+
+def test_automatic_batches_per_step_are_in_the_facts_of_a_run(shop, tmp_path, monkeypatch):
+    run(shop, tmp_path / "one", training={"epochs": 2})
+    facts = run(shop, tmp_path / "auto", training={"epochs": 2, "batches_per_step": "auto"})
+    assert facts["batches_per_step"] == 1 and history(tmp_path / "one") == history(tmp_path / "auto")
+    monkeypatch.setattr(cm3.training.loop, "batches_per_step", lambda settings, n_pairs: 3)
+    facts = run(shop, tmp_path / "more", training={"epochs": 2, "batches_per_step": "auto"})
+    run(shop, tmp_path / "three", training={"epochs": 2, "batches_per_step": 3})
+    assert facts["batches_per_step"] == 3 and history(tmp_path / "more") == history(tmp_path / "three")
+
+
+def test_a_validation_projects_the_items_once(shop, tmp_path, monkeypatch):
+    calls, forward = [], cm3.model.model.Modality.forward
+
+    def count(self):
+        calls.append(torch.is_grad_enabled())
+        return forward(self)
+
+    monkeypatch.setattr(cm3.model.model.Modality, "forward", count)
+    run(shop, tmp_path, training={"epochs": 2})
+    assert calls.count(False) == 2 * 2  # epochs, modalities
 
 
 def test_a_run_of_shared_steps_goes_on_to_the_same_bytes(shop, tmp_path, monkeypatch):

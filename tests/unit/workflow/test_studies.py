@@ -244,22 +244,23 @@ def test_the_comparison_knows_whose_control_an_experiment_is():
     assert spec["metrics"] == ["recall@5", "ndcg@5"]
 
 
-SPECS = spec_classes()
+SPECS = {name: spec for name, spec in spec_classes().items() if spec.exports != "lists"}
 
 
 def test_each_model_gets_its_inputs_its_stage_and_its_version():
     modalities = {"text": "words"}
+    trained = {name: spec for name, spec in SPECS.items() if spec.exports != "lists"}
     sections = {
         f"of-{name}": {
             "dataset": "shop",
             "model": {"name": name},
             "modalities": modalities if SPECS[name].reads_features else {},
         }
-        for name in SPECS
+        for name in trained
     }
     found = checked(**sections)
     versions = {}
-    for name in SPECS:
+    for name in trained:
         experiment = f"of-{name}"
         run = selected_run(found, experiment)
         inputs = train_inputs(found, experiment, run)
@@ -271,7 +272,7 @@ def test_each_model_gets_its_inputs_its_stage_and_its_version():
         versions[name] = task.version
         published = publish.publish_inputs(found, experiment)
         assert ("user_embeddings" in published) == ("history" in published) == (SPECS[name].exports == "embeddings")
-    assert len(set(versions.values())) == len(SPECS)
+    assert len(set(versions.values())) == len(trained)
     assert {name for name, spec in SPECS.items() if spec.exports == "item_weights"} >= {
         "itemknn",
         "itemknn-content",
@@ -305,3 +306,15 @@ def test_files_in_a_storage_lie_below_one_root():
         root_of(stored | {"evaluation.shop.1": planned["evaluation.shop.1"]}, planned)
     with pytest.raises(UserError, match=r"items\.parquet.*one storage"):
         root_of(stored | {"items_": "somewhere/else"}, planned)
+
+
+def test_the_comparison_knows_which_models_depend_on_the_seed_and_how_their_settings_differ():
+    mean = {"like": "shop", "model": {"fusion": "mean"}}
+    noisy = {"like": "content", "control": "gaussian"}
+    settings = checked({"experiments": ["shop", "mean", "ease", "content", "noisy"]}, mean=mean, noisy=noisy)
+    experiments = comparison.compare(settings, "compared").spec["experiments"]
+    fixed = {name: one["deterministic"] for name, one in experiments.items()}
+    assert fixed == {"shop": False, "mean": False, "ease": True, "content": True, "noisy": False}, "noise has a seed"
+    whole, other = experiments["shop"]["settings"], experiments["mean"]["settings"]
+    assert {key for key in whole if whole[key] != other[key]} == {"model.fusion"}
+    assert "training.lr" in whole and "training.seed" not in whole

@@ -1,29 +1,5 @@
 "use strict";
 
-// Images stand once in the page, as a table by item, and go into their <img> when they come near the screen.
-const table = document.getElementById("images");
-const images = table ? JSON.parse(table.textContent) : {};
-const waiting = [...document.querySelectorAll("img[data-image]")];
-const show = (image) => {
-  if (!image.src) image.src = images[image.dataset.image];
-};
-if ("IntersectionObserver" in window) {
-  const watcher = new IntersectionObserver(
-    (entries) => {
-      for (const entry of entries) {
-        if (!entry.isIntersecting) continue;
-        show(entry.target);
-        watcher.unobserve(entry.target);
-      }
-    },
-    { rootMargin: "400px" },
-  );
-  waiting.forEach((image) => watcher.observe(image));
-} else {
-  waiting.forEach(show);
-}
-window.addEventListener("beforeprint", () => waiting.forEach(show));
-
 // A chooser shows one of its panels; without this script all of them are seen.
 for (const chooser of document.querySelectorAll(".chooser")) {
   const select = chooser.querySelector("select");
@@ -80,4 +56,29 @@ for (const button of document.querySelectorAll("button[data-copy]")) {
     }
     setTimeout(() => (button.textContent = "copy"), 1500);
   });
+}
+
+// Each table can be saved as CSV, with numbers in full precision where the cells have them.
+const csvOf = (table) => {
+  const text = (cell) => cell.dataset.value ?? cell.innerText.replace(/\s+/g, " ").trim();
+  // A spreadsheet computes what begins like a formula.
+  const plain = (value) => (/^[=+@-]/.test(value) && Number.isNaN(Number(value)) ? `'${value}` : value);
+  const quoted = (value) => (/[",]/.test(value) ? `"${value.replaceAll('"', '""')}"` : value);
+  return [...table.rows].map((row) => [...row.cells].map((cell) => quoted(plain(text(cell)))).join(",")).join("\r\n") + "\r\n";
+};
+for (const box of document.querySelectorAll(".scroll")) {
+  const table = box.querySelector("table");
+  if (!table) continue;
+  const button = document.createElement("button");
+  button.type = "button";
+  button.className = "button small tools";
+  button.textContent = "Save as CSV";
+  button.setAttribute("aria-label", `Save as CSV: ${box.getAttribute("aria-label")}`);
+  button.addEventListener("click", () => {
+    const link = document.createElement("a");
+    link.href = "data:text/csv;charset=utf-8," + encodeURIComponent(csvOf(table));
+    link.download = `${document.title} ${box.getAttribute("aria-label")}`.replace(/[^A-Za-z0-9]+/g, "-").toLowerCase() + ".csv";
+    link.click();
+  });
+  box.after(button);
 }
