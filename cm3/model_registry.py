@@ -1,9 +1,13 @@
-"""Registry of models: name in the config -> "module:Class" of the spec. Adding a model adds one line."""
+"""Registry of models: name in the config -> "module:Class" of the spec. Adding a model adds one line.
+
+Models of other packages are entry points of the group `cm3.models`.
+"""
 
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
+from cm3.common.entry_points import with_entry_points
 from cm3.common.errors import UserError
 from cm3.common.strict import nearest, validate
 from cm3.model_spec import ModelSpec
@@ -33,20 +37,25 @@ DEFAULT_MODEL = "cm3"
 """Model of an experiment that names none."""
 
 
+def models() -> dict[str, str]:
+    """Return `MODELS` with the models of other packages, name -> "module:Class"."""
+    return with_entry_points("cm3.models", MODELS)
+
+
 def spec_class(name: str) -> type[ModelSpec]:
     """Return the spec class of a model; its module imports no torch.
 
     Raises:
         KeyError: no model of this name.
     """
-    module, _, attribute = MODELS[name].partition(":")
+    module, _, attribute = models()[name].partition(":")
     found: type[ModelSpec] = getattr(import_module(module), attribute)
     return found
 
 
 def spec_classes() -> dict[str, type[ModelSpec]]:
     """Return the spec classes of all models by name."""
-    return {name: spec_class(name) for name in MODELS}
+    return {name: spec_class(name) for name in models()}
 
 
 def named_spec(data: Mapping[str, Any], where: str = "model") -> type[ModelSpec]:
@@ -56,8 +65,8 @@ def named_spec(data: Mapping[str, Any], where: str = "model") -> type[ModelSpec]
         UserError: no such model; `where` is the key path of the section.
     """
     name = data.get("name", DEFAULT_MODEL)
-    if name not in MODELS:
-        raise UserError(f"{where}.name = {name!r}: no such model{nearest(str(name), MODELS)}")
+    if name not in models():
+        raise UserError(f"{where}.name = {name!r}: no such model{nearest(str(name), models())}")
     return spec_class(name)
 
 

@@ -1,9 +1,13 @@
-"""Registry of backends: name -> "module:Class" of its spec. Adding a backend adds one line."""
+"""Registry of backends: name -> "module:Class" of its spec. Adding a backend adds one line.
+
+Backends of other packages are entry points of the group `cm3.extractors`.
+"""
 
 import importlib
 from collections.abc import Mapping
 from typing import Any
 
+from cm3.common.entry_points import with_entry_points
 from cm3.common.errors import UserError
 from cm3.common.strict import nearest, validate
 from extractors.spec import NAME, BackendSpec
@@ -23,16 +27,21 @@ BACKENDS = {
 }
 
 
+def backends() -> dict[str, str]:
+    """Return `BACKENDS` with the backends of other packages, name -> "module:Class"."""
+    return with_entry_points("cm3.extractors", BACKENDS)
+
+
 def spec_class(backend: str) -> type[BackendSpec]:
     """Return the spec class of a backend. Imports no model library."""
-    module, _, name = BACKENDS[backend].partition(":")
+    module, _, name = backends()[backend].partition(":")
     found: type[BackendSpec] = getattr(importlib.import_module(module), name)
     return found
 
 
 def spec_classes() -> dict[str, type[BackendSpec]]:
     """Return the spec classes of all backends by name."""
-    return {backend: spec_class(backend) for backend in BACKENDS}
+    return {backend: spec_class(backend) for backend in backends()}
 
 
 def parse_extractor(name: str, data: Any, where: str) -> BackendSpec:
@@ -52,7 +61,7 @@ def parse_extractor(name: str, data: Any, where: str) -> BackendSpec:
         raise UserError(f"{where} = {data!r}: expected a section with modality and backend")
     backend = data.get("backend")
     if backend is None:
-        raise UserError(f"{where}.backend: required, but not given{nearest('', BACKENDS)}")
-    if backend not in BACKENDS:
-        raise UserError(f"{where}.backend = {backend!r}: unknown backend{nearest(backend, BACKENDS)}")
+        raise UserError(f"{where}.backend: required, but not given{nearest('', backends())}")
+    if backend not in backends():
+        raise UserError(f"{where}.backend = {backend!r}: unknown backend{nearest(backend, backends())}")
     return validate(spec_class(backend), dict(data), where)

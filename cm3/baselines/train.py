@@ -89,7 +89,7 @@ def train(
     trackers = None
     if isinstance(model, NetworkBaseline):
         scored = validations(data, inputs.interactions, training, device, interactions)
-        network = _initialised(model, inputs, training.seed)
+        network = build_network(model, inputs, training.seed)
         with memory_advice(f"copying the model to {device.type}", memory_hint(training)):
             network = network.to(device)
         inputs = replace(inputs, features={}, neighbours={})  # the network has its own copies
@@ -108,7 +108,7 @@ def train(
         n_parameters = sum(p.numel() for p in network.parameters())
     elif isinstance(model, ClosedForm):
         scored = validations(data, inputs.interactions, training, torch.device("cpu"), interactions)
-        fitted = _scored_solution(model.solve(inputs, device), inputs, training, scored)
+        fitted = scored_solution(model.solve(inputs, device), inputs, training, scored)
         n_parameters = sum(values.numel() for values in fitted.parameters.values())
     else:
         raise TypeError(f"{type(model).__name__} is neither a NetworkBaseline nor a ClosedForm")
@@ -140,13 +140,14 @@ def train(
     return facts
 
 
-def _initialised(model: NetworkBaseline, inputs: Inputs, seed: int) -> Network:
+def build_network(model: NetworkBaseline, inputs: Inputs, seed: int) -> Network:
+    """Return a network whose initial weights depend on `seed` alone; torch's global generator is not changed."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derived_seed(seed))
         return model.network(inputs)
 
 
-def _scored_solution(
+def scored_solution(
     solution: Embeddings | ItemWeights,
     inputs: Inputs,
     training: Training,

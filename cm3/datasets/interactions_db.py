@@ -190,6 +190,11 @@ class InteractionsDatabase:
             self._check_floats()
             message = f"{count} items with {rows} interactions are not in the item table: {', '.join(first)}"
             message += ", ..." if count > IDS_SHOWN else ""
+            items, known_count = self._one(
+                "select (select count(*) from items), (select count(distinct id) from known)"
+            )
+            if count == items and known_count:
+                message += f"; no id of the interactions is in it. {self._both_sides()}"
             if policy == "error":
                 raise UserError(
                     f"{message}. Add them to it, or set unknown_items: drop, or keep (items without text and image)"
@@ -200,6 +205,17 @@ class InteractionsDatabase:
                     "create or replace table distinct_pairs as select distinct_pairs.* from distinct_pairs anti join unknown on code = item"
                 )
         return {"items": int(count), "interactions": int(rows), "first": first}
+
+    def _both_sides(self) -> str:
+        """Return three ids of each table, for the message that they have none in common."""
+        of_interactions, of_items = (
+            ", ".join(repr(row[0]) for row in self.base.execute(query).fetchall())
+            for query in (
+                "select id from items order by id limit 3",
+                "select distinct id from known order by id limit 3",
+            )
+        )
+        return f"Ids of the interactions: {of_interactions}; of the item table: {of_items}"
 
     def _check_floats(self) -> None:
         row = self.base.execute(

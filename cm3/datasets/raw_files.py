@@ -76,7 +76,7 @@ def facts_of(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
     if record:
         log.warning("%s has changed since it was downloaded, and is used as a file of unknown origin", path)
     else:
-        log.info("%s was not downloaded by this pipeline and is used unchanged", path)
+        log.info("%s: a file of your own, used unchanged", path)
     return {"bytes": size, "sha256": digest, "url": None}
 
 

@@ -57,11 +57,13 @@ class SourceSpec(Strict, Part):
         reader: module:class of its `cm3.datasets.reader.Reader`, imported by the prepare stage only.
         review_reader: module:function that reads the texts of reviews for the reviews stage; empty for sources without.
         labelled: the data come with a published split.
+        own: the data are the user's own, not those of a publication, in whose way they are split by default.
     """
 
     reader: ClassVar[str]
     review_reader: ClassVar[str] = ""
     labelled: ClassVar[bool] = False
+    own: ClassVar[bool] = False
 
     source: str
     kcore: int | None = Field(
@@ -176,6 +178,10 @@ class SourceSpec(Strict, Part):
         """Return the spec of the split stage."""
         default = "published" if self.has_labels() else "random"
         return self.split.identity() | {"strategy": self.split.strategy or default}
+
+    def split_runtime(self) -> dict[str, Any]:
+        """Return the settings of the split stage that change its messages only."""
+        return {"warn_of_random": self.own and self.split.strategy is None}
 
     def review_inputs(self, name: str) -> dict[str, str]:
         """Return the files with the texts of reviews by name; empty for data without reviews."""

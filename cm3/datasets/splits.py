@@ -124,6 +124,7 @@ def split_ratings(
     seed: int,
     tables: Mapping[str, Path] | None = None,
     made_from: Mapping[str, str] | None = None,
+    level: int = logging.INFO,
 ) -> dict[str, Any]:
     """Read ratings.parquet, label its rows, write interactions.parquet in the same row order.
 
@@ -131,6 +132,7 @@ def split_ratings(
         tables: to keep labels: `items` and `users` of these ratings, and `keep.interactions`, `keep.items` and
             `keep.users` of the earlier split.
         made_from: keys of the settings by stage, for the metadata of the table.
+        level: of the message about a random split of interactions with times.
 
     Returns:
         the numbers of train, valid and test interactions, of users without training interactions, and of kept labels.
@@ -162,6 +164,13 @@ def split_ratings(
     metadata = {"strategy": strategy, "seed": seed} | ({MADE_FROM: dict(made_from)} if made_from else {})
     write_table(interactions, table.drop_columns("published").append_column("split", column), INTERACTIONS, metadata)
     log.info("%s: %s; %d users without training interactions", strategy, counts, cold)
+    if strategy == "random" and len(pc.unique(table.column("timestamp").drop_null())) > 1:
+        log.log(
+            level,
+            "the interactions have times, but the split is random: training sees interactions that are later than those it "
+            "is tested on. For a split in the order of time set split.strategy of the data set to user-time, global-time or "
+            "leave-one-out; split.strategy: random is right to compare with papers that split at random",
+        )
     facts = {"split": counts, "users_without_train": cold}
     if kept is not None:
         facts["kept_labels"] = int((kept == labels).sum())

@@ -10,30 +10,14 @@ import oracles_cm3 as oracle
 import pyarrow as pa
 import pytest
 import scipy.sparse as sp
+from library_shop import QUICK, SMALL, shop
 
 import cm3
-import cm3.library
 from cm3.common.embeddings import write_embeddings
 from cm3.common.errors import DamagedFileError
+from cm3.library import features as library_features
+from cm3.library import fitting, recommender
 from cm3.similarity.exact import knn
-
-SMALL = {"embedding_dim": 8, "knn_k": 4}
-QUICK = {"epochs": 40, "batch_size": 128, "lr": 0.02, "device": "cpu", "patience": 40}
-
-
-def shop(seed: int = 0) -> tuple[dict[str, list[str]], dict[str, np.ndarray], list[str]]:
-    """Two tastes: users of a group buy its items alone, features tell the groups apart; the last item is cold."""
-    rng = np.random.default_rng(seed)
-    items = [f"i{n}" for n in range(41)]
-    group = np.arange(41) % 2
-    users, bought = [], []
-    for user in range(60):
-        mine = rng.choice(np.flatnonzero(group[:40] == user % 2), 8, replace=False)
-        users += [f"u{user}"] * 8
-        bought += [items[item] for item in mine]
-    centres = rng.normal(size=(2, 6))
-    features = {"text": centres[group] + 0.1 * rng.normal(size=(41, 6)), "image": rng.normal(size=(41, 5))}
-    return {"user": users, "item": bought}, features, items
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +33,8 @@ def test_pipeline_settings_are_an_error(setting):
 
 
 def test_the_examples_run():
-    assert doctest.testmod(cm3.library).attempted >= 5
-    assert not doctest.testmod(cm3.library).failed
+    assert doctest.testmod(fitting).attempted >= 5
+    assert not doctest.testmod(fitting).failed
 
 
 def test_unseen_items_of_a_users_group_are_recommended(trained: cm3.Recommender):
@@ -138,9 +122,9 @@ def test_the_neighbours_are_those_of_the_settings(settings, monkeypatch):
     features["text"][:9] = np.nan
     graphs: list[sp.csr_matrix] = []
     found: list[str] = []
-    made = cm3.library.item_item_matrix
-    monkeypatch.setattr(cm3.library, "item_item_matrix", lambda *args: graphs.append(made(*args)) or graphs[-1])
-    monkeypatch.setattr(cm3.library, "knn", lambda *args: found.append("exact") or knn(*args))
+    made = fitting.item_item_matrix
+    monkeypatch.setattr(fitting, "item_item_matrix", lambda *args: graphs.append(made(*args)) or graphs[-1])
+    monkeypatch.setattr(library_features, "knn", lambda *args: found.append("exact") or knn(*args))
     cm3.fit(pairs, features, items, SMALL | settings, QUICK | {"epochs": 1})
     cm3.fit(pairs, features, items, SMALL, QUICK | {"epochs": 1})
     if "knn_missing" in settings:
@@ -167,7 +151,7 @@ def test_inputs_that_do_not_fit_are_named(trained: cm3.Recommender, tmp_path: Pa
             call()
 
 
-@pytest.mark.parametrize("name", [cm3.library.USERS, cm3.library.ITEMS, cm3.library.SEEN])
+@pytest.mark.parametrize("name", [recommender.USERS, recommender.ITEMS, recommender.SEEN])
 def test_a_damaged_file_of_a_saved_model_is_named(trained: cm3.Recommender, tmp_path: Path, name: str):
     trained.save(tmp_path)
     path = tmp_path / name

@@ -149,12 +149,15 @@ def test_errors_are_in_the_terms_of_the_caller(changed: dict[str, Any], complain
     assert ("raise it" in str(error.value)) == ("0.0 holds out none" in str(error.value))
 
 
-def test_lists_have_a_length_and_users_are_a_list():
+def test_lists_have_a_length_and_one_id_gives_one_list():
     model = fit()
     for k in (0, -1):
         with pytest.raises(ValueError, match=f"k = {k}: must be at least 1"):
             cm3.recommend(model, [0], k=k)
         with pytest.raises(ValueError, match=f"k = {k}: must be at least 1"):
             cm3.similar_items(model, [0], k=k)
-    with pytest.raises(ValueError, match="users = '0': is one text; give a list of ids"):
-        cm3.recommend(model, "0")
+    for one in ("0", 0, np.int64(0)):
+        assert cm3.recommend(model, one, k=3) == cm3.recommend(model, ["0"], k=3)[0]
+        assert cm3.similar_items(model, one, k=3) == cm3.similar_items(model, ["0"], k=3)[0]
+    with pytest.raises(ValueError, match=r"interactions\['user'\] = '0': is one id; give a list of ids"):
+        fit(users="0")

@@ -18,6 +18,7 @@ from cm3.evaluation.rerank_config import Rerank
 from extractors.registry import parse_extractor
 from extractors.spec import BackendSpec
 from workflow.plan.experiments import Experiment, ExperimentSection, inherit, parse_settings
+from workflow.plan.modalities import name_faults, with_weights_by_kind
 from workflow.plan.searches import read_states
 from workflow.plan.studies import Study, parse_study
 from workflow.plan.yaml_keys import check_duplicate_keys, default_config
@@ -102,15 +103,13 @@ def load_config(raw: Any, files: Sequence[Path] = (), local: bool = True, overri
         for modality, extractor in section.modalities.items():
             path = f"{where}.modalities.{modality}"
             wrong += _reference(path, extractor, sections.extractors)
-            if extractor in extractors and extractors[extractor].modality != modality:
-                fitting = [n for n, s in extractors.items() if s.modality == modality]
-                wrong.append(
-                    f"{path} = {extractor!r}: this extractor is of modality {extractors[extractor].modality!r}; "
-                    f"of modality {modality!r} there are: {', '.join(sorted(fitting)) or 'none'}"
-                )
+            if extractor in extractors:
+                wrong += name_faults(path, modality, extractor, extractors)
         if wrong:
             raise UserError("\n".join(wrong))
-        return parse_settings(section, where)
+        experiment = parse_settings(section, where)
+        known = all(extractor in extractors for extractor in section.modalities.values())
+        return with_weights_by_kind(experiment, extractors) if known else experiment
 
     experiments = _parse_each("experiments", sections.experiments, parse_experiment, faults)
 

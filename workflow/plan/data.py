@@ -162,7 +162,9 @@ def split_inputs(config: Config, dataset: str) -> dict[str, str]:
 
 def split(config: Config, dataset: str) -> Task:
     """Return the task of labelling interactions train, valid or test."""
-    return Task("split", config.datasets[dataset].split_spec(), earlier=prepare(config, dataset).made_from)
+    chosen = config.datasets[dataset]
+    earlier = prepare(config, dataset).made_from
+    return Task("split", chosen.split_spec(), runtime=chosen.split_runtime(), earlier=earlier)
 
 
 def review_inputs(config: Config, dataset: str) -> dict[str, str]:
@@ -189,8 +191,17 @@ def reviews(config: Config, dataset: str) -> Task:
 
 
 def image_inputs(config: Config, dataset: str) -> dict[str, str]:
-    """Return the files that list a dataset's images, besides the item table."""
-    return config.datasets[dataset].image_inputs(dataset)
+    """Return the files that list a dataset's images, besides the item table.
+
+    Raises:
+        UserError: the user's own folder of images does not exist.
+    """
+    chosen = config.datasets[dataset]
+    folder = chosen.image_folder()
+    # Here and not in `images`: Snakemake reports a fault of an input in one line, one of a parameter with a traceback.
+    if config.local and folder and not Path(folder).is_dir():
+        raise UserError(f"datasets.{dataset}.images.folder = {folder!r}: no such folder; correct the path")
+    return chosen.image_inputs(dataset)
 
 
 def images(config: Config, dataset: str) -> Task:

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from cm3.common.errors import UserError
 from cm3.common.strict import Strict, nearest, validate
 from cm3.config import Evaluation, Training
-from cm3.model_registry import DEFAULT_MODEL, MODELS, named_spec, spec_class, spec_classes
+from cm3.model_registry import DEFAULT_MODEL, models, named_spec, spec_class, spec_classes
 from cm3.model_spec import CLOSED_FORM_TRAINING, ModelSpec, Weighted, modality_weights
 
 Kind = Literal["gaussian", "shuffled", "constant"]
@@ -28,7 +28,9 @@ class ExperimentSection(Strict):
     dataset: str = Field(description="a name under datasets")
     modalities: dict[str, str] = Field(
         default_factory=dict,
-        description="modality -> extractor, in the order of fusion; empty for models that read no features",
+        description="modality -> extractor, in the order of fusion; empty for models that read no features. A modality has the "
+        "name of its extractor's modality, or one of your own, such as title, so that several extractors of one modality "
+        "can be used together",
     )
     control: Kind | dict[str, Kind] | None = Field(
         None,
@@ -127,8 +129,8 @@ def _laid_over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any
     inherited = dict(base)
     if model != before:
         inherited = {key: value for key, value in base.items() if key not in ("model", "preset")}
-        if model in MODELS:
-            inherited = _supported(inherited, spec_class(model), spec_class(before) if before in MODELS else None)
+        if model in models():
+            inherited = _supported(inherited, spec_class(model), spec_class(before) if before in models() else None)
     merged = {**inherited, **own}
     for key in ("model", "training", "evaluation"):
         if isinstance(inherited.get(key), dict) and isinstance(own.get(key), dict):

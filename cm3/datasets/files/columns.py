@@ -1,14 +1,16 @@
 """Columns of an interactions table -> ids, ratings and Unix seconds; errors name the row."""
 
 import contextlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cm3.common.errors import UserError
 from cm3.common.ids import id_column, missing_id
-from cm3.common.values import InvalidValueError, plain_column, python_value, shown
+from cm3.common.values import InvalidValueError, is_text, plain_column, python_value, shown
 from cm3.datasets.files.tabular import Columns
 from cm3.datasets.times import Times, as_numbers
 
@@ -27,14 +29,51 @@ def parse_ids(table: Columns, column: str, row: str = "interaction") -> pa.Chunk
     return ids
 
 
-def parse_ratings(table: Columns, column: str) -> np.ndarray:
-    """Return (N,) float32 ratings. Raises UserError if one is not a finite number."""
+_DECIMAL_COMMA = re.compile(r"\s*[+-]?\d+,\d+\s*")
+
+
+def parse_ratings(table: Columns, column: str, decimal: str = ".") -> np.ndarray:
+    """Return (N,) float32 ratings; `decimal` is their decimal mark. Raises UserError if one is not a finite number."""
     with _naming(table, column):
         values = plain_column(table.values[column])
     with np.errstate(over="ignore"):
-        numbers = as_numbers(values).astype(np.float32)
-    _check(table, column, ~np.isfinite(numbers), values, "is not a finite number; fix the row or remove it")
+        numbers = as_numbers(_with_points(values) if decimal == "," else values).astype(np.float32)
+    bad = ~np.isfinite(numbers)
+    advice = "fix the row or remove it"
+    if bad.any() and _DECIMAL_COMMA.fullmatch(str(python_value(values, int(np.flatnonzero(bad)[0])))):
+        advice = "if it is written with a decimal comma, set decimal: ',' next to path"
+    _check(table, column, bad, values, f"is not a finite number; {advice}")
     return numbers
+
+
+_LABELS = {
+    **dict.fromkeys(("train", "training", "0"), 0),
+    **dict.fromkeys(("valid", "validation", "val", "dev", "1"), 1),
+    **dict.fromkeys(("test", "testing", "2"), 2),
+}
+
+
+def parse_splits(table: Columns, column: str) -> pa.Array:
+    """Return (N,) int8 labels of the user's own split: 0 train, 1 valid, 2 test. Raises UserError for another word."""
+    texts = _texts(table, column)
+    labels = np.array([_LABELS.get(text.strip().lower(), -1) for text in texts], np.int8)
+    advice = "is not a split; write train, valid or test in every row"
+    _check(table, column, labels < 0, table.values[column], advice)
+    return pa.array(labels)
+
+
+def has_event(table: Columns, column: str, events: Sequence[str]) -> np.ndarray:
+    """Return which rows are of one of the kinds `events`, (N,) bool."""
+    wanted = set(events)
+    return np.array([text in wanted for text in _texts(table, column)], bool)
+
+
+def _texts(table: Columns, column: str) -> list[str]:
+    return ["" if value is None else str(value) for value in table.values[column].to_pylist()]
+
+
+def _with_points(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pc.replace_substring(values, ",", ".") if is_text(values.type) else values
 
 
 def parse_numbers(table: Columns, column: str) -> np.ndarray:

@@ -34,6 +34,7 @@ class FilesSpec(SourceWithImages):
     version = 1
     reader = "cm3.datasets.files.reader:Reader"
     review_reader = "cm3.datasets.files.review_texts:read_texts"
+    own = True
 
     source: Literal["files"]
     interactions: InteractionsFile = Field(
@@ -74,11 +75,16 @@ class FilesSpec(SourceWithImages):
         """Return the spec of the prepare stage; it does not include the paths of its inputs."""
         spec: dict[str, Any] = super().prepare_spec()
         for name, table in (("interactions", self.interactions), ("items", self.items)):
-            spec[name] = table and {"format": table.resolved_format, "columns": table.columns.identity()}
+            spec[name] = table and _entry(table)
         del spec["interactions"]["columns"]["review"]  # The reviews stage reads it.
+        spec["interactions"] |= self.interactions.rows()
         if self._embedded:
             spec["items"]["columns"]["image"] = None  # The images stage reads it.
         return spec
+
+    def has_labels(self) -> bool:
+        """Return whether the interactions have a column with their split."""
+        return self.interactions.columns.split is not None
 
     def review_inputs(self, name: str) -> dict[str, str]:
         """Return the table of interactions, if it has a column of reviews."""
@@ -87,8 +93,7 @@ class FilesSpec(SourceWithImages):
 
     def reviews_spec(self) -> dict[str, Any]:
         """Return the spec of the reviews stage."""
-        table = self.interactions
-        return {**super().reviews_spec(), "format": table.resolved_format, "columns": table.columns.identity()}
+        return {**super().reviews_spec(), **_entry(self.interactions), **self.interactions.rows()}
 
     @property
     def _embedded(self) -> bool:
@@ -112,3 +117,8 @@ class FilesSpec(SourceWithImages):
     def held_in_memory(self, path: str) -> bool:
         """Return True: all formats are held in memory while they are parsed."""
         return True
+
+
+def _entry(table: InteractionsFile | ItemsFile) -> dict[str, Any]:
+    """Return the part of a spec that says how a table is written and what its columns are."""
+    return {"format": table.resolved_format, "columns": table.columns.identity(), **table.layout()}

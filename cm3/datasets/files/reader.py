@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from cm3.common.errors import UserError
@@ -11,8 +12,9 @@ from cm3.common.ids import id_text, missing_id
 from cm3.common.input_files import parts_in
 from cm3.common.strict import nearest
 from cm3.common.values import shown
-from cm3.datasets.files.columns import parse_ids, parse_ratings, parse_times
-from cm3.datasets.files.tabular import Columns, read_columns, read_rows
+from cm3.datasets.files.columns import has_event, parse_ids, parse_ratings, parse_splits, parse_times
+from cm3.datasets.files.delimited import Dialect
+from cm3.datasets.files.tabular import DELIMITER, Columns, read_columns, read_rows
 from cm3.datasets.reader import Item, interaction_table
 from cm3.datasets.text import image_urls, leaves, plain_text
 from cm3.datasets.times import Times
@@ -33,9 +35,8 @@ class Reader:
             UserError: with the line: malformed file, missing or invalid id, a rating that is not a finite number, an
                 invalid time.
         """
-        interactions = self.spec["interactions"]
         parts = parts_in(self.inputs, "interactions")
-        for _, table in interactions_of(parts, interactions["format"], interactions["columns"], Times()):
+        for _, table, _ in interactions_of(parts, self.spec["interactions"], self.notes):
             yield table
 
     def known_items(self) -> Iterable[list[str]] | None:
@@ -61,7 +62,8 @@ class Reader:
         names = list(dict.fromkeys([key, *(name for several in fields.values() for name in several)]))
         table: dict[str, Item] = {}
         places: dict[str, str] = {}
-        for place, row in read_rows(parts_in(self.inputs, "items"), self.spec["items"]["format"], names):
+        entry = self.spec["items"]
+        for place, row in read_rows(parts_in(self.inputs, "items"), entry["format"], names, _dialect(entry)):
             if key not in row:
                 raise UserError(f"{place}: has no {key!r}{nearest(key, row)}; every item needs an id")
             item_id = _id(place, key, row[key])
@@ -82,32 +84,60 @@ class Reader:
 
 
 def interactions_of(
-    paths: Sequence[Path], format: str, columns: dict[str, str | None], times: Times
-) -> Iterator[tuple[Columns, pa.Table]]:
-    """Yield the columns of parts of a table of interactions, and the interactions in them.
+    paths: Sequence[Path], entry: dict[str, Any], notes: dict[str, int]
+) -> Iterator[tuple[Columns, pa.Table, np.ndarray]]:
+    """Yield the columns of parts of a table of interactions, the interactions in them that count, and their rows.
 
     Args:
         paths: its files.
-        format: csv, tsv, jsonl or parquet.
-        columns: names of the columns: user and item, and optionally others, of which rating and timestamp are parsed.
-        times: parser of the times of all parts.
+        entry: how it is written: format (csv, tsv, jsonl or parquet), columns (user and item, and optionally others),
+            and optionally delimiter, encoding, header, decimal, min_rating and events.
+        notes: counts of the rows that `min_rating` and `events` leave out, which are added here.
+
+    Yields:
+        the columns of (N) rows, a table of those that are kept, and (N,) bool: which they are.
 
     Raises:
         UserError: as `Reader.interactions`.
     """
+    columns: dict[str, str | None] = entry["columns"]
     names = list(dict.fromkeys(name for name in columns.values() if name is not None))
-    rating, timestamp = columns.get("rating"), columns.get("timestamp")
+    rating, timestamp, label, times = columns.get("rating"), columns.get("timestamp"), columns.get("split"), Times()
     user, item = columns["user"] or "", columns["item"] or ""
-    for part in read_columns(paths, format, names, ids=(user, item)):
-        yield (
-            part,
-            interaction_table(
-                parse_ids(part, user),
-                parse_ids(part, item),
-                pa.array(parse_ratings(part, rating)) if rating else None,
-                pa.array(parse_times(part, timestamp, times)) if timestamp else None,
-            ),
+    for part in read_columns(paths, entry["format"], names, ids=(user, item), dialect=_dialect(entry)):
+        ratings = parse_ratings(part, rating, entry.get("decimal", ".")) if rating else None
+        table = interaction_table(
+            parse_ids(part, user),
+            parse_ids(part, item),
+            pa.array(ratings) if ratings is not None else None,
+            pa.array(parse_times(part, timestamp, times)) if timestamp else None,
+            parse_splits(part, label) if label else None,
         )
+        kept = _kept(part, entry, ratings, notes)
+        yield part, table if kept.all() else table.filter(pa.array(kept)), kept
+
+
+def _kept(part: Columns, entry: dict[str, Any], ratings: np.ndarray | None, notes: dict[str, int]) -> np.ndarray:
+    """Return which rows `min_rating` and `events` keep, (N,) bool, and count the others in the notes."""
+    filters = {}
+    if ratings is not None and "min_rating" in entry:
+        filters["rating below min_rating"] = ratings >= entry["min_rating"]
+    if "events" in entry:
+        filters["event not in events"] = has_event(part, entry["columns"]["event"], entry["events"])
+    kept = np.ones(len(next(iter(part.values.values()))), bool)
+    for reason, passed in filters.items():
+        name = f"left out: {reason}"
+        notes[name] = notes.get(name, 0) + int((kept & ~passed).sum())
+        kept &= passed
+    return kept
+
+
+def _dialect(entry: dict[str, Any]) -> Dialect | None:
+    """Return how a csv or tsv table is written, from its entry in the spec."""
+    if entry["format"] not in DELIMITER:
+        return None
+    mark = entry.get("delimiter", DELIMITER[entry["format"]])
+    return Dialect(mark, entry.get("encoding", "utf-8"), tuple(entry.get("header", ())))
 
 
 def _id(place: str, key: str, value: Any) -> str:

@@ -12,23 +12,22 @@ from cm3.common.values import is_text, plain_column
 from cm3.datasets.files.reader import interactions_of
 from cm3.datasets.files.tabular import Columns
 from cm3.datasets.text import plain_text
-from cm3.datasets.times import Times
 
 
 def read_texts(spec: dict[str, Any], inputs: dict[str, Path]) -> Iterator[pa.Table]:
     """Yield tables of user, item, rating, timestamp and text.
 
     Args:
-        spec: format, columns (with review).
+        spec: format, columns (with review), and how the table is written and which rows count, as in `interactions_of`.
         inputs: interactions.
 
     Raises:
         UserError: with the line: as the reader of interactions, or the column of reviews holds no text.
     """
-    columns, times = spec["columns"], Times()
-    for part, table in interactions_of(parts_in(inputs, "interactions"), spec["format"], columns, times):
-        texts = pa.array([plain_text(text or "") for text in _texts(part, columns["review"])], pa.string())
-        yield table.drop_columns(["split"]).append_column("text", texts)
+    column = spec["columns"]["review"]
+    for part, table, kept in interactions_of(parts_in(inputs, "interactions"), spec, {}):
+        texts = pa.array([plain_text(text or "") for text in _texts(part, column)], pa.string())
+        yield table.drop_columns(["split"]).append_column("text", texts.filter(pa.array(kept)))
 
 
 def _texts(part: Columns, column: str) -> list[str | None]:

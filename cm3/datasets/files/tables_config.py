@@ -2,13 +2,13 @@
 
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from cm3.common.errors import UserError
 from cm3.common.paths import expand
-from cm3.common.strict import Strict
+from cm3.common.strict import Float, Strict
 from cm3.datasets.images.config import Names
 
 _SUFFIXES = {
@@ -36,6 +36,17 @@ class InteractionColumns(Strict):
     review: str | None = Field(
         default=None, description="Text of the user's review, read only for extractors of modality reviews."
     )
+    split: str | None = Field(
+        default=None,
+        description="Split of your own: train, valid (validation, val, dev) or test in every row; then k-core filtering is "
+        "off by default.",
+    )
+    event: str | None = Field(default=None, description="Kind of interaction, such as view or purchase; see events.")
+
+    def identity(self) -> dict[str, Any]:
+        """Return the columns, split and event only where they are set: other keys were computed without them."""
+        found = super().identity()
+        return {name: column for name, column in found.items() if column or name not in ("split", "event")}
 
 
 class ItemColumns(Strict):
@@ -62,6 +73,33 @@ class TableFile(Strict):
         default="auto",
         description="File format; auto: by the suffix .csv, .tsv, .jsonl or .parquet, .gz may follow; a folder is Parquet.",
     )
+
+    delimiter: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=1,
+        description="character between the cells of a csv or tsv file, such as ';'; null: a comma in csv, a tab in tsv",
+    )
+    encoding: Literal["utf-8", "cp1252", "latin-1", "utf-16"] = Field(
+        default="utf-8", description="encoding of the text of a csv or tsv file; cp1252 is that of Windows in the West"
+    )
+    header: list[str] | None = Field(
+        default=None,
+        min_length=1,
+        description="names of the columns, in order, of a csv or tsv file whose first line already holds values",
+    )
+
+    def layout(self) -> dict[str, Any]:
+        """Return delimiter, encoding and header where they are set: the keys of other tables do not hold them."""
+        found = {"delimiter": self.delimiter, "encoding": self.encoding, "header": self.header}
+        return {name: value for name, value in found.items() if value not in (None, "utf-8")}
+
+    @model_validator(mode="after")
+    def _only_text_has_a_layout(self) -> "TableFile":
+        if self.layout() and self.resolved_format not in ("csv", "tsv"):
+            name = next(iter(self.layout()))
+            raise ValueError(f"{name} is for csv and tsv only; remove it, or set format: csv")
+        return self
 
     @cached_property
     def resolved_format(self) -> str:
@@ -91,6 +129,28 @@ class InteractionsFile(TableFile):
     """The user's interactions."""
 
     columns: InteractionColumns = InteractionColumns()
+    decimal: Literal[".", ","] = Field(default=".", description="decimal mark of the ratings, such as ',' in 4,5")
+    min_rating: Float | None = Field(default=None, description="leave out interactions with a lower rating")
+    events: list[str] | None = Field(
+        default=None, min_length=1, description="keep interactions of these kinds only, by columns.event"
+    )
+
+    def rows(self) -> dict[str, Any]:
+        """Return the settings that decide how rows are read and which are kept, where they are set."""
+        found: dict[str, Any] = {
+            "decimal": None if self.decimal == "." else self.decimal,
+            "min_rating": self.min_rating,
+        }
+        found |= {"events": sorted(set(self.events)) if self.events else None}
+        return {name: value for name, value in found.items() if value is not None}
+
+    @model_validator(mode="after")
+    def _columns_of_filters(self) -> "InteractionsFile":
+        if self.min_rating is not None and self.columns.rating is None:
+            raise ValueError("min_rating needs columns.rating, the column of the ratings")
+        if (self.events is None) != (self.columns.event is None):
+            raise ValueError("events, the kinds to keep, and columns.event, the column of the kinds, need each other")
+        return self
 
 
 class ItemsFile(TableFile):

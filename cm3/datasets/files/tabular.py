@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,12 @@ from cm3.common.input_files import check_readable
 from cm3.common.strict import nearest
 from cm3.common.values import first_valid, python_value, shown
 from cm3.datasets.download.gzip import GZIP_ERRORS
-from cm3.datasets.files.delimited import QuoteCounter, check_quotes, delimited_lines
+from cm3.datasets.files.delimited import Dialect, QuoteCounter, check_quotes, delimited_lines
 from cm3.datasets.files.lines import lines, open_bytes
 from cm3.datasets.text import is_unicode
 
-_DELIMITER = {"csv": ",", "tsv": "\t"}
+DELIMITER = {"csv": ",", "tsv": "\t"}
+"""Default delimiter by format."""
 PART_ROWS, PART_BYTES = 1 << 18, 1 << 24
 """Rows (jsonl, parquet) or bytes (csv, tsv) of a part of a table."""
 
@@ -44,6 +46,7 @@ class Columns:
     format: str
     values: dict[str, pa.ChunkedArray]
     first: int
+    dialect: Dialect | None = None
 
     def place(self, row: int) -> str:
         """Return "path, line N" of a row, counted from 0, for messages."""
@@ -51,13 +54,17 @@ class Columns:
         if self.format == "parquet":
             return f"{self.path}, row {row}"
         if self.format == "jsonl":
-            return f"{self.path}, line {next(n for i, (n, _) in enumerate(lines(self.path)) if i == row)}"
-        found = delimited_lines(self.path, _DELIMITER[self.format])
+            return next(place for i, (place, _) in enumerate(_json_objects(self.path)) if i == row)
+        found = delimited_lines(self.path, self.dialect or DELIMITER[self.format])
         return f"{self.path}, line {next(n for i, (n, _) in enumerate(found) if i == row + 1)}"
 
 
 def read_columns(
-    path: Path | Sequence[Path], format: str, names: Sequence[str], ids: Sequence[str] = ()
+    path: Path | Sequence[Path],
+    format: str,
+    names: Sequence[str],
+    ids: Sequence[str] = (),
+    dialect: Dialect | None = None,
 ) -> Iterator[Columns]:
     """Yield the columns `names` of a csv, tsv, jsonl or parquet file in parts of bounded size.
 
@@ -66,6 +73,7 @@ def read_columns(
         format: csv, tsv, jsonl or parquet.
         names: columns to read.
         ids: those of `names` that hold ids, which are normalised in jsonl (null: a missing id).
+        dialect: how a csv or tsv file is written; by default as its format says.
 
     Raises:
         UserError: missing or empty file, missing column (in jsonl: missing in the first part), or malformed line.
@@ -73,23 +81,26 @@ def read_columns(
     paths = [path] if isinstance(path, Path) else list(path)
     rows = 0
     for file in paths:
-        for part in _columns_of(file, format, names, ids):
+        for part in _columns_of(file, format, names, ids, dialect):
             rows += len(next(iter(part.values.values())))
             yield part
     if not rows:
-        raise UserError(f"{paths[0]}: has no rows" + (", only a header" if format in _DELIMITER else ""))
+        raise UserError(f"{paths[0]}: has no rows" + (", only a header" if format in DELIMITER else ""))
 
 
-def _columns_of(path: Path, format: str, names: Sequence[str], ids: Sequence[str]) -> Iterator[Columns]:
+def _columns_of(
+    path: Path, format: str, names: Sequence[str], ids: Sequence[str], dialect: Dialect | None
+) -> Iterator[Columns]:
     if format == "parquet":
         parts = _parquet_parts(path, names)
     elif format == "jsonl":
         parts = _jsonl_parts(path, names, ids)
     else:
-        parts = _delimited_parts(path, _DELIMITER[format], names)
+        dialect = dialect or Dialect(DELIMITER[format], configurable=False)
+        parts = _delimited_parts(path, dialect, names)
     first = 0
     for table in parts:
-        yield Columns(path, format, {name: table.column(name) for name in names}, first)
+        yield Columns(path, format, {name: table.column(name) for name in names}, first, dialect)
         first += len(table)
 
 
@@ -105,7 +116,7 @@ def column_names(path: Path, format: str) -> list[str]:
     check_readable(path)
     if format == "jsonl":
         return list(next(_read_jsonl(path, []))[1])
-    return _header(path, _DELIMITER[format])
+    return _header(path, Dialect(DELIMITER[format], configurable=False), [])
 
 
 def _parquet_parts(path: Path, names: Sequence[str]) -> Iterator[pa.Table]:
@@ -154,17 +165,16 @@ def _not_unicode(part: Columns, columns: dict[str, list[str | None]]) -> UserErr
     return UserError(f"{part.place(row)}: {name} = {value!r} {LONE_SURROGATE}")
 
 
-def _delimited_parts(path: Path, delimiter: str, names: Sequence[str]) -> Iterator[pa.Table]:
-    found = _header(path, delimiter)
-    _require(path, names, found)
+def _delimited_parts(path: Path, dialect: Dialect, names: Sequence[str]) -> Iterator[pa.Table]:
+    found = _header(path, dialect, names)
     rows = 1
-    with open_bytes(path) as file:
+    with dialect.open(path) as file:
         counter = QuoteCounter(file)
         try:
             with pa_csv.open_csv(
                 counter,
                 read_options=pa_csv.ReadOptions(block_size=PART_BYTES),
-                parse_options=pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+                parse_options=pa_csv.ParseOptions(delimiter=dialect.delimiter, newlines_in_values=True),
                 convert_options=pa_csv.ConvertOptions(
                     include_columns=list(names), column_types=dict.fromkeys(names, pa.string())
                 ),
@@ -172,12 +182,14 @@ def _delimited_parts(path: Path, delimiter: str, names: Sequence[str]) -> Iterat
                 for batch in batches:
                     rows += len(batch)
                     yield pa.Table.from_batches([batch])
-        except (pa.ArrowInvalid, OSError, *GZIP_ERRORS) as error:
-            raise _malformed(path, delimiter, len(found), error) from None
-    check_quotes(path, delimiter, rows, counter.quotes)
+        except (pa.ArrowInvalid, OSError, UnicodeDecodeError, *GZIP_ERRORS) as error:
+            raise _malformed(path, dialect, len(found), error) from None
+    check_quotes(path, dialect, rows, counter.quotes)
 
 
-def read_rows(path: Path | Sequence[Path], format: str, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_rows(
+    path: Path | Sequence[Path], format: str, names: Sequence[str], dialect: Dialect | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield ("path, line N", row) of a table file, or of several; a row has at least those of `names` that the line has.
 
     Raises:
@@ -193,13 +205,15 @@ def read_rows(path: Path | Sequence[Path], format: str, names: Sequence[str]) ->
                 yield f"{part.path}, row {number}", cells
         return
     for file in [path] if isinstance(path, Path) else path:
-        yield from _read_jsonl(file, names) if format == "jsonl" else _delimited_rows(file, _DELIMITER[format], names)
+        if format == "jsonl":
+            yield from _read_jsonl(file, names)
+        else:
+            yield from _delimited_rows(file, dialect or Dialect(DELIMITER[format], configurable=False), names)
 
 
-def _delimited_rows(path: Path, delimiter: str, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    found = _header(path, delimiter)
-    _require(path, names, found)
-    rows = delimited_lines(path, delimiter)
+def _delimited_rows(path: Path, dialect: Dialect, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    found = _header(path, dialect, names)
+    rows = delimited_lines(path, dialect)
     next(rows)
     for number, values in rows:
         if len(values) != len(found):
@@ -236,7 +250,30 @@ def _short(kind: pa.DataType) -> str:
 
 def _read_jsonl(path: Path, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     unseen, keys = set(names), set[str]()
-    number = 0
+    place = ""
+    for place, row in _json_objects(path):
+        if unseen:
+            unseen.difference_update(row)
+            keys.update(row)
+        yield place, row
+    if not place:
+        raise UserError(f"{path}: is empty")
+    _require(path, sorted(unseen), keys)
+
+
+def _json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (place, object) of a file with an object on each line, or with one array of objects.
+
+    Raises:
+        UserError: a line or entry is not an object.
+    """
+    array = _json_array(path)
+    for n, row in enumerate(array or (), 1):
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, entry {n}: not a JSON object: {_excerpt(json.dumps(row).encode())}")
+        yield f"{path}, entry {n}", row
+    if array is not None:
+        return
     for number, line in lines(path):
         try:
             row = json.loads(line)
@@ -244,13 +281,20 @@ def _read_jsonl(path: Path, names: Sequence[str]) -> Iterator[tuple[str, dict[st
             raise UserError(f"{path}, line {number}: not a JSON object ({error}): {_excerpt(line)}") from None
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number}: not a JSON object: {_excerpt(line)}")
-        if unseen:
-            unseen.difference_update(row)
-            keys.update(row)
         yield f"{path}, line {number}", row
-    if not number:
-        raise UserError(f"{path}: is empty")
-    _require(path, sorted(unseen), keys)
+
+
+def _json_array(path: Path) -> list[Any] | None:
+    """Return the entries of a file that holds one JSON array; None if its first line does not begin one of objects."""
+    with open_bytes(path) as file:
+        try:
+            if not re.match(rb"(\xef\xbb\xbf)?\s*\[\s*(\{|\]|$)", file.read(1 << 12)):
+                return None
+            file.seek(0)
+            found = json.loads(file.read().decode("utf-8-sig"))
+        except (ValueError, RecursionError, *GZIP_ERRORS):
+            return None  # reported with its line
+    return found if isinstance(found, list) else None
 
 
 def _open_parquet(path: Path, names: Sequence[str]) -> pq.ParquetFile:
@@ -271,15 +315,37 @@ def _unreadable_parquet(path: Path, error: Exception) -> UserError:
     return UserError(f"{path}: not a readable Parquet file ({error})")
 
 
-def _header(path: Path, delimiter: str) -> list[str]:
-    first = next(delimited_lines(path, delimiter), None)
+def _header(path: Path, dialect: Dialect, names: Sequence[str]) -> list[str]:
+    """Return the names of the columns. Raises UserError if they lack one of `names`, or have one twice."""
+    first = next(delimited_lines(path, dialect), None)
     if first is None:
         raise UserError(f"{path}: is empty")
-    names = first[1]
-    twice = sorted({name for name in names if names.count(name) > 1})
+    found = first[1]
+    if dialect.configurable and not set(names) & set(found):
+        _check_layout(path, dialect, found)
+    twice = sorted({name for name in found if found.count(name) > 1})
     if twice:
         raise UserError(f"{path}, line {first[0]}: duplicate column {twice[0]!r} in the header")
-    return names
+    _require(path, names, found)
+    return found
+
+
+_NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?")
+
+
+def _check_layout(path: Path, dialect: Dialect, found: Sequence[str]) -> None:
+    """Raise UserError with the key to set if a first row without any wanted name shows another delimiter or no header."""
+    other = next((mark for mark in ";\t|," if len(found) == 1 and mark != dialect.delimiter and mark in found[0]), None)
+    if other:
+        raise UserError(
+            f"{path}: its first line is one column, {_excerpt(found[0].encode())}; if the columns are separated by {other!r}, "
+            f"set delimiter: {json.dumps(other)} next to path"
+        )
+    if not dialect.header and any(_NUMBER.fullmatch(cell) for cell in found):
+        raise UserError(
+            f"{path}: its first line holds values, not the names of columns: {_excerpt(dialect.delimiter.join(found).encode())}; "
+            f"set header to the names of its {len(found)} columns next to path, such as header: [user, item, rating]"
+        )
 
 
 def _require(path: Path, names: Sequence[str], found: Any) -> None:
@@ -290,10 +356,10 @@ def _require(path: Path, names: Sequence[str], found: Any) -> None:
             )
 
 
-def _malformed(path: Path, delimiter: str, width: int, error: Exception) -> UserError:
-    for number, values in delimited_lines(path, delimiter):
+def _malformed(path: Path, dialect: Dialect, width: int, error: Exception) -> UserError:
+    for number, values in delimited_lines(path, dialect):
         if len(values) != width:
-            shown = _excerpt(delimiter.join(values).encode())
+            shown = _excerpt(dialect.delimiter.join(values).encode())
             return UserError(f"{path}, line {number}: has {len(values)} values, the header has {width}: {shown}")
     return UserError(f"{path}: {error}")
 

@@ -94,6 +94,11 @@ class Images(ImageLimits):
         description="path of an item's image in the folder, such as {item_id}.jpg or {item_id:.3}/{item_id}.jpg; "
         "several are tried in order; without it, the item's own image column names the file",
     )
+    follow_links: bool = Field(
+        default=False,
+        description="read images through links that lead out of the folder, such as into the store of DVC, git-annex or a "
+        "hub's cache; only for a folder whose links you trust",
+    )
     hosts: list[_Host] = Field(
         default=[],
         description="allow-list of hosts for image downloads, at any port; `*.example.com` includes all subdomains",
@@ -113,6 +118,8 @@ class Images(ImageLimits):
     def _one_place(self) -> "Images":
         if self.folder is None and self.pattern is not None:
             raise ValueError("pattern needs images.folder, the folder of the images")
+        if self.folder is None and self.follow_links:
+            raise ValueError("follow_links needs images.folder, the folder of the images")
         if self.folder is not None and self.hosts:
             raise ValueError("set either folder (local images) or hosts (images to download), not both")
         return self
@@ -127,4 +134,6 @@ class Images(ImageLimits):
         limits = self.limits()
         if self.folder is None:
             return {"find": "urls", "private": self.private, **limits, **allowed_hosts(self.hosts)}
-        return {"find": "folder", "folder": self.folder, "patterns": self.pattern, **limits}
+        # Only where it is set: the keys of existing images were computed without it.
+        links = {"follow_links": True} if self.follow_links else {}
+        return {"find": "folder", "folder": self.folder, "patterns": self.pattern, **limits, **links}

@@ -21,11 +21,15 @@ from cm3.datasets.images.validate import PlaceholderError, examine
 _AT_ONCE = 64
 _FAULTS_OF_A_NAME = frozenset({errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EILSEQ, errno.EISDIR})
 _ABSENT = ("no such file",)
+_LINK = (
+    "refused: a link leads out of the folder; if it leads into a store (DVC, git-annex, the hub's cache), set "
+    "images.follow_links: true"
+)
 _NONE = Found("", MISSING, ("the item names no image",), ("the item names no image",))
 
 
 def find(search: Search) -> Iterator[Found]:
-    """Yield each item's image. Files outside the folder are never read, whatever an id or a column contains.
+    """Yield each item's image. An id or a column never leads out of the folder; a link does only with `follow_links`.
 
     Raises:
         UserError: the folder does not exist, or a file cannot be read for a reason that is not in the file.
@@ -64,8 +68,8 @@ def _try(folder: Path, real: Path, spec: dict[str, Any], name: str) -> Found:
         return _refused(name, "refused: the path leads out of the folder")
     try:
         kind = path.stat().st_mode
-        if not path.resolve().is_relative_to(real):
-            return _refused(path, "refused: a link leads out of the folder")
+        if not spec.get("follow_links") and not path.resolve().is_relative_to(real):
+            return _refused(path, _LINK)
         if not stat.S_ISREG(kind):
             return _refused(path, "not a regular file")
         data = _read(path, spec["max_bytes"])

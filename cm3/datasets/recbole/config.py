@@ -45,6 +45,7 @@ class RecBoleSpec(SourceWithImages):
     version = 1
     libraries = ("pyarrow",)
     reader = "cm3.datasets.recbole.reader:Reader"
+    own = True
 
     source: Literal["recbole"]
     folder: str = Field(

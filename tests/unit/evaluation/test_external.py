@@ -194,7 +194,7 @@ def test_settings():
     assert "recommendations" not in External(recommendations="a.csv").identity()
     assert External(recommendations="a.csv").identity() == External(recommendations="b/c.csv").identity()
     assert External(recommendations="lists.parquet").exports == "lists"
-    with pytest.raises(UserError, match=r"unknown suffix in 'lists\.txt'; set format"):
+    with pytest.raises(UserError, match=r"unknown suffix in 'lists\.txt', and no folder; set format"):
         validate(External, {"recommendations": "lists.txt"}, "model")
     with pytest.raises(UserError, match="name one of them"):
         validate(External, {"recommendations": "a.csv", "rank_column": "a", "score_column": "b"}, "model")

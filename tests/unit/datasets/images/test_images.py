@@ -246,6 +246,18 @@ def test_the_image_column_names_the_file(tmp_path: Path):
     assert "nothing is fetched" in rows[2]["error"]
 
 
+def test_links_into_a_store_are_followed_where_that_is_set(tmp_path: Path):
+    store, shop = tmp_path / "store", tmp_path / "shop"
+    store.mkdir()
+    shop.mkdir()
+    (store / "1f").write_bytes(image())
+    (shop / "a.jpg").symlink_to(store / "1f")
+    references = {"a": ["a.jpg"], "up": ["../store/1f"]}
+    (row, _) = collect(tmp_path, references, local(shop))
+    assert row["status"] == "failed" and "set images.follow_links: true" in row["error"]
+    assert [row["status"] for row in collect(tmp_path, references, local(shop, follow_links=True))] == ["ok", "failed"]
+
+
 def test_nothing_outside_the_folder_is_read(tmp_path: Path):
     shop = tmp_path / "shop"
     shop.mkdir()
