@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from cm3.common.errors import DamagedFileError
 
@@ -157,6 +156,8 @@ def _digest(content: mmap.mmap, index: bytes, headers: list[tuple[int, int]], ta
 
 def _page_headers(path: Path) -> Iterator[tuple[int, int]]:
     """Yield the offset and length of each page header of a Parquet file."""
+    import pyarrow.parquet as pq  # planning, and training without files, need none of it
+
     metadata = pq.read_metadata(path)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         for group in range(metadata.num_row_groups):

@@ -17,6 +17,7 @@ class External(ModelSpec):
 
     stage: ClassVar[str] = "external"
     version: ClassVar[int | None] = 1
+    libraries: ClassVar[tuple[str, ...]] = ("numpy", "pyarrow")
     trains: ClassVar[bool] = False
     on_device: ClassVar[bool] = False
     exports: ClassVar[Literal["embeddings", "item_weights", "lists"]] = "lists"

@@ -148,6 +148,6 @@ def test_offline_it_names_the_file_to_provide_and_its_place(server, tmp_path: Pa
     checkout.run("processed/shop/stats.json")
     assert checkout.planned("processed/shop/stats.json") == {}
     assert (
-        "raw/shop/reviews_Shop_5.json.gz was not downloaded" in (checkout.folder / "logs/shop/prepare.log").read_text()
+        "raw/shop/reviews_Shop_5.json.gz: a file of your own" in (checkout.folder / "logs/shop/prepare.log").read_text()
     )
     assert len(asked) == before + 2

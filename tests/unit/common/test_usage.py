@@ -80,4 +80,4 @@ def test_the_memory_of_children_counts(tmp_path: Path):
         assert memory_of_tree_mb() > 400
         time.sleep(0.3)
         child.communicate(b"\n")
-        assert usage.facts()["peak_memory_mb"] > max(400, before)
+        assert usage.facts()["peak_memory_mb"] >= max(400, before)
