@@ -37,12 +37,13 @@ class Interactions:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Sha256 of the ids, of the rows in order and of their split: what a model learns from and is measured on."""
+        """Sha256 of the ids, and of the training and validation rows in order: what a model learns from."""
         digest = hashlib.sha256()
         for ids in (self.user_ids, self.item_ids):
             digest.update("\n".join([*ids, ""]).encode())
+        learnt = self.split != SPLITS.index("test")
         for values, kind in ((self.users, "<i8"), (self.items, "<i8"), (self.split, "<i1")):
-            digest.update(np.ascontiguousarray(values, kind).tobytes())
+            digest.update(np.ascontiguousarray(values[learnt], kind).tobytes())
         return digest.hexdigest()
 
     def check_learnt_from(self, path: str | os.PathLike[str], metadata: Mapping[str, Any]) -> None:

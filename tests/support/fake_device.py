@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cm3.baselines.networks.bm3
+import cm3.baselines.networks.smore
 import cm3.model.model
 import cm3.model.sampling
 from cm3.model.graph import SparseMatrix
@@ -113,7 +114,8 @@ def fake_device() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         patch.setattr(SparseMatrix, "product", _product)
-        patch.setattr(cm3.baselines.networks.bm3, "seeded_generator", lambda device, seed: torch.Generator())
+        for module in (cm3.baselines.networks.bm3, cm3.baselines.networks.smore):
+            patch.setattr(module, "seeded_generator", lambda device, seed: torch.Generator())
         for module in (cm3.model.sampling, cm3.model.model):
             patch.setattr(module, "mixing_parameters", lambda alpha, n, device, seed: torch.empty(n, device=device))
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))

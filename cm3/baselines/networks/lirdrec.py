@@ -17,6 +17,9 @@ from cm3.model.graph import SparseMatrix, add_neighbours, item_item_matrix, prop
 from cm3.model.network import Embeddings, Loss, Network
 from cm3.model.sampling import Batch
 
+_EPOCHS = 10_000
+"""Epochs with a weight of their own; later ones have the last, which is 0 for any decay below 1."""
+
 
 class DirectRepresentations(Network):
     """Zhou et al., Learning Item Representations Directly from Multimodal Features for Effective Recommendation, 2025.
@@ -38,6 +41,8 @@ class DirectRepresentations(Network):
     """
 
     components = ("ranking", "penalty")
+
+    shares: Tensor
 
     def __init__(
         self,
@@ -61,6 +66,9 @@ class DirectRepresentations(Network):
         # Epochs begun, and the seed of the last one modulo 2^24: a resumed epoch does not begin again. Both are
         # parameters without a gradient, because these are what checkpoints and model files store.
         self.progress = nn.Parameter(torch.zeros(2), requires_grad=False)
+        # w and 1 - w of each epoch: a step takes them by index, without waiting for the device.
+        shares = [computed_share(settings, epoch) for epoch in range(_EPOCHS)]
+        self.register_buffer("shares", torch.tensor([[w, 1 - w] for w in shares]), persistent=False)
         self.adjacency = SparseMatrix(user_item_matrix(interactions))
         self.item_graph, self.transposed = SparseMatrix(item_graph), SparseMatrix(sp.csr_matrix(item_graph.T))
 
@@ -97,8 +105,9 @@ class DirectRepresentations(Network):
     def _weights(self, users: Sequence[Tensor]) -> Tensor:
         """Return the weights of each user's parts, (U, M + 1)."""
         computed = torch.cat([net(part) for net, part in zip(self.attention, users, strict=True)], 1)
-        w = computed_share(self.settings, int(self.progress[0]))
-        return (w * computed + (1 - w) * self.theta).softmax(1)
+        epoch = self.progress[:1].long().clamp(max=_EPOCHS - 1)
+        w, rest = self.shares.index_select(0, epoch).unbind(1)
+        return (w * computed + rest * self.theta).softmax(1)
 
     def loss(self, embeddings: Embeddings, batch: Batch) -> Loss:
         """Return BPR + reg_weight * penalty."""

@@ -14,7 +14,7 @@ from cm3.baselines.networks.mgcn import MultiViewEmbeddings, multi_view_loss, si
 from cm3.baselines.smore import SMORE
 from cm3.model.graph import SparseMatrix, user_item_matrix
 from cm3.model.network import Loss, Network
-from cm3.model.sampling import Batch
+from cm3.model.sampling import Batch, seeded_generator
 
 
 class SpectrumNetwork(Network):
@@ -64,7 +64,7 @@ class SpectrumNetwork(Network):
 
     def training_embeddings(self, seed: int) -> MultiViewEmbeddings:
         """Return a forward whose dropout comes from `seed`."""
-        return self._forward(torch.Generator(self.users.device).manual_seed(seed))
+        return self._forward(seeded_generator(self.users.device, seed))
 
     def _forward(self, generator: torch.Generator | None = None) -> MultiViewEmbeddings:
         behaviour = torch.cat(layer_mean(self.adjacency, self.users, self.items, self.settings.n_ui_layers))

@@ -110,7 +110,7 @@ def test_a_loss_that_is_not_finite_ends_all_with_its_message(shop, tmp_path):
 def test_a_model_without_ddp_is_refused(shop, tmp_path, monkeypatch):
     monkeypatch.setattr(cm3.model.model.CM3, "supports_ddp", False)
     fit = cm3.training.loop.fit
-    monkeypatch.setattr("cm3.training.train.fit", lambda *arguments: fit(*arguments[:-1], ProcessShard(0, 2)))
+    monkeypatch.setattr("cm3.training.train.fit", lambda *given: fit(*given[:7], ProcessShard(0, 2), *given[8:]))
     with pytest.raises(UserError, match=r"training\.processes: this model supports one process only"):
         run(shop, tmp_path)
 
@@ -194,7 +194,7 @@ def test_processes_that_drew_different_batches_are_an_error(shop, tmp_path, monk
 
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     fit = cm3.training.loop.fit
-    monkeypatch.setattr("cm3.training.train.fit", lambda *arguments: fit(*arguments[:-1], ProcessShard(0, 2)))
+    monkeypatch.setattr("cm3.training.train.fit", lambda *given: fit(*given[:7], ProcessShard(0, 2), *given[8:]))
     with pytest.raises(
         UserError, match=r"different batches .*process 0 on cpu has .*process 1 on NVIDIA A100 has 0123"
     ):
