@@ -58,14 +58,10 @@ def _column(table: Mapping[str, Any], name: str, where: str) -> Any:
     names = getattr(table, "column_names", None) or list(getattr(table, "columns", ()))
     if names.count(name) > 1:
         raise ValueError(f"{where}: duplicate column {name!r}; rename one of them")
-    try:
-        return table[name]
-    except KeyError:
-        raise ValueError(f"{where}: has no column {name!r}{nearest(name, names)}") from None
-    except Exception as error:  # polars has an error of its own
-        if names and name not in names:
-            raise ValueError(f"{where}: has no column {name!r}{nearest(name, names)}") from error
-        raise
+    # Asked before it is taken, because libraries of tables raise errors of their own.
+    if name not in (names or table):
+        raise ValueError(f"{where}: has no column {name!r}{nearest(name, names or table)}")
+    return table[name]
 
 
 def places(ids: Sequence[str], kind: str) -> dict[str, int]:

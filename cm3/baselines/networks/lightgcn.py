@@ -1,5 +1,6 @@
 """LightGCN: embeddings averaged over the layers of the user-item graph."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import scipy.sparse as sp
@@ -20,6 +21,16 @@ class LayeredEmbeddings(Embeddings):
 
     ego_users: Tensor
     ego_items: Tensor
+
+
+def layered_loss(embeddings: LayeredEmbeddings, batch: Batch, reg_weight: float, components: Sequence[str]) -> Loss:
+    """Return BPR of the averages + reg_weight * L2 penalty on the initial embeddings of the batch."""
+    users = lookup(embeddings.users, batch.users)
+    items, others = (lookup(embeddings.items, ids) for ids in (batch.items, batch.negatives))
+    ranking = bpr_loss(users, items, others)
+    ego_items = (lookup(embeddings.ego_items, ids) for ids in (batch.items, batch.negatives))
+    size = l2_penalty(lookup(embeddings.ego_users, batch.users), *ego_items)
+    return Loss(ranking + reg_weight * size, by_name(components, (ranking, size)))
 
 
 class LightGraphNetwork(Network):
@@ -45,12 +56,7 @@ class LightGraphNetwork(Network):
 
     def loss(self, embeddings: LayeredEmbeddings, batch: Batch) -> Loss:
         """Return BPR + reg_weight * penalty."""
-        users = lookup(embeddings.users, batch.users)
-        items, others = (lookup(embeddings.items, ids) for ids in (batch.items, batch.negatives))
-        ranking = bpr_loss(users, items, others)
-        ego_items = (lookup(embeddings.ego_items, ids) for ids in (batch.items, batch.negatives))
-        size = l2_penalty(lookup(embeddings.ego_users, batch.users), *ego_items)
-        return Loss(ranking + self.settings.reg_weight * size, by_name(self.components, (ranking, size)))
+        return layered_loss(embeddings, batch, self.settings.reg_weight, self.components)
 
     @torch.no_grad()
     def embed(self) -> LayeredEmbeddings:

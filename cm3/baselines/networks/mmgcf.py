@@ -12,15 +12,11 @@ from cm3.baselines.inputs import Inputs
 from cm3.baselines.mmgcf import MMGCF
 from cm3.baselines.networks.freedom import prune
 from cm3.baselines.networks.layers import (
-    bpr_loss,
-    by_name,
-    l2_penalty,
     layer_mean,
-    lookup,
     projections,
     xavier_embedding,
 )
-from cm3.baselines.networks.lightgcn import LayeredEmbeddings
+from cm3.baselines.networks.lightgcn import LayeredEmbeddings, layered_loss
 from cm3.model.graph import SparseMatrix, user_item_matrix
 from cm3.model.network import Embeddings, Loss, Network
 from cm3.model.sampling import Batch
@@ -96,12 +92,7 @@ class LateFusion(Network):
 
     def loss(self, embeddings: LayeredEmbeddings, batch: Batch) -> Loss:
         """Return BPR + reg_weight * penalty."""
-        users = lookup(embeddings.users, batch.users)
-        items, others = (lookup(embeddings.items, ids) for ids in (batch.items, batch.negatives))
-        ranking = bpr_loss(users, items, others)
-        ego_items = (lookup(embeddings.ego_items, ids) for ids in (batch.items, batch.negatives))
-        size = l2_penalty(lookup(embeddings.ego_users, batch.users), *ego_items)
-        return Loss(ranking + self.settings.reg_weight * size, by_name(self.components, (ranking, size)))
+        return layered_loss(embeddings, batch, self.settings.reg_weight, self.components)
 
     @torch.no_grad()
     def embed(self) -> Embeddings:

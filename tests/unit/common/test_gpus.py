@@ -45,20 +45,20 @@ def start(seconds: float, **environment: str) -> subprocess.Popen[str]:
     )
 
 
-def told(job: subprocess.Popen[str]) -> str:
+def reported(job: subprocess.Popen[str]) -> str:
     assert job.stdout is not None
     return job.stdout.readline().strip()
 
 
 def test_jobs_at_once_hold_different_gpus():
     jobs = [start(30), start(30)]
-    held = [told(job) for job in jobs]
+    held = [reported(job) for job in jobs]
     assert sorted(held) == ["0", "1"]
     third = start(0)
     time.sleep(0.5)
     assert third.poll() is None
     jobs[0].send_signal(signal.SIGKILL)
-    assert told(third) == held[0]
+    assert reported(third) == held[0]
     jobs[1].kill()
     for job in (*jobs, third):
         job.wait(20)
@@ -69,7 +69,7 @@ def test_jobs_with_temporary_folders_of_their_own_share_the_gpus(tmp_path: Path)
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         jobs.append(start(30, TMPDIR=str(tmp_path / name)))
-    assert sorted(told(job) for job in jobs) == ["0", "1"]
+    assert sorted(reported(job) for job in jobs) == ["0", "1"]
     for job in jobs:
         job.kill()
         job.wait(20)
@@ -107,7 +107,7 @@ def test_a_job_that_wants_several_gets_all_or_waits():
         waiting = start(0)
         time.sleep(0.5)
         assert waiting.poll() is None
-    assert told(waiting) == "0"
+    assert reported(waiting) == "0"
     waiting.wait(20)
 
 
@@ -119,14 +119,14 @@ def ended(*jobs: subprocess.Popen[str]) -> None:
 
 def test_jobs_with_shares_fill_one_gpu_and_leave_the_other_whole():
     quarters = [start(30, WANTED="0.25") for _ in range(4)]
-    assert {told(job) for job in quarters} == {"0"}, "all on one GPU"
+    assert {reported(job) for job in quarters} == {"0"}, "all on one GPU"
     fifth = start(30, WANTED="0.25")
-    assert told(fifth) == "1"
+    assert reported(fifth) == "1"
     whole = start(0)
     time.sleep(0.7)
     assert whole.poll() is None
     ended(fifth)
-    assert told(whole) == "1"
+    assert reported(whole) == "1"
     whole.wait(20)
     ended(*quarters)
 
@@ -134,14 +134,14 @@ def test_jobs_with_shares_fill_one_gpu_and_leave_the_other_whole():
 def test_a_share_waits_for_room_and_a_killed_job_gives_its_share_back(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     first, second = start(30, WANTED="0.5"), start(30, WANTED="0.4")
-    assert told(first) == told(second) == "0"
+    assert reported(first) == reported(second) == "0"
     third = start(0, WANTED="0.2")
     time.sleep(1)
     assert third.poll() is None, "0.1 is left"
     small = start(0, WANTED="0.1")
-    assert told(small) == "0"
+    assert reported(small) == "0"
     first.send_signal(signal.SIGKILL)
-    assert told(third) == "0"
+    assert reported(third) == "0"
     small.wait(20)
     third.wait(20)
     ended(first, second)
@@ -154,7 +154,7 @@ def test_three_jobs_with_a_third_each_share_a_gpu(monkeypatch: pytest.MonkeyPatc
         waiting = start(0)
         time.sleep(0.7)
         assert waiting.poll() is None
-    assert told(waiting) == "1"
+    assert reported(waiting) == "1"
     waiting.wait(20)
 
 
@@ -167,7 +167,7 @@ def test_a_share_is_of_the_gpu_by_its_uuid(tmp_path: Path, monkeypatch: pytest.M
         with own_gpus(0.5) as held:
             assert held == ["0"]
         waiting = start(0, WANTED="0.5")
-        assert told(waiting) == "0"
+        assert reported(waiting) == "0"
         waiting.wait(20)
 
 

@@ -3,7 +3,7 @@
 import logging
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -11,85 +11,16 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import tiny_transformers
-from caption_server import MODEL, completion, error, serving, short_pauses, spec_of
-from fixtures_extractors import plain, shape, write_images, write_items
+from fixtures_extractors import shape
+from growing_shop import ALL, CODE, OLD, TITLES, bert, looks, run, shop, shown, texts_of, vectors  # noqa: F401
 from repository import ROOT
 
 import extractors
-from cm3.common.features import Features, read_features
 from cm3.common.keys import key_of
-from cm3.common.tables import CAPTIONS, read_metadata, read_table
-from extractors.caption.stage import caption
-from extractors.extract import extract
 from extractors.image import descriptor
 from extractors.runtime.cache import cache_address, cached_outputs
 from extractors.runtime.earlier_cache import earlier_addresses
 from extractors.runtime.shards import notes_of
-from extractors.text.transformers import TransformersTextExtractor
-
-__all__ = ["short_pauses"]  # used by every test here
-
-TITLES = {f"i{n}": "red shoe for women " * (n % 5 + 1) + "word " * n for n in range(44)}
-OLD = [f"i{n}" for n in range(44) if n % 11 != 5]  # the 4 others come later, in between
-IMAGES = {f"i{n}": shape("circle", "blue", 40 + n, n) for n in range(44)}
-ALL = list(TITLES)
-CODE = "extract 1, descriptor 1"
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_transformers.save_text("bert", tmp_path_factory.mktemp("bert"))
-
-
-@pytest.fixture
-def shown(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What the models are shown, one by one: texts, or the sizes of images."""
-    seen: list[Any] = []
-    forward, describe = TransformersTextExtractor.forward, descriptor.describe
-
-    def counted(self: Any, texts: Any) -> Any:
-        seen.extend(texts)
-        return forward(self, texts)
-
-    def seen_image(image: Any) -> Any:
-        seen.append(image.size[0])
-        return describe(image)
-
-    monkeypatch.setattr(TransformersTextExtractor, "forward", counted)
-    monkeypatch.setattr(descriptor, "describe", seen_image)
-    return seen
-
-
-def texts_of(bert: Path, **more: Any) -> Any:
-    data = {"modality": "text", "backend": "transformers-text", "weights": str(bert), "device": "cpu"}
-    return extractors.parse_extractor("words", data | {"fields": ["title"]} | more, "extractors.words")
-
-
-def looks(**more: Any) -> Any:
-    data = {"modality": "image", "backend": "descriptor", "workers": 1}
-    return extractors.parse_extractor("looks", data | more, "extractors.looks")
-
-
-def shop(folder: Path, ids: list[str], titles: Any = None, images: Any = None) -> dict[str, Path]:
-    titles, images = TITLES | (titles or {}), IMAGES | (images or {})
-    items = [{"item_id": one, "title": titles[one]} for one in ids]
-    folder.mkdir(exist_ok=True)
-    return {
-        "items": write_items(folder, items),
-        "manifest": write_images(folder / "images", [images[one] for one in ids], ids=ids),
-    }
-
-
-def run(spec: Any, inputs: dict[str, Path], output: Path, code: str | None = None) -> tuple[dict[str, Any], Features]:
-    output.unlink(missing_ok=True)  # as Snakemake does before it runs a job
-    version = f"extract 1, {spec.backend} 1" if code is None else code
-    record = extract(spec, inputs, output, name="it", code=version)
-    return record, read_features(output)
-
-
-def vectors(features: Features) -> dict[str, bytes]:
-    return {one: row.tobytes() for one, row in zip(features.item_ids, features.embedding, strict=True)}
 
 
 def test_of_a_tenth_more_texts_the_model_is_shown_the_new_ones_once(
@@ -374,55 +305,3 @@ def test_what_is_only_looked_up_is_not_stored_twice(tmp_path: Path) -> None:
     spec = extractors.parse_extractor("v", data | {"ids": str(tmp_path / "ids.txt")}, "extractors.v")
     record, features = run(spec, shop(tmp_path, OLD), tmp_path / "f.parquet")
     assert record["encoded"] == 40 and features.embedding.sum() == 40 and not (tmp_path / ".cache").exists()
-
-
-COLOURS = ["red", "blue", "green", "yellow"]
-
-
-@pytest.fixture
-def few(tmp_path: Path) -> Iterator[Callable[..., dict[str, Path]]]:
-    """Tables of items with a title and an image of one colour each."""
-
-    def make(count: int, titles: Any = None, folder: Path = tmp_path) -> dict[str, Path]:
-        images = {f"i{n}": plain(COLOURS[n % 4], (40, 30)) for n in range(count)}
-        named = {f"i{n}": f"thing {n}" for n in range(count)} | (titles or {})
-        return shop(folder, list(images), named, images)
-
-    yield make
-
-
-def test_only_new_images_are_captioned_and_failed_ones_are_asked_again(
-    tmp_path: Path, few: Callable[..., dict[str, Path]]
-) -> None:
-    output = tmp_path / "c.parquet"
-    with serving(lambda asked: error(400, "no") if asked.prompt.startswith("thing 3 ") else None) as server:
-        record = caption(spec_of(server.url), few(20), output, name="teller", code="a")
-    assert record["counts"] == {"ok": 19, "missing": 0, "failed": 1}
-    for titles, expected in (
-        (None, ["thing 20 What is it?", "thing 21 What is it?", "thing 3 What is it?"]),
-        ({"i5": "mug"}, ["mug What is it?"]),
-        (None, []),
-    ):
-        output.unlink()
-        with serving(lambda asked: completion(f"a {asked.colour} product", model="newer")) as server:
-            record = caption(spec_of(server.url), few(22, titles), output, name="teller", code="a")
-        assert sorted(asked.prompt for asked in server.asked) == expected
-        assert record["encoded"] == len(expected) and record["kept"] == 22 - len(expected)
-        table = read_table(output, CAPTIONS).to_pydict()
-        assert table["caption"] == [f"a {COLOURS[n % 4]} product" for n in range(22)]
-        assert read_metadata(output)["answered_by"]["models"] == sorted([MODEL, "newer"])
-
-
-def test_a_caption_of_the_same_words_is_not_encoded_again(
-    tmp_path: Path, bert: Path, few: Callable[..., dict[str, Path]], shown: list[Any]
-) -> None:
-    counts = []
-    for number, titles in ((20, None), (22, {"i5": "mug"})):
-        inputs = few(number, titles)
-        with serving() as server:
-            caption(spec_of(server.url), inputs, tmp_path / "c.parquet", name="teller", code="a")
-        inputs = {"items": inputs["items"], "captions": tmp_path / "c.parquet"}
-        record, features = run(texts_of(bert), inputs, tmp_path / "f.parquet")
-        counts.append((record["kept"], record["encoded"], record["repeated"]))
-        assert 1 < len(set(vectors(features).values())) <= 4  # the small model does not know every colour
-    assert counts == [(0, 4, 16), (22, 0, 0)]

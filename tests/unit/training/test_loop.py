@@ -1,6 +1,8 @@
 """The training loop: what it records, how it groups batches, and what it does when things go wrong."""
 
+import itertools
 import math
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -29,6 +31,21 @@ def curves(folder) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+@contextmanager
+def stopping(monkeypatch, at):
+    """Stop a training after it has written its checkpoint number `at`."""
+    save, saves = cm3.training.loop.TrainingRun.save, itertools.count(1)
+
+    def save_and_stop(self):
+        save(self)
+        if next(saves) == at:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cm3.training.loop.TrainingRun, "save", save_and_stop)
+        yield
 
 
 def test_curves_are_the_history_also_of_a_run_that_was_stopped(shop, tmp_path, monkeypatch):
@@ -100,17 +117,7 @@ def test_a_checkpoint_without_gradient_norms_is_resumed(shop, tmp_path, monkeypa
     """Those of 0.1.0 have none; all else is as in a run without a stop."""
     training = {"checkpoint_seconds": 0, "epochs": 3}
     run(shop, tmp_path / "whole", training=training)
-    save, saves = cm3.training.loop.TrainingRun.save, 0
-
-    def die(self):
-        nonlocal saves
-        saves += 1
-        save(self)
-        if saves == 4:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(cm3.training.loop.TrainingRun, "save", die)
+    with stopping(monkeypatch, at=4), pytest.raises(KeyboardInterrupt):
         run(shop, tmp_path / "stopped", training=training)
     path = tmp_path / "stopped/checkpoints/last.safetensors"
     with safe_open(path, "pt") as file:
@@ -217,17 +224,7 @@ def test_a_validation_projects_the_items_once(shop, tmp_path, monkeypatch):
 def test_a_run_of_shared_steps_goes_on_to_the_same_bytes(shop, tmp_path, monkeypatch):
     training = {"batches_per_step": 2, "checkpoint_seconds": 0, "epochs": 3}
     run(shop, tmp_path / "whole", training=training)
-    save, saves = cm3.training.loop.TrainingRun.save, 0
-
-    def die_in_the_middle(self):
-        nonlocal saves
-        saves += 1
-        save(self)
-        if saves == 4:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(cm3.training.loop.TrainingRun, "save", die_in_the_middle)
+    with stopping(monkeypatch, at=4), pytest.raises(KeyboardInterrupt):
         run(shop, tmp_path / "stopped", training=training)
     run(shop, tmp_path / "stopped", training=training)
     assert outputs(tmp_path / "whole") == outputs(tmp_path / "stopped")

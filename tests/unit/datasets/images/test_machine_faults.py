@@ -56,10 +56,8 @@ def test_while_an_image_of_a_folder_is_decoded(
     assert {row["status"] for row in collect(tmp_path, {name: [] for name in "abc"}, local(shop))} == {"ok"}
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_while_a_file_of_a_folder_is_read(
-    tmp_path: Path, shop: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception
-) -> None:
+def break_images(monkeypatch: pytest.MonkeyPatch, fault: Exception) -> None:
+    """Let every image file fail when it is opened."""
     open_file = Path.open
 
     def fail(path: Path, *options: Any) -> Any:
@@ -68,6 +66,13 @@ def test_while_a_file_of_a_folder_is_read(
         return open_file(path, *options)
 
     monkeypatch.setattr(Path, "open", fail)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_while_a_file_of_a_folder_is_read(
+    tmp_path: Path, shop: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    break_images(monkeypatch, fault)
     with pytest.raises(UserError, match=STOPS):
         collect(tmp_path, {"a": []}, local(shop))
 
@@ -83,14 +88,7 @@ def test_while_a_file_of_a_folder_is_read(
 def test_a_disk_or_a_permission_stops_the_stage(
     tmp_path: Path, shop: Path, monkeypatch: pytest.MonkeyPatch, fault: OSError, reason: str
 ) -> None:
-    open_file = Path.open
-
-    def fail(path: Path, *options: Any) -> Any:
-        if path.suffix == ".jpg":
-            raise fault
-        return open_file(path, *options)
-
-    monkeypatch.setattr(Path, "open", fail)
+    break_images(monkeypatch, fault)
     with pytest.raises(UserError, match=reason):
         collect(tmp_path, {"a": []}, local(shop))
 
