@@ -114,12 +114,17 @@ class Ranking:
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = self.users[start:stop]
         # A block below the multiple is one that memory was too small for.
-        padding = rows[-1:].expand(-len(rows) % ROW_MULTIPLE if self.block >= ROW_MULTIPLE else 0)
-        scores = score(torch.cat([rows, padding]))[: len(rows)]
+        scores = padded_scores(score, rows) if self.block >= ROW_MULTIPLE else score(rows)
         part = slice(self.offsets[start], self.offsets[stop])
         scores[self.rows[part] - start, self.columns[part]] = -torch.inf
         indices, top, tied = select(scores, k)
         return indices.masked_fill_(top == -torch.inf, -1), top, tied
+
+
+def padded_scores(score: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """Return the scores (b, I) of users (b,), computed for a multiple of `ROW_MULTIPLE` of them."""
+    padding = rows[-1:].expand(-len(rows) % ROW_MULTIPLE)
+    return score(torch.cat([rows, padding]))[: len(rows)]
 
 
 def block_users(n_items: int, device_type: str) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor
 from cm3.common.files import read_json
 from cm3.common.interactions import Interactions
 from cm3.evaluation.hits import hit_matrix
-from cm3.evaluation.ranking import BLOCK_ENTRIES, ROW_MULTIPLE, Ranking
+from cm3.evaluation.ranking import Ranking, block_users, padded_scores
 from cm3.evaluation.registry import metric_class
 from cm3.evaluation.scores import Score, read_scores
 
@@ -122,11 +122,10 @@ def standardised(scores: np.ndarray, there: np.ndarray) -> np.ndarray:
 def scores_of(score: Score, users: Tensor, items: np.ndarray, n_items: int) -> np.ndarray:
     """Return the scores (R, K) float32 of items (R, K) for users (R,), a block of users at a time; 0 for item -1."""
     found = np.zeros(items.shape, np.float32)
-    block = max(1, BLOCK_ENTRIES // max(1, n_items) // ROW_MULTIPLE) * ROW_MULTIPLE
+    block = block_users(n_items, users.device.type)
     for start in range(0, len(users), block):
         rows = users[start : start + block]
-        padding = rows[-1:].expand(-len(rows) % ROW_MULTIPLE)
-        values = score(torch.cat([rows, padding]))[: len(rows)]
+        values = padded_scores(score, rows)
         wanted = torch.as_tensor(items[start : start + block].clip(min=0), device=values.device)
         found[start : start + block] = values.gather(1, wanted).float().cpu().numpy()
     found[items < 0] = 0

@@ -71,7 +71,7 @@ def test_weights_of_zero_keep_the_lists_of_the_base_model(masked: sp.csr_matrix)
 def test_small_blocks_give_the_same(masked: sp.csr_matrix, monkeypatch: pytest.MonkeyPatch):
     reranker = Reranker(scorer(scores(1)), {"a": scorer(scores(2))}, 20, {"a": 1.0})
     whole = reranker(Ranking(np.arange(USERS), masked), 10)
-    monkeypatch.setattr(module, "BLOCK_ENTRIES", 16 * ITEMS)
+    monkeypatch.setattr(module, "block_users", lambda n_items, device: 16)
     assert all(map(np.array_equal, reranker(Ranking(np.arange(USERS), masked), 10), whole))
 
 
