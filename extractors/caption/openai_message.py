@@ -1,4 +1,4 @@
-"""Message of a chat completion: its text, and whether the server reports thoughts beside it."""
+"""Message of a chat completion: its text, and whether the server reports thoughts with it."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -145,7 +145,7 @@ def transformed(features: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def computed_share(settings: LIRDRec, epoch: int) -> float:
-    """Return w of an epoch, from 1; 0 stands for the state before the first."""
+    """Return w of an epoch, from 1; 0 is the state before the first."""
     ratio = settings.copy_start / (1 - settings.copy_start) * math.pow(settings.copy_decay, epoch * (epoch + 1) / 2)
     return ratio / (1 + ratio)
 
