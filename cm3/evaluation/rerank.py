@@ -164,6 +164,35 @@ def choose_weights(
     return combinations[best], tried
 
 
+def fit_weights(
+    base: Score,
+    parts: Mapping[str, Score],
+    train: sp.csr_matrix,
+    truth: sp.csr_matrix,
+    *,
+    top: int,
+    monitor: str,
+    grid: Sequence[float],
+    given: Mapping[str, float],
+) -> tuple[dict[str, float], list[dict[str, Any]], float]:
+    """Return the weights with the best mean metric over the users with truth, all that were tried, and the value without.
+
+    Args:
+        base, parts: scores of the models, on the CPU.
+        train: (U, I) interactions that are left out of the lists.
+        truth: (U, I) relevant items, of one user at least.
+        top: how many of the base model's items are ordered anew.
+        monitor, grid, given: as in `choose_weights`.
+    """
+    tested = np.flatnonzero(np.diff(truth.indptr))
+    ranking, relevant = Ranking(tested, train), sp.csr_matrix(truth[tested])
+    items, values = ranking.top_by(base, top)
+    candidates = Candidates.of(ranking, items, values, parts)
+    chosen, tried = choose_weights(candidates, items, relevant, monitor, grid, given)
+    plain = choose_weights(candidates, items, relevant, monitor, [0.0], {})[1][0][monitor]
+    return chosen, tried, plain
+
+
 def scores_by_model(
     files: Mapping[str, Path], scores: Mapping[str, str], data: Interactions, device: torch.device | str
 ) -> dict[str, Score]:

@@ -5,15 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cm3.common.cli import stage
 from cm3.common.device import set_threads
 from cm3.common.errors import UserError
 from cm3.common.files import write_json
 from cm3.common.interactions import read_interactions
-from cm3.evaluation.ranking import Ranking
-from cm3.evaluation.rerank import Candidates, choose_weights, scores_by_model
+from cm3.evaluation.rerank import fit_weights, scores_by_model
 
 log = logging.getLogger("cm3.evaluation.rerank_stage")
 
@@ -54,16 +51,13 @@ def rerank(
         raise UserError(f"model.top = {top}: training.monitor is {monitor}; re-rank at least {k} items")
     data = read_interactions(interactions, items, users)
     train, truth = data.matrix("train"), data.truth("valid")
-    tested = np.flatnonzero(np.diff(truth.indptr))
-    if not len(tested):
+    if not truth.nnz:
         raise UserError(f"{interactions}: no row is in the valid split, which training.monitor needs; check the split")
     by_name = scores_by_model(files, scores, data, "cpu")
-    ranking = Ranking(tested, train)
-    found, values = ranking.top_by(by_name[of], top)
     parts = {name: score for name, score in by_name.items() if name != of}
-    candidates = Candidates.of(ranking, found, values, parts)
-    chosen, tried = choose_weights(candidates, found, truth[tested], monitor, grid, weights)
-    plain = choose_weights(candidates, found, truth[tested], monitor, [0.0], {})[1][0][monitor]
+    chosen, tried, plain = fit_weights(
+        by_name[of], parts, train, truth, top=top, monitor=monitor, grid=grid, given=weights
+    )
     best = next(row[monitor] for row in tried if row["weights"] == chosen)
     write_json(output, {"of": of, "top": top, "weights": chosen, "scores": dict(scores), "monitor": monitor})
     log.info("%s %.4f with weights %s, %.4f without them", monitor, best, chosen, plain)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from cm3.library.features import Features, prepare_features
 from cm3.library.ids import id_columns, id_texts, pair_matrix, places, rows_of
 from cm3.library.new_items import ItemEncoder, item_encoder
 from cm3.library.recommender import Recommender
+from cm3.library.reranking import fit_reranking, parse_reranking
 from cm3.model.graph import item_item_matrix
 from cm3.model.model import CM3, build_model
 from cm3.model.network import Network
@@ -40,6 +42,7 @@ def fit(
     model: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
     valid_share: float = 0.1,
+    rerank: Mapping[str, Any] | None = None,
 ) -> Recommender:
     """Train CM3, or the model that `model["name"]` names, and return it ready to recommend.
 
@@ -57,6 +60,10 @@ def fit(
             (docs/baselines.md), such as {"name": "lightgcn", "n_layers": 2}.
         training: settings of `cm3.config.Training`, such as {"epochs": 50, "seed": 1, "device": "cuda"}.
         valid_share: share of the interactions that is held out, between 0 and 1.
+        rerank: models whose scores order the first items of the lists anew (docs/reranking.md), such as
+            {"by": ["ease", "itemknn-content"]} or {"by": {"ease": {"l2": 200}}, "top": 100}; the weights are chosen on the
+            interactions that are held out. The keys are those of an experiment, without `of`. The models are trained
+            with those of the `training` settings that they support and have no default of their own for.
 
     Raises:
         ValueError: shapes or ids that do not fit together, or missing ids.
@@ -90,20 +97,18 @@ def fit(
         raise ValueError(_nothing_held_out(len(users), len(user_ids), valid_share))
     data = _Data(users[~held], items[~held], observed, valid)
     device = select_device(chosen.device)
-    vectors = prepare_features(_read(spec, features or {}), len(names), spec, device)
-    seen = pair_matrix(users, items, shape)
-    if isinstance(spec, ClosedForm):
-        return _solved(spec, data, vectors, chosen, device, Recommender(user_ids, names, *_no_vectors(shape), seen))
-    fitted, encoder = _trained(spec, data, vectors, chosen, device)
-    return Recommender(
-        user_ids,
-        names,
-        fitted.users.cpu().numpy(),
-        fitted.items.cpu().numpy(),
-        seen,
-        fitted.history,
-        encoder=encoder,
-    )
+    reranked = parse_reranking(rerank, spec.name, chosen.monitor) if rerank is not None else None
+    untrained = Recommender(user_ids, names, *_no_vectors(shape), pair_matrix(users, items, shape))
+    fitted = _fitted(spec, data, features or {}, chosen, device, untrained)
+    if reranked is None:
+        return fitted
+    settings, specs = reranked
+    parts = {
+        name: _fitted(part, data, features or {}, _part_training(part, chosen, training or {}), device, untrained)
+        for name, part in specs.items()
+    }
+    parts = {name: replace(part, seen=None, encoder=None) for name, part in parts.items()}
+    return replace(fitted, reranking=fit_reranking(fitted, parts, settings, data.observed, data.valid, chosen.monitor))
 
 
 class _Data:
@@ -121,6 +126,29 @@ def _training(spec: ModelSpec, given: Mapping[str, Any]) -> Training:
     if unused:
         raise UserError(f"fit.training.{unused[0]}: not supported by {spec.name}; remove it")
     return chosen
+
+
+def _part_training(spec: ModelSpec, base: Training, given: Mapping[str, Any]) -> Training:
+    shared = {key: value for key, value in given.items() if spec.supports(key) and key not in spec.training_defaults}
+    same = {"seed": base.seed, "monitor": base.monitor, "device": base.device}
+    return validate(Training, {**spec.training_defaults, **shared, **same}, "fit.training")
+
+
+def _fitted(
+    spec: ModelSpec,
+    data: _Data,
+    features: Mapping[str, Any],
+    training: Training,
+    device: torch.device,
+    untrained: Recommender,
+) -> Recommender:
+    """Return a trained model; `untrained` has its ids and what users have seen."""
+    vectors = prepare_features(_read(spec, features), len(untrained.item_ids), spec, device)
+    if isinstance(spec, ClosedForm):
+        return _solved(spec, data, vectors, training, device, untrained)
+    fitted, encoder = _trained(spec, data, vectors, training, device)
+    users, items = fitted.users.cpu().numpy(), fitted.items.cpu().numpy()
+    return replace(untrained, users=users, items=items, history=fitted.history, encoder=encoder)
 
 
 def _given(item_ids: Any) -> Any:
@@ -149,18 +177,16 @@ def _inputs(spec: ModelSpec, data: _Data, vectors: Features) -> Inputs:
 
 
 def _solved(
-    spec: ClosedForm, data: _Data, vectors: Features, training: Training, device: torch.device, empty: Recommender
+    spec: ClosedForm, data: _Data, vectors: Features, training: Training, device: torch.device, untrained: Recommender
 ) -> Recommender:
     inputs = _inputs(spec, data, vectors)
     solution = spec.solve(inputs, device)
     validation = Validation(data.valid, data.observed, training.monitor)
     history = scored_solution(solution, inputs, training, (validation, None)).history
     if isinstance(solution, ItemWeights):
-        return Recommender(
-            empty.user_ids, empty.item_ids, empty.users, empty.items, empty.seen, history, weights=solution
-        )
+        return replace(untrained, history=history, weights=solution)
     users, items = solution.users.cpu().numpy(), solution.items.cpu().numpy()
-    return Recommender(empty.user_ids, empty.item_ids, users, items, empty.seen, history)
+    return replace(untrained, users=users, items=items, history=history)
 
 
 def _trained(

@@ -217,8 +217,13 @@ def add_items(model: "Recommender", item_ids: Sequence[Any], features: Mapping[s
         features: as for `embed_items`.
 
     Raises:
-        ValueError: an id that the model has already, or as `embed_items`.
+        ValueError: an id that the model has already, a model with re-ranking, or as `embed_items`.
     """
+    if model.reranking is not None:
+        raise ValueError(
+            f"the models that re-rank ({', '.join(model.reranking.parts)}) have no scores of new items; add the items to "
+            "dataclasses.replace(model, reranking=None), or train again with them"
+        )
     names = id_texts(item_ids, "item_ids")
     vectors = embed_items(model, features)
     if len(vectors) != len(names):

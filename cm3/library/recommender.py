@@ -19,9 +19,11 @@ from cm3.common.tensors import write_tensors
 from cm3.evaluation.item_weights import ItemWeights, read_item_weights
 from cm3.library.ids import known_rows, pair_matrix, places
 from cm3.library.new_items import ItemEncoder, read_item_encoder
+from cm3.library.reranking import Reranking, read_reranking, remove_reranking
 
 USERS, ITEMS, SEEN = "user_embeddings.parquet", "item_embeddings.parquet", "seen.parquet"
 WEIGHTS, ENCODER, HISTORY = "model.safetensors", "item_encoder.safetensors", "history.csv"
+RERANKING = "reranking"
 _SEEN = pa.schema([("user", pa.int32()), ("item", pa.int32())])
 
 
@@ -37,6 +39,7 @@ class Recommender:
         history: losses and validation scores by epoch.
         weights: of a model such as EASE or ItemKNN: the scores of a user are the sum of the rows of the user's items.
         encoder: embeds new items from their features; None if the model cannot.
+        reranking: models that order the first items of the lists anew; None for the model's own order.
     """
 
     user_ids: list[str]
@@ -47,6 +50,7 @@ class Recommender:
     history: list[dict[str, Any]] = field(default_factory=list)
     weights: ItemWeights | None = None
     encoder: ItemEncoder | None = None
+    reranking: Reranking | None = None
 
     @cached_property
     def user_rows(self) -> Mapping[str, int]:
@@ -84,6 +88,9 @@ class Recommender:
             self.encoder.save(place / ENCODER)
         if self.history:
             _write_history(place / HISTORY, self.history)
+        remove_reranking(place / RERANKING)
+        if self.reranking is not None:
+            self.reranking.save(place / RERANKING)
         for name, part in (
             (SEEN, self.seen),
             (WEIGHTS, self.weights),
@@ -127,7 +134,8 @@ def load(path: str | Path, interactions: str | Path | None = None) -> Recommende
         weights, _ = read_item_weights(folder / WEIGHTS, len(item_ids))
         users, items = users[:, :0], items[:, :0]
     encoder = read_item_encoder(folder / ENCODER) if (folder / ENCODER).exists() else None
-    return Recommender(user_ids, item_ids, users.copy(), items.copy(), seen, history, weights, encoder)
+    reranking = read_reranking(folder / RERANKING, load)
+    return Recommender(user_ids, item_ids, users.copy(), items.copy(), seen, history, weights, encoder, reranking)
 
 
 def _weights_of_experiment(folder: Path, interactions: Path, history: list[dict[str, Any]]) -> Recommender:

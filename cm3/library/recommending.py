@@ -1,19 +1,16 @@
 """Queries of a trained model: recommendations for users and histories, similar items, metrics on a test set."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
 import scipy.sparse as sp
-import torch
-from torch import Tensor
 
-from cm3.common.topk import top_k
 from cm3.evaluation.metrics import per_user
-from cm3.evaluation.ranking import Ranking
 from cm3.library.ids import id_columns, id_texts, is_one_id, known_rows, pair_matrix, rows_of
 from cm3.library.recommender import Recommender
+from cm3.library.scoring import best_by, best_items, products
 
 log = logging.getLogger("cm3.library")
 
@@ -106,9 +103,13 @@ def recommend_for(
         raise ValueError("history: has no items; give at least one, or recommend the most popular items")
     seen = pair_matrix(np.zeros(len(items), np.int64), items, (1, len(model.item_ids)))
     masked = seen if exclude_seen else _nothing(1, model)
-    vector = model.unit_items[items].mean(0, keepdims=True)
     allowed = _allowed(model, only_items, exclude_items)
-    return _top(_scores(model, vector, seen), masked, allowed, model, k)[0]
+
+    def vector(one: Recommender) -> np.ndarray:
+        found: np.ndarray = one.unit_items[items].mean(0, keepdims=True)
+        return found
+
+    return _named(model, *best_items(model, vector, seen, masked, allowed, k))[0]
 
 
 @overload
@@ -133,10 +134,10 @@ def similar_items(model: Recommender, items: Any, k: int = 10) -> Scored | list[
     rows = rows_of(id_texts([items] if one else items, "items"), model.item_rows, "item")
     itself = pair_matrix(np.arange(len(rows)), rows, (len(rows), len(model.item_ids)))
     if model.weights is not None:
-        score = _scores(model, np.zeros((len(rows), 0), np.float32), itself)
+        score = model.weights.scores(itself)
     else:
-        score = _products(model.unit_items[rows], model.unit_items)
-    lists = _top(score, itself, None, model, k)
+        score = products(model.unit_items[rows], model.unit_items)
+    lists = _named(model, *best_by(score, itself, None, k))
     return lists[0] if one else lists
 
 
@@ -188,8 +189,7 @@ def evaluate(model: Recommender, test: Mapping[str, Sequence[Any]], ks: Sequence
             overlap,
             len(user),
         )
-    score = _scores(model, model.users[rows], masked)
-    best, _ = Ranking(np.arange(len(rows)), masked).top_by(score, max(ks))
+    best, _ = best_items(model, lambda one: one.users[rows], masked, masked, None, max(ks))
     return {name: float(values.mean()) for name, values in per_user(best, truth, sorted(set(ks))).items()}
 
 
@@ -201,50 +201,22 @@ def _ranked(
     allowed: np.ndarray | None,
     k: int,
 ) -> list[Scored]:
-    if model.weights is not None and seen is None:
+    if seen is None and any(one.weights is not None for one in (model, *_parts(model))):
         raise ValueError("the items that users have seen are not known, and this model computes the scores from them")
     history = seen if seen is not None else masked
-    return _top(_scores(model, model.users[rows], history), masked, allowed, model, k)
+    return _named(model, *best_items(model, lambda one: one.users[rows], history, masked, allowed, k))
 
 
-Score = Callable[[Tensor], Tensor]
+def _parts(model: Recommender) -> list[Recommender]:
+    return list(model.reranking.parts.values()) if model.reranking else []
 
 
-def _scores(model: Recommender, users: np.ndarray, history: sp.csr_matrix) -> Score:
-    """Return the scores of users, as vectors (R, D) or, for item weights, as rows of interactions (R, I)."""
-    if model.weights is not None:
-        return model.weights.scores(history)
-    return _products(users, model.items)
-
-
-def _products(users: np.ndarray, items: np.ndarray) -> Score:
-    left, right = torch.from_numpy(np.ascontiguousarray(users)), torch.from_numpy(items)
-    return lambda rows: left[rows] @ right.T
-
-
-def _top(score: Score, masked: sp.csr_matrix, allowed: np.ndarray | None, model: Recommender, k: int) -> list[Scored]:
-    """Return the lists of the R users of `score` and `masked` (R, I), of the items `allowed` (I,) bool."""
-    within = score if allowed is None else _within(score, torch.from_numpy(allowed))
-    if masked.shape[0] == 1:
-        best, scores = _best_of_one(within, masked, min(k, masked.shape[1]))
-    else:
-        best, scores = Ranking(np.arange(masked.shape[0]), masked).top_by(within, k)
+def _named(model: Recommender, best: np.ndarray, scores: np.ndarray) -> list[Scored]:
+    """Return lists (R, k) of items and their scores with the ids of the items."""
     return [
         [(model.item_ids[item], float(value)) for item, value in zip(row, values, strict=True) if item >= 0]
         for row, values in zip(best.tolist(), scores.tolist(), strict=True)
     ]
-
-
-def _best_of_one(score: Score, masked: sp.csr_matrix, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return what `Ranking.top_by` does for one user, in a fifth of the time: the block is not padded to 16 users."""
-    scores = score(torch.zeros(1, dtype=torch.int64))
-    scores[0, torch.from_numpy(masked.indices.astype(np.int64))] = -torch.inf
-    items, values = top_k(scores, k)
-    return items.masked_fill_(values == -torch.inf, -1).numpy(), values.numpy()
-
-
-def _within(score: Score, allowed: Tensor) -> Score:
-    return lambda rows: score(rows).masked_fill_(~allowed, -torch.inf)
 
 
 def _allowed(model: Recommender, only: Sequence[Any] | None, without: Sequence[Any] | None) -> np.ndarray | None:
