@@ -30,6 +30,7 @@ class Model(ModelSpec, ItemGraphs, Weighted):
     optional_training: ClassVar[frozenset[str]] = frozenset({"precision", "processes", "warm_start"})
     presets: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
         "default": {},
+        "best": {},  # the workflow adds a re-ranking: workflow/plan/best.py
         "official": {
             "model": {
                 "slerp": "reference",

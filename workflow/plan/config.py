@@ -17,6 +17,7 @@ from cm3.datasets.spec import SourceSpec
 from cm3.evaluation.rerank_config import Rerank
 from extractors.registry import parse_extractor
 from extractors.spec import BackendSpec
+from workflow.plan.best import with_best
 from workflow.plan.experiments import Experiment, ExperimentSection, inherit, parse_settings
 from workflow.plan.modalities import name_faults, with_weights_by_kind
 from workflow.plan.searches import read_states
@@ -111,6 +112,7 @@ def load_config(raw: Any, files: Sequence[Path] = (), local: bool = True, overri
         known = all(extractor in extractors for extractor in section.modalities.values())
         return with_weights_by_kind(experiment, extractors) if known else experiment
 
+    sections = sections.model_copy(update={"experiments": with_best(sections.experiments, datasets)})
     experiments = _parse_each("experiments", sections.experiments, parse_experiment, faults)
 
     def parse_comparison(name: str, data: dict[str, Any], where: str) -> Study | None:
@@ -128,7 +130,7 @@ def load_config(raw: Any, files: Sequence[Path] = (), local: bool = True, overri
         if isinstance(experiment.model, Rerank):
             wrong = _check_rerank(name, experiment, experiment.model, experiments, sections.experiments)
             faults += wrong
-            if not wrong:
+            if not wrong and experiment.model.of in experiments:  # otherwise its own fault is reported
                 experiments[name] = experiment.with_seed(experiments[experiment.model.of].training.seed)
 
     studies = _parse_each("studies", sections.studies, parse_comparison, faults)

@@ -39,7 +39,8 @@ class ExperimentSection(Strict):
     )
     preset: str = Field(
         "default",
-        description="values of unset keys: default, or official, which repeats the reference implementation of CM3",
+        description="values of unset keys: default; official, which repeats the reference implementation of CM3; or best, "
+        "which re-ranks the experiment by co-occurrence and content (docs/reranking.md)",
         json_schema_extra={"enum": list(PRESETS)},
     )
     model: dict[str, Any] = Field(

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from cm3.common.errors import UserError
+from cm3.evaluation.rerank_config import Rerank
 from workflow.plan import publish, runs
 from workflow.plan.config import Config, load_config
 
@@ -88,3 +89,66 @@ def test_its_key_follows_what_it_combines():
 def test_what_cannot_be_combined_is_refused(changes: dict[str, Any], message: str):
     with pytest.raises(UserError, match=message):
         configured(**changes)
+
+
+def best(entry: dict[str, Any], **changes: Any) -> Config:
+    """The configuration with an experiment `top` of the preset best."""
+    raw = copy.deepcopy(CONFIG)
+    raw["experiments"] |= {"top": {"preset": "best"} | entry} | changes
+    return load_config(raw)
+
+
+def test_the_preset_best_reranks_what_it_is_like_without_training_it_again():
+    config = best({"like": "cm3"})
+    model = config.experiments["top"].model
+    assert isinstance(model, Rerank) and (model.of, model.by) == ("cm3", ["top-ease", "top-itemknn-content"])
+    raw = copy.deepcopy(CONFIG)
+    like = {"like": "cm3", "model": {"name": "rerank", "of": "cm3", "by": ["top-ease", "top-itemknn-content"]}}
+    raw["experiments"] |= {"top": like} | {
+        f"top-{name}": {"like": "cm3", "model": {"name": name}} for name in ("ease", "itemknn-content")
+    }
+    written = load_config(raw)
+    assert written.experiments == config.experiments
+    assert runs.selected_run(written, "top") == runs.selected_run(config, "top")
+    assert config.experiments["cm3"] == load_config(CONFIG).experiments["cm3"]
+
+
+def test_further_settings_of_the_preset_best_are_those_of_cm3():
+    config = best({"like": "cm3", "model": {"gamma": 0.5}, "training": {"seed": 3}})
+    model, base = config.experiments["top"].model, config.experiments["top-cm3"]
+    assert isinstance(model, Rerank) and model.of == "top-cm3" and model.by == ["top-ease", "top-itemknn-content"]
+    assert base.model.gamma == 0.5 and base.training.seed == config.experiments["top"].training.seed == 3  # type: ignore[attr-defined]
+    whole = best({"dataset": "shop", "modalities": {"image": "looks"}})
+    assert whole.experiments["top-cm3"].modalities == {"image": "looks"}
+
+
+def test_the_preset_best_takes_models_of_the_users_and_itemknn_for_many_items():
+    own = {"dataset": "shop", "model": {"name": "ease", "l2": 7}}
+    assert best({"like": "cm3"}, **{"top-ease": own}).experiments["top-ease"].model.l2 == 7  # type: ignore[attr-defined]
+    raw = copy.deepcopy(CONFIG)
+    raw["datasets"]["shop"]["expected"] = {"items": 25_001}
+    raw["experiments"]["top"] = {"like": "cm3", "preset": "best"}
+    model = load_config(raw).experiments["top"].model
+    assert isinstance(model, Rerank) and model.by == ["top-itemknn", "top-itemknn-content"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "complaint"),
+    [
+        ({"like": "ease"}, r"experiments\.top\.preset = 'best': a preset of cm3, but the model is ease"),
+        ({"like": "cm4"}, r"experiments\.top\.like = 'cm4': no such name \(did you mean 'cm3'"),
+        ({"modalities": {"image": "looks"}}, r"experiments\.top\.dataset"),
+        ({"like": "cm3", "model": {"gama": 1}}, r"experiments\.top-cm3\.model\.gama"),
+        ({"like": "both"}, r"experiments\.top\.preset = 'best': a preset of cm3, but the model is rerank"),
+    ],
+)
+def test_faults_of_the_preset_best_are_named(entry: dict[str, Any], complaint: str):
+    with pytest.raises(UserError, match=complaint):
+        best(entry)
+
+
+def test_a_fault_of_the_base_is_reported_as_its_own():
+    raw = copy.deepcopy(CONFIG)
+    raw["experiments"]["cm3"]["model"] = {"gama": 1}
+    with pytest.raises(UserError, match=r"^experiments\.cm3\.model\.gama"):
+        load_config(raw)
