@@ -39,9 +39,9 @@ STAGES = {
     "external": Stage("cm3.evaluation.external_stage", 1, ("numpy", "pyarrow", "scipy")),
     "evaluate": Stage("cm3.evaluation.evaluate", 1, ("numpy", "pyarrow", "scipy", "torch")),
     "publish": Stage("workflow.publish", 1, ("snakemake",)),
-    "compare": Stage("cm3.reports.analysis.compare", 3, ("numpy", "pyarrow", "scipy")),
+    "compare": Stage("cm3.reports.analysis.compare", 4, ("numpy", "pyarrow", "scipy")),
     "experiment-page": Stage("cm3.reports.pages.experiment_page", 2, ("matplotlib", "pillow")),
-    "study-page": Stage("cm3.reports.pages.study_page", 2, ("matplotlib",)),
+    "study-page": Stage("cm3.reports.pages.study_page", 3, ("matplotlib",)),
     "mmrec": Stage("cm3.datasets.mmrec.export", 1),
     "mmrec-vectors": Stage("cm3.datasets.mmrec.export_vectors", 1, ("numpy", "pyarrow")),
 }

@@ -23,10 +23,10 @@ COMPARED = {
 
 
 def compare_inputs(config: Config, study: str) -> dict[str, str]:
-    """Return the tables of the dataset, and the files of each run as `evaluation.EXPERIMENT.RUN`, `per_user....`, ..."""
+    """Return the tables of the dataset, the features by which diversity is measured, and the files of each run as `evaluation.EXPERIMENT.RUN`, `per_user....`, ..."""
     check_searched(config, study)
     points = config.studies[study].points
-    paths = tables(config, next(iter(points)))
+    paths = tables(config, next(iter(points))) | _content(config, study)
     for name in points:
         for entry in _runs(config, study, name):
             run = entry["run"]
@@ -36,6 +36,18 @@ def compare_inputs(config: Config, study: str) -> dict[str, str]:
                 if config.experiments[name].model.exports == "embeddings" or not kind.endswith("_embeddings")
             }
     return paths
+
+
+def _content(config: Config, study: str) -> dict[str, str]:
+    """Return `features.{modality}` of the first experiment that has features without a control, empty if none has.
+
+    One set of features for all, so that the lists of models without modalities are measured, too.
+    """
+    for name in config.studies[study].points:
+        chosen = config.experiments[name]
+        if chosen.modalities and not chosen.controls:
+            return {f"features.{modality}": path for modality, path in features_of(config, chosen).items()}
+    return {}
 
 
 def compare(config: Config, study: str) -> Task:

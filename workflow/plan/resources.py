@@ -163,9 +163,10 @@ class Needs:
         return Need(1000, 15 + _megabytes(files.values()) / 50 / 60)
 
     def compare(self, wildcards: Any, files: Files) -> Need:
-        """Recommendations of two runs at a time, and a column of users for each experiment and metric."""
+        """Recommendations of two runs at a time, a column of users for each experiment and metric, and the features."""
         users, n_runs = self._users(wildcards, files), sum(name.startswith("per_user") for name in files)
-        return Need(1500 + users * 0.015, 15 + users * n_runs / 1e6)
+        features = _megabytes(path for name, path in files.items() if name.startswith("features."))
+        return Need(1500 + users * 0.015 + 2.5 * features, 15 + users * n_runs / 1e6)
 
     def light(self, wildcards: Any, files: Files) -> Need:
         """Tables and pages: a few times the size of the inputs."""

@@ -22,6 +22,7 @@ from cm3.common.interactions import Interactions, read_interactions
 from cm3.common.strict import validate
 from cm3.reports.analysis.beyond_accuracy import beyond_accuracy
 from cm3.reports.analysis.category_calibration import category_divergence, read_item_categories
+from cm3.reports.analysis.diversity import intra_list_diversity, read_unit_vectors
 from cm3.reports.analysis.findings import main_experiment, sentences
 from cm3.reports.analysis.geometry import EmbeddingSample, draw_sample, measure
 from cm3.reports.analysis.pairs import ALPHA, CONFIDENCE, best_of, compare_pairs, pairs_to_test
@@ -30,6 +31,7 @@ from cm3.reports.analysis.slices import Slices
 from cm3.reports.analysis.spec import StudySpec, check_study, describe_point
 from cm3.reports.analysis.statistics import bootstrap_means, distribution, interval
 from cm3.reports.analysis.table import write_csv
+from cm3.reports.analysis.user_gap import activity_groups, group_gaps
 
 log = logging.getLogger("cm3.reports.analysis.compare")
 
@@ -48,7 +50,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class Data:
-    """The data set and test users that all runs share; `categories` (I, C) is None where no item has any."""
+    """The data set and test users that all runs share.
+
+    `categories` (I, C) is None where no item has any, `vectors` holds the features that diversity is measured by.
+    """
 
     interactions: Interactions
     user_ids: pa.Array
@@ -60,6 +65,8 @@ class Data:
     sample: EmbeddingSample
     history: sp.csr_matrix
     categories: sp.csr_matrix | None
+    groups: Sequence[np.ndarray]
+    vectors: Mapping[str, np.ndarray]
 
 
 def compare(
@@ -73,7 +80,8 @@ def compare(
 
     Args:
         study: experiments and runs.
-        inputs: the dataset's interactions, items, users; for each run `evaluation.E.R`, `per_user.E.R`,
+        inputs: the dataset's interactions, items, users; `features.M` of each modality M by which diversity is measured, if
+            any; for each run `evaluation.E.R`, `per_user.E.R`,
             `recommendations.E.R`, `train.E.R`, and for models with embeddings `user_embeddings.E.R` and
             `item_embeddings.E.R`, with experiment E and run R.
 
@@ -188,6 +196,12 @@ def _read_data(study: StudySpec, inputs: Mapping[str, Path], first: Run) -> Data
         sample,
         sp.csr_matrix(train[users]),
         categories,
+        activity_groups(np.diff(train.indptr)[users]),
+        {
+            name.removeprefix("features."): read_unit_vectors(path, interactions.item_ids)
+            for name, path in inputs.items()
+            if name.startswith("features.")
+        },
     )
 
 
@@ -234,6 +248,8 @@ def _measure_run(run: Run, data: Data, metrics: Sequence[str]) -> tuple[np.ndarr
     beyond = beyond_accuracy(lists, data.counts, data.n_train_users, cutoffs)
     if data.categories is not None:
         beyond |= category_divergence(lists, data.history, data.categories, cutoffs)
+    beyond |= intra_list_diversity(lists, data.vectors, cutoffs)
+    beyond |= group_gaps(values, metrics, data.groups)
     return values, Measured(values.mean(0), beyond, geometry, kept)
 
 

@@ -53,15 +53,15 @@ def item_classes(counts: np.ndarray) -> np.ndarray:
     return result
 
 
-def history_bins(lengths: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    """Split (R,) test users by the quartiles of their number of training items: names and (R,) masks.
+def history_bins(lengths: np.ndarray, shares: Sequence[float] = (0.25, 0.5, 0.75, 1.0)) -> list[tuple[str, np.ndarray]]:
+    """Split (R,) test users by quantiles of their number of training items, by default quartiles: names and (R,) masks.
 
-    Quartiles are observed lengths and users of equal length stay together, so there are at most four bins. Users
-    without training items are not tested.
+    Quantiles are observed lengths and users of equal length stay together, so there are at most as many bins as `shares`.
+    Users without training items are not tested.
     """
     bins = []
     below = 0
-    for edge in np.unique(np.quantile(lengths, [0.25, 0.5, 0.75, 1.0], method="inverted_cdf")):
+    for edge in np.unique(np.quantile(lengths, shares, method="inverted_cdf")):
         mask = (lengths > below) & (lengths <= edge)
         shortest, longest = int(lengths[mask].min()), int(edge)
         name = f"{shortest}-{longest} items" if shortest < longest else f"{longest} item{'s' if longest > 1 else ''}"

@@ -16,7 +16,7 @@ from extractors.control import CONTROLS
 from workflow.plan import comparison, publish
 from workflow.plan.config import load_config
 from workflow.plan.experiments import Kind
-from workflow.plan.runs import runs_of, selected_run, train, train_inputs, train_module
+from workflow.plan.runs import features_of, runs_of, selected_run, train, train_inputs, train_module
 from workflow.plan.storage import root_of
 
 
@@ -295,6 +295,16 @@ def test_the_comparison_reads_the_files_of_each_run_of_the_study():
         assert (f"user_embeddings.{name}.{run}" in inputs) == (name == "shop")
     check_study(validate(StudySpec, comparison.compare(found, "compared").spec, "study"))
     assert comparison.compare_call(found, "compared")["inputs"] == inputs
+
+
+def test_the_comparison_reads_the_features_of_the_first_experiment_with_content():
+    noisy = {"like": "content", "control": "gaussian"}
+    found = checked({"experiments": ["ease", "noisy", "content"]}, noisy=noisy)
+    features = {n: p for n, p in comparison.compare_inputs(found, "compared").items() if n.startswith("features.")}
+    run = runs_of(found, "content")[selected_run(found, "content")]
+    assert features and features == {f"features.{m}": path for m, path in features_of(found, run).items()}
+    without = comparison.compare_inputs(checked({"experiments": ["ease", "noisy"]}, noisy=noisy), "compared")
+    assert not any(name.startswith("features.") for name in without)
 
 
 def test_files_in_a_storage_lie_below_one_root():
