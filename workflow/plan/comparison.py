@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cm3.evaluation.rerank_config import Rerank
 from workflow.plan.config import Config
 from workflow.plan.experiments import Experiment
 from workflow.plan.publish import command
@@ -92,18 +93,16 @@ def _runs(config: Config, study: str, experiment: str) -> list[dict[str, Any]]:
 
 def _described(config: Config, experiment: str, others: Sequence[str]) -> dict[str, Any]:
     chosen = config.experiments[experiment]
-    without = _without_control(config, experiment)
+    without, controls = _without_control(config, experiment), _controls(config, experiment)
     originals = (
-        other
-        for other in others
-        if not config.experiments[other].controls and _without_control(config, other) == without
+        other for other in others if not _controls(config, other) and _without_control(config, other) == without
     )
     return {
         "model": chosen.model_name,
         "dataset": chosen.dataset,
         "modalities": dict(chosen.modalities),
-        "control": dict(chosen.controls) or None,
-        "control_of": next(originals, None) if chosen.controls else None,
+        "control": controls or None,
+        "control_of": next(originals, None) if controls else None,
         "settings": _settings(chosen),
         "deterministic": run_key(config, chosen.with_seed(0)) == run_key(config, chosen.with_seed(1)),
     }
@@ -115,9 +114,24 @@ def _settings(chosen: Experiment) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in ("training.seed", "model.name")}
 
 
+def _controls(config: Config, experiment: str) -> dict[str, str]:
+    """Return the control by modality: of the experiment, or of those that its re-ranking combines."""
+    chosen = config.experiments[experiment]
+    if not isinstance(chosen.model, Rerank):
+        return dict(chosen.controls)
+    parts = (_controls(config, name) for name in (chosen.model.of, *chosen.model.by))
+    return {modality: kind for part in parts for modality, kind in part.items()}
+
+
 def _without_control(config: Config, experiment: str) -> list[Any]:
+    """Return what an experiment and its controls have in common, and no other experiment."""
     chosen = config.experiments[experiment]
     model, training = chosen.model.identity(), chosen.training_identity()
+    if isinstance(chosen.model, Rerank):
+        names = (chosen.model.of, *chosen.model.by)
+        own = {key: value for key, value in model.items() if key not in ("of", "by", "weights")}
+        weights = [chosen.model.weights.get(name) for name in chosen.model.by]
+        return [chosen.dataset, own, weights, training, [_without_control(config, name) for name in names]]
     return [chosen.dataset, list(chosen.modalities.items()), chosen.model_name, model, training]
 
 

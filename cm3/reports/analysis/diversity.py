@@ -19,7 +19,8 @@ def read_unit_vectors(path: str | os.PathLike[str], item_ids: Sequence[str]) -> 
     """
     vectors = read_features(path, item_ids).embedding
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.divide(vectors, norms, out=vectors, where=norms > 0)
+    found: np.ndarray = np.divide(vectors, norms, out=vectors, where=norms > 0)
+    return found
 
 
 def intra_list_diversity(

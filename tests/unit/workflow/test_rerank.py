@@ -7,7 +7,7 @@ import pytest
 
 from cm3.common.errors import UserError
 from cm3.evaluation.rerank_config import Rerank
-from workflow.plan import publish, runs
+from workflow.plan import comparison, publish, runs
 from workflow.plan.config import Config, load_config
 
 CONFIG: dict[str, Any] = {
@@ -152,3 +152,28 @@ def test_a_fault_of_the_base_is_reported_as_its_own():
     raw["experiments"]["cm3"]["model"] = {"gama": 1}
     with pytest.raises(UserError, match=r"^experiments\.cm3\.model\.gama"):
         load_config(raw)
+
+
+def test_a_reranked_control_is_the_control_of_the_reranking():
+    raw = copy.deepcopy(CONFIG)
+    raw["experiments"] |= {
+        "noise": {"like": "cm3", "control": "gaussian"},
+        "noise-both": {"like": "both", "model": {"of": "noise"}},
+        "noise-weighted": {"like": "noise-both", "model": {"weights": {"ease": 0.5}}},
+        "top": {"like": "cm3", "preset": "best"},
+        "noise-top": {"like": "noise", "preset": "best"},
+    }
+    names = ["cm3", "both", "noise", "noise-both", "noise-weighted", "top", "noise-top"]
+    raw["studies"]["study"]["experiments"] = names
+    described = comparison.compare(load_config(raw), "study").spec["experiments"]
+    assert {name: described[name]["control_of"] for name in names} == {
+        "cm3": None,
+        "both": None,
+        "noise": "cm3",
+        "noise-both": "both",
+        "noise-weighted": None,
+        "top": None,
+        "noise-top": "top",
+    }
+    assert described["noise-both"]["control"] == described["noise-top"]["control"] == {"image": "gaussian"}
+    assert described["both"]["control"] is None
