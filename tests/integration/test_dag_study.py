@@ -63,6 +63,7 @@ def test_the_comparison_holds_the_means_of_the_cells(finished: Checkout):
         users = pq.read_table(finished.folder / f"results/{name}/runs/{runs[0]}/per_user.parquet")
         assert np.mean(users.column("recall@10").to_numpy()) == pytest.approx(values[0], abs=1e-12)
     assert told["experiments"]["noise"]["control_of"] == "shop"
+    assert all(entry["beyond"]["diversity_image@10"]["mean"] > 0 for entry in told["experiments"].values())
     assert (finished.folder / "results/compared/comparison.csv").read_text().count("\n") > 3
     page = (finished.folder / PAGE).read_text()
     assert "ease" in page
