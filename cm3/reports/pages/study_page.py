@@ -149,7 +149,10 @@ def _slices(study: Mapping[str, Any], metrics: Sequence[str]) -> list[dict[str, 
 
 
 def _beyond(study: Mapping[str, Any]) -> dict[str, Any]:
-    columns = _ordered(list(dict.fromkeys(name for one in study["experiments"].values() for name in one["beyond"])))
+    """Return the columns at the headline's cut-off, and the values of each experiment: all cut-offs would not fit a page."""
+    cutoff = study["headline"].partition("@")[2]
+    names = dict.fromkeys(name for one in study["experiments"].values() for name in one["beyond"])
+    columns = [name for name in names if name.partition("@")[2] == cutoff]
     rows = {name: [one["beyond"].get(column) for column in columns] for name, one in study["experiments"].items()}
     return {"columns": columns, "rows": rows}
 
