@@ -112,6 +112,14 @@ def test_the_documented_index_agrees_with_exact_search(trained: Path, monkeypatc
         assert [score for _, score in found] == pytest.approx([score for _, score in exact], abs=1e-4)
 
 
+def test_the_example_of_the_library_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    names = vars(module_of(blocks("library.md")[0], tmp_path / "example.py"))
+    assert len(names["one"]) == len(names["many"][1]) == 10 and len(names["near"]) == 5
+    assert "i5" not in dict(names["visitor"]) and "new" in names["shop"].item_ids
+    assert {"recall@10", "ndcg@10"} <= names["metrics"].keys() and (tmp_path / "my-shop").is_dir()
+
+
 def test_the_notebook_runs_and_holds_its_outputs():
     path = DOCS / "notebook.ipynb"
     cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
