@@ -17,6 +17,10 @@ from pathlib import Path
 from types import ModuleType
 from wsgiref.simple_server import make_server
 
+import numpy as np
+import oracles_cm3 as oracle
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from library_shop import QUICK, SMALL, shop
 from notebook import run_notebook
@@ -110,6 +114,32 @@ def test_the_documented_index_agrees_with_exact_search(trained: Path, monkeypatc
         found = approximate.recommend(user, k=5)
         assert [item for item, _ in found] == [item for item, _ in exact]
         assert [score for _, score in found] == pytest.approx([score for _, score in exact], abs=1e-4)
+
+
+def test_the_test_by_hand_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.chdir(tmp_path)
+    for shift, experiment in enumerate(("hm", "hm-lightgcn")):
+        folder = tmp_path / f"results/{experiment}/runs/a"
+        folder.mkdir(parents=True)
+        pq.write_table(pa.table({"recall@20": [0.5, 0.25 * shift, 1.0]}), folder / "per_user.parquet")
+    module_of(blocks("statistics.md")[0].replace("[...]", '["a"]'), tmp_path / "by_hand.py")
+    mean, _ = map(float, capsys.readouterr().out.split())
+    assert mean == pytest.approx(-0.25 / 3)
+
+
+def test_a_baseline_is_trained_without_snakemake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    users, items = np.repeat(np.arange(12), 5), np.concatenate([rng.permutation(15)[:5] for _ in range(12)])
+    labels = np.tile([0, 0, 0, 1, 2], 12).astype(np.int8)
+    (tmp_path / "processed/hm").mkdir(parents=True)
+    oracle.write_interactions(tmp_path / "processed/hm", users, items, labels, 12, 15)
+    code = blocks("baselines.md")[0].replace("seed=1", "seed=1, epochs=2, device='cpu'")
+    module_of(code, tmp_path / "without_snakemake.py")
+    assert {path.name for path in (tmp_path / "out").glob("*.parquet")} == {
+        "user_embeddings.parquet",
+        "item_embeddings.parquet",
+    }
 
 
 def test_the_example_of_the_library_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

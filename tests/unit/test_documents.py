@@ -4,6 +4,7 @@ import importlib.util
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import tomllib
 from collections.abc import Sequence
@@ -124,6 +125,41 @@ def test_run_takes_the_documented_task(document: str, words: list[str], monkeypa
         assert rest[0] in config.studies or (rest[0],) in EXAMPLES, document
     else:
         assert task in config.experiments or (task,) in EXAMPLES or task in " | ".join(tasks).split(" | "), document
+
+
+NOT_RUN = {
+    "apptainer": "needs a container runtime",
+    "curl": "asks a server",
+    "docker": "needs a container runtime",
+    "git": "the address is the reader's",
+    "hf": "downloads weights",
+    "pip": "changes the environment of the tests",
+    "uv": "changes the environment of the tests",
+    "vllm": "needs a GPU",
+    **dict.fromkeys(("cd", "cp", "export", "mkdir", "source"), "the shell's own, with files of the reader"),
+}
+"""Programs in documents that no test runs or parses, with the reason."""
+
+CHECKED = {"snakemake", "./run", "python", "bash"}
+"""Programs whose documented calls are checked: options, targets, tasks, modules and scripts."""
+
+
+def test_every_documented_program_is_checked_or_not_run_for_a_reason():
+    """Lines of code are commands where their first word, after variables, is the name of a program."""
+    found = set()
+    for document in documents():
+        text = re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+        for line in re.findall(r"^ {4}(\S.*)$", text, re.MULTILINE):
+            word = re.sub(r"^(\w+=\S+ +)+", "", line).split()[0]
+            if shutil.which(word) or word in CHECKED | NOT_RUN.keys():
+                found.add(word)
+    assert found - CHECKED - NOT_RUN.keys() == set()
+    assert found > {"snakemake", "./run", "pip"}
+
+
+@pytest.mark.parametrize(("document", "words"), lines_of_code("bash"), ids=lambda value: " ".join(value)[:60])
+def test_documented_shell_scripts_exist(document: str, words: list[str]):
+    assert (ROOT / words[0]).is_file(), document
 
 
 def test_documents_show_commands():
