@@ -14,9 +14,9 @@ SIZE = (1100, 1190)
 COLOURS = 128
 PAGES = {
     "experiment-page.png": ("sample/report.html", "neighbours"),
-    "study-page.png": ("sample-study/comparison.html", "words"),
+    "study-page.png": ("sample-study/comparison.html", None),
 }
-"""Each image: a page in results/, and the section at its top."""
+"""Each image: a page in results/, and the section at its top; None: from the beginning."""
 
 
 def main() -> None:
@@ -25,7 +25,8 @@ def main() -> None:
     with Browser() as browser:
         for name, (page, section) in PAGES.items():
             tab = browser.open(results / page, width=SIZE[0], height=SIZE[1])
-            tab.run(f"document.getElementById('{section}').scrollIntoView()")
+            if section:
+                tab.run(f"document.getElementById('{section}').scrollIntoView()")
             tab.screenshot(folder / name)
             Image.open(folder / name).convert("RGB").quantize(COLOURS).save(folder / name, optimize=True)
 

@@ -25,8 +25,11 @@ import pytest
 from library_shop import QUICK, SMALL, shop
 from notebook import run_notebook
 from repository import ROOT
+from training_shop import one_thread
 
 import cm3
+
+__all__ = ["one_thread"]  # used by every test here
 
 DOCS = ROOT / "docs"
 
