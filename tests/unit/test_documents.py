@@ -166,6 +166,16 @@ def test_documents_show_commands():
     assert len(commands()) > 15
 
 
+def test_documented_options_of_benchmarks_exist():
+    texts = [document.read_text() for document in documents()]
+    calls = [call for text in texts for call in re.findall(r"\bpython (benchmarks/\w+\.py)((?:\s[^`#]+)?)", text)]
+    assert len(calls) > 8
+    for script, words in calls:
+        source = (ROOT / script).read_text()
+        for option in re.findall(r"(?<!\S)--[a-z-]+", words.partition(";")[0].partition(", then")[0]):
+            assert f'"{option}"' in source or f'"{option[2:]}"' in source, f"{script} {option}"
+
+
 def test_documented_modules_and_scripts_exist():
     texts = [document.read_text() for document in documents()]
     modules, scripts = (
