@@ -193,6 +193,8 @@ def test_the_citation_names_this_version_and_the_paper():
     assert citation["cff-version"] == "1.2.0"
     assert {"message", "title", "authors"} <= citation.keys()
     assert (citation["version"], citation["license"]) == (project["version"], project["license"])
+    bibtex = re.search(r"^```bibtex\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)[1]
+    assert f"version = {{{project['version']}}}" in bibtex and f"{{{citation['title']}}}" in bibtex
     assert "2508.01226" in citation["references"][0]["identifiers"][0]["value"]
     assert re.search(rf"^## {re.escape(project['version'])}\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
 
