@@ -124,6 +124,24 @@ def test_a_cell_is_made_again_by_the_command_beside_it(finished: Checkout, tmp_p
     assert {name: (checkout.folder / folder / name).read_bytes() for name in before} == before
 
 
+def test_equal_settings_are_trained_once_wherever_their_training_is(finished: Checkout, tmp_path: Path):
+    checkout = finished.clone(tmp_path / "copy")
+    whole = config()
+    whole["experiments"] = {"twin": {"like": "ease"}, **whole["experiments"]}
+    whole["studies"]["compared"]["experiments"].append("twin")
+    checkout.configure(whole)
+    assert checkout.planned(PAGE) == {"evaluate_item_weights": 1} | AFTER
+    # The job that lists the runs reads the Snakefile again. The record is absent then if the training is being repeated.
+    run = read(checkout, "results/compared/comparison.json")["cells"][-1]["run"]
+    record = f"results/ease/runs/{run}/train.stage.json"
+    reread = "if not is_main_process(workflow):\n"
+    checkout.edit("workflow/rules/common.smk", reread, f"{reread}    Path('{record}').unlink()\n")
+    (checkout.folder / PAGE).unlink()
+    checkout.run("results/compared/cells.json")
+    assert not (checkout.folder / record).exists()
+    assert read(checkout, "results/compared/cells.json")["inputs"][f"train.twin.{run}"] == record
+
+
 def test_a_run_that_the_config_does_not_ask_for_is_refused(finished: Checkout):
     output = finished.run("-n", f"results/shop/runs/{'0' * 12}/evaluation.json", check=False)
     assert "a run of other settings cannot be made from it" in output

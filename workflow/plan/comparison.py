@@ -1,9 +1,11 @@
 """Comparisons: the runs of a study, the files that the comparison reads of each, and its task."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from workflow.plan import runs
 from workflow.plan.config import Config
 from workflow.plan.experiments import Experiment
 from workflow.plan.publish import command
@@ -11,15 +13,18 @@ from workflow.plan.runs import features_of, run_key, tables
 from workflow.plan.searched import check_searched, search_spec
 from workflow.plan.task import Task
 
-COMPARED = {
+EVALUATED = {
     "evaluation": "evaluation.json",
     "per_user": "per_user.parquet",
     "recommendations": "recommendations.parquet",
-    "train": "train.stage.json",
+}
+"""Files of a run's evaluation that the comparison reads."""
+TRAINED = {
+    "train": runs.TRAINED,
     "user_embeddings": "user_embeddings.parquet",
     "item_embeddings": "item_embeddings.parquet",
 }
-"""Files of a run that the comparison reads; embeddings only of models that have them."""
+"""Files of a run's training that the comparison reads; embeddings only of models that have them."""
 
 
 def compare_inputs(config: Config, study: str) -> dict[str, str]:
@@ -30,11 +35,14 @@ def compare_inputs(config: Config, study: str) -> dict[str, str]:
     for name in points:
         for entry in _runs(config, study, name):
             run = entry["run"]
-            paths |= {
-                f"{kind}.{name}.{run}": f"results/{name}/runs/{run}/{file}"
-                for kind, file in COMPARED.items()
+            trained = runs.training_folder(config, name, run)
+            of_run = {kind: f"results/{name}/runs/{run}/{file}" for kind, file in EVALUATED.items()}
+            of_run |= {
+                kind: f"{trained}/{file}"
+                for kind, file in TRAINED.items()
                 if config.experiments[name].model.exports == "embeddings" or not kind.endswith("_embeddings")
             }
+            paths |= {f"{kind}.{name}.{run}": path for kind, path in of_run.items()}
     return paths
 
 
@@ -53,6 +61,18 @@ def compare(config: Config, study: str) -> Task:
     }
     decides = _without_command(spec) | {"cells": [_without_command(entry) for entry in spec["cells"]]}
     return Task("compare", spec, decides=decides)
+
+
+def study_runs(config: Config, study: str) -> Task:
+    """Return the task of listing the runs of a study and their files, which follow where runs are trained."""
+    task = compare(config, study)
+    elsewhere = {
+        f"{name}/{entry['run']}": trained
+        for name in config.studies[study].points
+        for entry in _runs(config, study, name)
+        if (trained := runs.trained_in(config, name, entry["run"])) != name
+    }
+    return replace(task, decides=[task.decides, elsewhere]) if elsewhere else task
 
 
 def compare_call(config: Config, study: str) -> dict[str, Any]:

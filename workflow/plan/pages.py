@@ -47,11 +47,9 @@ def experiment_page_inputs(config: Config, experiment: str) -> dict[str, str]:
     published.append(runs.model_file(config, experiment))
     if chosen.model.exports == "embeddings":
         published += ["history.csv", "user_embeddings.parquet", "item_embeddings.parquet"]
-    folder = runs.run_folder(config, experiment)
-    records = {f"record.{stage}": f"{folder}/{stage}.stage.json" for stage in ("train", "evaluate")}
     paths = (
         runs.tables(config, experiment)
-        | records
+        | runs.records(config, experiment)
         | {Path(file).stem: f"results/{experiment}/{file}" for file in published}
     )
     reads_images = any("manifest" in config.extractors[name].needs() for name in chosen.modalities.values())

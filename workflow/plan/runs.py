@@ -1,8 +1,9 @@
 """Runs: an experiment's model at one set of settings, with the key, inputs and tasks of its training and evaluation.
 
 The settings of an experiment's section make one run; studies add runs of the same experiment at other seeds and grid
-points. All of them are in `results/{experiment}/runs/{run}`, where `run` is the key of their settings. Every function
-takes the checked configuration first; parameters named like the wildcards of the rules are names.
+points. `run` is the key of their settings. The files of a run are in `results/{experiment}/runs/{run}`. Experiments with
+equal settings share the training, which is in the folder of one of them (`training_folder`); each evaluates it in its own.
+Every function takes the checked configuration first; parameters named like the wildcards of the rules are names.
 """
 
 import functools
@@ -24,6 +25,9 @@ from workflow.plan.data import generator_spec
 from workflow.plan.experiments import Experiment
 from workflow.plan.features import features_identity, features_path, similarity_path
 from workflow.plan.task import Task
+
+TRAINED = "train.stage.json"
+"""The record of a finished training, in the folder of the run."""
 
 
 def features_of(config: Config, settings: Experiment) -> dict[str, str]:
@@ -78,14 +82,20 @@ def _combined_runs(config: Config, settings: Experiment) -> dict[str, Any]:
 
 def _combined_files(config: Config, settings: Experiment) -> dict[str, str]:
     """Return the files from which a re-ranking computes the scores of its experiments, as `{experiment}.{file}`."""
-    paths = {}
+    paths: dict[str, str] = {}
     for name, chosen in combined(config, settings).items():
-        run = f"results/{name}/runs/{run_key(config, chosen)}"
-        if chosen.model.exports == "item_weights":
-            paths[f"{name}.weights"] = f"{run}/model.safetensors"
-        else:
-            paths |= {f"{name}.{kind}": f"{run}/{kind}.parquet" for kind in ("user_embeddings", "item_embeddings")}
+        exported = _exported(config, name, run_key(config, chosen))
+        paths |= {f"{name}.{kind}": path for kind, path in exported.items()}
     return paths
+
+
+def _exported(config: Config, experiment: str, run: str) -> dict[str, str]:
+    """Return the files from which the scores of a run are computed: its embeddings, its item weights, or a fitted re-ranking."""
+    folder, model = training_folder(config, experiment, run), config.experiments[experiment].model
+    if model.exports == "embeddings":
+        return {kind: f"{folder}/{kind}.parquet" for kind in ("user_embeddings", "item_embeddings")}
+    kind = "weights" if model.exports == "item_weights" else model.stage
+    return {kind: f"{folder}/{model_file(config, experiment)}"}
 
 
 @functools.lru_cache(maxsize=1024)
@@ -95,8 +105,68 @@ def selected_run(config: Config, experiment: str) -> str:
 
 
 def run_folder(config: Config, experiment: str) -> str:
-    """Return the folder of the selected run."""
+    """Return the folder of the selected run, which has its evaluation."""
     return f"results/{experiment}/runs/{selected_run(config, experiment)}"
+
+
+def training_folder(config: Config, experiment: str, run: str) -> str:
+    """Return the folder that has the outputs of a run's training: that of the experiment `trained_in`."""
+    return f"results/{trained_in(config, experiment, run)}/runs/{run}"
+
+
+def records(config: Config, experiment: str) -> dict[str, str]:
+    """Return the records of the training and the evaluation of the selected run."""
+    trained = training_folder(config, experiment, selected_run(config, experiment))
+    evaluated = run_folder(config, experiment)
+    return {"record.train": f"{trained}/{TRAINED}", "record.evaluate": f"{evaluated}/evaluate.stage.json"}
+
+
+def trained_in(config: Config, experiment: str, run: str) -> str:
+    """Return the experiment in whose folder a run is trained, so that equal settings are trained once.
+
+    Of the experiments that have the run, it is the first of these: `experiment` itself if the training has finished there;
+    the first in the order of the configuration with a finished training; the first in that order. In an object storage the
+    order alone decides.
+
+    A decision between several experiments is kept in `decisions`, because the record of a training is absent while the
+    training is repeated.
+    """
+    known = decisions(config)
+    if (place := f"{experiment}/{run}") in known:
+        return known[place]
+    sharing = [name for name in config.experiments if name == experiment or _shares(config, experiment, name, run)]
+    if len(sharing) == 1:
+        return experiment
+    finished = [name for name in sharing if config.local and Path(f"results/{name}/runs/{run}", TRAINED).is_file()]
+    first = (finished or sharing)[0]
+    known |= {f"{name}/{run}": name if name in finished else first for name in sharing}
+    return known[place]
+
+
+@functools.cache
+def decisions(config: Config) -> dict[str, str]:
+    """Return what `trained_in` has decided so far between experiments, by `{experiment}/{run}`.
+
+    Processes of jobs that read the Snakefile again begin with the decisions of the process that planned the jobs.
+    """
+    return {}
+
+
+def _shares(config: Config, experiment: str, other: str, run: str) -> bool:
+    """Return whether another experiment has the same run and can train it in its folder."""
+    own, its = config.experiments[experiment], config.experiments[other]
+    if (own.dataset, own.model_name, [*own.modalities.items()]) != (
+        its.dataset,
+        its.model_name,
+        [*its.modalities.items()],
+    ):
+        return False  # No key of it is computed, which could take weights that are not on this machine.
+    try:
+        settings = runs_of(config, other).get(run)
+    except UserError:
+        return False
+    # A warm start can be from the results of the other experiment, which its own training refuses.
+    return settings is not None and not settings.training.warm_start
 
 
 @functools.lru_cache(maxsize=1024)
@@ -163,16 +233,16 @@ def train_inputs(config: Config, experiment: str, run: str) -> dict[str, str]:
     return paths | _combined_files(config, chosen) | _external_lists(config, chosen) | _warm_start(experiment, chosen)
 
 
-def list_inputs(config: Config, experiment: str, run: str) -> dict[str, str]:
-    """Return the tables and the files from which evaluation has the lists: the fitted re-ranking and the files of its models,
-    or the checked lists of another tool.
+def evaluate_inputs(config: Config, experiment: str, run: str) -> dict[str, str]:
+    """Return the tables and what evaluation ranks items by: embeddings; item weights; a fitted re-ranking and the files of
+    its models; or the checked lists of another tool.
 
     Raises:
         UserError: the configuration has no such run, or the file of the lists cannot be read.
     """
     chosen = settings_of(config, experiment, run)
-    fitted = {chosen.model.stage: f"results/{experiment}/runs/{run}/model.json"}
-    return tables(config, experiment) | fitted | _combined_files(config, chosen) | _external_lists(config, chosen)
+    trained = _exported(config, experiment, run)
+    return tables(config, experiment) | trained | _combined_files(config, chosen) | _external_lists(config, chosen)
 
 
 def _external_lists(config: Config, settings: Experiment) -> dict[str, str]:
