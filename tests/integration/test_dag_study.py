@@ -38,6 +38,11 @@ def config(gammas: tuple[float, ...] = (0.9,), seeds: tuple[int, ...] = (1, 2), 
     return whole
 
 
+def on_splits(whole: dict[str, Any], repeats: int) -> dict[str, Any]:
+    whole["studies"]["compared"]["split"] = {"repeats": repeats}
+    return whole
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     checkout = Checkout(tmp_path_factory.mktemp("study") / "finished", config())
@@ -88,17 +93,24 @@ def test_noise_is_drawn_for_each_seed_and_its_graph_is_its_own(finished: Checkou
 def test_nothing_new_runs_nothing_and_only_new_cells_run(finished: Checkout, tmp_path: Path):
     checkout = finished.clone(tmp_path / "copy")
     assert checkout.planned(PAGE) == {}
+    of_ease = {"train_item_weights": 1, "evaluate_item_weights": 1}
     for changed, jobs in (
         (config((0.5, 0.9)), {"train": 2, "evaluate": 2}),
         (config((0.9,), (1, 2, 3)), {"control": 1, "similarity": 1, "train": 2, "evaluate": 2}),
         (config((0.9,), (1, 2), "lightgcn"), {"train": 2, "evaluate": 2}),
         (config((0.9,), (1, 2), "shuffled"), {"control": 2, "similarity": 2, "train": 2, "evaluate": 2}),
         (config((0.9,), (2,)), {}),
+        # A further split needs no features and no graphs; the first one is there.
+        (on_splits(config(), 2), {"repeat_split": 1, "train": 4, "evaluate": 4} | of_ease),
     ):
         checkout.configure(changed)
         assert checkout.planned(PAGE) == jobs | AFTER
-    checkout.configure(config((0.5, 0.9)))
-    checkout.run(PAGE)
+    several = config((0.5, 0.9))
+    several["studies"]["repeated"] = {"experiments": ["ease"], "seeds": [1], "split": {"repeats": 2}}
+    checkout.configure(several)
+    checkout.run(PAGE, "results/repeated/comparison.html")
+    repeated = read(checkout, "results/repeated/comparison.json")
+    assert repeated["settings"]["splits"] == [42, 43] and repeated["experiments"]["ease"]["metrics"]["recall@10"]["sd"]
     told = read(checkout, "results/compared/comparison.json")
     assert {c["point"].get("model.gamma") for c in told["cells"] if c["experiment"] == "shop"} == {0.5, 0.9}
     points = {(c["point"]["model.gamma"], c["seed"]): c["run"] for c in told["cells"] if c["experiment"] == "shop"}

@@ -7,6 +7,7 @@ from typing import Any
 
 from workflow.plan import runs
 from workflow.plan.config import Config
+from workflow.plan.data import split_spec
 from workflow.plan.experiments import Experiment
 from workflow.plan.publish import command
 from workflow.plan.runs import features_of, run_key, tables
@@ -30,8 +31,12 @@ TRAINED = {
 def compare_inputs(config: Config, study: str) -> dict[str, str]:
     """Return the tables of the dataset, and the files of each run as `evaluation.EXPERIMENT.RUN`, `per_user....`, ..."""
     check_searched(config, study)
-    points = config.studies[study].points
-    paths = tables(config, next(iter(points)))
+    points, splits = config.studies[study].points, config.studies[study].splits
+    first = next(iter(points))
+    paths = tables(config, first)
+    for seed in splits:
+        if seed is not None:
+            paths[f"interactions-{seed}"] = tables(config, first, seed)["interactions"]
     for name in points:
         for entry in _runs(config, study, name):
             run = entry["run"]
@@ -83,13 +88,16 @@ def compare_call(config: Config, study: str) -> dict[str, Any]:
 
 def _runs(config: Config, study: str, experiment: str) -> list[dict[str, Any]]:
     entries = []
+    repeated = len(config.studies[study].splits) > 1
     for point, seed, settings in config.studies[study].settings(experiment):
         run = run_key(config, settings)
+        split = split_spec(config, settings.dataset, settings.split_seed)["seed"]
         entries.append(
             {
                 "experiment": experiment,
                 "run": run,
                 "seed": seed,
+                **({"split": split} if repeated else {}),
                 "point": dict(point.values),
                 "command": command(config, f"results/{experiment}/runs/{run}/evaluation.json"),
                 "keys": {"features": {m: Path(path).stem for m, path in features_of(config, settings).items()}},

@@ -21,7 +21,7 @@ from cm3.evaluation.external_config import External
 from cm3.evaluation.registry import METRICS, metric_class
 from cm3.evaluation.rerank_config import Rerank
 from workflow.plan.config import Config
-from workflow.plan.data import generator_spec
+from workflow.plan.data import generator_spec, interactions_path, split_spec
 from workflow.plan.experiments import Experiment
 from workflow.plan.features import features_identity, features_path, similarity_path
 from workflow.plan.task import Task
@@ -52,6 +52,7 @@ def run_key(config: Config, settings: Experiment) -> str:
     """Return the key of a run: of everything but evaluation."""
     dataset = config.datasets[settings.dataset]
     source = generator_spec(config, settings.dataset)
+    split = split_spec(config, settings.dataset, settings.split_seed)
     features: list[list[Any]] = []
     for modality, extractor in settings.modalities.items():
         control = settings.control(modality)
@@ -59,7 +60,7 @@ def run_key(config: Config, settings: Experiment) -> str:
         features.append([modality, extractor, identity, *([control] if control else [])])
     return key_of(
         {
-            "dataset": [settings.dataset, source, dataset.tables_spec(), dataset.split_spec()],
+            "dataset": [settings.dataset, source, dataset.tables_spec(), split],
             "features": features,
             "model": settings.model.identity() | _combined_runs(config, settings),
             "training": settings.training_identity(),
@@ -68,11 +69,12 @@ def run_key(config: Config, settings: Experiment) -> str:
 
 
 def combined(config: Config, settings: Experiment) -> dict[str, Experiment]:
-    """Return the experiments that a re-ranking combines, at its seed and the base first; empty for other models."""
+    """Return the experiments that a re-ranking combines, at its seed, on its split and the base first; empty for other models."""
     model = settings.model
     if not isinstance(model, Rerank):
         return {}
-    return {name: config.experiments[name].with_seed(settings.training.seed) for name in (model.of, *model.by)}
+    at = {name: config.experiments[name].with_seed(settings.training.seed) for name in (model.of, *model.by)}
+    return {name: chosen.on_split(settings.split_seed) for name, chosen in at.items()}
 
 
 def _combined_runs(config: Config, settings: Experiment) -> dict[str, Any]:
@@ -128,10 +130,10 @@ def trained_in(config: Config, experiment: str, run: str) -> str:
     the first in the order of the configuration with a finished training; the first in that order. In an object storage the
     order alone decides.
 
-    A decision between several experiments is kept in `decisions`, because the record of a training is absent while the
+    A decision between several experiments is kept in `config.decisions`, because the record of a training is absent while the
     training is repeated.
     """
-    known = decisions(config)
+    known = config.decisions
     if (place := f"{experiment}/{run}") in known:
         return known[place]
     sharing = [name for name in config.experiments if name == experiment or _shares(config, experiment, name, run)]
@@ -141,15 +143,6 @@ def trained_in(config: Config, experiment: str, run: str) -> str:
     first = (finished or sharing)[0]
     known |= {f"{name}/{run}": name if name in finished else first for name in sharing}
     return known[place]
-
-
-@functools.cache
-def decisions(config: Config) -> dict[str, str]:
-    """Return what `trained_in` has decided so far between experiments, by `{experiment}/{run}`.
-
-    Processes of jobs that read the Snakefile again begin with the decisions of the process that planned the jobs.
-    """
-    return {}
 
 
 def _shares(config: Config, experiment: str, other: str, run: str) -> bool:
@@ -214,10 +207,12 @@ def model_file(config: Config, experiment: str) -> str:
     return "model.json" if config.experiments[experiment].model.exports == "lists" else "model.safetensors"
 
 
-def tables(config: Config, experiment: str) -> dict[str, str]:
-    """Return the paths of interactions, items and users of the experiment's dataset."""
+def tables(config: Config, experiment: str, split_seed: int | None = None) -> dict[str, str]:
+    """Return the paths of interactions, items and users of the experiment's dataset, on its own split or a further one."""
     dataset = config.experiments[experiment].dataset
-    return {table: f"processed/{dataset}/{table}.parquet" for table in ("interactions", "items", "users")}
+    return {"interactions": interactions_path(dataset, split_seed)} | {
+        table: f"processed/{dataset}/{table}.parquet" for table in ("items", "users")
+    }
 
 
 def train_inputs(config: Config, experiment: str, run: str) -> dict[str, str]:
@@ -227,7 +222,7 @@ def train_inputs(config: Config, experiment: str, run: str) -> dict[str, str]:
         UserError: the configuration has no such run, or the earlier run is missing or in the folder of this one.
     """
     chosen = settings_of(config, experiment, run)
-    paths = tables(config, experiment)
+    paths = tables(config, experiment, chosen.split_seed)
     paths |= {f"features.{modality}": path for modality, path in features_of(config, chosen).items()}
     paths |= {f"similarity.{modality}": path for modality, path in graphs_of(config, chosen).items()}
     return paths | _combined_files(config, chosen) | _external_lists(config, chosen) | _warm_start(experiment, chosen)
@@ -241,8 +236,8 @@ def evaluate_inputs(config: Config, experiment: str, run: str) -> dict[str, str]
         UserError: the configuration has no such run, or the file of the lists cannot be read.
     """
     chosen = settings_of(config, experiment, run)
-    trained = _exported(config, experiment, run)
-    return tables(config, experiment) | trained | _combined_files(config, chosen) | _external_lists(config, chosen)
+    paths = tables(config, experiment, chosen.split_seed) | _exported(config, experiment, run)
+    return paths | _combined_files(config, chosen) | _external_lists(config, chosen)
 
 
 def _external_lists(config: Config, settings: Experiment) -> dict[str, str]:

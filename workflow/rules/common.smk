@@ -111,7 +111,7 @@ except UserError as error:
 
 needs = Needs(settings)
 if not is_main_process(workflow):
-    runs.decisions(settings).update(json.loads(os.environ.get(TRAINED_IN, "{}")))
+    settings.decisions.update(json.loads(os.environ.get(TRAINED_IN, "{}")))
 
 set_job_environment(ROOT)
 if terminal:
@@ -250,7 +250,7 @@ onstart:
     except OSError as error:
         raise WorkflowError(str(path_fault(error) or error)) from None
     # for the processes of jobs that read this file again
-    os.environ[TRAINED_IN] = canonical_json(runs.decisions(settings))
+    os.environ[TRAINED_IN] = canonical_json(settings.decisions)
     if cost_of_run().refused:
         raise WorkflowError("\n".join(cost_of_run().refused))
 
