@@ -11,19 +11,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import scipy.sparse as sp
 
 from cm3.common.cli import stage
 from cm3.common.embeddings import read_embeddings
 from cm3.common.errors import UserError
 from cm3.common.files import write_json
-from cm3.common.interactions import Interactions, read_interactions
 from cm3.common.strict import validate
 from cm3.reports.analysis.beyond_accuracy import beyond_accuracy
-from cm3.reports.analysis.category_calibration import category_divergence, read_item_categories
+from cm3.reports.analysis.category_calibration import category_divergence
+from cm3.reports.analysis.data import Data, read_splits
 from cm3.reports.analysis.findings import main_experiment, sentences
-from cm3.reports.analysis.geometry import EmbeddingSample, draw_sample, measure
+from cm3.reports.analysis.geometry import EmbeddingSample, measure
 from cm3.reports.analysis.pairs import ALPHA, CONFIDENCE, best_of, compare_pairs, pairs_to_test
 from cm3.reports.analysis.runs import Experiment, Point, Run, read_experiments, read_lists, read_per_user
 from cm3.reports.analysis.slices import Slices
@@ -44,22 +42,6 @@ class Measured:
     beyond: dict[str, float]
     geometry: dict[str, float] | None
     slices: list[dict[str, float]]
-
-
-@dataclass(frozen=True)
-class Data:
-    """The data set and test users that all runs share; `categories` (I, C) is None where no item has any."""
-
-    interactions: Interactions
-    user_ids: pa.Array
-    item_ids: pa.Array
-    users: np.ndarray
-    counts: np.ndarray
-    n_train_users: int
-    slices: Slices
-    sample: EmbeddingSample
-    history: sp.csr_matrix
-    categories: sp.csr_matrix | None
 
 
 def compare(
@@ -86,7 +68,7 @@ def compare(
     """
     check_study(study)
     experiments = read_experiments(study, inputs)
-    of_splits = _read_splits(study, inputs, experiments[0].chosen.runs)
+    of_splits = read_splits(study, inputs, experiments[0].chosen.runs)
     splits, data = list(of_splits), next(iter(of_splits.values()))
     names, metrics = list(study.experiments), study.metrics
     # Contiguous by user, because the tests read it often.
@@ -173,32 +155,6 @@ def compare(
     return result
 
 
-def _read_splits(study: StudySpec, inputs: Mapping[str, Path], runs: Sequence[Run]) -> dict[int | None, Data]:
-    """Return the data of each split by its seed, in the order of the study.
-
-    Args:
-        study: the study.
-        inputs: the tables of the dataset; `interactions` is its own split, `interactions-SEED` a further one.
-        runs: of one experiment, on all splits.
-
-    Raises:
-        UserError: splits with different test users.
-    """
-    found: dict[int | None, Data] = {}
-    for run in runs:
-        if run.spec.split not in found:
-            name = f"interactions-{run.spec.split}"
-            data = _read_data(study, inputs, inputs.get(name, inputs["interactions"]), run)
-            first = next(iter(found.values()), data)
-            if not np.array_equal(data.users, first.users):
-                raise UserError(
-                    f"{inputs[name]}: has {len(data.users)} test users, and {inputs['interactions']} {len(first.users)}; models "
-                    "are compared user by user, on splits with equal test users"
-                )
-            found[run.spec.split] = data
-    return found
-
-
 def _resampled(averages: np.ndarray, study: StudySpec) -> np.ndarray:
     """Return (B, E, M) means of resampled users, and of resampled splits where there are several, of (S, E, M, n) values."""
     n_splits, n_experiments, n_metrics, n_users = averages.shape
@@ -216,44 +172,6 @@ def _by(experiment: Experiment, what: Literal["seed", "split"], values: Sequence
     for run, value in zip(experiment.chosen.runs, values, strict=True):
         groups.setdefault(run.spec.seed if what == "seed" else run.spec.split, []).append(value)
     return [float(np.mean(group)) if len(group) > 1 else group[0] for group in groups.values()]
-
-
-def _read_data(study: StudySpec, inputs: Mapping[str, Path], table: Path, first: Run) -> Data:
-    interactions = read_interactions(table, inputs["items"], inputs["users"])
-    users, n_test, _ = read_per_user(first, study.metrics)
-    train, test = interactions.matrix("train"), interactions.truth("test")
-    sizes = np.diff(test.indptr)
-    if not np.array_equal(np.flatnonzero(sizes), users) or not np.array_equal(sizes[users], n_test):
-        raise UserError(
-            f"{first.files['per_user']}: its users and numbers of test items differ from the test split of "
-            f"{table}; delete the run's evaluation and run again"
-        )
-    cutoffs = sorted({_cutoff(metric) for metric in study.metrics})
-    counts = np.asarray(train.sum(0)).ravel().astype(np.int64)
-    n_users = int((np.diff(train.indptr) > 0).sum())
-    slices = Slices(users, train, test, cutoffs)
-    user_ids, item_ids = (pa.array(ids, pa.string()) for ids in (interactions.user_ids, interactions.item_ids))
-    sample = draw_sample(train, study.bootstrap_seed)
-    categories = read_item_categories(inputs["items"])
-    return Data(
-        interactions,
-        user_ids,
-        item_ids,
-        users,
-        counts,
-        n_users,
-        slices,
-        sample,
-        sp.csr_matrix(train[users]),
-        categories,
-    )
-
-
-def _cutoff(metric: str) -> int:
-    name, _, k = metric.partition("@")
-    if not (name and k.isdigit()):
-        raise UserError(f"metrics = {metric!r}: expected a metric with a cut-off, such as recall@20")
-    return int(k)
 
 
 def _measure_points(
