@@ -127,8 +127,8 @@ def trained_in(config: Config, experiment: str, run: str) -> str:
     """Return the experiment in whose folder a run is trained, so that equal settings are trained once.
 
     Of the experiments that have the run, it is the first of these: `experiment` itself if the training has finished there;
-    the first in the order of the configuration with a finished training; the first in that order. In an object storage the
-    order alone decides.
+    the first in the order of the configuration with a finished training; the first in that order that trains in the same
+    way (device, processes, trackers, ...). In an object storage, where no files are looked at, the last of them decides.
 
     A decision between several experiments is kept in `config.decisions`, because the record of a training is absent while the
     training is repeated.
@@ -140,9 +140,14 @@ def trained_in(config: Config, experiment: str, run: str) -> str:
     if len(sharing) == 1:
         return experiment
     finished = [name for name in sharing if config.local and Path(f"results/{name}/runs/{run}", TRAINED).is_file()]
-    first = (finished or sharing)[0]
-    known |= {f"{name}/{run}": name if name in finished else first for name in sharing}
+    for name in sharing:
+        alike = [other for other in sharing if _runtime(config, other) == _runtime(config, name)]
+        known[f"{name}/{run}"] = name if name in finished else (finished or alike)[0]
     return known[place]
+
+
+def _runtime(config: Config, experiment: str) -> dict[str, Any]:
+    return config.experiments[experiment].training.runtime()
 
 
 def _shares(config: Config, experiment: str, other: str, run: str) -> bool:

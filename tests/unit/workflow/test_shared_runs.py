@@ -75,6 +75,13 @@ def test_without_its_experiment_or_folder_a_training_is_found_or_made_elsewhere(
     assert trained_in(load_config(raw()), "shop", "again") == ["shop", "shop"]
 
 
+def test_an_experiment_that_trains_on_another_device_trains_itself_unless_one_has_finished():
+    whole = raw(on_cpu={"like": "shop", "training": {"device": "cpu"}})
+    assert trained_in(load_config(whole), "shop", "again", "on_cpu") == ["shop", "shop", "on_cpu"]
+    finish(load_config(whole), "again")
+    assert trained_in(load_config(whole), "shop", "again", "on_cpu") == ["again", "again", "again"]
+
+
 def test_in_an_object_storage_the_order_decides():
     loaded = replace(load_config(raw()), local=False)
     finish(loaded, "again")
