@@ -117,7 +117,7 @@ def test_the_table_and_the_page_say_how_many_splits_and_seeds(study, tmp_path):
     assert {row["exceeds_split_noise"] for row in rows if row["against"]} <= {"True", "False"}
     study_page(comparison=folder / "comparison.json", page_output=tmp_path / "a.html", figures_output=tmp_path / "a")
     page = (tmp_path / "a.html").read_text()
-    assert "3 random splits (seeds 42, 43, 44)" in page and "Between splits" in page
+    assert "3 random splits (seeds 42, 43, 44)" in page and "Between seeds, between splits" in page
     assert read_json(folder / "comparison.json")["cells"][0]["split"] == 42
 
 
