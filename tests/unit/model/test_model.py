@@ -153,14 +153,14 @@ def test_a_step_over_two_batches_is_the_mean_of_their_losses():
 def test_a_step_leaves_nothing_to_the_garbage_collector(batches, monkeypatch):
     model, _ = build(2)
     kept = []
-    ego = model.ego_embeddings
+    streams = model.item_streams
 
     def watched(t):
-        found = ego(t)
+        found = streams(t)
         kept.extend(weakref.ref(x) for x in found)
         return found
 
-    monkeypatch.setattr(model, "ego_embeddings", watched)
+    monkeypatch.setattr(model, "item_streams", watched)
     gc.disable()
     try:
         model.backward([batch()] * batches, 3)
