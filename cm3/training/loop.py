@@ -39,7 +39,7 @@ class DivergedError(UserError):
 
 @dataclass
 class Fitted:
-    """A finished run: the best epoch's parameters and embeddings, and the history."""
+    """A finished run: the best epoch's parameters and embeddings (of several processes the first one has them), and the history."""
 
     parameters: dict[str, Tensor]
     users: Tensor
@@ -141,11 +141,11 @@ def _fit(
             state.epoch, state.step = state.epoch + 1, 0
             run.save_if_due(stop, bool(stopped))
     plotted.close()
-    parameters = {name: state.best_tensors[f"best.{name}"] for name, _ in model.named_parameters()}
+    best = checkpoint.load_best(state.best.epoch) if first else {}
     return Fitted(
-        parameters,
-        state.best_tensors["best_users"],
-        state.best_tensors["best_items"],
+        {name: best[f"best.{name}"] for name, _ in model.named_parameters()} if first else {},
+        best.get("best_users", torch.empty(0)),
+        best.get("best_items", torch.empty(0)),
         state.best,
         state.history,
         stopped,
@@ -209,6 +209,7 @@ class TrainingRun:
                 log.info("epoch %d: step %d of %d, %.0f s left in it", state.epoch, state.step, self.steps, left)
             if state.step < self.steps:
                 self.save_if_due(stop)
+        self.optimiser.zero_grad()  # a validation needs the memory
         self.check_finite_losses()
         return last
 
@@ -267,8 +268,9 @@ class TrainingRun:
         state.stale += 1
         if state.best.valid is None or value > state.best.valid:
             state.best, state.stale = Best(state.epoch, value, tested), 0
-            state.best_tensors |= {f"best.{name}": p.detach().clone() for name, p in self.model.named_parameters()}
-            state.best_tensors |= {"best_users": users.clone(), "best_items": items.clone()}
+            if not (self.model.shard and self.model.shard.rank):
+                parameters = {f"best.{name}": p for name, p in self.model.named_parameters()}
+                self.checkpoint.save_best(state.epoch, {**parameters, "best_users": users, "best_items": items})
 
     def _clipped_norm(self) -> Tensor:
         """Return the norm of the gradient, then clip it where that is set."""

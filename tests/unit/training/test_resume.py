@@ -230,6 +230,34 @@ def test_a_full_disk_at_a_checkpoint_is_one_line(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_best_epoch_of_the_stored_state_is_kept_until_the_next_state(tmp_path, caplog):
+    def state(epoch):
+        return {"epoch": epoch, "best": {"epoch": epoch, "valid": 0.5, "test": None}}
+
+    def bests():
+        return sorted(path.name for path in tmp_path.glob("best-*"))
+
+    checkpoint = Checkpoint(tmp_path, "f")
+    checkpoint.save_best(1, {"best_users": torch.ones(2)})
+    checkpoint.save({"a": torch.zeros(3)}, state(1))
+    checkpoint.save_best(2, {"best_users": torch.ones(2) * 2})
+    checkpoint.save_best(3, {"best_users": torch.ones(2) * 3})
+    assert bests() == ["best-1.safetensors", "best-3.safetensors"]
+    resumed = Checkpoint(tmp_path, "f")
+    assert resumed.load() and resumed.load_best(1)["best_users"].tolist() == [1, 1]
+    resumed.save_best(2, {"best_users": torch.ones(2) * 2})
+    assert bests() == ["best-1.safetensors", "best-2.safetensors"]
+    resumed.save({"a": torch.zeros(3)}, state(2))
+    assert bests() == ["best-2.safetensors"]
+
+    file = tmp_path / "best-2.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert Checkpoint(tmp_path, "f").load() is None
+    assert "best-2.safetensors" in caplog.text and "starting from the beginning" in caplog.text
+    resumed.remove()
+    assert not tmp_path.exists()
+
+
 def test_a_resume_may_change_the_checkpoint_interval(shop, tmp_path):
     shared = dict.fromkeys(("a", "b"))
     for name, seconds in (("a", 0), ("b", 1000)):
