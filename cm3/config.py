@@ -29,7 +29,7 @@ class Model(ModelSpec, ItemGraphs, Weighted):
     reads_item_graphs: ClassVar[bool] = True
     optional_training: ClassVar[frozenset[str]] = frozenset({"precision", "processes", "warm_start"})
     presets: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
-        "default": {},
+        "default": {"training": {"batches_per_step": "auto"}},
         "official": {
             "model": {
                 "slerp": "reference",
@@ -121,7 +121,8 @@ class Training(Strict):
         1,
         description="batches per propagation and optimiser step; larger values save propagations on large data sets; "
         "auto: 1 below 200,000 interactions, then as many as leave some 50 steps an epoch, so that its time grows in "
-        "proportion to the data; docs/training.md shows the effect on accuracy",
+        "proportion to the data; the default of cm3 is auto, that of its preset official and of baselines 1; "
+        "docs/training.md shows the effect on accuracy",
     )
     warm_start: str | None = Field(
         None,

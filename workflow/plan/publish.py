@@ -51,7 +51,9 @@ def publish_inputs(config: Config, experiment: str) -> dict[str, str]:
 def publish(config: Config, experiment: str) -> Task:
     """Return the task of publishing: what metrics.json says about the origin of its numbers."""
     provenance = _provenance(config, experiment)
+    training = {"training": config.experiments[experiment].training_settings()}
     spec = provenance | {
+        "config": provenance["config"] | training,
         "command": command(config, f"results/{experiment}/metrics.json"),
         "libraries": _model_libraries(config, experiment),
     }
