@@ -183,7 +183,9 @@ class CM3(Network):
             return super().backward(batches, seed)
         streams, fused = self.item_streams(self.sample_t(seed))
         ids = torch.cat(held)
-        users, items = propagate_streams(self.adjacency, self.users, streams, self.settings.n_ui_layers, ids)
+        users, items = propagate_streams(
+            self.adjacency, self.users, streams, self.settings.n_ui_layers, ids, shard=self.shard
+        )
         users, items = self._weighted(users, _rows(self.stream_logits, ids)), self._with_neighbours(items)
         embeddings = _StepEmbeddings(list(users.split([len(some) for some in held])), items, fused)
         return backward(embeddings, [partial(self._step_loss, n, batch) for n, batch in enumerate(batches)])

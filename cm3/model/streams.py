@@ -1,16 +1,18 @@
 """Propagation of the streams of users and items over the user-item graph, a few streams at a time.
 
 Streams do not depend on one another before the loss: large tables are propagated stream by stream, which divides their
-memory by the number of streams and gives the same result to the last bit.
+memory by the number of streams and gives the same result to the last bit; and several processes that train one model
+propagate some streams each.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from cm3.common.distributed import ProcessShard
 from cm3.model.graph import Entries, SparseMatrix, sum_of_layers
 
 CPU_TABLE_BYTES = 2**28
@@ -29,6 +31,7 @@ def propagate_streams(
     layers: int,
     ids: Tensor | None = None,
     table_bytes: int | None = None,
+    shard: ProcessShard | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return users (U, S d) and items (I, S d) after propagation: the sum of A^l x over the layers l = 0..`layers`.
 
@@ -43,8 +46,10 @@ def propagate_streams(
         layers: how many.
         ids: (n,) indices of users; repetitions are allowed. None: all.
         table_bytes: size of a table (U + I, d') that is propagated at a time; None: `CPU_TABLE_BYTES` or `TABLE_BYTES`.
+        shard: of several processes, each of which propagates its streams and gets the rows of all. The gradients that a
+            process gets are those of its streams for the loss of all processes, and 0 for the other streams.
     """
-    found: tuple[Tensor, Tensor] = _Streams.apply(users, items, adjacency, layers, ids, table_bytes)
+    found: tuple[Tensor, Tensor] = _Streams.apply(users, items, adjacency, layers, ids, table_bytes, shard)
     return found
 
 
@@ -58,14 +63,16 @@ class _Streams(torch.autograd.Function):
         layers: int,
         ids: Tensor | None,
         table_bytes: int | None,
+        shard: ProcessShard | None,
     ) -> tuple[Tensor, Tensor]:
-        ctx.adjacency, ctx.layers = adjacency, layers
-        ctx.streams = _streams_at_once(users, items, table_bytes)
+        ctx.adjacency, ctx.layers, ctx.shard = adjacency, layers, shard
+        ctx.groups = list(_groups(users, items, table_bytes, shard))
         ctx.few = ids is not None and layers > 0 and users.device.type == "cpu" and 2 * len(ids) <= len(users)
         last = (adjacency.rows(ids), adjacency.rows_from(len(users))) if ctx.few and ids is not None else None
         norms = users.new_empty(*users.shape[:2], 1)
-        by_user, by_item = _Columns(items.shape[1]), _Columns(items.shape[1])
-        for streams, columns in _groups(users, ctx.streams):
+        by_user = _Columns(users.new_zeros, len(users if ids is None else ids), items.shape[1])
+        by_item = _Columns(users.new_zeros, *items.shape)
+        for streams, columns in ctx.groups:
             x = _unit_rows(users, items, norms, streams, columns)
             if ids is None:
                 y = sum_of_layers(adjacency, x, layers)
@@ -75,15 +82,25 @@ class _Streams(torch.autograd.Function):
             by_user.set(columns, parts[0])
             by_item.set(columns, parts[1])
         ctx.save_for_backward(users, norms, ids)
-        return by_user.table, by_item.table
+        found = by_user.table, by_item.table
+        if shard:
+            for table in found:
+                shard.add_up(table)
+        return found
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, by_user: Tensor, by_item: Tensor) -> tuple[Tensor | None, ...]:
         users, norms, ids = ctx.saved_tensors
         first = ctx.adjacency.with_columns(_among(ids, len(users)), len(users)) if ctx.few else None
-        for_users, for_items = torch.empty_like(users), _Columns(by_item.shape[1])
-        for streams, columns in _groups(users, ctx.streams):
+        if ctx.shard:
+            # Copies: autograd may hand the same gradient to others.
+            by_user, by_item = (grad.clone(memory_format=torch.contiguous_format) for grad in (by_user, by_item))
+            for grad in (by_user, by_item):
+                ctx.shard.add_up(grad)
+        for_users = (torch.zeros_like if ctx.shard else torch.empty_like)(users)
+        for_items = _Columns(by_item.new_zeros, *by_item.shape)
+        for streams, columns in ctx.groups:
             grads = by_user[:, columns], by_item[:, columns]
             if ids is None:
                 grad = sum_of_layers(ctx.adjacency, torch.cat(grads), ctx.layers)
@@ -91,37 +108,39 @@ class _Streams(torch.autograd.Function):
                 grad = _gradient_of_rows(ctx.adjacency, *grads, ctx.layers, ids, len(users), first)
             _unit_gradient(grad, users, norms, streams, out=for_users)
             for_items.set(columns, grad[len(users) :])
-        return for_users, for_items.table, None, None, None, None
+        return for_users, for_items.table, None, None, None, None, None
 
 
 class _Columns:
-    """A table (n, `width`) that is set some columns at a time; columns of the whole width are not copied."""
+    """A table that is set some columns at a time, 0 elsewhere; columns of the whole width are not copied."""
 
-    table: Tensor
+    def __init__(self, new: Callable[[int, int], Tensor], rows: int, width: int) -> None:
+        self._new, self._shape = new, (rows, width)
+        self._table: Tensor | None = None
 
-    def __init__(self, width: int) -> None:
-        self.width = width
+    @property
+    def table(self) -> Tensor:
+        if self._table is None:
+            self._table = self._new(*self._shape)
+        return self._table
 
     def set(self, columns: slice, part: Tensor) -> None:
-        if part.shape[1] == self.width:
-            self.table = part
-            return
-        if columns.start == 0:
-            self.table = part.new_empty(len(part), self.width)
-        self.table[:, columns] = part
+        if part.shape == self._shape:
+            self._table = part
+        else:
+            self.table[:, columns] = part
 
 
-def _streams_at_once(users: Tensor, items: Tensor, table_bytes: int | None) -> int:
-    most = table_bytes or (CPU_TABLE_BYTES if users.device.type == "cpu" else TABLE_BYTES)
-    stream = (len(users) + len(items)) * users.shape[2] * users.element_size()
-    return max(1, min(users.shape[1], most // max(stream, 1)))
-
-
-def _groups(users: Tensor, at_once: int) -> Iterator[tuple[slice, slice]]:
-    """Yield slices of streams, and of their columns."""
+def _groups(
+    users: Tensor, items: Tensor, table_bytes: int | None, shard: ProcessShard | None
+) -> Iterator[tuple[slice, slice]]:
+    """Yield slices of this process's streams that are propagated at once, and of their columns."""
     count, width = users.shape[1:]
-    for first in range(0, count, at_once):
-        last = min(first + at_once, count)
+    most = table_bytes or (CPU_TABLE_BYTES if users.device.type == "cpu" else TABLE_BYTES)
+    at_once = max(1, most // max((len(users) + len(items)) * width * users.element_size(), 1))
+    own = range(count)[shard.pairs(count)] if shard else range(count)
+    for first in own[::at_once]:
+        last = min(first + at_once, own.stop)
         yield slice(first, last), slice(first * width, last * width)
 
 
