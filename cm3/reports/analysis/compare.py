@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import scipy.sparse as sp
 
 from cm3.common.cli import stage
@@ -20,6 +19,7 @@ from cm3.common.errors import UserError
 from cm3.common.files import write_json
 from cm3.common.interactions import Interactions, read_interactions
 from cm3.common.strict import validate
+from cm3.evaluation.recommendations import Ids, ids_of
 from cm3.reports.analysis.beyond_accuracy import beyond_accuracy
 from cm3.reports.analysis.category_calibration import category_divergence, read_item_categories
 from cm3.reports.analysis.findings import main_experiment, sentences
@@ -51,8 +51,7 @@ class Data:
     """The data set and test users that all runs share; `categories` (I, C) is None where no item has any."""
 
     interactions: Interactions
-    user_ids: pa.Array
-    item_ids: pa.Array
+    ids: Ids
     users: np.ndarray
     counts: np.ndarray
     n_train_users: int
@@ -174,13 +173,11 @@ def _read_data(study: StudySpec, inputs: Mapping[str, Path], first: Run) -> Data
     counts = np.asarray(train.sum(0)).ravel().astype(np.int64)
     n_users = int((np.diff(train.indptr) > 0).sum())
     slices = Slices(users, train, test, cutoffs)
-    user_ids, item_ids = (pa.array(ids, pa.string()) for ids in (interactions.user_ids, interactions.item_ids))
     sample = draw_sample(train, study.bootstrap_seed)
     categories = read_item_categories(inputs["items"])
     return Data(
         interactions,
-        user_ids,
-        item_ids,
+        ids_of(interactions.user_ids, interactions.item_ids),
         users,
         counts,
         n_users,
@@ -215,7 +212,7 @@ def _measure_run(run: Run, data: Data, metrics: Sequence[str]) -> tuple[np.ndarr
     _, _, values = read_per_user(run, metrics, data.users)
     cutoffs = data.slices.cutoffs
     path = run.files["recommendations"]
-    lists = read_lists(path, data.user_ids, data.item_ids, data.users, max(cutoffs))
+    lists = read_lists(path, data.ids, data.users, max(cutoffs))
     overall, means = data.slices.measure(lists)
     for column, metric in enumerate(metrics):
         if metric in overall and not np.allclose(overall[metric], values[:, column], rtol=0, atol=1e-9):
@@ -227,8 +224,8 @@ def _measure_run(run: Run, data: Data, metrics: Sequence[str]) -> tuple[np.ndarr
     geometry = None
     if {"user_embeddings", "item_embeddings"} <= run.files.keys():
         user_rows, item_rows, sample = data.sample.rows()
-        users, _ = read_embeddings(run.files["user_embeddings"], "user_id", data.user_ids, user_rows)
-        items, _ = read_embeddings(run.files["item_embeddings"], "item_id", data.item_ids, item_rows)
+        users, _ = read_embeddings(run.files["user_embeddings"], "user_id", data.ids.users, user_rows)
+        items, _ = read_embeddings(run.files["item_embeddings"], "item_id", data.ids.items, item_rows)
         geometry = measure(users, items, sample)
     kept = [{metric: mean[metric] for metric in metrics if metric in mean} for mean in means]
     beyond = beyond_accuracy(lists, data.counts, data.n_train_users, cutoffs)
