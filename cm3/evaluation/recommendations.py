@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 IDS = "ids"
 """Key in the metadata of a run's table: `Ids.digest` of the tables that its numbers are rows of."""
 
+_BLOCK = 65_536  # ids that are Python strings at a time
 _GROUPS = 4  # row groups that are read at a time
 # Measured on 200,000 users x 50: half of the size and a third of the time of dictionaries.
 _ENCODING = {"use_dictionary": ["user", "rank"], "use_byte_stream_split": ["item", "score"]}
@@ -52,7 +53,9 @@ class Ids:
         """Sha256 of the ids and their order."""
         digest = hashlib.sha256()
         for ids in (self.users, self.items):
-            digest.update(json.dumps(ids.to_pylist()).encode())
+            for start in range(0, len(ids), _BLOCK):
+                digest.update(json.dumps(ids.slice(start, _BLOCK).to_pylist()).encode())
+            digest.update(b"\n")
         return digest.hexdigest()
 
 

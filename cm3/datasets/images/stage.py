@@ -51,8 +51,8 @@ def collect_images(
 
     Returns:
         counts by status and by reason (rows; one with several reasons counts for each), of distinct images, bytes,
-        shards and those of earlier runs among them, the first failures; for images from URLs also the number known before, the URLs requested, and
-        seconds and images per second of the download.
+        shards and those of earlier runs among them, the first failures; for images from URLs also the number known
+        before, the URLs requested, and seconds and images per second of the download.
 
     Raises:
         UserError: the folder of images does not exist, or no download is possible.
