@@ -112,9 +112,15 @@ def study_summary(table: Path, study: str, made: Sequence[Path]) -> list[str]:
     metrics = list(dict.fromkeys(row["metric"] for row in rows))[:MOST_METRICS]
     values = {(row["experiment"], row["metric"]): float(row["mean"]) for row in rows}
     seeds = {row["experiment"]: row["seeds"] for row in rows}
+    splits = rows[0].get("splits") if rows else None
     names = sorted(seeds, key=lambda name: -values[name, metrics[0]]) if metrics else []
     width = max(map(len, names), default=0)
-    lines = ["", f"{study}: test metrics", f"  {'':<{width}}  seeds" + "".join(f"{metric:>14}" for metric in metrics)]
+    over = f" over {splits} random splits" if splits else ""
+    lines = [
+        "",
+        f"{study}: test metrics{over}",
+        f"  {'':<{width}}  seeds" + "".join(f"{metric:>14}" for metric in metrics),
+    ]
     for name in names:
         cells = "".join(f"{values[name, metric]:>14.4f}" for metric in metrics)
         lines.append(f"  {name:<{width}}  {seeds[name]:>5}{cells}")

@@ -68,6 +68,19 @@ def test_a_new_experiment_or_extractor_nearby_runs_nothing(checkout: Checkout):
     assert checkout.planned(METRICS) == {}
 
 
+def test_equal_settings_under_two_names_are_trained_once(checkout: Checkout):
+    config = changed(experiments__shop__training__epochs=5)
+    config["experiments"] = {"first": {"like": "shop"}, **config["experiments"]}
+    targets = (METRICS, "results/first/metrics.json")
+    checkout.configure(config)
+    assert checkout.planned(*targets) == {"train": 1, "evaluate": 2, "publish": 2}
+    # What was trained under the second name stays there.
+    del config["experiments"]["shop"]["training"]
+    config["experiments"]["shop"] |= changed()["experiments"]["shop"]
+    checkout.configure(config)
+    assert checkout.planned(*targets) == {"evaluate": 1, "publish": 1}
+
+
 def test_a_swapped_image_extractor_runs_the_image_side_only(checkout: Checkout):
     checkout.configure(changed(experiments__shop__modalities={"text": "words", "image": "coarse"}))
     assert checkout.planned(METRICS) == AFTER_IMAGE

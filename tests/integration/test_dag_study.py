@@ -38,6 +38,11 @@ def config(gammas: tuple[float, ...] = (0.9,), seeds: tuple[int, ...] = (1, 2), 
     return whole
 
 
+def on_splits(whole: dict[str, Any], repeats: int) -> dict[str, Any]:
+    whole["studies"]["compared"]["split"] = {"repeats": repeats}
+    return whole
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     checkout = Checkout(tmp_path_factory.mktemp("study") / "finished", config())
@@ -88,17 +93,24 @@ def test_noise_is_drawn_for_each_seed_and_its_graph_is_its_own(finished: Checkou
 def test_nothing_new_runs_nothing_and_only_new_cells_run(finished: Checkout, tmp_path: Path):
     checkout = finished.clone(tmp_path / "copy")
     assert checkout.planned(PAGE) == {}
+    of_ease = {"train_item_weights": 1, "evaluate_item_weights": 1}
     for changed, jobs in (
         (config((0.5, 0.9)), {"train": 2, "evaluate": 2}),
         (config((0.9,), (1, 2, 3)), {"control": 1, "similarity": 1, "train": 2, "evaluate": 2}),
         (config((0.9,), (1, 2), "lightgcn"), {"train": 2, "evaluate": 2}),
         (config((0.9,), (1, 2), "shuffled"), {"control": 2, "similarity": 2, "train": 2, "evaluate": 2}),
         (config((0.9,), (2,)), {}),
+        # A further split needs no features and no graphs; the first one is there.
+        (on_splits(config(), 2), {"repeat_split": 1, "train": 4, "evaluate": 4} | of_ease),
     ):
         checkout.configure(changed)
         assert checkout.planned(PAGE) == jobs | AFTER
-    checkout.configure(config((0.5, 0.9)))
-    checkout.run(PAGE)
+    several = config((0.5, 0.9))
+    several["studies"]["repeated"] = {"experiments": ["ease"], "seeds": [1], "split": {"repeats": 2}}
+    checkout.configure(several)
+    checkout.run(PAGE, "results/repeated/comparison.html")
+    repeated = read(checkout, "results/repeated/comparison.json")
+    assert repeated["settings"]["splits"] == [42, 43] and repeated["experiments"]["ease"]["metrics"]["recall@10"]["sd"]
     told = read(checkout, "results/compared/comparison.json")
     assert {c["point"].get("model.gamma") for c in told["cells"] if c["experiment"] == "shop"} == {0.5, 0.9}
     points = {(c["point"]["model.gamma"], c["seed"]): c["run"] for c in told["cells"] if c["experiment"] == "shop"}
@@ -122,6 +134,24 @@ def test_a_cell_is_made_again_by_the_command_beside_it(finished: Checkout, tmp_p
     *_, target = shlex.split(cell["command"])
     checkout.run(target)
     assert {name: (checkout.folder / folder / name).read_bytes() for name in before} == before
+
+
+def test_equal_settings_are_trained_once_wherever_their_training_is(finished: Checkout, tmp_path: Path):
+    checkout = finished.clone(tmp_path / "copy")
+    whole = config()
+    whole["experiments"] = {"twin": {"like": "ease"}, **whole["experiments"]}
+    whole["studies"]["compared"]["experiments"].append("twin")
+    checkout.configure(whole)
+    assert checkout.planned(PAGE) == {"evaluate_item_weights": 1} | AFTER
+    # The job that lists the runs reads the Snakefile again. The record is absent then if the training is being repeated.
+    run = read(checkout, "results/compared/comparison.json")["cells"][-1]["run"]
+    record = f"results/ease/runs/{run}/train.stage.json"
+    reread = "if not is_main_process(workflow):\n"
+    checkout.edit("workflow/rules/common.smk", reread, f"{reread}    Path('{record}').unlink()\n")
+    (checkout.folder / PAGE).unlink()
+    checkout.run("results/compared/cells.json")
+    assert not (checkout.folder / record).exists()
+    assert read(checkout, "results/compared/cells.json")["inputs"][f"train.twin.{run}"] == record
 
 
 def test_a_run_that_the_config_does_not_ask_for_is_refused(finished: Checkout):

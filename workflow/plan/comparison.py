@@ -1,40 +1,53 @@
 """Comparisons: the runs of a study, the files that the comparison reads of each, and its task."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from workflow.plan import runs
 from workflow.plan.config import Config
+from workflow.plan.data import split_spec
 from workflow.plan.experiments import Experiment
 from workflow.plan.publish import command
 from workflow.plan.runs import features_of, run_key, tables
 from workflow.plan.searched import check_searched, search_spec
 from workflow.plan.task import Task
 
-COMPARED = {
+EVALUATED = {
     "evaluation": "evaluation.json",
     "per_user": "per_user.parquet",
     "recommendations": "recommendations.parquet",
-    "train": "train.stage.json",
+}
+"""Files of a run's evaluation that the comparison reads."""
+TRAINED = {
+    "train": runs.TRAINED,
     "user_embeddings": "user_embeddings.parquet",
     "item_embeddings": "item_embeddings.parquet",
 }
-"""Files of a run that the comparison reads; embeddings only of models that have them."""
+"""Files of a run's training that the comparison reads; embeddings only of models that have them."""
 
 
 def compare_inputs(config: Config, study: str) -> dict[str, str]:
     """Return the tables of the dataset, and the files of each run as `evaluation.EXPERIMENT.RUN`, `per_user....`, ..."""
     check_searched(config, study)
-    points = config.studies[study].points
-    paths = tables(config, next(iter(points)))
+    points, splits = config.studies[study].points, config.studies[study].splits
+    first = next(iter(points))
+    paths = tables(config, first)
+    for seed in splits:
+        if seed is not None:
+            paths[f"interactions-{seed}"] = tables(config, first, seed)["interactions"]
     for name in points:
         for entry in _runs(config, study, name):
             run = entry["run"]
-            paths |= {
-                f"{kind}.{name}.{run}": f"results/{name}/runs/{run}/{file}"
-                for kind, file in COMPARED.items()
+            trained = runs.training_folder(config, name, run)
+            of_run = {kind: f"results/{name}/runs/{run}/{file}" for kind, file in EVALUATED.items()}
+            of_run |= {
+                kind: f"{trained}/{file}"
+                for kind, file in TRAINED.items()
                 if config.experiments[name].model.exports == "embeddings" or not kind.endswith("_embeddings")
             }
+            paths |= {f"{kind}.{name}.{run}": path for kind, path in of_run.items()}
     return paths
 
 
@@ -55,6 +68,18 @@ def compare(config: Config, study: str) -> Task:
     return Task("compare", spec, decides=decides)
 
 
+def study_runs(config: Config, study: str) -> Task:
+    """Return the task of listing the runs of a study and their files, which follow where runs are trained."""
+    task = compare(config, study)
+    elsewhere = {
+        f"{name}/{entry['run']}": trained
+        for name in config.studies[study].points
+        for entry in _runs(config, study, name)
+        if (trained := runs.trained_in(config, name, entry["run"])) != name
+    }
+    return replace(task, decides=[task.decides, elsewhere]) if elsewhere else task
+
+
 def compare_call(config: Config, study: str) -> dict[str, Any]:
     """Return the arguments of `cm3.reports.analysis.compare` as one JSON value, with the inputs below a root of the job's."""
     task = compare(config, study)
@@ -63,13 +88,16 @@ def compare_call(config: Config, study: str) -> dict[str, Any]:
 
 def _runs(config: Config, study: str, experiment: str) -> list[dict[str, Any]]:
     entries = []
+    repeated = len(config.studies[study].splits) > 1
     for point, seed, settings in config.studies[study].settings(experiment):
         run = run_key(config, settings)
+        split = split_spec(config, settings.dataset, settings.split_seed)["seed"]
         entries.append(
             {
                 "experiment": experiment,
                 "run": run,
                 "seed": seed,
+                **({"split": split} if repeated else {}),
                 "point": dict(point.values),
                 "command": command(config, f"results/{experiment}/runs/{run}/evaluation.json"),
                 "keys": {"features": {m: Path(path).stem for m, path in features_of(config, settings).items()}},

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -50,6 +50,9 @@ class Config:
         local: the user's files are on this machine, not in an object storage.
         exists: whether there is a file at a path, for raw files that users put in place; on disk by default.
         overrides: the words of `--config`, for the commands that results state.
+        decisions: what `runs.trained_in` has decided so far between experiments with equal settings, by
+            `{experiment}/{run}`. Processes of jobs that read the Snakefile again begin with the decisions of the process
+            that planned the jobs.
     """
 
     datasets: Mapping[str, SourceSpec]
@@ -60,6 +63,7 @@ class Config:
     local: bool = True
     exists: Callable[[str], bool] = os.path.exists
     overrides: Sequence[str] = ()
+    decisions: dict[str, str] = field(default_factory=dict)
 
 
 def load_config(raw: Any, files: Sequence[Path] = (), local: bool = True, overrides: Sequence[str] = ()) -> Config:
@@ -122,7 +126,8 @@ def load_config(raw: Any, files: Sequence[Path] = (), local: bool = True, overri
         refused = sections.experiments.keys() - experiments.keys()
         if isinstance(named, list) and any(isinstance(n, str) and n in refused for n in named):
             return None  # the fault of that experiment is already reported
-        return parse_study(data, experiments, where, read_states(name) if "search" in data else None)
+        states = read_states(name) if "search" in data else None
+        return parse_study(data, experiments, datasets, extractors, where, states)
 
     for name, experiment in experiments.items():
         if isinstance(experiment.model, Rerank):

@@ -162,9 +162,25 @@ def split_inputs(config: Config, dataset: str) -> dict[str, str]:
 
 def split(config: Config, dataset: str) -> Task:
     """Return the task of labelling interactions train, valid or test."""
-    chosen = config.datasets[dataset]
     earlier = prepare(config, dataset).made_from
-    return Task("split", chosen.split_spec(), runtime=chosen.split_runtime(), earlier=earlier)
+    return Task("split", split_spec(config, dataset), runtime=config.datasets[dataset].split_runtime(), earlier=earlier)
+
+
+def repeat_split(config: Config, dataset: str, split_seed: str) -> Task:
+    """Return the task of labelling interactions by a further random split, for studies with `split.repeats`."""
+    earlier = prepare(config, dataset).made_from
+    return Task("split", split_spec(config, dataset, int(split_seed)), earlier=earlier)
+
+
+def split_spec(config: Config, dataset: str, split_seed: int | None = None) -> dict[str, Any]:
+    """Return the settings of the split of a dataset, with another seed where one is given."""
+    return config.datasets[dataset].split_spec() | ({} if split_seed is None else {"seed": split_seed})
+
+
+def interactions_path(dataset: str, split_seed: int | None = None) -> str:
+    """Return the labelled interactions of a dataset: of its own split, or of a further one."""
+    folder = "" if split_seed is None else f"splits/{split_seed}/"
+    return f"processed/{dataset}/{folder}interactions.parquet"
 
 
 def review_inputs(config: Config, dataset: str) -> dict[str, str]:
@@ -225,7 +241,9 @@ _MAKERS = {
 STAGES = frozenset({"prepare", "split", "reviews", "images"})
 """Stages whose outputs have paths without a key of their settings, and hold `made_from`."""
 
-_TABLE = re.compile(rf"(?:^|/)processed/([^/]+)/(?:images/)?({'|'.join(_MAKERS)})\.parquet$")
+_TABLE = re.compile(
+    rf"(?:^|/)processed/(?P<dataset>[^/]+)/(?:images/|splits/(?P<split_seed>[0-9]+)/)?(?P<table>{'|'.join(_MAKERS)})\.parquet$"
+)
 
 
 def expected_settings(config: Config, inputs: Mapping[str, str]) -> dict[str, dict[str, str]]:
@@ -239,12 +257,14 @@ def expected_settings(config: Config, inputs: Mapping[str, str]) -> dict[str, di
     expected = {}
     for name, path in inputs.items():
         found = _TABLE.search(path)
-        if found and "." not in name and found[1] in config.datasets:
-            expected[name] = _made_from(config, found[2], found[1])
+        if found and "." not in name and found["dataset"] in config.datasets:
+            expected[name] = _made_from(config, found["table"], found["dataset"], found["split_seed"])
     return expected
 
 
 @functools.lru_cache(maxsize=1024)
-def _made_from(config: Config, table: str, dataset: str) -> dict[str, str]:
+def _made_from(config: Config, table: str, dataset: str, split_seed: str | None) -> dict[str, str]:
     # Cached, because the settings of a folder of images are those of its files.
+    if split_seed is not None:
+        return repeat_split(config, dataset, split_seed).made_from
     return _MAKERS[table](config, dataset).made_from

@@ -66,6 +66,7 @@ class Experiment:
     Attributes:
         modalities: extractor by modality, in the order of fusion.
         controls: control by modality, for those whose features are replaced.
+        split_seed: seed of a random split in place of the dataset's own; None for the dataset's own split.
     """
 
     dataset: str
@@ -75,6 +76,7 @@ class Experiment:
     training: Training
     evaluation: Evaluation
     controls: Mapping[str, Kind] = field(default_factory=dict)
+    split_seed: int | None = None
 
     @property
     def model_name(self) -> str:
@@ -97,6 +99,10 @@ class Experiment:
     def with_seed(self, seed: int) -> "Experiment":
         """Return the experiment with another seed of training and controls."""
         return replace(self, training=self.training.model_copy(update={"seed": seed}))
+
+    def on_split(self, seed: int | None) -> "Experiment":
+        """Return the experiment on another random split of its dataset; None is the dataset's own."""
+        return replace(self, split_seed=seed)
 
 
 def inherit(name: str, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

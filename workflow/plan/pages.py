@@ -47,11 +47,9 @@ def experiment_page_inputs(config: Config, experiment: str) -> dict[str, str]:
     published.append(runs.model_file(config, experiment))
     if chosen.model.exports == "embeddings":
         published += ["history.csv", "user_embeddings.parquet", "item_embeddings.parquet"]
-    folder = runs.run_folder(config, experiment)
-    records = {f"record.{stage}": f"{folder}/{stage}.stage.json" for stage in ("train", "evaluate")}
     paths = (
         runs.tables(config, experiment)
-        | records
+        | runs.records(config, experiment)
         | {Path(file).stem: f"results/{experiment}/{file}" for file in published}
     )
     reads_images = any("manifest" in config.extractors[name].needs() for name in chosen.modalities.values())
@@ -113,13 +111,19 @@ def _with_defaults(settings: Any) -> Any:
 
 
 def _compared_models(config: Config, experiment: str) -> dict[str, dict[str, list[str]]]:
-    """Return for each study of the experiment its other models, with the keys of their runs."""
+    """Return for each study of the experiment its other models, with the keys of their runs on the dataset's own split."""
     own = config.experiments[experiment].model_name
     found = {}
     for name, study in config.studies.items():
         if experiment in study.points:
             others = {
-                other: sorted({runs.run_key(config, settings) for _, _, settings in study.settings(other)})
+                other: sorted(
+                    {
+                        runs.run_key(config, chosen)
+                        for _, _, chosen in study.settings(other)
+                        if chosen.split_seed is None
+                    }
+                )
                 for other in study.points
                 if config.experiments[other].model_name != own and not config.experiments[other].controls
             }

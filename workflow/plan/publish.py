@@ -15,17 +15,18 @@ def publish_inputs(config: Config, experiment: str) -> dict[str, str]:
     """Return the files of the selected run, the tables and statistics of its data, and the records of all stages before it."""
     chosen = config.experiments[experiment]
     run, base = runs.run_folder(config, experiment), f"processed/{chosen.dataset}"
+    trained = runs.training_folder(config, experiment, runs.selected_run(config, experiment))
     paths = {
         "evaluation": f"{run}/evaluation.json",
         "per_user": f"{run}/per_user.parquet",
         "recommendations": f"{run}/recommendations.parquet",
-        "model": f"{run}/{runs.model_file(config, experiment)}",
+        "model": f"{trained}/{runs.model_file(config, experiment)}",
     }
     if chosen.model.exports == "embeddings":
         paths |= {
-            "history": f"{run}/history.csv",
-            "user_embeddings": f"{run}/user_embeddings.parquet",
-            "item_embeddings": f"{run}/item_embeddings.parquet",
+            "history": f"{trained}/history.csv",
+            "user_embeddings": f"{trained}/user_embeddings.parquet",
+            "item_embeddings": f"{trained}/item_embeddings.parquet",
         }
     paths |= {"items": f"{base}/items.parquet", "users": f"{base}/users.parquet", "stats": f"{base}/stats.json"}
     if chosen.dataset in data.generated(config):
@@ -45,7 +46,7 @@ def publish_inputs(config: Config, experiment: str) -> dict[str, str]:
             paths[f"record.control.{modality}"] = features.record_path(path)
         if modality in graphs:
             paths[f"record.similarity.{modality}"] = features.record_path(graphs[modality])
-    return paths | {f"record.{stage}": f"{run}/{stage}.stage.json" for stage in ("train", "evaluate")}
+    return paths | runs.records(config, experiment)
 
 
 def publish(config: Config, experiment: str) -> Task:

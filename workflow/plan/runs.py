@@ -1,8 +1,9 @@
 """Runs: an experiment's model at one set of settings, with the key, inputs and tasks of its training and evaluation.
 
 The settings of an experiment's section make one run; studies add runs of the same experiment at other seeds and grid
-points. All of them are in `results/{experiment}/runs/{run}`, where `run` is the key of their settings. Every function
-takes the checked configuration first; parameters named like the wildcards of the rules are names.
+points. `run` is the key of their settings. The files of a run are in `results/{experiment}/runs/{run}`. Experiments with
+equal settings share the training, which is in the folder of one of them (`training_folder`); each evaluates it in its own.
+Every function takes the checked configuration first; parameters named like the wildcards of the rules are names.
 """
 
 import functools
@@ -20,10 +21,13 @@ from cm3.evaluation.external_config import External
 from cm3.evaluation.registry import METRICS, metric_class
 from cm3.evaluation.rerank_config import Rerank
 from workflow.plan.config import Config
-from workflow.plan.data import generator_spec
+from workflow.plan.data import generator_spec, interactions_path, split_spec
 from workflow.plan.experiments import Experiment
 from workflow.plan.features import features_identity, features_path, similarity_path
 from workflow.plan.task import Task
+
+TRAINED = "train.stage.json"
+"""The record of a finished training, in the folder of the run."""
 
 
 def features_of(config: Config, settings: Experiment) -> dict[str, str]:
@@ -48,6 +52,7 @@ def run_key(config: Config, settings: Experiment) -> str:
     """Return the key of a run: of everything but evaluation."""
     dataset = config.datasets[settings.dataset]
     source = generator_spec(config, settings.dataset)
+    split = split_spec(config, settings.dataset, settings.split_seed)
     features: list[list[Any]] = []
     for modality, extractor in settings.modalities.items():
         control = settings.control(modality)
@@ -55,7 +60,7 @@ def run_key(config: Config, settings: Experiment) -> str:
         features.append([modality, extractor, identity, *([control] if control else [])])
     return key_of(
         {
-            "dataset": [settings.dataset, source, dataset.tables_spec(), dataset.split_spec()],
+            "dataset": [settings.dataset, source, dataset.tables_spec(), split],
             "features": features,
             "model": settings.model.identity() | _combined_runs(config, settings),
             "training": settings.training_identity(),
@@ -64,11 +69,12 @@ def run_key(config: Config, settings: Experiment) -> str:
 
 
 def combined(config: Config, settings: Experiment) -> dict[str, Experiment]:
-    """Return the experiments that a re-ranking combines, at its seed and the base first; empty for other models."""
+    """Return the experiments that a re-ranking combines, at its seed, on its split and the base first; empty for other models."""
     model = settings.model
     if not isinstance(model, Rerank):
         return {}
-    return {name: config.experiments[name].with_seed(settings.training.seed) for name in (model.of, *model.by)}
+    at = {name: config.experiments[name].with_seed(settings.training.seed) for name in (model.of, *model.by)}
+    return {name: chosen.on_split(settings.split_seed) for name, chosen in at.items()}
 
 
 def _combined_runs(config: Config, settings: Experiment) -> dict[str, Any]:
@@ -78,14 +84,20 @@ def _combined_runs(config: Config, settings: Experiment) -> dict[str, Any]:
 
 def _combined_files(config: Config, settings: Experiment) -> dict[str, str]:
     """Return the files from which a re-ranking computes the scores of its experiments, as `{experiment}.{file}`."""
-    paths = {}
+    paths: dict[str, str] = {}
     for name, chosen in combined(config, settings).items():
-        run = f"results/{name}/runs/{run_key(config, chosen)}"
-        if chosen.model.exports == "item_weights":
-            paths[f"{name}.weights"] = f"{run}/model.safetensors"
-        else:
-            paths |= {f"{name}.{kind}": f"{run}/{kind}.parquet" for kind in ("user_embeddings", "item_embeddings")}
+        exported = _exported(config, name, run_key(config, chosen))
+        paths |= {f"{name}.{kind}": path for kind, path in exported.items()}
     return paths
+
+
+def _exported(config: Config, experiment: str, run: str) -> dict[str, str]:
+    """Return the files from which the scores of a run are computed: its embeddings, its item weights, or a fitted re-ranking."""
+    folder, model = training_folder(config, experiment, run), config.experiments[experiment].model
+    if model.exports == "embeddings":
+        return {kind: f"{folder}/{kind}.parquet" for kind in ("user_embeddings", "item_embeddings")}
+    kind = "weights" if model.exports == "item_weights" else model.stage
+    return {kind: f"{folder}/{model_file(config, experiment)}"}
 
 
 @functools.lru_cache(maxsize=1024)
@@ -95,8 +107,64 @@ def selected_run(config: Config, experiment: str) -> str:
 
 
 def run_folder(config: Config, experiment: str) -> str:
-    """Return the folder of the selected run."""
+    """Return the folder of the selected run, which has its evaluation."""
     return f"results/{experiment}/runs/{selected_run(config, experiment)}"
+
+
+def training_folder(config: Config, experiment: str, run: str) -> str:
+    """Return the folder that has the outputs of a run's training: that of the experiment `trained_in`."""
+    return f"results/{trained_in(config, experiment, run)}/runs/{run}"
+
+
+def records(config: Config, experiment: str) -> dict[str, str]:
+    """Return the records of the training and the evaluation of the selected run."""
+    trained = training_folder(config, experiment, selected_run(config, experiment))
+    evaluated = run_folder(config, experiment)
+    return {"record.train": f"{trained}/{TRAINED}", "record.evaluate": f"{evaluated}/evaluate.stage.json"}
+
+
+def trained_in(config: Config, experiment: str, run: str) -> str:
+    """Return the experiment in whose folder a run is trained, so that equal settings are trained once.
+
+    Of the experiments that have the run, it is the first of these: `experiment` itself if the training has finished there;
+    the first in the order of the configuration with a finished training; the first in that order that trains in the same
+    way (device, processes, trackers, ...). In an object storage, where no files are looked at, the last of them decides.
+
+    A decision between several experiments is kept in `config.decisions`, because the record of a training is absent while the
+    training is repeated.
+    """
+    known = config.decisions
+    if (place := f"{experiment}/{run}") in known:
+        return known[place]
+    sharing = [name for name in config.experiments if name == experiment or _shares(config, experiment, name, run)]
+    if len(sharing) == 1:
+        return experiment
+    finished = [name for name in sharing if config.local and Path(f"results/{name}/runs/{run}", TRAINED).is_file()]
+    for name in sharing:
+        alike = [other for other in sharing if _runtime(config, other) == _runtime(config, name)]
+        known[f"{name}/{run}"] = name if name in finished else (finished or alike)[0]
+    return known[place]
+
+
+def _runtime(config: Config, experiment: str) -> dict[str, Any]:
+    return config.experiments[experiment].training.runtime()
+
+
+def _shares(config: Config, experiment: str, other: str, run: str) -> bool:
+    """Return whether another experiment has the same run and can train it in its folder."""
+    own, its = config.experiments[experiment], config.experiments[other]
+    if (own.dataset, own.model_name, [*own.modalities.items()]) != (
+        its.dataset,
+        its.model_name,
+        [*its.modalities.items()],
+    ):
+        return False  # No key of it is computed, which could take weights that are not on this machine.
+    try:
+        settings = runs_of(config, other).get(run)
+    except UserError:
+        return False
+    # A warm start can be from the results of the other experiment, which its own training refuses.
+    return settings is not None and not settings.training.warm_start
 
 
 @functools.lru_cache(maxsize=1024)
@@ -144,10 +212,12 @@ def model_file(config: Config, experiment: str) -> str:
     return "model.json" if config.experiments[experiment].model.exports == "lists" else "model.safetensors"
 
 
-def tables(config: Config, experiment: str) -> dict[str, str]:
-    """Return the paths of interactions, items and users of the experiment's dataset."""
+def tables(config: Config, experiment: str, split_seed: int | None = None) -> dict[str, str]:
+    """Return the paths of interactions, items and users of the experiment's dataset, on its own split or a further one."""
     dataset = config.experiments[experiment].dataset
-    return {table: f"processed/{dataset}/{table}.parquet" for table in ("interactions", "items", "users")}
+    return {"interactions": interactions_path(dataset, split_seed)} | {
+        table: f"processed/{dataset}/{table}.parquet" for table in ("items", "users")
+    }
 
 
 def train_inputs(config: Config, experiment: str, run: str) -> dict[str, str]:
@@ -157,22 +227,22 @@ def train_inputs(config: Config, experiment: str, run: str) -> dict[str, str]:
         UserError: the configuration has no such run, or the earlier run is missing or in the folder of this one.
     """
     chosen = settings_of(config, experiment, run)
-    paths = tables(config, experiment)
+    paths = tables(config, experiment, chosen.split_seed)
     paths |= {f"features.{modality}": path for modality, path in features_of(config, chosen).items()}
     paths |= {f"similarity.{modality}": path for modality, path in graphs_of(config, chosen).items()}
     return paths | _combined_files(config, chosen) | _external_lists(config, chosen) | _warm_start(experiment, chosen)
 
 
-def list_inputs(config: Config, experiment: str, run: str) -> dict[str, str]:
-    """Return the tables and the files from which evaluation has the lists: the fitted re-ranking and the files of its models,
-    or the checked lists of another tool.
+def evaluate_inputs(config: Config, experiment: str, run: str) -> dict[str, str]:
+    """Return the tables and what evaluation ranks items by: embeddings; item weights; a fitted re-ranking and the files of
+    its models; or the checked lists of another tool.
 
     Raises:
         UserError: the configuration has no such run, or the file of the lists cannot be read.
     """
     chosen = settings_of(config, experiment, run)
-    fitted = {chosen.model.stage: f"results/{experiment}/runs/{run}/model.json"}
-    return tables(config, experiment) | fitted | _combined_files(config, chosen) | _external_lists(config, chosen)
+    paths = tables(config, experiment, chosen.split_seed) | _exported(config, experiment, run)
+    return paths | _combined_files(config, chosen) | _external_lists(config, chosen)
 
 
 def _external_lists(config: Config, settings: Experiment) -> dict[str, str]:

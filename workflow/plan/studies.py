@@ -11,15 +11,29 @@ from pydantic import Field, field_validator
 from cm3.common.errors import UserError
 from cm3.common.keys import canonical_json
 from cm3.common.strict import Strict, nearest, validate
+from cm3.datasets.spec import SourceSpec
 from cm3.evaluation.registry import METRICS
+from extractors.spec import BackendSpec
 from workflow.plan.experiments import Experiment, check
 from workflow.plan.searches import ExperimentState, Range, Search, SearchSection, parse_space
+from workflow.plan.split_repeats import split_seeds
 
 DEFAULT_METRICS = ("recall", "ndcg")
 SECTIONS = ("model", "training")
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Values = Annotated[list[Any], Field(min_length=1)]
+
+
+class StudySplit(Strict):
+    """Splits of a study."""
+
+    repeats: int = Field(
+        default=1,
+        ge=1,
+        description="number of random splits on which each experiment is trained with each seed: those of the dataset's "
+        "split.seed, and of the numbers after it; only for split.strategy random",
+    )
 
 
 class StudySection(Strict):
@@ -31,6 +45,7 @@ class StudySection(Strict):
         min_length=1,
         description="values of training.seed; each experiment is trained once with each of them",
     )
+    split: StudySplit = StudySplit()
     grids: dict[str, dict[str, Values]] = Field(
         default_factory=dict,
         description="experiment -> key -> values, such as model.gamma: [0.5, 0.9]; every combination is trained, and the "
@@ -73,7 +88,8 @@ class Study:
     Attributes:
         points: the grid points of each experiment, in the order of the configuration; the best trials of an experiment
             that is searched, none before its search has finished.
-        trials: the points that a search has chosen so far; each is trained with the first seed.
+        trials: the points that a search has chosen so far; each is trained with the first seed on the dataset's split.
+        splits: seeds of the splits; None is the dataset's own, which comes first.
     """
 
     points: Mapping[str, Sequence[Point]]
@@ -82,19 +98,27 @@ class Study:
     metrics: Sequence[str]
     search: Search | None = None
     trials: Mapping[str, Sequence[Point]] = field(default_factory=dict)
+    splits: Sequence[int | None] = (None,)
 
     def trial_settings(self, experiment: str) -> list[Experiment]:
         """Return the settings of the trials of an experiment's search."""
         return [point.experiment.with_seed(self.seeds[0]) for point in self.trials.get(experiment, ())]
 
     def settings(self, experiment: str) -> list[tuple[Point, int, Experiment]]:
-        """Return (grid point, seed, settings) of each run of an experiment."""
-        return [(p, seed, p.experiment.with_seed(seed)) for p in self.points[experiment] for seed in self.seeds]
+        """Return (grid point, seed, settings) of each run of an experiment: each point on each split with each seed."""
+        return [
+            (point, seed, point.experiment.on_split(split).with_seed(seed))
+            for point in self.points[experiment]
+            for split in self.splits
+            for seed in self.seeds
+        ]
 
 
 def parse_study(
     data: Mapping[str, Any],
     experiments: Mapping[str, Experiment],
+    datasets: Mapping[str, SourceSpec],
+    extractors: Mapping[str, BackendSpec],
     where: str,
     states: Mapping[str, ExperimentState] | None = None,
 ) -> Study:
@@ -103,6 +127,7 @@ def parse_study(
     Args:
         data: the section.
         experiments: all checked experiments.
+        datasets, extractors: all checked ones, by name.
         where: the key path of the section.
         states: what its search has found, by experiment.
 
@@ -123,7 +148,12 @@ def parse_study(
     if faults:
         raise UserError("\n".join(faults))
     compared = {name: experiments[name] for name in section.experiments}
+    splits: Sequence[int | None] = (None,)
     faults += _incomparable(compared, where)
+    try:
+        splits = split_seeds(section.split.repeats, compared, experiments, datasets, extractors, where)
+    except UserError as error:
+        faults.append(str(error))
     faults += [
         f"{where}.search.spaces.{name}: the experiment has a grid, too; remove one of them"
         for name in searched
@@ -149,7 +179,7 @@ def parse_study(
     if faults:
         raise UserError("\n".join(faults))
     search = Search(section.search, spaces, states or {}) if section.search else None
-    return Study(points, section.seeds, section.reference, metrics, search, trials)
+    return Study(points, section.seeds, section.reference, metrics, search, trials, splits)
 
 
 def _space(

@@ -1,6 +1,8 @@
 import functools
 import inspect
+import json
 import math
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -51,6 +53,9 @@ from workflow.working_directory import (
     log_to_files_only,
     set_job_environment,
 )
+
+# Environment variable with the decisions of `runs.trained_in`.
+TRAINED_IN = "CM3_TRAINED_IN"
 
 # Messages of the functions of workflow/plan; Snakemake adds its rule, wildcards and traceback to them.
 planning_errors = []
@@ -105,6 +110,8 @@ except UserError as error:
     raise WorkflowError(f"The configuration is refused:\n{error}") from None
 
 needs = Needs(settings)
+if not is_main_process(workflow):
+    settings.decisions.update(json.loads(os.environ.get(TRAINED_IN, "{}")))
 
 set_job_environment(ROOT)
 if terminal:
@@ -242,6 +249,8 @@ onstart:
         run_lock.acquire()
     except OSError as error:
         raise WorkflowError(str(path_fault(error) or error)) from None
+    # for the processes of jobs that read this file again
+    os.environ[TRAINED_IN] = canonical_json(settings.decisions)
     if cost_of_run().refused:
         raise WorkflowError("\n".join(cost_of_run().refused))
 

@@ -1,10 +1,8 @@
 # embeddings to ranked items and metrics of the test split
 rule evaluate:
     input:
-        # interactions, items and users of the experiment's dataset
-        unpack(files(runs.tables)),
-        user_embeddings="results/{experiment}/runs/{run}/user_embeddings.parquet",
-        item_embeddings="results/{experiment}/runs/{run}/item_embeddings.parquet",
+        # interactions, items and users of the experiment's dataset, and what training has left
+        unpack(files(runs.evaluate_inputs)),
     output:
         metrics="results/{experiment}/runs/{run}/evaluation.json",
         per_user="results/{experiment}/runs/{run}/per_user.parquet",
@@ -29,16 +27,11 @@ rule evaluate:
 
 # weights between items to ranked items and metrics of the test split
 use rule evaluate as evaluate_item_weights with:
-    input:
-        unpack(files(runs.tables)),
-        weights="results/{experiment}/runs/{run}/model.safetensors",
     wildcard_constraints:
         experiment=one_of(runs.experiments_that_export(settings, "item_weights")),
 
 
 # the lists of a re-ranking to metrics of the test split
 use rule evaluate as evaluate_lists with:
-    input:
-        unpack(files(runs.list_inputs)),
     wildcard_constraints:
         experiment=one_of(runs.experiments_that_export(settings, "lists")),

@@ -45,6 +45,20 @@ rule split:
         "exec python -m cm3.datasets.label {params.arguments} --log {log:q}"
 
 
+# the same by a further random split, for studies with split.repeats
+use rule split as repeat_split with:
+    output:
+        interactions="processed/{dataset}/splits/{split_seed}/interactions.parquet",
+        record="processed/{dataset}/splits/{split_seed}/split.stage.json",
+    log:
+        "logs/{dataset}/split-{split_seed}.log",
+    wildcard_constraints:
+        split_seed="[0-9]+",
+    params:
+        identity=identity(data.repeat_split),
+        arguments=arguments(data.repeat_split),
+
+
 # the texts of reviews of the interactions, for extractors of modality reviews
 rule reviews:
     input:

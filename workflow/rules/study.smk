@@ -6,7 +6,7 @@ rule study_runs:
         "logs/{study}/runs.log",
     localrule: True
     params:
-        identity=identity(comparison.compare),
+        identity=identity(comparison.study_runs),
     run:
         write_json(output.call, planned(comparison.compare_call)(wildcards))
 

@@ -17,7 +17,7 @@ from cm3.common.errors import UserError
 from cm3.common.files import write_json
 from cm3.training.pruning import BATCH_VARIABLE, Batch, Finished, Member
 from workflow.plan.config import Config
-from workflow.plan.runs import run_key
+from workflow.plan.runs import run_key, training_folder
 from workflow.plan.searched import search_key
 from workflow.plan.searches import ExperimentState, TrialState, state_path
 from workflow.plan.studies import point_of
@@ -130,8 +130,8 @@ class ExperimentSearch:
         return [outcome_of(trial) for trial in finished[: self._first(finished)]]
 
     def run_folder(self, run: str) -> Path:
-        """Return the folder of a run."""
-        return Path(f"results/{self.experiment}/runs/{run}")
+        """Return the folder that a run is trained in."""
+        return Path(training_folder(self.config, self.experiment, run))
 
     def report(self, run: str) -> Path:
         """Return the file that a run leaves which the search ends."""

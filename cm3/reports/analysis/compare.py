@@ -8,27 +8,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import scipy.sparse as sp
 
 from cm3.common.cli import stage
 from cm3.common.embeddings import read_embeddings
 from cm3.common.errors import UserError
 from cm3.common.files import write_json
-from cm3.common.interactions import Interactions, read_interactions
 from cm3.common.strict import validate
-from cm3.evaluation.recommendations import Ids, ids_of
 from cm3.reports.analysis.beyond_accuracy import beyond_accuracy
-from cm3.reports.analysis.category_calibration import category_divergence, read_item_categories
+from cm3.reports.analysis.category_calibration import category_divergence
+from cm3.reports.analysis.data import Data, read_splits
 from cm3.reports.analysis.findings import main_experiment, sentences
-from cm3.reports.analysis.geometry import EmbeddingSample, draw_sample, measure
+from cm3.reports.analysis.geometry import EmbeddingSample, measure
 from cm3.reports.analysis.pairs import ALPHA, CONFIDENCE, best_of, compare_pairs, pairs_to_test
 from cm3.reports.analysis.runs import Experiment, Point, Run, read_experiments, read_lists, read_per_user
 from cm3.reports.analysis.slices import Slices
 from cm3.reports.analysis.spec import StudySpec, check_study, describe_point
-from cm3.reports.analysis.statistics import bootstrap_means, distribution, interval
+from cm3.reports.analysis.statistics import bootstrap_means, distribution, interval, resampled_splits
 from cm3.reports.analysis.table import write_csv
 
 log = logging.getLogger("cm3.reports.analysis.compare")
@@ -46,21 +44,6 @@ class Measured:
     slices: list[dict[str, float]]
 
 
-@dataclass(frozen=True)
-class Data:
-    """The data set and test users that all runs share; `categories` (I, C) is None where no item has any."""
-
-    interactions: Interactions
-    ids: Ids
-    users: np.ndarray
-    counts: np.ndarray
-    n_train_users: int
-    slices: Slices
-    sample: EmbeddingSample
-    history: sp.csr_matrix
-    categories: sp.csr_matrix | None
-
-
 def compare(
     *,
     study: StudySpec,
@@ -72,7 +55,7 @@ def compare(
 
     Args:
         study: experiments and runs.
-        inputs: the dataset's interactions, items, users; for each run `evaluation.E.R`, `per_user.E.R`,
+        inputs: the dataset's interactions, items, users, and `interactions-SEED` of further splits; for each run `evaluation.E.R`, `per_user.E.R`,
             `recommendations.E.R`, `train.E.R`, and for models with embeddings `user_embeddings.E.R` and
             `item_embeddings.E.R`, with experiment E and run R.
 
@@ -85,20 +68,20 @@ def compare(
     """
     check_study(study)
     experiments = read_experiments(study, inputs)
-    data = _read_data(study, inputs, experiments[0].chosen.runs[0])
+    of_splits = read_splits(study, inputs, experiments[0].chosen.runs)
+    splits, data = list(of_splits), next(iter(of_splits.values()))
     names, metrics = list(study.experiments), study.metrics
-    averages = np.zeros(
-        (len(names), len(metrics), len(data.users))
-    )  # contiguous by user, because the tests read it often
+    # Contiguous by user, because the tests read it often.
+    averages = np.zeros((len(splits), len(names), len(metrics), len(data.users)))
     entries, measured = {}, {}
-    of_points = _measure_points([experiment.chosen for experiment in experiments], data, metrics)
-    for experiment, average, runs in zip(experiments, averages, of_points, strict=True):
-        for values, _ in runs:
-            average += values.T / len(runs)
+    of_points = _measure_points([experiment.chosen for experiment in experiments], of_splits, metrics)
+    for e, (experiment, runs) in enumerate(zip(experiments, of_points, strict=True)):
+        for run, (values, _) in zip(experiment.chosen.runs, runs, strict=True):
+            averages[splits.index(run.spec.split), e] += values.T / (len(runs) // len(splits))
         measured[experiment.name] = found = [each for _, each in runs]
         entries[experiment.name] = _entry(experiment, found, data.sample, metrics)
         log.info(
-            "%s: %s %.4f over %d seeds, chosen: %s",
+            "%s: %s %.4f over %d runs, chosen: %s",
             experiment.name,
             metrics[0],
             entries[experiment.name]["metrics"][metrics[0]]["mean"],
@@ -106,12 +89,23 @@ def compare(
             describe_point(experiment.chosen.settings),
         )
 
-    flat = averages.reshape(-1, len(data.users)).T
-    resampled = bootstrap_means(flat, study.resamples, study.bootstrap_seed).reshape(-1, len(names), len(metrics))
-    by_seed = {name: {m: entry["metrics"][m]["values"] for m in metrics} for name, entry in entries.items()}
+    resampled = _resampled(averages, study)
+    by_seed = {
+        name: {m: _by(experiments[e], "seed", entries[name]["metrics"][m]["values"]) for m in metrics}
+        for e, name in enumerate(names)
+    }
+    by_split = {
+        name: {m: _by(experiments[e], "split", entries[name]["metrics"][m]["values"]) for m in metrics}
+        for e, name in enumerate(names)
+    }
     control_of = {name: spec.control_of for name, spec in study.experiments.items()}
-    per_user, tested = np.moveaxis(averages, -1, 0), pairs_to_test(names, study.reference, control_of)
-    pairs = compare_pairs(tested, names, metrics, per_user, resampled, by_seed)
+    tested = pairs_to_test(names, study.reference, control_of)
+    per_user = np.moveaxis(averages[0] if len(splits) == 1 else averages.mean(0), -1, 0)
+    counts = _counts(data, experiments)
+    share = counts["test_interactions"] / counts["train_interactions"]
+    pairs = compare_pairs(
+        tested, names, metrics, per_user, resampled, by_seed, by_split if len(splits) > 1 else None, share
+    )
     best = {m: best_of(names, m, {n: entries[n]["metrics"][m]["mean"] for n in names}, pairs) for m in metrics}
     low, high = interval(resampled, CONFIDENCE)
     for e, name in enumerate(names):
@@ -140,7 +134,7 @@ def compare(
             "mask": experiments[0].chosen.runs[0].evaluation.get("mask"),
             "monitor": monitors.pop() if len(monitors) == 1 else None,
         },
-        "counts": _counts(data, experiments),
+        "counts": counts,
         "words": words,
         "experiments": entries,
         "best": best,
@@ -150,6 +144,8 @@ def compare(
             _run(run, point is e.chosen, metrics) for e in experiments for point in e.points for run in point.runs
         ],
     }
+    if len(splits) > 1:
+        result["settings"]["splits"] = splits
     if study.search is not None:
         result["search"] = study.search
     write_json(comparison_output, result)
@@ -159,50 +155,34 @@ def compare(
     return result
 
 
-def _read_data(study: StudySpec, inputs: Mapping[str, Path], first: Run) -> Data:
-    interactions = read_interactions(*(inputs[name] for name in ("interactions", "items", "users")))
-    users, n_test, _ = read_per_user(first, study.metrics)
-    train, test = interactions.matrix("train"), interactions.truth("test")
-    sizes = np.diff(test.indptr)
-    if not np.array_equal(np.flatnonzero(sizes), users) or not np.array_equal(sizes[users], n_test):
-        raise UserError(
-            f"{first.files['per_user']}: its users and numbers of test items differ from the test split of "
-            f"{inputs['interactions']}; delete the run's evaluation and run again"
-        )
-    cutoffs = sorted({_cutoff(metric) for metric in study.metrics})
-    counts = np.asarray(train.sum(0)).ravel().astype(np.int64)
-    n_users = int((np.diff(train.indptr) > 0).sum())
-    slices = Slices(users, train, test, cutoffs)
-    sample = draw_sample(train, study.bootstrap_seed)
-    categories = read_item_categories(inputs["items"])
-    return Data(
-        interactions,
-        ids_of(interactions.user_ids, interactions.item_ids),
-        users,
-        counts,
-        n_users,
-        slices,
-        sample,
-        sp.csr_matrix(train[users]),
-        categories,
-    )
+def _resampled(averages: np.ndarray, study: StudySpec) -> np.ndarray:
+    """Return (B, E, M) means of resampled users, and of resampled splits where there are several, of (S, E, M, n) values."""
+    n_splits, n_experiments, n_metrics, n_users = averages.shape
+    means = bootstrap_means(averages.reshape(-1, n_users).T, study.resamples, study.bootstrap_seed)
+    if n_splits == 1:
+        return means.reshape(-1, n_experiments, n_metrics)
+    shares = resampled_splits(n_splits, study.resamples, study.bootstrap_seed)
+    drawn: np.ndarray = np.einsum("bs,bsem->bem", shares, means.reshape(-1, *averages.shape[:3]))
+    return drawn
 
 
-def _cutoff(metric: str) -> int:
-    name, _, k = metric.partition("@")
-    if not (name and k.isdigit()):
-        raise UserError(f"metrics = {metric!r}: expected a metric with a cut-off, such as recall@20")
-    return int(k)
+def _by(experiment: Experiment, what: Literal["seed", "split"], values: Sequence[float]) -> list[float]:
+    """Return the mean of the values of the chosen runs for each seed, or for each split."""
+    groups: dict[int | None, list[float]] = {}
+    for run, value in zip(experiment.chosen.runs, values, strict=True):
+        groups.setdefault(run.spec.seed if what == "seed" else run.spec.split, []).append(value)
+    return [float(np.mean(group)) if len(group) > 1 else group[0] for group in groups.values()]
 
 
 def _measure_points(
-    points: Sequence[Point], data: Data, metrics: Sequence[str]
+    points: Sequence[Point], splits: Mapping[int | None, Data], metrics: Sequence[str]
 ) -> Iterator[list[tuple[np.ndarray, Measured]]]:
-    """Yield for each point the (n, M) per-user values and the measurements of its runs, by seed."""
+    """Yield for each point the (n, M) per-user values and the measurements of its runs."""
     # A closed form does not depend on the seed: its seeds share one run, measured once.
     runs = [{run.spec.run: run for run in point.runs} for point in points]
     with ThreadPoolExecutor(_READERS) as pool:
-        found = pool.map(lambda run: _measure_run(run, data, metrics), [c for each in runs for c in each.values()])
+        different = [run for each in runs for run in each.values()]
+        found = pool.map(lambda run: _measure_run(run, splits[run.spec.split], metrics), different)
         for point, each in zip(points, runs, strict=True):
             by_run = dict(zip(each, found, strict=False))
             yield [by_run[run.spec.run] for run in point.runs]
@@ -244,6 +224,7 @@ def _entry(
     if measured[0].geometry is not None:
         geometry = {name: distribution([(m.geometry or {})[name] for m in measured]) for name in measured[0].geometry}
         geometry |= {"pairs": len(sample.pair_users), "users": len(sample.users), "items": len(sample.items)}
+    splits = [spec.split for spec in specs if spec.split is not None]
     return {
         "model": about.model,
         "dataset": about.dataset,
@@ -253,7 +234,8 @@ def _entry(
         "settings": about.settings,
         "point": chosen.settings,
         "seeds": [spec.seed for spec in specs],
-        "n_seeds": len(specs),
+        "n_seeds": len({spec.seed for spec in specs}),
+        **({"splits": splits, "n_splits": len(set(splits))} if splits else {}),
         "deterministic": about.deterministic or (len(specs) > 1 and len({spec.run for spec in specs}) == 1),
         "runs": [spec.run for spec in specs],
         "commands": [spec.command for spec in specs],
@@ -307,6 +289,7 @@ def _run(run: Run, selected: bool, metrics: Sequence[str]) -> dict[str, Any]:
         "experiment": spec.experiment,
         "run": spec.run,
         "seed": spec.seed,
+        **({} if spec.split is None else {"split": spec.split}),
         "point": spec.point,
         "keys": spec.keys,
         "folder": run.folder,
@@ -336,8 +319,9 @@ def _slices(slices: Slices, measured: Mapping[str, Sequence[Measured]]) -> list[
     rows = []
     for number, one in enumerate(slices.slices):
         means = {name: [each.slices[number] for each in seeds] for name, seeds in measured.items()}
+        # A slice of items can have no test users on some of the splits.
         by_experiment = {
-            name: {m: distribution([x[m] for x in seeds]) for m in seeds[0]} for name, seeds in means.items()
+            name: {m: distribution([x[m] for x in runs if x]) for m in runs[0]} for name, runs in means.items()
         }
         rows.append({**asdict(one), "metrics": by_experiment if one.users else {}})
     return rows

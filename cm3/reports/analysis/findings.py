@@ -45,8 +45,8 @@ def sentences(
         reference: the experiment that all others are tested against, if there is one.
 
     Returns:
-        Dicts of kind (warning, ahead, control, ablation, baseline, seeds), experiment, against, metric, verdict (gain,
-        none, loss) and text.
+        Dicts of kind (warning, ahead, control, ablation, baseline, seeds, splits), experiment, against, metric, verdict
+        (gain, none, loss) and text.
     """
     main = main_experiment(experiments, reference)
     findings = _warnings(experiments) + _tuning(experiments)
@@ -58,7 +58,7 @@ def sentences(
             findings.append(_control(own, name, experiment["control"] or {}, experiments[own], pair, metric, tests))
     findings += _ablations(main, experiments, pairs, metric)
     findings += _baselines(main, experiments, pairs, metric, tests)
-    findings += _seeds(pairs, metric)
+    findings += _within_noise("seeds", pairs, metric) + _within_noise("splits", pairs, metric)
     return findings
 
 
@@ -84,7 +84,9 @@ def _warnings(experiments: Mapping[str, Mapping[str, Any]]) -> list[dict[str, An
         _finding("warning", names[0] if len(names) == 1 else None, None, None, None, f"{', '.join(names)}: {text}.")
         for text, names in by_text.items()
     ]
-    single = [name for name, one in experiments.items() if one["n_seeds"] == 1 and not one["deterministic"]]
+    # Over several splits, the runs of one seed differ in their training as well.
+    alone = [name for name, one in experiments.items() if one["n_seeds"] == one.get("n_splits", 1) == 1]
+    single = [name for name in alone if not experiments[name]["deterministic"]]
     if single:
         has = "has" if len(single) == 1 else "have"
         text = f"{_listed(single)} {has} one seed only: the variation between trainings is unknown."
@@ -255,20 +257,22 @@ def _baselines(
     return findings
 
 
-def _seeds(pairs: Sequence[Mapping[str, Any]], metric: str) -> list[dict[str, Any]]:
+def _within_noise(kind: str, pairs: Sequence[Mapping[str, Any]], metric: str) -> list[dict[str, Any]]:
+    """Return the significant differences that do not exceed the variation between seeds, or between splits."""
+    noise = {"seeds": "the noise of training", "splits": "the variation between random splits"}[kind]
     findings = []
     for pair in pairs:
-        if pair["metric"] != metric or not pair["significant"] or pair["seeds"]["exceeds"] is not False:
+        if pair["metric"] != metric or not pair["significant"] or pair.get(kind, {}).get("exceeds") is not False:
             continue
         better, worse = (pair["a"], pair["b"]) if pair["better"] == "a" else (pair["b"], pair["a"])
         pair = find_pair(pairs, better, worse, metric) or pair
-        seeds = pair["seeds"]
+        low, high = pair[kind]["low"], pair[kind]["high"]
         text = (
-            f"{better} is better than {worse} over these users, but not beyond the noise of training: over seeds the "
-            f"95 % interval of the difference in {metric} is {_number(seeds['low'])} to {_number(seeds['high'])}. "
-            "More seeds may settle it."
+            f"{better} is better than {worse} over these users, but not beyond {noise}: over {kind} the "
+            f"95 % interval of the difference in {metric} is {_number(low)} to {_number(high)}. "
+            f"More {kind} may settle it."
         )
-        findings.append(_finding("seeds", better, worse, metric, "none", text))
+        findings.append(_finding(kind, better, worse, metric, "none", text))
     return findings
 
 

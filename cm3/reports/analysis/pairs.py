@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cm3.evaluation.registry import larger_is_better
-from cm3.reports.analysis.statistics import holm, interval, paired_differences, seed_noise, signed_rank
+from cm3.reports.analysis.statistics import holm, interval, paired_differences, seed_noise, signed_rank, split_noise
 
 CONFIDENCE, ALPHA = 0.95, 0.05
 
@@ -37,6 +37,8 @@ def compare_pairs(
     per_user: np.ndarray,
     resampled: np.ndarray,
     by_seed: Mapping[str, Mapping[str, Sequence[float]]],
+    by_split: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+    test_share: float = 0.0,
 ) -> list[dict[str, Any]]:
     """Test each pair in each metric and correct over all of these tests.
 
@@ -46,9 +48,11 @@ def compare_pairs(
     Args:
         pairs: (a, b) names.
         names, metrics: the experiments and metrics, in the order of the arrays' axes.
-        per_user: (n, E, M) values of each user, averaged over seeds.
+        per_user: (n, E, M) values of each user, averaged over seeds and splits.
         resampled: (B, E, M) bootstrap means of the same.
-        by_seed: experiment -> metric -> mean of each seed.
+        by_seed: experiment -> metric -> mean of each seed (over its splits).
+        by_split: experiment -> metric -> mean of each split over its seeds; None in a study over one split.
+        test_share: test interactions per training interaction.
 
     Returns:
         A dict per pair and metric, as `cm3.reports.analysis.compare` documents it.
@@ -79,6 +83,8 @@ def compare_pairs(
                     "seeds": seed_noise(by_seed[a][metric], by_seed[b][metric], CONFIDENCE),
                 }
             )
+            if by_split is not None:
+                rows[-1]["splits"] = split_noise(by_split[a][metric], by_split[b][metric], test_share, CONFIDENCE)
     for row, rank, p in zip(rows, ranks, holm([row["p"] for row in rows]), strict=True):
         away = (row["low"] > 0 and rank.z > 0) or (row["high"] < 0 and rank.z < 0)
         row["p_holm"] = float(p)
@@ -104,8 +110,11 @@ def find_pair(rows: Sequence[Mapping[str, Any]], first: str, second: str, metric
 
 
 def _swapped(row: Mapping[str, Any]) -> dict[str, Any]:
-    seeds = row["seeds"]
-    swapped = {**seeds, "low": _minus(seeds["high"]), "high": _minus(seeds["low"])}
+    noise = {
+        kind: {**row[kind], "low": _minus(row[kind]["high"]), "high": _minus(row[kind]["low"])}
+        for kind in ("seeds", "splits")
+        if kind in row
+    }
     return {
         **row,
         "a": row["b"],
@@ -117,7 +126,7 @@ def _swapped(row: Mapping[str, Any]) -> dict[str, Any]:
         "high": -row["low"],
         "users_a": row["users_b"],
         "users_b": row["users_a"],
-        "seeds": swapped,
+        **noise,
         "better": {"a": "b", "b": "a"}.get(row["better"]),
     }
 

@@ -38,14 +38,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Point:
-    """One grid point: its settings and its runs, one per seed, by ascending seed."""
+    """One grid point: its settings and its runs, in the order of splits and then by ascending seed."""
 
     settings: dict[str, Any]
     runs: list[Run]
 
     @property
     def valid(self) -> list[float]:
-        """The validation score of each seed."""
+        """The validation score of each run."""
         return [run.valid for run in self.runs]
 
 
@@ -61,7 +61,7 @@ class Experiment:
 
 
 def read_experiments(study: StudySpec, inputs: Mapping[str, Path]) -> list[Experiment]:
-    """Read every run's evaluation and record, and select each experiment's point by mean validation over seeds.
+    """Read every run's evaluation and record, and select each experiment's point by mean validation over its runs.
 
     Of equal means, the first in the order of the grid is selected. Test scores have no influence.
 
@@ -70,20 +70,22 @@ def read_experiments(study: StudySpec, inputs: Mapping[str, Path]) -> list[Exper
             metrics or evaluated with different masks.
     """
     found = []
+    splits = list(dict.fromkeys(run.split for run in study.cells))
     for name, spec in study.experiments.items():
         runs = [_read_run(run, inputs) for run in study.cells if run.experiment == name]
         monitor = _one(runs, "training.monitor", lambda run: run.record.get("monitor"))
         points: dict[str, list[Run]] = {}
         for run in runs:
             points.setdefault(describe_point(run.spec.point), []).append(run)
-        grid = [Point(group[0].spec.point, sorted(group, key=lambda c: c.spec.seed)) for group in points.values()]
+        order = lambda run: (splits.index(run.spec.split), run.spec.seed)  # noqa: E731
+        grid = [Point(group[0].spec.point, sorted(group, key=order)) for group in points.values()]
         found.append(Experiment(name, spec, monitor, grid, choose(grid)))
     _one([point.runs[0] for e in found for point in e.points], "evaluation.mask", lambda c: c.evaluation.get("mask"))
     return found
 
 
 def choose(points: Sequence[Point]) -> Point:
-    """Return the point with the highest mean validation score over its seeds; of equal ones the first."""
+    """Return the point with the highest mean validation score over its runs; of equal ones the first."""
     return max(points, key=lambda point: math.fsum(point.valid) / len(point.valid))
 
 

@@ -21,11 +21,12 @@ class ExperimentSpec(Strict):
 
 
 class RunSpec(Strict):
-    """One run: an experiment with a seed and a grid point."""
+    """One run: an experiment with a seed, a grid point and, in a study over several splits, the seed of its split."""
 
     experiment: str
     run: str = Field(description="key of the run, as in its folder's name")
     seed: int
+    split: int | None = Field(None, description="seed of the split; null in a study over one split")
     point: dict[str, Any] = Field({}, description="value by dotted setting; empty without a grid")
     command: str = Field(description="command that repeats this run")
     keys: dict[str, Any] = Field({}, description="further keys, copied to the output")
@@ -52,7 +53,7 @@ def check_study(study: StudySpec) -> None:
 
     Raises:
         UserError: an unknown experiment, several datasets, an experiment without runs, a duplicate run, or grid points
-            with different seeds.
+            with different seeds or splits.
     """
     where = f"studies.{study.study}"
     for name in (study.reference, *(e.control_of for e in study.experiments.values())):
@@ -66,7 +67,7 @@ def check_study(study: StudySpec) -> None:
         )
     if len(set(study.metrics)) < len(study.metrics):
         raise UserError(f"{where}.metrics = {study.metrics}: duplicate metric; remove one")
-    seeds: dict[str, dict[str, list[int]]] = {name: {} for name in study.experiments}
+    seeds: dict[str, dict[str, list[tuple[int | None, int]]]] = {name: {} for name in study.experiments}
     for run in study.cells:
         if run.experiment not in seeds:
             raise UserError(
@@ -74,22 +75,46 @@ def check_study(study: StudySpec) -> None:
                 f"{nearest(run.experiment, study.experiments)}"
             )
         found = seeds[run.experiment].setdefault(describe_point(run.point), [])
-        if run.seed in found:
+        if (run.split, run.seed) in found:
             raise UserError(
-                f"{where}: {run.experiment} at {describe_point(run.point)} has seed {run.seed} twice; "
+                f"{where}: {run.experiment} at {describe_point(run.point)} has {describe_seed(run)} twice; "
                 "give each seed once"
             )
-        found.append(run.seed)
+        found.append((run.split, run.seed))
+    _check_splits(study, where)
     for name, points in seeds.items():
         if not points:
             raise UserError(f"{where}: {name} has no run; remove it from the study or give it a seed")
         (first, expected), *others = points.items()
         for point, found in others:
-            if sorted(found) != sorted(expected):
+            if set(found) != set(expected):
                 raise UserError(
-                    f"{where}: {name} has seeds {expected} at {first}, but {found} at {point}; points are selected "
-                    "by their mean over the same seeds"
+                    f"{where}: {name} has seeds {_seeds(expected)} at {first}, but {_seeds(found)} at {point}; points are "
+                    "selected by their mean over the same seeds"
                 )
+
+
+def _check_splits(study: StudySpec, where: str) -> None:
+    """Raise a UserError unless every experiment has each of its seeds on each split of the study."""
+    splits = {run.split for run in study.cells}
+    by_seed: dict[tuple[str, str, int], set[int | None]] = {}
+    for run in study.cells:
+        by_seed.setdefault((run.experiment, describe_point(run.point), run.seed), set()).add(run.split)
+    for (name, point, seed), found in by_seed.items():
+        if found != splits:
+            raise UserError(
+                f"{where}: {name} at {point} has seed {seed} on {len(found)} of {len(splits)} splits; models are "
+                "compared on the same splits"
+            )
+
+
+def _seeds(runs: list[tuple[int | None, int]]) -> list[int]:
+    return [seed for _, seed in runs]
+
+
+def describe_seed(run: RunSpec) -> str:
+    """Return the seed of a run, and that of its split in a study over several."""
+    return f"seed {run.seed}" + (f" on split {run.split}" if run.split is not None else "")
 
 
 def describe_point(point: dict[str, Any]) -> str:

@@ -47,6 +47,17 @@ def bootstrap_means(values: np.ndarray, resamples: int, seed: int, block_entries
     return means / n
 
 
+def resampled_splits(n_splits: int, resamples: int, seed: int) -> np.ndarray:
+    """Return the share of each split in each resample, (resamples, n_splits): as many splits as there are, with replacement.
+
+    With the resampled users of `bootstrap_means`, both are drawn independently: the bootstrap of two crossed samples.
+
+    Source: Owen, The pigeonhole bootstrap (2007).
+    """
+    rng = np.random.default_rng([seed, n_splits])
+    return rng.multinomial(n_splits, np.full(n_splits, 1 / n_splits), resamples) / n_splits
+
+
 def interval(draws: np.ndarray, confidence: float) -> tuple[np.ndarray, np.ndarray]:
     """Return the percentile interval (low, high) of (B, ...) draws along the first axis."""
     outside = (1 - confidence) / 2
@@ -124,6 +135,28 @@ def seed_noise(a: Sequence[float], b: Sequence[float], confidence: float) -> dic
             warnings.simplefilter("ignore", RuntimeWarning)
             interval = stats.ttest_ind(x, y, equal_var=False).confidence_interval(confidence)
     low, high = (float(end) for end in interval)
+    return {"low": low, "high": high, "sd": sd, "exceeds": low > 0 or high < 0}
+
+
+def split_noise(a: Sequence[float], b: Sequence[float], test_share: float, confidence: float) -> dict[str, Any]:
+    """Compare the difference of two models with its variation between random splits.
+
+    The difference on each split is one value of the sample; both models have the same splits. `low` and `high` are the
+    interval of the corrected resampled t-test: the training interactions of the splits overlap, so the variance of the
+    mean is (1 / n + `test_share`) times that of the differences, and not 1 / n times. `sd` is the standard deviation of
+    the differences; `exceeds` is whether the interval excludes 0.
+
+    Args:
+        a, b: (n,) mean of each split, n at least 2.
+        test_share: test interactions per training interaction.
+        confidence: of the interval.
+
+    Source: Nadeau and Bengio, Inference for the generalization error (2003).
+    """
+    differences = paired_differences(np.asarray(a, np.float64), np.asarray(b, np.float64))
+    n, sd = len(differences), float(np.sqrt(_variance(differences)))
+    reach = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * sd * float(np.sqrt(1 / n + test_share))
+    low, high = float(differences.mean()) - reach, float(differences.mean()) + reach
     return {"low": low, "high": high, "sd": sd, "exceeds": low > 0 or high < 0}
 
 

@@ -10,6 +10,8 @@ from cm3.common.files import atomic
 from cm3.evaluation.registry import larger_is_better
 from cm3.reports.analysis.pairs import find_pair
 
+_OF_SPLITS = ("splits", "exceeds_split_noise")
+"""Columns of studies over several splits alone."""
 _COLUMNS = (
     "study",
     "experiment",
@@ -20,6 +22,7 @@ _COLUMNS = (
     "metric",
     "users",
     "seeds",
+    "splits",
     "mean",
     "sd",
     "low",
@@ -33,6 +36,7 @@ _COLUMNS = (
     "p_holm",
     "significant",
     "exceeds_seed_noise",
+    "exceeds_split_noise",
     "point",
     "runs",
     "command",
@@ -42,7 +46,8 @@ _COLUMNS = (
 def write_csv(path: Path, result: Mapping[str, Any]) -> None:
     """Write the content of comparison.json as a tidy table: a row per experiment, slice and metric, atomically."""
     with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, _COLUMNS, lineterminator="\n", restval="")
+        columns = [column for column in _COLUMNS if "splits" in result["settings"] or column not in _OF_SPLITS]
+        writer = csv.DictWriter(file, columns, lineterminator="\n", restval="")
         writer.writeheader()
         for name in result["experiments"]:
             writer.writerows(_table_rows(name, result))
@@ -57,6 +62,7 @@ def _table_rows(name: str, result: Mapping[str, Any]) -> list[dict[str, Any]]:
         "control": json.dumps(entry["control"]) if entry["control"] else "",
         "control_of": entry["control_of"] or "",
         "seeds": entry["n_seeds"],
+        **({"splits": entry["n_splits"]} if "n_splits" in entry else {}),
         "point": json.dumps(entry["point"]),
         "runs": " ".join(dict.fromkeys(entry["runs"])),
         "command": entry["command"],
@@ -94,4 +100,5 @@ def _against(name: str, metric: str, result: Mapping[str, Any]) -> dict[str, Any
         "p_holm": pair["p_holm"],
         "significant": pair["significant"],
         "exceeds_seed_noise": pair["seeds"]["exceeds"],
+        **({"exceeds_split_noise": pair["splits"]["exceeds"]} if "splits" in pair else {}),
     }

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from cm3.common.errors import UserError
@@ -25,8 +26,9 @@ def rivals(
         metrics: metrics.json of the experiment.
         data: its interactions.
         shown: names of the metrics, such as "recall@20".
-        studies: study -> other experiment -> keys of its runs by the configuration; a comparison of other runs, of another
-            split for example, or with another mask is not shown, nor one that does not exist.
+        studies: study -> other experiment -> keys of its runs by the configuration, on the dataset's own split; a
+            comparison of other runs, of another split for example, or with another mask is not shown, nor one that does
+            not exist. Of a study over several splits, the runs on the first one are shown, which is the dataset's own.
 
     Returns:
         Dicts of name, study (None for MostPop computed here) and values by metric, None where it was not measured.
@@ -59,8 +61,24 @@ def _of_study(
     rows = []
     for name, runs in experiments.items():
         entry = compared["experiments"].get(name)
-        if entry is not None and set(entry["runs"]) <= set(runs):
-            values = {metric: (entry["metrics"].get(metric) or {}).get("mean") for metric in shown}
+        if entry is not None and _runs_on_first_split(entry) <= set(runs):
+            values = {metric: _mean_on_first_split(entry, metric) for metric in shown}
             if values[shown[0]] is not None:
                 rows.append({"name": name, "model": entry["model"], "study": study, "values": values})
     return rows
+
+
+def _runs_on_first_split(entry: Mapping[str, Any]) -> set[str]:
+    splits = entry.get("splits") or [None] * len(entry["runs"])
+    return {run for run, split in zip(entry["runs"], splits, strict=True) if split == splits[0]}
+
+
+def _mean_on_first_split(entry: Mapping[str, Any], metric: str) -> float | None:
+    """Return the mean of a metric over the seeds on the first split, None where it was not measured."""
+    found = entry["metrics"].get(metric)
+    splits = entry.get("splits")
+    if found is None:
+        return None
+    if splits is None:
+        return float(found["mean"])
+    return fmean(value for value, split in zip(found["values"], splits, strict=True) if split == splits[0])

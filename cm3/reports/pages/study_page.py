@@ -37,6 +37,7 @@ def study_page(*, comparison: Path, page_output: Path, figures_output: Path) -> 
     charts = [*both, *([cost] if cost else []), *(one["chart"] for one in searches)]
     context = {
         "study": study,
+        "splits": study["settings"].get("splits", []),
         "names": {metric: pretty(metric) for metric in metrics},
         "metrics": metrics,
         "columns": columns,
@@ -223,7 +224,7 @@ def _forest(study: Mapping[str, Any], metric: str) -> Forest:
     return Forest(
         "intervals-" + metric.replace("@", "-"),
         f"{pretty(metric)} on {study['dataset']}",
-        f"{pretty(metric)}, {study['settings']['confidence']:.0%} interval over users",
+        f"{pretty(metric)}, {study['settings']['confidence']:.0%} interval over users{' and splits' if 'splits' in study['settings'] else ''}",
         [name for name, _ in rows],
         [one["mean"] for one in found],
         [one["low"] for one in found],

@@ -175,6 +175,15 @@ def test_most_popular_items_and_models_of_studies_are_next_to_the_metrics(made, 
     assert names(metrics, planned) == ["e", "p"]
     assert set(names(metrics, {"mine": {"e": ["0" * 12]}})) == {"MostPop"}, "of other settings or another split"
     assert set(names(metrics | {"mask": "train+valid"}, planned)) == {"MostPop"}
+    # Of several splits, the runs on the one that the experiment itself is measured on.
+    values = {"mean": 0.5, "values": [0.3, 0.4, 0.6, 0.7]}
+    repeated = {"model": "bm3", "runs": list("abcd"), "splits": [42, 42, 43, 43], "metrics": {"recall@20": values}}
+    write_json(
+        Path("results/more/comparison.json"), {"settings": {"mask": "train"}, "experiments": {"repeated": repeated}}
+    )
+    (_, shown) = rivals(metrics, data, ["recall@20", "ndcg@20"], {"more": {"repeated": ["a", "b"]}})
+    assert shown["values"] == {"recall@20": pytest.approx(0.35), "ndcg@20": None}
+    assert names(metrics, {"more": {"repeated": ["a"]}}) == ["MostPop"]
     own = {"config": metrics["config"] | {"model": {"name": "mostpop"}}}
     assert names(metrics | own, {}) == []
 

@@ -25,7 +25,7 @@ def test_the_file_is_an_input_of_its_check_and_of_evaluation(tmp_path: Path):
     config = configured(recommendations=str(file))
     run = runs.selected_run(config, "other")
     assert runs.train_inputs(config, "other", run)["lists"] == str(file)
-    inputs = runs.list_inputs(config, "other", run)
+    inputs = runs.evaluate_inputs(config, "other", run)
     assert inputs["lists"] == str(file) and inputs["external"] == f"results/other/runs/{run}/model.json"
     task = runs.train(config, "other", run)
     assert (task.stage, task.spec["monitor"]) == ("external", "recall@20") and str(file) not in str(task.spec)

@@ -38,7 +38,7 @@ def test_it_reads_the_runs_of_the_experiments_that_it_names():
     assert inputs["cm3.item_embeddings"] == f"{cm3}/item_embeddings.parquet"
     assert inputs["ease.weights"] == f"{ease}/model.safetensors"
     assert not any(name.startswith(("features", "similarity")) for name in inputs)
-    assert runs.list_inputs(config, "both", run)["rerank"] == f"results/both/runs/{run}/model.json"
+    assert runs.evaluate_inputs(config, "both", run)["rerank"] == f"results/both/runs/{run}/model.json"
     assert publish.publish_inputs(config, "both")["model"] == f"results/both/runs/{run}/model.json"
 
 

@@ -92,4 +92,10 @@ def test_the_table_of_a_study_has_the_best_model_first(folder: Path):
         ["shop", "1", "0.2000"],
         ["ease", "1", "0.1000"],
     ]
+    assert lines[1] == "shop-study: test metrics"
     assert lines[-1] == "  results/shop-study/comparison.html"
+    with_splits = [f"{row},{'splits' if row == rows[0] else 3}" for row in rows]
+    (folder / "comparison.csv").write_text("\n".join(with_splits) + "\n")
+    assert (
+        study_summary(folder / "comparison.csv", "shop-study", [])[1] == "shop-study: test metrics over 3 random splits"
+    )
