@@ -69,6 +69,9 @@ def write_features(
 ) -> None:
     """Write (N, d) vectors of N items, atomically. Rows that are not ok are stored as zeros.
 
+    Vectors are not compressed, which costs two fifths of the time of writing, half of that of reading, and saves a sixth of
+    the space.
+
     Raises:
         UserError: an ok row holds NaN or infinity, or overflows float16; the first such items are named.
         ValueError: lengths differ.
@@ -94,10 +97,9 @@ def write_features(
     ]
     table = pa.table(arrays, schema=schema.with_metadata(encode_metadata(metadata)))
     options = {
-        "compression": "zstd",
+        "compression": {"item_id": "zstd", "status": "zstd", "embedding.list.element": "none"},
         "use_dictionary": ["item_id", "status"],
         "write_statistics": ["item_id"],
-        "use_byte_stream_split": ["embedding.list.element"],
     }
     with atomic(path) as temporary, parquet_writer(temporary, table.schema, **options) as writer:
         writer.write_table(table, row_group_size=ROW_GROUP)
