@@ -163,9 +163,9 @@ class Terminal(logging.Handler):
         job = self.running.pop(number, None)
         if job:
             self.finished.append(job)
-            record = record_of(job)
-            self.show(f"  done    {job.label:<44}{cost_of(job, record):>18}   {self._done} of {self._total}")
-            if found := tables_of(record):
+            facts = record_of(job)
+            self.show(f"  done    {job.label:<44}{cost_of(job, facts):>18}   {self._done} of {self._total}")
+            if found := tables_of(facts):
                 self.show(f"          {found}")
         if self._bar is not None:
             self._bar.update()
