@@ -4,6 +4,7 @@ import importlib.util
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import tomllib
 from collections.abc import Sequence
@@ -86,7 +87,7 @@ def snakemake_parser():
     return get_argument_parser()
 
 
-EXAMPLES = (("mine",), ("my-shop",), ("my-study",), ("shop",), ("hm",))
+EXAMPLES = (("mine",), ("my-shop",), ("my-shop-study",), ("my-study",), ("shop",), ("hm",))
 """Experiments and studies of the reader, or of a config file that a page shows."""
 
 
@@ -119,15 +120,60 @@ def test_run_takes_the_documented_task(document: str, words: list[str], monkeypa
     task, *rest = words
     tasks = re.findall(r"^    ([a-z][a-z |]*)\)", (ROOT / "run").read_text(), re.MULTILINE)
     if task == "report":
-        assert rest[0] in config.experiments, document
+        assert rest[0] in config.experiments or (rest[0],) in EXAMPLES, document
     elif task == "study":
-        assert rest[0] in config.studies, document
+        assert rest[0] in config.studies or (rest[0],) in EXAMPLES, document
     else:
-        assert task in config.experiments or task in " | ".join(tasks).split(" | "), document
+        assert task in config.experiments or (task,) in EXAMPLES or task in " | ".join(tasks).split(" | "), document
+
+
+NOT_RUN = {
+    "apptainer": "needs a container runtime",
+    "curl": "asks a server",
+    "docker": "needs a container runtime",
+    "git": "the address is the reader's",
+    "hf": "downloads weights",
+    "pip": "changes the environment of the tests",
+    "uv": "changes the environment of the tests",
+    "vllm": "needs a GPU",
+    **dict.fromkeys(("cd", "cp", "export", "mkdir", "source"), "the shell's own, with files of the reader"),
+}
+"""Programs in documents that no test runs or parses, with the reason."""
+
+CHECKED = {"snakemake", "./run", "python", "bash"}
+"""Programs whose documented calls are checked: options, targets, tasks, modules and scripts."""
+
+
+def test_every_documented_program_is_checked_or_not_run_for_a_reason():
+    """Lines of code are commands where their first word, after variables, is the name of a program."""
+    found = set()
+    for document in documents():
+        text = re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+        for line in re.findall(r"^ {4}(\S.*)$", text, re.MULTILINE):
+            word = re.sub(r"^(\w+=\S+ +)+", "", line).split()[0]
+            if shutil.which(word) or word in CHECKED | NOT_RUN.keys():
+                found.add(word)
+    assert found - CHECKED - NOT_RUN.keys() == set()
+    assert found > {"snakemake", "./run", "pip"}
+
+
+@pytest.mark.parametrize(("document", "words"), lines_of_code("bash"), ids=lambda value: " ".join(value)[:60])
+def test_documented_shell_scripts_exist(document: str, words: list[str]):
+    assert (ROOT / words[0]).is_file(), document
 
 
 def test_documents_show_commands():
     assert len(commands()) > 15
+
+
+def test_documented_options_of_benchmarks_exist():
+    texts = [document.read_text() for document in documents()]
+    calls = [call for text in texts for call in re.findall(r"\bpython (benchmarks/\w+\.py)((?:\s[^`#]+)?)", text)]
+    assert len(calls) > 8
+    for script, words in calls:
+        source = (ROOT / script).read_text()
+        for option in re.findall(r"(?<!\S)--[a-z-]+", words.partition(";")[0].partition(", then")[0]):
+            assert f'"{option}"' in source or f'"{option[2:]}"' in source, f"{script} {option}"
 
 
 def test_documented_modules_and_scripts_exist():
@@ -147,6 +193,8 @@ def test_the_citation_names_this_version_and_the_paper():
     assert citation["cff-version"] == "1.2.0"
     assert {"message", "title", "authors"} <= citation.keys()
     assert (citation["version"], citation["license"]) == (project["version"], project["license"])
+    bibtex = re.search(r"^```bibtex\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)[1]
+    assert f"version = {{{project['version']}}}" in bibtex and f"{{{citation['title']}}}" in bibtex
     assert "2508.01226" in citation["references"][0]["identifiers"][0]["value"]
     assert re.search(rf"^## {re.escape(project['version'])}\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
 

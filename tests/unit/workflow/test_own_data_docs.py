@@ -5,22 +5,24 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 from checkout import SMALL
 from repository import ROOT
 
 from cm3.common.errors import UserError
 from workflow.plan import data
 from workflow.plan.config import load_config
+from workflow.prune import read_config
 
 PAGE = (ROOT / "docs/your-own-data.md").read_text(encoding="utf-8")
 
 
-def test_the_documented_data_set_is_valid():
+def test_the_documented_configuration_is_valid(tmp_path: Path):
     (block,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
-    config = copy.deepcopy(SMALL)
-    config["datasets"] |= yaml.safe_load(block)["datasets"]
-    assert load_config(config).datasets["my-shop"].split_spec()["strategy"] == "user-time"
+    (tmp_path / "my-shop.yaml").write_text(block)
+    files = [tmp_path / "my-shop.yaml"]
+    config = load_config(read_config(files), files)
+    assert config.datasets["my-shop"].split_spec()["strategy"] == "user-time"
+    assert list(config.studies["my-shop-study"].points) == ["my-shop", "my-shop-noise", "my-shop-ease"]
 
 
 def test_a_missing_folder_of_images_is_named_with_its_key(tmp_path: Path):
