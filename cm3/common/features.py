@@ -46,6 +46,30 @@ class Features:
         return found
 
 
+def features_file(modality: str, extractor: str, key: str, control: str = "") -> str:
+    """Return the path of a features file in the folder of its data set.
+
+    Args:
+        modality: what the extractor reads: text, image, ...
+        extractor: its name.
+        key: of its settings.
+        control: of the control that replaces the features, empty for the features themselves.
+    """
+    return f"features/{modality}/{extractor}-{key}{f'-{control}' if control else ''}.parquet"
+
+
+def graph_file(features: str, knn_k: int, method: str, missing: str) -> str:
+    """Return the path of an item graph in the folder of its data set; settings other than the defaults end its name.
+
+    Args:
+        features: name of the features file, without its suffix.
+        knn_k, method, missing: settings of the model.
+    """
+    parts = [method] if method != "exact" else []
+    parts += [missing] if missing != "drop" else []
+    return f"similarity/{'-'.join([features, f'k{knn_k}', *parts])}.parquet"
+
+
 def features_schema(dim: int, dtype: str) -> pa.Schema:
     """Return the schema of a features file: item_id, embedding fixed_size_list<dtype>[dim] not null, status."""
     value = {"float32": pa.float32(), "float16": pa.float16()}[dtype]

@@ -201,13 +201,17 @@ def embed_items(model: "Recommender", features: Mapping[str, Any]) -> np.ndarray
 
     Raises:
         ValueError: the model cannot embed new items, or features that do not fit it; see `ItemEncoder.embed`.
+        UserError: the features of an experiment are missing or damaged, or the data set has changed; see
+            `cm3.library.experiment`.
     """
-    if model.encoder is None:
+    encoder = model.item_encoder
+    if encoder is None:
         raise ValueError(
-            "this model cannot embed new items: only cm3 embeds items from features, and a model that was loaded from an "
-            "experiment's folder or saved by release 0.1.0 has no features; train it with cm3.fit"
+            "this model cannot embed new items: only cm3 embeds items from features, and a model that was saved by release "
+            "0.1.0, or loaded from a copy of an experiment's folder without the data set in processed/, has no features; "
+            "train it with cm3.fit, or load it with interactions=..."
         )
-    return model.encoder.embed(features)
+    return encoder.embed(features)
 
 
 def add_items(model: "Recommender", item_ids: Sequence[Any], features: Mapping[str, Any]) -> "Recommender":
@@ -231,4 +235,10 @@ def add_items(model: "Recommender", item_ids: Sequence[Any], features: Mapping[s
     seen = None
     if model.seen is not None:
         seen = sp.csr_matrix(sp.hstack([model.seen, sp.csr_matrix((len(model.user_ids), len(names)))]))
-    return replace(model, item_ids=[*model.item_ids, *names], items=np.concatenate([model.items, vectors]), seen=seen)
+    return replace(
+        model,
+        item_ids=[*model.item_ids, *names],
+        items=np.concatenate([model.items, vectors]),
+        seen=seen,
+        encoder=model.item_encoder,
+    )
