@@ -103,6 +103,7 @@ class CM3(Network):
 
     components = ("alignment", "user_uniformity", "item_uniformity")
     supports_ddp = True
+    supports_cuda_graph = True
 
     def __init__(
         self, features: Sequence[Tensor], interactions: sp.csr_matrix, item_graph: sp.csr_matrix, settings: Model
@@ -177,15 +178,23 @@ class CM3(Network):
 
     def backward(self, batches: Sequence[Batch], seed: int) -> Loss:
         """Return the mean loss of `batches`, its gradient added to the parameters'. Embeds only the users of the batches."""
+        return self.backward_drawn(batches, self.random_draws(seed))
+
+    def backward_drawn(self, batches: Sequence[Batch], draws: Sequence[Tensor]) -> Loss:
+        """Return `backward` of given positions on the fusion curves."""
+        (t,) = draws
         held = [batch.counted_users.ids for batch in batches]
         if len(held) > 1 and sum(len(some) for some in held) >= self.n_users:
-            return super().backward(batches, seed)
-        ego, fused = self.ego_embeddings(self.sample_t(seed))
+            return backward(self(t), [partial(self._whole_loss, batch) for batch in batches])
+        ego, fused = self.ego_embeddings(t)
         ids = torch.cat(held)
         users, items = propagate_to(self.adjacency, ego, self.settings.n_ui_layers, ids, self.n_users)
         users, items = self._weighted(users, _rows(self.stream_logits, ids)), self._with_neighbours(items)
         embeddings = _StepEmbeddings(list(users.split([len(some) for some in held])), items, fused)
         return backward(embeddings, [partial(self._step_loss, n, batch) for n, batch in enumerate(batches)])
+
+    def _whole_loss(self, batch: Batch, embeddings: FusedEmbeddings) -> Loss:
+        return self.loss(embeddings, batch)
 
     def _step_loss(self, n: int, batch: Batch, embeddings: "_StepEmbeddings") -> Loss:
         return self._loss(embeddings.users[n], embeddings.items, embeddings.fused, batch)
