@@ -165,10 +165,9 @@ def test_a_replayed_graph_equals_the_steps(variant):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_cuda_graph_equals_the_steps(variant, device):
-    if device != "cuda":
-        pytest.skip("the graph is of a GPU")
     graphed = a_run(variant, device, cuda_graph=True)
     assert_same(graphed, a_run(variant, device, cuda_graph=False))
     assert isinstance(graphed.static_step, GraphedStep)
