@@ -104,6 +104,7 @@ class CM3(Network):
 
     components = ("alignment", "user_uniformity", "item_uniformity")
     supports_ddp = True
+    supports_cuda_graph = True
 
     def __init__(
         self, features: Sequence[Tensor], interactions: sp.csr_matrix, item_graph: sp.csr_matrix, settings: Model
@@ -178,10 +179,15 @@ class CM3(Network):
 
     def backward(self, batches: Sequence[Batch], seed: int) -> Loss:
         """Return the mean loss of `batches`, its gradient added to the parameters'. Embeds only the users of the batches."""
+        return self.backward_drawn(batches, self.random_draws(seed))
+
+    def backward_drawn(self, batches: Sequence[Batch], draws: Sequence[Tensor]) -> Loss:
+        """Return `backward` of given positions on the fusion curves."""
+        (t,) = draws
         held = [batch.counted_users.ids for batch in batches]
         if len(held) > 1 and sum(len(some) for some in held) >= self.n_users:
-            return super().backward(batches, seed)
-        streams, fused = self.item_streams(self.sample_t(seed))
+            return backward(self(t), [partial(self._whole_loss, batch) for batch in batches])
+        streams, fused = self.item_streams(t)
         ids = torch.cat(held)
         users, items = propagate_streams(
             self.adjacency, self.users, streams, self.settings.n_ui_layers, ids, shard=self.shard
@@ -189,6 +195,9 @@ class CM3(Network):
         users, items = self._weighted(users, _rows(self.stream_logits, ids)), self._with_neighbours(items)
         embeddings = _StepEmbeddings(list(users.split([len(some) for some in held])), items, fused)
         return backward(embeddings, [partial(self._step_loss, n, batch) for n, batch in enumerate(batches)])
+
+    def _whole_loss(self, batch: Batch, embeddings: FusedEmbeddings) -> Loss:
+        return self.loss(embeddings, batch)
 
     def _step_loss(self, n: int, batch: Batch, embeddings: "_StepEmbeddings") -> Loss:
         return self._loss(embeddings.users[n], embeddings.items, embeddings.fused, batch)

@@ -8,7 +8,6 @@ import random
 import resource
 import signal
 import subprocess
-import sys
 import time
 from itertools import pairwise
 from types import SimpleNamespace
@@ -16,11 +15,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from repository import ROOT
-from training_shop import MODEL, OUTPUTS, TRAINING, history, one_thread, prepared, run, shop, written  # noqa: F401
+from training_shop import MODEL, OUTPUTS, TRAINING, history, one_thread, prepared, run, shop, stage_command, written  # noqa: F401
 
 import cm3.training.loop
 from cm3.common.errors import UserError
-from cm3.config import Model, Training
+from cm3.config import Training
 from cm3.training.checkpoint import Checkpoint
 from cm3.training.schedule import lr_factor
 
@@ -65,16 +64,11 @@ def test_a_run_that_is_stopped_again_and_again_ends_as_if_it_never_was(
 @pytest.mark.integration
 def test_a_killed_process_goes_on_to_the_same_bytes(shop, tmp_path):
     training = TRAINING | {"epochs": 12}
-    identity = Training(**training).identity()
-    spec = {"modalities": ["text", "image"], "model": Model(**MODEL).identity(), "training": identity}
     run(shop, tmp_path / "whole", training=training, code="c0de")
 
     folder = tmp_path / "killed"
-    command = [sys.executable, "-m", "cm3.training.train", "--spec", json.dumps(spec), "--code", "c0de"]
-    command += ["--runtime", json.dumps({"device": "cpu", "checkpoint_seconds": 0, "threads": torch.get_num_threads()})]
-    command += [part for name, path in shop.items() for part in ("--input", f"{name}={path}")]
-    outputs = dict(zip(("model", "history", "users", "items"), OUTPUTS, strict=True)) | {"record": "record.json"}
-    command += [part for name, path in outputs.items() for part in ("--output", f"{name}={folder / path}")]
+    runtime = {"checkpoint_seconds": 0, "threads": torch.get_num_threads()}
+    command = stage_command(shop, folder, training, runtime, code="c0de")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     checkpoint, chance, resumed = folder / "checkpoints/last.safetensors", random.Random(0), False
     for _ in range(2):
