@@ -27,7 +27,8 @@ from cm3.common.files import write_json
 from cm3.common.interactions import Interactions, read_interactions
 from cm3.common.tables import INTERACTIONS, ITEMS, SPLITS, USERS, write_table
 from cm3.evaluation.metrics import per_user
-from cm3.evaluation.results import RankedLists, UserMetrics, write_per_user, write_recommendations
+from cm3.evaluation.recommendations import ids_of, write_recommendations
+from cm3.evaluation.results import RankedLists, UserMetrics, write_per_user
 
 TOP, CUTOFFS, WIDTH, BOUGHT, WANTED = 50, [10, 20, 50], 192, 6, 2
 
@@ -68,7 +69,7 @@ def write_cell(folder: Path, shop: Interactions, quality: float, seed: int) -> d
     ranked = RankedLists(found.users, lists, scores)
     files = {kind: folder / f"{kind}-{seed}" for kind in ("per_user", "recommendations", "evaluation", "train")}
     write_per_user(files["per_user"], found)
-    write_recommendations(files["recommendations"], [ranked], shop, TOP)
+    write_recommendations(files["recommendations"], [ranked], ids_of(shop.user_ids, shop.item_ids), TOP)
     write_json(files["evaluation"], {"test": found.means(), "mask": "train"})
     write_json(files["train"], {"monitor": "recall@20", "best_valid": quality, "wall_seconds": 1.0})
     return files

@@ -93,6 +93,10 @@ def _tables(folder: Path) -> dict[str, Kind]:
             tables.SIMILARITY,
             {"item": range(N), "neighbour": draw.integers(0, N, N), "score": draw.random(N)},
         ),
+        "run_recommendations": (
+            tables.RUN_RECOMMENDATIONS,
+            {"user": range(N), "item": draw.integers(0, N, N), "rank": range(N), "score": draw.random(N)},
+        ),
         "recommendations": (
             tables.RECOMMENDATIONS,
             {"user_id": ids, "item_id": texts, "rank": range(N), "score": draw.random(N)},

@@ -31,7 +31,8 @@ from cm3.model.graph import item_item_matrix
 from cm3.model.model import build_model
 from cm3.model.sampling import Sampler
 from cm3.training.checkpoint import NullCheckpoint
-from cm3.training.loop import TrainingRun, grouped
+from cm3.training.loop import TrainingRun
+from cm3.training.schedule import grouped
 
 BABY = (19_445, 7_050, 119_674)
 BATCH = 2048

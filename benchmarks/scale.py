@@ -41,7 +41,7 @@ INPUTS = {
     "similarity": "features=data/features.parquet",
     "train": f"{_TABLES} features.image=data/features.parquet similarity.image=GRAPH/similarity.parquet",
     "evaluate": f"{_TABLES} {_VECTORS}",
-    "publish": f"{_VECTORS} model=train/model.safetensors history=train/history.csv stats=prepare/stats.json "
+    "publish": f"{_VECTORS} items=prepare/items.parquet users=prepare/users.parquet model=train/model.safetensors history=train/history.csv stats=prepare/stats.json "
     "evaluation=evaluate/metrics.json per_user=evaluate/per_user.parquet recommendations=evaluate/recommendations.parquet "
     "record.prepare=prepare/record.json record.split=split/record.json record.extract.image=data/extract.json "
     "record.similarity.image=GRAPH/record.json record.train=train/record.json record.evaluate=evaluate/record.json",

@@ -27,10 +27,11 @@ class Model(ModelSpec, ItemGraphs, Weighted):
     libraries: ClassVar[tuple[str, ...]] = ("numpy", "scipy", "torch")
     reads_features: ClassVar[bool] = True
     reads_item_graphs: ClassVar[bool] = True
-    optional_training: ClassVar[frozenset[str]] = frozenset({"precision", "processes", "warm_start"})
+    optional_training: ClassVar[frozenset[str]] = frozenset({"precision", "processes", "warm_start", "cuda_graph"})
     presets: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
-        "default": {},
-        "best": {},  # the workflow adds a re-ranking: workflow/plan/best.py
+        "default": {"training": {"batches_per_step": "auto"}},
+        # the workflow adds a re-ranking: workflow/plan/best.py
+        "best": {"training": {"batches_per_step": "auto"}},
         "official": {
             "model": {
                 "slerp": "reference",
@@ -110,7 +111,7 @@ class Training(Strict):
     """Optimisation, validation and early stopping of a trained model."""
 
     runtime_fields: ClassVar[frozenset[str]] = frozenset(
-        {"device", "processes", "gpu_share", "checkpoint_seconds", "tensorboard", "trackers"}
+        {"device", "processes", "gpu_share", "cuda_graph", "checkpoint_seconds", "tensorboard", "trackers"}
     )
 
     seed: int = Field(
@@ -122,7 +123,8 @@ class Training(Strict):
         1,
         description="batches per propagation and optimiser step; larger values save propagations on large data sets; "
         "auto: 1 below 200,000 interactions, then as many as leave some 50 steps an epoch, so that its time grows in "
-        "proportion to the data; docs/training.md shows the effect on accuracy",
+        "proportion to the data; the default of cm3 is auto, that of its preset official and of baselines 1; "
+        "docs/training.md shows the effect on accuracy",
     )
     warm_start: str | None = Field(
         None,
@@ -175,6 +177,12 @@ class Training(Strict):
         le=1,
         description="part of a GPU that the job takes: at 0.25 four trainings run on one GPU of this machine at a time; a "
         "cluster gives each a GPU of its own (docs/gpu.md)",
+    )
+    cuda_graph: bool | Literal["auto"] = Field(
+        False,
+        description="capture a training step on an NVIDIA GPU as a CUDA graph, which saves the time of launching hundreds of "
+        "kernels; cm3 with one process only; auto: without a graph where it cannot be captured; true: an error there; not "
+        "yet tried on a GPU (docs/gpu.md)",
     )
     checkpoint_seconds: Float = Field(
         30.0,

@@ -12,7 +12,7 @@ from cm3.common.strict import Float, Strict, nearest
 
 __all__ = ["Estimate", "ItemGraphs", "ModelSpec", "Sizes", "Weighted", "modality_weights"]
 
-OPTIONAL_TRAINING = frozenset({"precision", "processes", "warm_start"})
+OPTIONAL_TRAINING = frozenset({"precision", "processes", "warm_start", "cuda_graph"})
 """Keys of `training` that a trained model supports only if its spec names them."""
 
 CLOSED_FORM_TRAINING = frozenset({"monitor", "device"})

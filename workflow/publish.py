@@ -12,22 +12,29 @@ from cm3.common.errors import DamagedFileError
 from cm3.common.files import atomic, file_error, read_json, sha256_of, write_json
 from cm3.common.stages import STAGES
 from cm3.common.tables import open_parquet
+from cm3.evaluation.recommendations import has_numbers, publish_recommendations, read_ids
 
 
 def publish(provenance: dict[str, Any], files: dict[str, Path], outputs: dict[str, Path]) -> None:
     """Copy a run's files to `outputs`, and collect its metrics, data and provenance in one JSON file.
 
+    The recommendations get ids in place of the numbers of users and items.
+
     Args:
         provenance: experiment, dataset, command, config, keys, and libraries by record (see `library_warning`).
-        files: the run's files by name; `evaluation`, `stats` and `record.STAGE` are collected, others copied.
+        files: the run's files by name, and the tables `items` and `users` of its data set; `evaluation`, `stats` and
+            `record.STAGE` are collected, others copied.
         outputs: where to copy each file; `metrics` is the JSON file.
 
     Raises:
         DamagedFileError: a file or record of the run is damaged.
+        UserError: the recommendations are of other users or items.
     """
     records = {name.removeprefix("record."): read_json(p) for name, p in files.items() if name.startswith("record.")}
     for name, path in outputs.items():
-        if name != "metrics":
+        if name == "recommendations" and has_numbers(files[name]):
+            publish_recommendations(files[name], path, read_ids(files["users"], files["items"]))
+        elif name != "metrics":
             _check(files[name], records["train"].get(f"{name}_sha256"))
             with atomic(path) as temporary:
                 _copy(files[name], temporary)

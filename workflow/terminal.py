@@ -163,7 +163,10 @@ class Terminal(logging.Handler):
         job = self.running.pop(number, None)
         if job:
             self.finished.append(job)
-            self.show(f"  done    {job.label:<44}{cost_of(job):>18}   {self._done} of {self._total}")
+            facts = record_of(job)
+            self.show(f"  done    {job.label:<44}{cost_of(job, facts):>18}   {self._done} of {self._total}")
+            if found := tables_of(facts):
+                self.show(f"          {found}")
         if self._bar is not None:
             self._bar.update()
         self._name_running()
@@ -283,14 +286,29 @@ def job_of(fields: Mapping[str, Any]) -> Job:
     return Job(" ".join([fields["rule_name"], *named]), [Path(path) for path in fields.get("log") or ()], record)
 
 
-def cost_of(job: Job) -> str:
-    """Return seconds and peak memory of a finished job, from its stage's record where it has one."""
+def record_of(job: Job) -> dict[str, Any]:
+    """Return the stage's record of a finished job, empty without one."""
     try:
-        record = read_json(job.record) if job.record else {}
+        return read_json(job.record) if job.record else {}
     except UserError:
-        record = {}
+        return {}
+
+
+def cost_of(job: Job, record: Mapping[str, Any]) -> str:
+    """Return seconds of a finished job, and its peak memory from the stage's record."""
     memory = record.get("peak_memory_mb")
     return f"{job.seconds:.1f} s" + (f" {memory:>6.0f} MB" if memory else " " * 10)
+
+
+def tables_of(record: Mapping[str, Any]) -> str | None:
+    """Return what is in the tables that the prepare stage wrote, from its record; None for other stages."""
+    if record.get("stage") != "cm3.datasets.prepare" or "stats" not in record:
+        return None
+    stats = record["stats"]
+    k, read = stats["kcore"], stats["raw"]["interactions"]
+    notes = [f"{k}-core" if k > 1 else "no k-core", *(["ratings are no signal"] if stats["has_ratings"] else [])]
+    counts = f"{stats['users']:,} users, {stats['items']:,} items, {stats['interactions']:,} of {read:,} interactions"
+    return f"{counts} ({'; '.join(notes)})"
 
 
 def chain_of(error: BaseException) -> Iterator[BaseException]:

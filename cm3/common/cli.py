@@ -221,6 +221,8 @@ def _enter_outputs(call: Call) -> None:
         # Paths of an object storage are copies of this job alone.
         if path.is_file() and not path.is_absolute() and path.parts[0] != ".snakemake":
             ledger.record(path, call.identity, outputs, inputs)
+    if call.parts or folders:
+        ledger.forget_others(outputs, {str(path) for path in files})
 
 
 def _as_named(path: Path) -> Path:

@@ -84,6 +84,8 @@ _OUT_OF_MEMORY = (
     "can't allocate memory",
     "cublas_status_alloc_failed",
     "cudnn_status_alloc_failed",
+    "device_allocation_failed",  # cuDNN 9
+    "host_allocation_failed",
     "cusparse_status_alloc_failed",
     "cusparse_status_insufficient_resources",
     "cusolver_status_alloc_failed",

@@ -23,9 +23,9 @@ from cm3.common.torchrun import started_by_torchrun
 class ProcessShard:
     """This process's part of a training step: process `rank` of `size`.
 
-    All processes hold the same parameters and sample the same batches, negatives and mixing parameters. Each computes the
-    forward pass, and the loss and its gradient for a part of the user-item pairs and of the pairs within the batch. The
-    sum of the gradients equals the gradient of a single process with the whole batch.
+    All processes hold the same parameters and sample the same batches, negatives and mixing parameters. Each propagates some of
+    the streams, and computes the loss and its gradient for a part of the user-item pairs and of the pairs within the batch.
+    The sum of the gradients equals the gradient of a single process with the whole batch.
     """
 
     rank: int
@@ -43,6 +43,10 @@ class ProcessShard:
         """Return the sum of a value over all processes; the gradient of each process is that of its own summand."""
         found: Tensor = _Sum.apply(value)
         return found
+
+    def add_up(self, table: Tensor) -> None:
+        """Replace a contiguous table by the sum of those of all processes, outside autograd."""
+        distributed.all_reduce(table)
 
     def merge(self, peak: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
         """Return the largest peak, and the sum of all totals relative to it; each is given relative to its own peak."""

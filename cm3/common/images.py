@@ -21,58 +21,86 @@ def shard_path(manifest: str | os.PathLike[str], shard: int) -> Path:
 
 
 def iter_images(manifest: str | os.PathLike[str], items: Sequence[int] | None = None) -> Iterator[tuple[int, bytes]]:
-    """Yield (item, original bytes) for the items whose status is ok, one shard's row group in memory at a time.
+    """Yield (item, original bytes) for the items whose status is ok, a few row groups in memory at a time.
 
     Args:
         manifest: the manifest.parquet; its shards are in the same folder.
-        items: row numbers wanted, all by default. The order of the output is that of the shards.
+        items: row numbers wanted, all by default. The order of the output is that of `reading_order`.
 
     Raises:
         DamagedFileError: a shard is missing, cut, or holds other bytes than the manifest says.
     """
     table = read_table(manifest, MANIFEST)
     status = np.asarray(table.column("status").to_pylist(), dtype=object)
-    wanted = np.arange(len(table)) if items is None else np.asarray(items, dtype=np.int64)
+    wanted = np.arange(len(table)) if items is None else np.unique(np.asarray(items, dtype=np.int64))
     wanted = wanted[status[wanted] == OK]
     shard = table.column("shard").to_numpy()[wanted].astype(np.int64)
     row = table.column("row").to_numpy()[wanted].astype(np.int64)
+    order = reading_order(shard, row)
+    wanted = wanted[order]
     digests = [table.column("sha256")[item].as_py() for item in wanted.tolist()]
-    yield from images_at(manifest, wanted, shard, row, digests)
+    yield from images_at(manifest, wanted, shard[order], row[order], digests)
+
+
+def reading_order(shard: np.ndarray, row: np.ndarray) -> np.ndarray:
+    """Return the order in which the images of ascending items (n,) are read: equal images one after another.
+
+    It depends on the items and their images alone, not on the shards, whose images are in the order of items as well.
+
+    Args:
+        shard, row: (n,) locations of the images.
+    """
+    places = shard.astype(np.int64) << 32 | row.astype(np.int64)
+    _, first, same = np.unique(places, return_index=True, return_inverse=True)
+    order: np.ndarray = np.argsort(first[same], kind="stable")
+    return order
 
 
 def images_at(
     manifest: str | os.PathLike[str], items: np.ndarray, shard: np.ndarray, row: np.ndarray, digests: Sequence[str]
 ) -> Iterator[tuple[int, bytes]]:
-    """Yield (item, original bytes) as `iter_images` does, for items of known location: the manifest is not read.
+    """Yield (item, original bytes) of items of known location, in their order: the manifest is not read.
 
     Args:
         manifest: the manifest.parquet; its shards are in the same folder.
-        items: (n,) row numbers.
+        items: (n,) row numbers. A shard is read once if its images are wanted in ascending order.
         shard, row: (n,) locations of their images, from the manifest.
         digests: n sha256 of their images, 64 hex digits each, from the manifest.
+
+    Raises:
+        DamagedFileError: as `iter_images`.
     """
-    order = np.lexsort((items, row, shard))
-    items, shard, row = items[order], shard[order], row[order]
-    expected = [digests[place] for place in order]
-    for number in np.unique(shard):
-        first, last = np.searchsorted(shard, [number, number + 1])
-        path = shard_path(manifest, int(number))
-        yield from _iter_shard(path, items[first:last], row[first:last], expected[first:last])
+    shards = {number: _ShardReader(shard_path(manifest, number), row[shard == number]) for number in np.unique(shard)}
+    for item, number, place, digest in zip(items.tolist(), shard.tolist(), row.tolist(), digests, strict=True):
+        yield item, shards[number].read(place, digest)
 
 
-def _iter_shard(path: Path, items: np.ndarray, rows: np.ndarray, digests: Sequence[str]) -> Iterator[tuple[int, bytes]]:
-    read = 0
-    for start, group in row_groups(path, rows):
-        data = group.column("bytes")
-        last = int(np.searchsorted(rows, start + len(group)))
-        for item, row, digest in zip(items[read:last], rows[read:last], digests[read:last], strict=True):
-            image = data[int(row) - start].as_py()
-            if image is None or hashlib.sha256(image).hexdigest() != digest:
-                raise DamagedFileError(path, f"the image in row {row} is not the one that the manifest names")
-            yield int(item), image
-        read = last
-    if read < len(rows):
-        raise DamagedFileError(path, f"it has no row {rows[read]}, which the manifest names")
+class _ShardReader:
+    """Reads some rows of a shard; a row group is in memory from its first wanted row to its last."""
+
+    def __init__(self, path: Path, rows: np.ndarray) -> None:
+        self._path, self._rows, self._left = path, np.unique(rows), len(rows)
+        self._start = 0
+        self._data: pa.ChunkedArray | None = None
+        self._groups: Iterator[tuple[int, pa.Table]] | None = None
+
+    def read(self, row: int, digest: str) -> bytes:
+        """Return the image in a row, whose sha256 must be `digest`."""
+        if self._groups is None or row < self._start:
+            self._groups, self._data = row_groups(self._path, self._rows), None
+        while self._data is None or row >= self._start + len(self._data):
+            self._data = None  # before the next one is read
+            start, group = next(self._groups, (0, None))
+            if group is None:
+                raise DamagedFileError(self._path, f"it has no row {row}, which the manifest names")
+            self._start, self._data = start, group.column("bytes")
+        image: bytes | None = self._data[row - self._start].as_py()
+        if image is None or hashlib.sha256(image).hexdigest() != digest:
+            raise DamagedFileError(self._path, f"the image in row {row} is not the one that the manifest names")
+        self._left -= 1
+        if not self._left:
+            self._groups = self._data = None  # closes the file
+        return image
 
 
 def row_groups(path: Path, rows: np.ndarray | None = None) -> Iterator[tuple[int, pa.Table]]:

@@ -33,6 +33,13 @@ def parts_in(inputs: Mapping[str, Path], name: str) -> list[Path]:
     return [inputs[key] for key in [name, *further] if key in inputs]
 
 
+def contents_of(folder: Path, most: int = 5) -> str:
+    """Return "the folder has a.csv, b.csv, ..." for a message, with the first names in a folder."""
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    more = ", ..." if len(names) > most else ""
+    return f"the folder has {', '.join(names[:most])}{more}" if names else "the folder is empty"
+
+
 def check_readable(path: Path, key: str = "") -> None:
     """Raise a UserError unless `path` is a file that can be read.
 

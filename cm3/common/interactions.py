@@ -113,15 +113,22 @@ def read_interactions(
                 f"({len(wrong)} such rows); prepare the data again"
             )
         indices.append(index)
-    split = pc.index_in(table.column("split").cast("string"), value_set=pa.array(SPLITS))
-    if split.null_count:
-        row = int(np.flatnonzero(split.is_null().to_numpy())[0])
+    labels = _positions(table.column("split"))
+    if (labels < 0).any():
+        row = int(np.flatnonzero(labels < 0)[0])
         raise UserError(
             f"{interactions}: row {row} has split {table.column('split')[row].as_py()!r}, not one of {SPLITS}"
         )
-    labels = split.to_numpy().astype(np.int8)
     if not (labels == SPLITS.index("train")).any():
         raise UserError(
             f"{interactions}: no row is in the train split; check the split settings and prepare the data again"
         )
     return Interactions(indices[0], indices[1], labels, user_ids, item_ids)
+
+
+def _positions(column: pa.ChunkedArray) -> np.ndarray:
+    """Return the position in SPLITS of each value of a dictionary column, int8; -1 for others."""
+    values = column.combine_chunks()
+    places = pc.fill_null(pc.index_in(values.dictionary, value_set=pa.array(SPLITS)), -1).to_numpy()
+    found: np.ndarray = np.append(places, -1).astype(np.int8)[pc.fill_null(values.indices, len(places)).to_numpy()]
+    return found

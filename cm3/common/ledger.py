@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,9 +109,20 @@ class Ledger:
         outputs: tuple[str, ...] = (),
         inputs: Mapping[str, str] | None = None,
     ) -> None:
-        """Write the entry of a file that the workflow has just made."""
-        before = Path(path).stat()
-        self._write(_entry(str(path), before, sha256_of(path), identity, outputs, dict(inputs or {})))
+        """Write the entry of a file that the workflow has just made, or has checked and kept as a part of its outputs.
+
+        A file that an earlier entry describes is not read.
+        """
+        before, known = Path(path).stat(), self.entry(path)
+        kept = known is not None and known.describes(before) and not known.damaged
+        digest = known.sha256 if known and kept else sha256_of(path)
+        self._write(_entry(str(path), before, digest, identity, outputs, dict(inputs or {})))
+
+    def forget_others(self, outputs: tuple[str, ...], files: Collection[str]) -> None:
+        """Remove the entries of files that an earlier job of the same outputs made, and that are not among `files`."""
+        for entry in self.entries():
+            if entry.outputs == outputs and entry.path not in files:
+                self.forget(entry.path)
 
     def mark_damaged(self, path: str | os.PathLike[str], reason: str) -> bool:
         """Note that a reader refused a file, and return whether the workflow can make the file again."""

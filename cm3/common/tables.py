@@ -82,6 +82,15 @@ RECOMMENDATIONS = pa.schema(
         ("score", pa.float32()),
     ]
 )
+RUN_RECOMMENDATIONS = pa.schema(
+    [
+        ("user", pa.int32()),
+        ("item", pa.int32()),
+        ("rank", pa.int32()),  # 1 is the best
+        ("score", pa.float32()),
+    ]
+)
+"""Recommendations of a run, whose users and items are rows of the tables of the data set (`cm3.evaluation.recommendations`)."""
 SIMILARITY = pa.schema([("item", pa.int32()), ("neighbour", pa.int32()), ("score", pa.float32())])
 
 

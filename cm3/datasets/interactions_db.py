@@ -21,6 +21,8 @@ from cm3.datasets.reader import ROWS
 log = logging.getLogger("cm3.datasets.interactions_db")
 
 IDS_SHOWN = 20
+_PLAIN = "ltrim(lower(nfc_normalize(trim(id, ' ' || chr(9) || chr(13) || chr(160) || chr(8203) || chr(65279)))), '0')"
+"""SQL of an id without case, leading zeros and white space around it, to find ids that are written differently."""
 _FOLDER = ".interactions-"
 _ROWS_AT_ONCE = 250_000
 _NO_ROOM = ("space", "quota", "file too large", "could not write")
@@ -190,11 +192,12 @@ class InteractionsDatabase:
             self._check_floats()
             message = f"{count} items with {rows} interactions are not in the item table: {', '.join(first)}"
             message += ", ..." if count > IDS_SHOWN else ""
+            message += self._alike()
             items, known_count = self._one(
                 "select (select count(*) from items), (select count(distinct id) from known)"
             )
             if count == items and known_count:
-                message += f"; no id of the interactions is in it. {self._both_sides()}"
+                message += f"; no id of the interactions is in it. {self._both_sides()}{self._exchanged()}"
             if policy == "error":
                 raise UserError(
                     f"{message}. Add them to it, or set unknown_items: drop, or keep (items without text and image)"
@@ -205,6 +208,22 @@ class InteractionsDatabase:
                     "create or replace table distinct_pairs as select distinct_pairs.* from distinct_pairs anti join unknown on code = item"
                 )
         return {"items": int(count), "interactions": int(rows), "first": first}
+
+    def _alike(self) -> str:
+        """Return how many unknown ids are known in another spelling, with an example; empty if none is."""
+        row = self.base.execute(
+            f"select unknown_id, known_id, count(distinct unknown_id) over () from "
+            f"(select id as unknown_id, {_PLAIN} as plain from items semi join unknown using (code)) "
+            f"join (select id as known_id, {_PLAIN} as plain from known) using (plain) where plain != '' "
+            "order by unknown_id, known_id limit 1"
+        ).fetchone()
+        if row is None:
+            return ""
+        return f"; {row[2]} of them differ from ids in it by case, zeros or white space alone, such as {row[0]!r} and {row[1]!r}"
+
+    def _exchanged(self) -> str:
+        found = self._one("select count(*) from users semi join known using (id)")[0]
+        return f". {found} ids of users are in it: are the columns of user and item exchanged?" if found else ""
 
     def _both_sides(self) -> str:
         """Return three ids of each table, for the message that they have none in common."""

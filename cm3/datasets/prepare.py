@@ -23,6 +23,8 @@ from cm3.datasets.statistics import describe
 log = logging.getLogger("cm3.datasets.prepare")
 
 _NO_LIMITS = Limits()
+_SPREADSHEET_DAYS = 80_000
+"""Days since 1900 in the year 2119."""
 
 
 def prepare(
@@ -105,6 +107,7 @@ def prepare(
         **describe(core, len(user_ids), ordered),
         "reading": reader.notes,
     }
+    _warn_of_numbers(facts["timestamps"])
     _check_expected(facts, spec["expected"], inputs)
     metadata = {MADE_FROM: dict(made_from)} if made_from else None
     write_table(ratings, _ratings_table(core), RATINGS, metadata)
@@ -121,6 +124,17 @@ def prepare(
         *usable.values(),
     )
     return facts
+
+
+def _warn_of_numbers(times: dict[str, int] | None) -> None:
+    """Warn of times that are numbers of days, as in spreadsheets, or running numbers."""
+    if times and 0 < times["last"] < _SPREADSHEET_DAYS:
+        log.warning(
+            "all times are between %d and %d seconds after 1970-01-01: if they are days of a spreadsheet, write them as dates; "
+            "of a running number only the order counts",
+            times["first"],
+            times["last"],
+        )
 
 
 def _largest_core(database: InteractionsDatabase, k: int) -> int:

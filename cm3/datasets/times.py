@@ -51,6 +51,10 @@ class Times:
         values = plain_column(values)
         if pa.types.is_boolean(values.type) or pa.types.is_time(values.type) or pa.types.is_duration(values.type):
             check(np.ones(len(values), bool), _NOT_A_TIME)
+        empty = pc.is_null(values)
+        if is_text(values.type):
+            empty = pc.or_kleene(empty, pc.equal(pc.utf8_trim_whitespace(values), ""))
+        check(empty.to_numpy().astype(bool), "is empty; a time is needed, or 0 where it is unknown")
         if self._stamps or (not self._unit and _holds_dates(values)):
             return self._parse_stamps(values, check)
         numbers = as_numbers(values)

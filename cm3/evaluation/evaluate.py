@@ -19,8 +19,9 @@ from cm3.config import Evaluation
 from cm3.evaluation.external import read_external
 from cm3.evaluation.metrics import per_user
 from cm3.evaluation.ranking import Ranking
+from cm3.evaluation.recommendations import ids_of, write_recommendations
 from cm3.evaluation.rerank import read_reranker
-from cm3.evaluation.results import RankedLists, UserMetrics, write_per_user, write_recommendations
+from cm3.evaluation.results import RankedLists, UserMetrics, write_per_user
 from cm3.evaluation.scores import Score, read_scores
 
 log = logging.getLogger("cm3.evaluation.evaluate")
@@ -30,7 +31,7 @@ Ranker = Callable[[Ranking, int], tuple[np.ndarray, np.ndarray]]
 
 MASKS = ("train", "train+valid")
 
-PART_USERS = 65_536  # users per part; an Arrow array of strings is limited to 2 GiB
+PART_USERS = 65_536  # users per part
 LIST_ENTRIES = 2**22  # entries of the lists that are ranked together
 
 
@@ -56,7 +57,7 @@ def evaluate(
         device: of the scores.
 
     Writes evaluation.json (test, valid, detail, counts), per_user.parquet (user, n_test, a float64 column per
-    metric@k of the main test metrics) and recommendations.parquet (user_id, item_id, rank from 1, score).
+    metric@k of the main test metrics) and recommendations.parquet (user, item, rank from 1, score).
     Validation always masks the training items; the test mask is `settings.mask`. The metrics of the other score are in the
     detail, too, unless `settings.also_report` leaves it out.
 
@@ -131,7 +132,8 @@ def evaluate(
     }
     write_json(metrics_output, result)
     write_per_user(per_user_output, primary)
-    write_recommendations(recommendations_output, recommended, data, settings.top_n)
+    ids = ids_of(data.user_ids, data.item_ids)
+    write_recommendations(recommendations_output, recommended, ids, settings.top_n)
     log.info("test: %s", ", ".join(f"{name} {value:.4f}" for name, value in result["test"].items()))
     return result
 

@@ -14,11 +14,13 @@ from cm3.common.errors import UserError
 from cm3.common.files import read_json, sha256_of
 from cm3.common.interactions import Interactions
 from cm3.common.strict import validate
+from cm3.common.tables import RUN_RECOMMENDATIONS
 from cm3.datasets.files.columns import parse_ids, parse_numbers
 from cm3.datasets.files.tabular import Columns, column_names, read_columns
 from cm3.evaluation.external_config import External
 from cm3.evaluation.hits import hit_matrix
 from cm3.evaluation.ranking import Ranking
+from cm3.evaluation.recommendations import has_numbers, ids_of, read_recommendations
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +130,8 @@ class ExternalLists:
 def read_lists(spec: External, data: Interactions, path: Path) -> ExternalLists:
     """Read the lists of a file. Rows of users or items that the dataset lacks are left out, with a warning.
 
-    Equal scores of a user are ordered like those of a model: the lower item first.
+    Equal scores of a user are ordered like those of a model: the lower item first. The recommendations of a run of this
+    workflow, which have numbers in place of ids, are read, too.
 
     Args:
         spec: the columns and the format.
@@ -140,7 +143,36 @@ def read_lists(spec: External, data: Interactions, path: Path) -> ExternalLists:
             number, an item or a rank that a user has twice, or a file without any user or item of the dataset.
     """
     format = spec.resolved_format
-    columns = _order(spec, path, column_names(path, format))
+    present = column_names(path, format)
+    columns = _order(spec, path, present)
+    if list(present) == RUN_RECOMMENDATIONS.names and has_numbers(path):
+        users, items, by = _rows_of_run(columns, data, path)
+        counts = {"rows": len(users)} | dict.fromkeys(("unknown_user_rows", "unknown_item_rows"), 0)
+    else:
+        users, items, by, counts = _rows(columns, format, data, path)
+    falling = by if columns.rising else -by
+    order = np.lexsort((items, falling, users))
+    users, items, falling = users[order], items[order], falling[order]
+    _check_items(users, items, data, path)
+    if columns.rising:
+        _check_ranks(users, falling, data, path, columns.by)
+    offsets = np.searchsorted(users, np.arange(len(data.user_ids) + 1))
+    counts = {"rows": counts["rows"], "users": int((np.diff(offsets) > 0).sum()), **counts}
+    log.info("%s: %d recommendations for %d of %d users", path, len(items), counts["users"], len(data.user_ids))
+    return ExternalLists(offsets, items.astype(np.int32), (-falling).astype(np.float32), counts)
+
+
+def _rows_of_run(columns: Order, data: Interactions, path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return users, items and ranks or scores (N,) of a run of this workflow, which has numbers in place of ids."""
+    parts = list(read_recommendations(path, ids_of(data.user_ids, data.item_ids), [columns.by]))
+    users, items, by = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return users.astype(np.int64), items.astype(np.int64), by.astype(np.float64)
+
+
+def _rows(
+    columns: Order, format: str, data: Interactions, path: Path
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, int]]:
+    """Return users, items and ranks or scores (N,) of the rows whose ids the dataset has, and counts of rows."""
     names = [columns.user, columns.item, columns.by]
     ids = {
         "users": pa.array(data.user_ids, pa.large_string()),
@@ -161,21 +193,12 @@ def read_lists(spec: External, data: Interactions, path: Path) -> ExternalLists:
     users, items, by = (np.concatenate(column) for column in zip(*parts, strict=True))
     if not len(users):
         raise UserError(f"{path}: no row has both a user and an item of the dataset; write the ids of the dataset")
-    falling = by if columns.rising else -by
-    order = np.lexsort((items, falling, users))
-    users, items, falling = users[order], items[order], falling[order]
-    _check_items(users, items, data, path)
-    if columns.rising:
-        _check_ranks(users, falling, data, path, columns.by)
-    offsets = np.searchsorted(users, np.arange(len(data.user_ids) + 1))
     counts = {
         "rows": rows,
-        "users": int((np.diff(offsets) > 0).sum()),
         "unknown_user_rows": unknown["users"].rows,
         "unknown_item_rows": unknown["items"].rows,
     }
-    log.info("%s: %d recommendations for %d of %d users", path, len(items), counts["users"], len(data.user_ids))
-    return ExternalLists(offsets, items.astype(np.int32), (-falling).astype(np.float32), counts)
+    return users, items, by, counts
 
 
 def _order(spec: External, path: Path, present: Sequence[str]) -> Order:

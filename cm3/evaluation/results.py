@@ -1,6 +1,6 @@
-"""Results of an evaluation: ranked lists and metrics of each user, and the tables that they are written to."""
+"""Results of an evaluation: ranked lists and metrics of each user, and the table of the metrics."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,8 +8,7 @@ import numpy as np
 import pyarrow as pa
 import scipy.sparse as sp
 
-from cm3.common.interactions import Interactions
-from cm3.common.tables import RECOMMENDATIONS, write_table, write_tables
+from cm3.common.tables import write_table
 from cm3.evaluation.hits import hit_matrix
 
 
@@ -75,24 +74,3 @@ def write_per_user(path: Path, found: UserMetrics) -> None:
     columns = {"user": found.users.astype(np.int32), "n_test": found.n_truth.astype(np.int32), **found.values}
     table = pa.table(columns)
     write_table(path, table, table.schema)
-
-
-def write_recommendations(path: Path, lists: Sequence[RankedLists], data: Interactions, top_n: int) -> None:
-    """Write recommendations.parquet: user_id, item_id, rank from 1 and score, a row group per part of the users."""
-    user_ids, item_ids = (pa.array(ids, pa.string()) for ids in (data.user_ids, data.item_ids))
-    ranks = np.arange(1, top_n + 1, dtype=np.int32)
-
-    def tables() -> Iterator[pa.Table]:
-        for found in lists:
-            items, scores = found.items[:, :top_n], found.scores[:, :top_n]
-            present = items >= 0
-            users = np.broadcast_to(found.users[:, None], items.shape)
-            columns = {
-                "user_id": user_ids.take(pa.array(users[present])),
-                "item_id": item_ids.take(pa.array(items[present])),
-                "rank": np.broadcast_to(ranks[: items.shape[1]], items.shape)[present],
-                "score": scores[present],
-            }
-            yield pa.table(columns)
-
-    write_tables(path, tables(), RECOMMENDATIONS)

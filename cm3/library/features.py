@@ -48,7 +48,7 @@ def prepare_features(features: Mapping[str, Any], n_items: int, model: ModelSpec
         ok = has_vector(values)
         filled[modality], okays[modality] = fill_missing(values, ok, missing, where), ok
         if isinstance(model, ItemGraphs):
-            searched[modality] = _searched(values, ok, model, where)
+            searched[modality] = searched_vectors(values, ok, model, where)
             some, usable = searched[modality]
             indices, scores = _neighbours(torch.from_numpy(some), model, device)
             neighbours[modality] = (
@@ -60,7 +60,18 @@ def prepare_features(features: Mapping[str, Any], n_items: int, model: ModelSpec
     return found
 
 
-def _searched(values: np.ndarray, ok: np.ndarray, model: ItemGraphs, where: str) -> tuple[np.ndarray, np.ndarray]:
+def searched_vectors(
+    values: np.ndarray, ok: np.ndarray, model: ItemGraphs, where: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the vectors (N, d) among which neighbours are searched, and their items (N,).
+
+    Args:
+        values: (I, d) vectors; rows that are not `ok` (I,) are not read.
+        where: name for messages.
+
+    Raises:
+        ValueError: fewer vectors than neighbours.
+    """
     searched = fill_missing(values.copy(), ok, "mean", where) if model.knn_missing == "mean" else values
     usable = np.flatnonzero((ok | (model.knn_missing == "mean")) & searched.any(axis=1))
     if not len(usable):

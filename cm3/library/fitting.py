@@ -119,7 +119,8 @@ class _Data:
 
 
 def _training(spec: ModelSpec, given: Mapping[str, Any]) -> Training:
-    chosen = validate(Training, {**spec.training_defaults, **given}, "fit.training")
+    defaults = {**spec.training_defaults, **spec.presets["default"].get("training", {})}
+    chosen = validate(Training, {**defaults, **given}, "fit.training")
     if chosen.warm_start or chosen.processes > 1 or chosen.select_on != "valid":
         raise ValueError("training: warm_start, processes and select_on work in the pipeline only; remove them")
     unused = [] if not spec.trains else [key for key in given if not spec.supports(key)]

@@ -15,8 +15,9 @@ from cm3.common.tensors import read_tensors, write_tensors
 from cm3.config import Model
 from cm3.library.features import as_float32, has_vector, nearest_rows
 from cm3.library.ids import id_texts, places
-from cm3.model.graph import item_item_matrix, propagate
+from cm3.model.graph import item_item_matrix
 from cm3.model.model import CM3
+from cm3.model.streams import propagate_streams
 
 if TYPE_CHECKING:
     from cm3.library.recommender import Recommender
@@ -105,7 +106,7 @@ class ItemEncoder:
         nothing = sp.csr_matrix((1, n)), sp.csr_matrix((n, n))
         network = CM3([torch.from_numpy(x) for x in features], *nothing, self.settings)
         network.load_state_dict(dict(self.parameters), strict=False)
-        return network.ego_embeddings(torch.full((n,), 0.5))[0][1:]
+        return network.item_streams(torch.full((n,), 0.5))[0]
 
     def _graph(self, vectors: Mapping[str, np.ndarray], present: Mapping[str, np.ndarray], n: int) -> sp.csr_matrix:
         """Return the rows of the new items in the item-item graph, (N, I + N)."""
@@ -175,8 +176,8 @@ def item_encoder(
     network.load_state_dict(dict(parameters), strict=False)
     settings = network.settings
     half = torch.full((network.n_items,), 0.5, device=network.users.device)
-    ego = network.ego_embeddings(half)[0]
-    items = propagate(network.adjacency, ego, settings.n_ui_layers)[network.n_users :]
+    streams, _ = network.item_streams(half)
+    _, items = propagate_streams(network.adjacency, network.users, streams, settings.n_ui_layers)
     layers = [items]
     for _ in range(settings.n_mm_layers - 1):
         layers.append(network.item_graph.product(layers[-1]))
@@ -200,13 +201,17 @@ def embed_items(model: "Recommender", features: Mapping[str, Any]) -> np.ndarray
 
     Raises:
         ValueError: the model cannot embed new items, or features that do not fit it; see `ItemEncoder.embed`.
+        UserError: the features of an experiment are missing or damaged, or the data set has changed; see
+            `cm3.library.experiment`.
     """
-    if model.encoder is None:
+    encoder = model.item_encoder
+    if encoder is None:
         raise ValueError(
-            "this model cannot embed new items: only cm3 embeds items from features, and a model that was loaded from an "
-            "experiment's folder or saved by release 0.1.0 has no features; train it with cm3.fit"
+            "this model cannot embed new items: only cm3 embeds items from features, and a model that was saved by release "
+            "0.1.0, or loaded from a copy of an experiment's folder without the data set in processed/, has no features; "
+            "train it with cm3.fit, or load it with interactions=..."
         )
-    return model.encoder.embed(features)
+    return encoder.embed(features)
 
 
 def add_items(model: "Recommender", item_ids: Sequence[Any], features: Mapping[str, Any]) -> "Recommender":
@@ -235,4 +240,10 @@ def add_items(model: "Recommender", item_ids: Sequence[Any], features: Mapping[s
     seen = None
     if model.seen is not None:
         seen = sp.csr_matrix(sp.hstack([model.seen, sp.csr_matrix((len(model.user_ids), len(names)))]))
-    return replace(model, item_ids=[*model.item_ids, *names], items=np.concatenate([model.items, vectors]), seen=seen)
+    return replace(
+        model,
+        item_ids=[*model.item_ids, *names],
+        items=np.concatenate([model.items, vectors]),
+        seen=seen,
+        encoder=model.item_encoder,
+    )

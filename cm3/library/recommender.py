@@ -1,6 +1,7 @@
 """A trained model, and the folders that it is saved in and loaded from."""
 
 import csv
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,14 +13,18 @@ import pyarrow as pa
 import scipy.sparse as sp
 
 from cm3.common.embeddings import read_embeddings, write_embeddings
+from cm3.common.errors import UserError
 from cm3.common.files import atomic, read_json
 from cm3.common.interactions import Interactions, read_interactions
 from cm3.common.tables import read_parquet, read_table, write_table
 from cm3.common.tensors import write_tensors
 from cm3.evaluation.item_weights import ItemWeights, read_item_weights
+from cm3.library.experiment import Experiment
 from cm3.library.ids import known_rows, pair_matrix, places
 from cm3.library.new_items import ItemEncoder, read_item_encoder
 from cm3.library.reranking import Reranking, read_reranking, remove_reranking
+
+log = logging.getLogger("cm3.library")
 
 USERS, ITEMS, SEEN = "user_embeddings.parquet", "item_embeddings.parquet", "seen.parquet"
 WEIGHTS, ENCODER, HISTORY = "model.safetensors", "item_encoder.safetensors", "history.csv"
@@ -38,7 +43,8 @@ class Recommender:
         seen: (U, I), 1 where a user has interacted with an item; None if unknown.
         history: losses and validation scores by epoch.
         weights: of a model such as EASE or ItemKNN: the scores of a user are the sum of the rows of the user's items.
-        encoder: embeds new items from their features; None if the model cannot.
+        encoder: embeds new items from their features; None if the model cannot, or makes it from `experiment`.
+        experiment: the experiment that the model was loaded from, with the features of its items.
         reranking: models that order the first items of the lists anew; None for the model's own order.
     """
 
@@ -50,6 +56,7 @@ class Recommender:
     history: list[dict[str, Any]] = field(default_factory=list)
     weights: ItemWeights | None = None
     encoder: ItemEncoder | None = None
+    experiment: Experiment | None = None
     reranking: Reranking | None = None
 
     @cached_property
@@ -61,6 +68,13 @@ class Recommender:
     def item_rows(self) -> Mapping[str, int]:
         """Row of each item id."""
         return places(self.item_ids, "item")
+
+    @cached_property
+    def item_encoder(self) -> ItemEncoder | None:
+        """The encoder of new items, read from the files of the experiment where the model has none; None if it cannot."""
+        if self.encoder is None and self.experiment is not None:
+            return self.experiment.item_encoder()
+        return self.encoder
 
     @cached_property
     def unit_items(self) -> np.ndarray:
@@ -84,8 +98,9 @@ class Recommender:
             write_table(place / SEEN, pa.table({"user": pairs.row, "item": pairs.col}).cast(_SEEN), _SEEN)
         if self.weights is not None:
             write_tensors(place / WEIGHTS, self.weights.tensors(), {})
-        if self.encoder is not None:
-            self.encoder.save(place / ENCODER)
+        encoder = self._encoder_to_save()
+        if encoder is not None:
+            encoder.save(place / ENCODER)
         if self.history:
             _write_history(place / HISTORY, self.history)
         remove_reranking(place / RERANKING)
@@ -94,11 +109,18 @@ class Recommender:
         for name, part in (
             (SEEN, self.seen),
             (WEIGHTS, self.weights),
-            (ENCODER, self.encoder),
+            (ENCODER, encoder),
             (HISTORY, self.history),
         ):
             if part is None or (name == HISTORY and not self.history):
                 (place / name).unlink(missing_ok=True)
+
+    def _encoder_to_save(self) -> ItemEncoder | None:
+        try:
+            return self.item_encoder
+        except (UserError, ValueError) as error:
+            log.warning("the saved model cannot embed new items: %s", error)
+            return None
 
 
 def load(path: str | Path, interactions: str | Path | None = None) -> Recommender:
@@ -108,7 +130,8 @@ def load(path: str | Path, interactions: str | Path | None = None) -> Recommende
         path: the folder.
         interactions: an interactions.parquet of the pipeline, with what users have seen, next to items.parquet and
             users.parquet; by default, for an experiment's folder, that of its data set in `processed/` next to `results/`,
-            if it exists. Users and items are matched by their ids; those that the model does not know are ignored.
+            if it exists. Users and items are matched by their ids; those that the model does not know are ignored. The
+            features and item graphs next to it are read when new items are embedded.
 
     Raises:
         DamagedFileError: a file is damaged.
@@ -135,7 +158,10 @@ def load(path: str | Path, interactions: str | Path | None = None) -> Recommende
         users, items = users[:, :0], items[:, :0]
     encoder = read_item_encoder(folder / ENCODER) if (folder / ENCODER).exists() else None
     reranking = read_reranking(folder / RERANKING, load)
-    return Recommender(user_ids, item_ids, users.copy(), items.copy(), seen, history, weights, encoder, reranking)
+    experiment = Experiment(folder, data.parent, items) if data is not None and _is_experiment(folder) else None
+    return Recommender(
+        user_ids, item_ids, users.copy(), items.copy(), seen, history, weights, encoder, experiment, reranking
+    )
 
 
 def _weights_of_experiment(folder: Path, interactions: Path, history: list[dict[str, Any]]) -> Recommender:

@@ -20,7 +20,6 @@ __all__ = [
     "item_item_matrix",
     "knn",
     "propagate",
-    "propagate_to",
     "user_item_matrix",
 ]
 
@@ -172,70 +171,20 @@ class _Propagation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, adjacency: SparseMatrix, layers: int) -> Tensor:
         ctx.adjacency, ctx.layers = adjacency, layers
-        return _horner(adjacency, x, layers)
+        return sum_of_layers(adjacency, x, layers)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _horner(ctx.adjacency, grad.contiguous(), ctx.layers), None, None
+        return sum_of_layers(ctx.adjacency, grad.contiguous(), ctx.layers), None, None
 
 
-def _horner(adjacency: SparseMatrix, x: Tensor, layers: int) -> Tensor:
+def sum_of_layers(adjacency: SparseMatrix, x: Tensor, layers: int) -> Tensor:
+    """Return `propagate`, outside autograd."""
     y = x.clone() if layers == 0 else x
     for _ in range(layers):
         y = adjacency.product(y).add_(x)
     return y
-
-
-def propagate_to(adjacency: SparseMatrix, x: Tensor, layers: int, users: Tensor, n_users: int) -> tuple[Tensor, Tensor]:
-    """Return rows of `propagate`: those of `users` (n,), (n, D), and those of all items, (I, D).
-
-    A training step reads few users. Only the rows that it reads are summed over the layers, forward and backward. On the
-    CPU the last product forward leaves out the rows of the other users, and the first one backward their columns, where
-    the gradient is 0; the order of each sum stays, so the result is the same to the last bit.
-
-    Args:
-        adjacency, x, layers: as in `propagate`; the first `n_users` nodes are the users.
-        users: indices; repetitions are allowed.
-        n_users: U.
-    """
-    found: tuple[Tensor, Tensor] = _Rows.apply(x, adjacency, layers, users, n_users)
-    return found
-
-
-class _Rows(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, adjacency: SparseMatrix, layers: int, users: Tensor, n_users: int
-    ) -> tuple[Tensor, Tensor]:
-        ctx.adjacency, ctx.layers, ctx.n_users = adjacency, layers, n_users
-        ctx.save_for_backward(users)
-        ctx.few = layers > 0 and x.device.type == "cpu" and 2 * len(users) <= n_users
-        by_user, rest, y = x[users], x[n_users:].clone(), x
-        for _ in range(layers - ctx.few):
-            y = adjacency.product(y)
-            by_user += y[users]
-            rest += y[n_users:]
-        if ctx.few:
-            by_user += adjacency.rows(users).product(y)
-            rest += adjacency.rows_from(n_users).product(y)
-        return by_user, rest
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, by_user: Tensor, rest: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (users,) = ctx.saved_tensors
-        grad = by_user.new_zeros(ctx.n_users + len(rest), by_user.shape[1])
-        for layer in range(ctx.layers + 1):
-            if layer == 1 and ctx.few:
-                read = torch.zeros(ctx.n_users, dtype=torch.bool)
-                read[users] = True
-                grad = ctx.adjacency.with_columns(read, ctx.n_users).product(grad)
-            elif layer:
-                grad = ctx.adjacency.product(grad)
-            grad[: ctx.n_users].index_add_(0, users, by_user)
-            grad[ctx.n_users :] += rest
-        return grad, None, None, None, None
 
 
 def add_neighbours(matrix: SparseMatrix, transposed: SparseMatrix, x: Tensor, layers: int) -> Tensor:

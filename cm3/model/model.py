@@ -19,11 +19,12 @@ from cm3.common.errors import UserError
 from cm3.config import Model
 from cm3.model.fused_slerp import fused_slerp
 from cm3.model.fusion import lerp, reference_slerp, slerp, spherical_bezier
-from cm3.model.graph import SparseMatrix, add_neighbours, propagate, propagate_to, user_item_matrix
+from cm3.model.graph import SparseMatrix, add_neighbours, user_item_matrix
 from cm3.model.losses import alignment
 from cm3.model.network import Embeddings, Loss, Network, backward
 from cm3.model.pair_potential import tiled_calibrated_uniformity, tiled_uniformity
 from cm3.model.sampling import Batch, derived_seed, mixing_parameters
+from cm3.model.streams import propagate_streams
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ class CM3(Network):
 
     components = ("alignment", "user_uniformity", "item_uniformity")
     supports_ddp = True
+    supports_cuda_graph = True
 
     def __init__(
         self, features: Sequence[Tensor], interactions: sp.csr_matrix, item_graph: sp.csr_matrix, settings: Model
@@ -129,15 +131,15 @@ class CM3(Network):
 
     def forward(self, t: Tensor) -> FusedEmbeddings:
         """Embed every user and item; `t` (I,) is the position of each item on its fusion curve, 0.5 in evaluation."""
-        ego, fused = self.ego_embeddings(t)
-        users, items = propagate(self.adjacency, ego, self.settings.n_ui_layers).split([self.n_users, self.n_items])
+        streams, fused = self.item_streams(t)
+        users, items = propagate_streams(self.adjacency, self.users, streams, self.settings.n_ui_layers)
         return FusedEmbeddings(self._weighted(users, self.stream_logits), self._with_neighbours(items), fused)
 
-    def ego_embeddings(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the embeddings before propagation, (U + I, (M+1)d), and the fused points, (I, d); `t` as in `forward`."""
+    def item_streams(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the items before propagation, (I, (M+1)d), and the fused points, (I, d); `t` as in `forward`."""
         streams, points = zip(*(modality() for modality in self.modalities), strict=True)
         fused = self._fused(points, t)
-        return UnitStreams.apply(self.users, torch.cat([*streams, fused], 1)), fused
+        return torch.cat([*streams, fused], 1), fused
 
     def _fused(self, points: Sequence[Tensor], t: Tensor) -> Tensor:
         fusion = self.settings.fusion
@@ -177,15 +179,25 @@ class CM3(Network):
 
     def backward(self, batches: Sequence[Batch], seed: int) -> Loss:
         """Return the mean loss of `batches`, its gradient added to the parameters'. Embeds only the users of the batches."""
+        return self.backward_drawn(batches, self.random_draws(seed))
+
+    def backward_drawn(self, batches: Sequence[Batch], draws: Sequence[Tensor]) -> Loss:
+        """Return `backward` of given positions on the fusion curves."""
+        (t,) = draws
         held = [batch.counted_users.ids for batch in batches]
         if len(held) > 1 and sum(len(some) for some in held) >= self.n_users:
-            return super().backward(batches, seed)
-        ego, fused = self.ego_embeddings(self.sample_t(seed))
+            return backward(self(t), [partial(self._whole_loss, batch) for batch in batches])
+        streams, fused = self.item_streams(t)
         ids = torch.cat(held)
-        users, items = propagate_to(self.adjacency, ego, self.settings.n_ui_layers, ids, self.n_users)
+        users, items = propagate_streams(
+            self.adjacency, self.users, streams, self.settings.n_ui_layers, ids, shard=self.shard
+        )
         users, items = self._weighted(users, _rows(self.stream_logits, ids)), self._with_neighbours(items)
         embeddings = _StepEmbeddings(list(users.split([len(some) for some in held])), items, fused)
         return backward(embeddings, [partial(self._step_loss, n, batch) for n, batch in enumerate(batches)])
+
+    def _whole_loss(self, batch: Batch, embeddings: FusedEmbeddings) -> Loss:
+        return self.loss(embeddings, batch)
 
     def _step_loss(self, n: int, batch: Batch, embeddings: "_StepEmbeddings") -> Loss:
         return self._loss(embeddings.users[n], embeddings.items, embeddings.fused, batch)
@@ -253,45 +265,6 @@ class CM3(Network):
 def _rows(table: Tensor, ids: Tensor) -> Tensor:
     # `embedding` sums repeated rows in one order in its backward, which indexing does not guarantee.
     return functional.embedding(ids, table)
-
-
-class UnitStreams(torch.autograd.Function):
-    """Rows of streams, (U + I, S d): those of users (U, S, d) normalised stream by stream, those of items unchanged.
-
-    Tables of users are the largest tensors of the model: on the CPU they are processed in chunks that fit the cache.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, users: Tensor, items: Tensor) -> Tensor:
-        """Return the rows of users, then of items."""
-        out = items.new_empty(len(users) + len(items), items.shape[1])
-        norms = users.new_empty(*users.shape[:2], 1)
-        for chunk in _chunks(users):
-            torch.linalg.vector_norm(users[chunk], dim=2, keepdim=True, out=norms[chunk])
-            torch.div(users[chunk], norms[chunk].clamp_min_(_TINY), out=out[chunk].unflatten(1, users.shape[1:]))
-        out[len(users) :] = items
-        ctx.save_for_backward(out, norms)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (g - x <x, g>) / norm for the users."""
-        out, norms = ctx.saved_tensors
-        result = out.new_empty(len(norms), norms.shape[1], out.shape[1] // norms.shape[1])
-        for chunk in _chunks(norms):
-            x, g = (table[chunk].unflatten(1, result.shape[1:]) for table in (out, grad))
-            along = (x * g).sum(2, keepdim=True)
-            torch.addcmul(g, x, along, value=-1, out=result[chunk]).div_(norms[chunk])
-        return result, grad[len(norms) :]
-
-
-_TINY = 1e-12  # lower bound of a divisor, as in torch.nn.functional.normalize
-
-
-def _chunks(users: Tensor) -> list[slice]:
-    size = 2048 if users.device.type == "cpu" else max(len(users), 1)
-    return [slice(start, min(start + size, len(users))) for start in range(0, len(users), size)]
 
 
 def fill_missing(embedding: np.ndarray, ok: np.ndarray, missing: str, name: str) -> np.ndarray:

@@ -79,12 +79,14 @@ class Network(nn.Module):
         components: names of the loss's components.
         shard: this process's part of each step, where several train one model.
         supports_ddp: whether the model uses `shard`.
+        supports_cuda_graph: whether it has `backward_drawn`, and that neither waits for a device nor depends on the epoch.
         negative_sampling: how the negatives of a batch are sampled, where no setting decides it.
     """
 
     components: tuple[str, ...] = ()
     shard: ProcessShard | None = None
     supports_ddp: bool = False
+    supports_cuda_graph: bool = False
     negative_sampling: NegativeSampling = "negative"
 
     def begin_epoch(self, seed: int) -> None:
@@ -109,6 +111,10 @@ class Network(nn.Module):
         """
         losses = [lambda embeddings, batch=batch: self.loss(embeddings, batch) for batch in batches]
         return backward(self.training_embeddings(seed), losses)
+
+    def backward_drawn(self, batches: Sequence[Batch], draws: Sequence[Tensor]) -> Loss:
+        """Return `backward`, given the `random_draws` of a step."""
+        raise NotImplementedError
 
     def embed(self) -> Embeddings:
         """Return the embeddings that are scored and exported, outside autograd."""

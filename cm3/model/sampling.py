@@ -94,6 +94,7 @@ class Sampler:
         generator = seeded_generator(self.users.device, derived_seed(self.seed, number))
         order = torch.randperm(len(self.users), generator=generator, device=self.users.device)
         users, items = self.users[order], self.items[order]
+        del order
         negatives = items if self.negative_sampling == "positive" else self._draw(users, generator)
         parts = zip(
             users.split(self.batch_size),
@@ -127,13 +128,24 @@ class Sampler:
         return found
 
 
-def count_by_batch(ids: Tensor, batch_size: int, dedup_pairs: bool) -> list[CountedIds]:
-    """Return the distinct ids of each batch of (E,) ids with counts; without `dedup_pairs`, all ids.
+COUNTED_AT_ONCE = 2**20
+"""Entries of which `count_by_batch` counts the batches in one call: sorting takes several times their memory."""
 
-    All batches are counted in one call, so a device is synchronised once per epoch.
+
+def count_by_batch(ids: Tensor, batch_size: int, dedup_pairs: bool) -> Iterator[CountedIds]:
+    """Yield the distinct ids of each batch of (E,) ids with counts; without `dedup_pairs`, all ids.
+
+    Many batches are counted in one call: a device is synchronised once for some `COUNTED_AT_ONCE` ids.
     """
     if not dedup_pairs:
-        return [CountedIds(part, None, torch.arange(len(part), device=ids.device)) for part in ids.split(batch_size)]
+        for part in ids.split(batch_size):
+            yield CountedIds(part, None, torch.arange(len(part), device=ids.device))
+        return
+    for part in ids.split(max(1, COUNTED_AT_ONCE // batch_size) * batch_size):
+        yield from _counted(part, batch_size)
+
+
+def _counted(ids: Tensor, batch_size: int) -> list[CountedIds]:
     n = int(ids.max()) + 1
     batch = torch.arange(len(ids), device=ids.device).div(batch_size, rounding_mode="floor")
     keys, positions, counts = torch.unique(batch * n + ids, return_inverse=True, return_counts=True)

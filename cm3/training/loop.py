@@ -1,11 +1,10 @@
 """The training loop: step, validate, checkpoint, log."""
 
-import itertools
 import logging
 import math
 import signal
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,10 @@ from cm3.evaluation.ranking import Validation
 from cm3.model.network import Embeddings, Loss, Network
 from cm3.model.sampling import Batch, Sampler, derived_seed
 from cm3.training.checkpoint import Checkpoint
+from cm3.training.cuda_graph import StaticStep, are_full, graphed_step
 from cm3.training.curves import Curves
 from cm3.training.pruning import Trial, scores_of
-from cm3.training.schedule import GracefulStop, batches_per_step, lr_factor
+from cm3.training.schedule import GracefulStop, batches_per_step, grouped, lr_factor
 from cm3.training.state import Best, State
 from cm3.training.trackers import Trackers
 
@@ -39,7 +39,7 @@ class DivergedError(UserError):
 
 @dataclass
 class Fitted:
-    """A finished run: the best epoch's parameters and embeddings, and the history."""
+    """A finished run: the best epoch's parameters and embeddings (of several processes the first one has them), and the history."""
 
     parameters: dict[str, Tensor]
     users: Tensor
@@ -49,6 +49,7 @@ class Fitted:
     stopped: str
     seconds_per_epoch: float
     batches_per_step: int = 1
+    cuda_graph: bool = False
 
 
 def fit(
@@ -141,16 +142,17 @@ def _fit(
             state.epoch, state.step = state.epoch + 1, 0
             run.save_if_due(stop, bool(stopped))
     plotted.close()
-    parameters = {name: state.best_tensors[f"best.{name}"] for name, _ in model.named_parameters()}
+    best = checkpoint.load_best(state.best.epoch) if first else {}
     return Fitted(
-        parameters,
-        state.best_tensors["best_users"],
-        state.best_tensors["best_items"],
+        {name: best[f"best.{name}"] for name, _ in model.named_parameters()} if first else {},
+        best.get("best_users", torch.empty(0)),
+        best.get("best_items", torch.empty(0)),
         state.best,
         state.history,
         stopped,
         seconds / max(epochs_here, 1),
         run.per_step,
+        run.static_step is not None,
     )
 
 
@@ -188,6 +190,9 @@ class TrainingRun:
             )
         self.saved, self.writing = time.monotonic(), 0.0
         self.draws_checked = False
+        self.static_step: StaticStep | None = None
+        single = model.supports_cuda_graph and model.shard is None and self.device.type == "cuda"
+        self.capture_due = single and settings.cuda_graph is not False
 
     def epoch(self, stop: GracefulStop) -> Embeddings | None:
         """Take the remaining steps of the epoch; return the last step's embeddings where `eval_embeddings` wants them."""
@@ -209,6 +214,7 @@ class TrainingRun:
                 log.info("epoch %d: step %d of %d, %.0f s left in it", state.epoch, state.step, self.steps, left)
             if state.step < self.steps:
                 self.save_if_due(stop)
+        self.optimiser.zero_grad()  # a validation needs the memory
         self.check_finite_losses()
         return last
 
@@ -232,15 +238,39 @@ class TrainingRun:
         settings, state = self.settings, self.state
         for group in self.optimiser.param_groups:
             group["lr"] = settings.lr * lr_factor(settings, state.epoch, state.step, self.steps)
+        state.losses[state.step] = self.gradients(batches)
+        self.optimiser.step()
+
+    def gradients(self, batches: Sequence[Batch]) -> Tensor:
+        """Set the gradients of the mean loss of some batches; return the loss, its components and the norm, (2 + C,)."""
+        if self.capture_due and are_full(batches, self.per_step, self.sampler.batch_size):
+            self.capture_due = False
+            draws = self.model.random_draws(self._seed())
+            self.static_step = graphed_step(
+                self.static_gradients,
+                self.model.parameters(),
+                batches,
+                draws,
+                required=self.settings.cuda_graph is True,
+            )
+        if self.static_step is not None and self.static_step.fits(batches):
+            return self.static_step.run(batches, self.model.random_draws(self._seed()))
         self.optimiser.zero_grad(set_to_none=True)
         loss = self.model.backward(batches, self._seed())
-        values = [loss.total, *(loss.components[name] for name in self.model.components)]
         if self.device.type == "cpu":
             self.check_finite(loss)
         if self.model.shard:
             self.model.shard.sum_gradients(self.model.parameters())
-        state.losses[state.step] = torch.stack([*values, self._clipped_norm()])
-        self.optimiser.step()
+        return self._recorded(loss)
+
+    def static_gradients(self, batches: Sequence[Batch], draws: Sequence[Tensor]) -> Tensor:
+        """Do what `gradients` does, given the random draws, by operations that a CUDA graph can hold."""
+        self.optimiser.zero_grad(set_to_none=True)
+        return self._recorded(self.model.backward_drawn(batches, draws))
+
+    def _recorded(self, loss: Loss) -> Tensor:
+        values = [loss.total, *(loss.components[name] for name in self.model.components)]
+        return torch.stack([*values, self._clipped_norm()])
 
     def validate(self, last: Embeddings | None) -> None:
         """Add the epoch to the history, with scores where a validation is due: of `last`, or else of a new forward pass."""
@@ -267,8 +297,9 @@ class TrainingRun:
         state.stale += 1
         if state.best.valid is None or value > state.best.valid:
             state.best, state.stale = Best(state.epoch, value, tested), 0
-            state.best_tensors |= {f"best.{name}": p.detach().clone() for name, p in self.model.named_parameters()}
-            state.best_tensors |= {"best_users": users.clone(), "best_items": items.clone()}
+            if not (self.model.shard and self.model.shard.rank):
+                parameters = {f"best.{name}": p for name, p in self.model.named_parameters()}
+                self.checkpoint.save_best(state.epoch, {**parameters, "best_users": users, "best_items": items})
 
     def _clipped_norm(self) -> Tensor:
         """Return the norm of the gradient, then clip it where that is set."""
@@ -364,10 +395,3 @@ class TrainingRun:
             f"Norms of the parameters: {norms}. {self.checkpoint.location_note()}"
             "Lower training.lr or check the features, and run again."
         )
-
-
-def grouped(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
-    """Yield lists of `size` batches, the last of which may be shorter."""
-    rest = iter(batches)
-    while group := list(itertools.islice(rest, size)):
-        yield group

@@ -145,6 +145,8 @@ def run_facts(fitted: Fitted, training: Training, device: torch.device, n_parame
     }
     if training.batches_per_step == "auto":
         facts["batches_per_step"] = fitted.batches_per_step
+    if fitted.cuda_graph:
+        facts["cuda_graph"] = True
     if training.select_on == "test":
         facts["warning"] = (
             "select_on: test repeats the reference's choice of settings by TEST scores; "

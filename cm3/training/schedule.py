@@ -1,12 +1,15 @@
 """The number of batches per step, the learning rate schedule, and the request to stop."""
 
+import itertools
 import math
 import signal
 import threading
+from collections.abc import Iterable, Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
 from cm3.config import Training
+from cm3.model.sampling import Batch
 
 STEPS = 50
 _LEAST_BATCH = 2048
@@ -21,6 +24,13 @@ def batches_per_step(settings: Training, n_pairs: int) -> int:
     if settings.batches_per_step != "auto":
         return settings.batches_per_step
     return max(1, n_pairs // (STEPS * max(settings.batch_size, _LEAST_BATCH)))
+
+
+def grouped(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """Yield lists of `size` batches, the last of which may be shorter."""
+    rest = iter(batches)
+    while group := list(itertools.islice(rest, size)):
+        yield group
 
 
 def lr_factor(settings: Training, epoch: int, batch: int, batches: int) -> float:

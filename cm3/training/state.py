@@ -21,13 +21,12 @@ class Best:
 
 @dataclass
 class State:
-    """Position in the loop, history, and the best epoch's parameters and embeddings.
+    """Position in the loop, and history.
 
     Attributes:
         epoch, step: the next ones, from 1 and from 0.
         stale: validations since the best.
         losses: (S, 2 + C) the loss, its C components and the norm of the gradient at each step of the epoch.
-        best_tensors: `best.NAME` of each parameter, `best_users`, `best_items`.
     """
 
     losses: Tensor
@@ -36,7 +35,6 @@ class State:
     stale: int = 0
     best: Best = field(default_factory=Best)
     history: list[dict[str, Any]] = field(default_factory=list)
-    best_tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def save(self, checkpoint: Checkpoint, model: Network, optimiser: torch.optim.Optimizer) -> None:
         """Write the state, the parameters and the optimiser's moments to the checkpoint."""
@@ -44,7 +42,7 @@ class State:
         for index, values in optimiser.state_dict()["state"].items():
             tensors.update({f"optimiser.{index}.{name}": value for name, value in values.items()})
         counts = {"epoch": self.epoch, "step": self.step, "stale": self.stale, "best": asdict(self.best)}
-        checkpoint.save({**tensors, **self.best_tensors, "parts": self.losses}, {**counts, "history": self.history})
+        checkpoint.save({**tensors, "parts": self.losses}, {**counts, "history": self.history})
 
     @staticmethod
     def load(
@@ -64,7 +62,6 @@ class State:
                 _, index, key = name.split(".")
                 whole["state"].setdefault(int(index), {})[key] = value
         optimiser.load_state_dict(whole)
-        best_tensors = {name: value.to(losses.device) for name, value in tensors.items() if name.startswith("best")}
         counts["best"] = Best(**counts["best"])
         losses[:, : tensors["parts"].shape[1]] = tensors["parts"]  # earlier versions stored no norms
-        return State(losses, **counts, best_tensors=best_tensors)
+        return State(losses, **counts)

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from cm3.common.errors import UserError
-from cm3.common.images import images_at
+from cm3.common.images import images_at, reading_order
 from cm3.common.tables import ITEMS, MANIFEST, MISSING, OK, read_table
 from extractors.runtime.cache import DIGEST
 from extractors.runtime.source import Source
@@ -21,7 +21,7 @@ def image_of(item: Mapping[str, Any]) -> bytes | None:
 
 
 def read_images(items: Path, manifest: Path) -> Source[bytes]:
-    """Return the images of a manifest as inputs, in the order in which the shards hold them.
+    """Return the images of a manifest as inputs, in the order of items, equal images one after another.
 
     Raises:
         UserError: the manifest is of other items.
@@ -39,7 +39,7 @@ def read_images(items: Path, manifest: Path) -> Source[bytes]:
     return Source(
         item_ids=ids,
         status=status,
-        rows=rows[np.lexsort((rows, place[rows], shard[rows]))],
+        rows=rows[reading_order(shard[rows], place[rows])],
         stream=lambda wanted: _stream(manifest, wanted, shard[wanted], place[wanted], [names[row] for row in wanted]),
         digests=pa.array(digests, DIGEST),
         errors={

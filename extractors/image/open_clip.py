@@ -91,6 +91,7 @@ class OpenClipExtractor(ImageModel):
         self.preprocess = preprocess
         # open_clip ends with these two; `pixels` and `normalised` do the same in two steps.
         *self._geometry, self._to_tensor, self._normalise = preprocess.transforms
+        self._constants: dict[torch.device, list[torch.Tensor]] = {}
         self.preprocessing = dict(model.visual.preprocess_cfg)
         kind = "an open_clip model"
         self.model = on_device(model.eval(), self.device, kind, spec, folder, dtype=torch_dtype(spec.precision))
@@ -116,10 +117,17 @@ class OpenClipExtractor(ImageModel):
 
     def normalised(self, stack: "torch.Tensor") -> "torch.Tensor":
         """Return (n, 3, side, side) float tensors of uint8 ones."""
+        import torch
+
+        # Made once a device: a new tensor there would wait for it, and so would torchvision's function.
+        if stack.device not in self._constants:
+            values = ([255.0], self._normalise.mean, self._normalise.std)
+            self._constants[stack.device] = [
+                torch.tensor(list(some), dtype=torch.float32, device=stack.device)[:, None, None] for some in values
+            ]
+        white, mean, std = self._constants[stack.device]
         # A tensor as divisor: CUDA multiplies by the inverse of a number.
-        scaled = stack.float() / stack.new_tensor(255.0, dtype=torch_dtype("float32"))
-        found: torch.Tensor = self._normalise(scaled)
-        return found
+        return (stack.float() / white).sub_(mean).div_(std)
 
     def forward(self, stack: "torch.Tensor") -> "torch.Tensor":
         """Return (n, d) image embeddings in the space shared with text."""

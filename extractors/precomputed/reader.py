@@ -1,6 +1,7 @@
 """Vectors computed elsewhere, looked up by item id: Parquet, .npy with ids, files of Amazon and MicroLens."""
 
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
+from cm3.common.arrays import rows_not_finite
 from cm3.common.errors import UserError
 from cm3.common.input_files import check_readable, parts_of
 from cm3.common.paths import expand
@@ -20,6 +22,8 @@ from extractors.precomputed.row_ids import RowIds, read_row_ids
 from extractors.runtime.source import Source, read_ids
 from extractors.spec import BackendSpec, Cost
 from extractors.weights.digests import digest_of
+
+log = logging.getLogger("extractors.precomputed")
 
 Vectors = Iterator[tuple[pa.Array, np.ndarray]]
 """Chunks of ids (binary: their UTF-8 bytes) and their (n, d) float32 vectors."""
@@ -63,7 +67,8 @@ class PrecomputedSpec(BackendSpec):
     def _format_is_known(self) -> "PrecomputedSpec":
         if self.kind is None:
             raise ValueError(
-                f"format: {self.path or 'a file of the dataset'} needs one of parquet, npy, amazon-b, microlens"
+                f"format: {self.path or 'a file of the dataset'} needs one of parquet, npy, amazon-b, microlens; save other "
+                "vectors as Parquet with the columns item_id and embedding, or as .npy"
             )
         # Vectors published with a dataset have their own ids; for a file named by `path` they must be given.
         if self.ids is not None and self.kind != "npy":
@@ -159,15 +164,26 @@ class PrecomputedExtractor(Extractor[str]):
             UserError: an id is duplicated in the file with different vectors, or the file is malformed.
         """
         ids = pa.array(list(inputs), pa.string()).cast(pa.binary())
+        seen: list[str] = []
         # Each id once, in order of appearance: its row among the found vectors.
         wanted = ids.dictionary_encode()
         found = no_vectors(len(wanted.dictionary), self.dim, MISSING)
         for names, vectors in self._chunks():
+            seen = seen or [name.decode(errors="replace") for name in names[:3].to_pylist()]
             self._copy(found, wanted.dictionary, names, vectors)
         rows = wanted.indices.to_numpy()
         repeats = len(wanted.dictionary) < len(rows)
         result = Encoded(embedding=found.embedding[rows], status=found.status[rows]) if repeats else found
         result.errors = {int(row): f"not in {self.path.name}" for row in np.flatnonzero(result.status == MISSING)}
+        if len(ids) and not (result.status == OK).any():
+            asked = ", ".join(repr(name.decode()) for name in ids[:3].to_pylist())
+            log.warning(
+                "%s: none of the %d items is in it. Ids of the items: %s; of the file: %s",
+                self.path,
+                len(ids),
+                asked,
+                ", ".join(map(repr, seen)),
+            )
         advance(len(ids), ok=len(ids) - len(result.errors), missing=len(result.errors))
         return result
 
@@ -178,6 +194,12 @@ class PrecomputedExtractor(Extractor[str]):
         rows = np.flatnonzero(wanted_here)
         if not len(rows):
             return
+        bad = rows[rows_not_finite(vectors[rows])]
+        if len(bad):
+            name = names[int(bad[0])].as_py().decode(errors="replace")
+            raise UserError(
+                f"{self.path}: the vector of id {name!r} holds NaN or infinity; remove the row, or of Parquet give null"
+            )
         places = place.filter(pa.array(wanted_here)).to_numpy()
         first = np.unique(places, return_index=True)[1]
         fresh = first[found.status[places[first]] != OK]

@@ -41,8 +41,10 @@ class RowIds:
     def check(self, vectors: Path, rows: int) -> None:
         """Raise a UserError unless the array has exactly one row for each id."""
         if len(self.names) != rows:
+            first = self.names[0].decode() if len(self.names) == rows + 1 else None
+            header = f"; if the first line, {first!r}, is a header, remove it" if first is not None else ""
             raise UserError(
-                f"{self.path}: {len(self.names)} ids, but {vectors} has {rows} rows; they must be of the same items"
+                f"{self.path}: {len(self.names)} ids, but {vectors} has {rows} rows; they must be of the same items{header}"
             )
 
 

@@ -60,6 +60,7 @@ class TransformersTextExtractor(TextModel):
         model = load_model(AutoModel, spec, folder, "a text encoder", unused=("pooler.",))
         if getattr(model.config, "is_encoder_decoder", False):
             model = model.get_encoder()
+        model.config.use_cache = False  # a decoder would keep the keys and values of all layers
         kind = f"a text encoder ({type(model).__name__})"
         self.model = on_device(model, self.device, kind, spec, folder)
         self.prompt = spec.prompt or ""

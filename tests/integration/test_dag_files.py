@@ -18,6 +18,7 @@ import tiny_vlm
 from checkout import Checkout
 from PIL import Image
 
+import cm3
 from cm3.common.files import sha256_of
 
 METRICS = "results/mine/metrics.json"
@@ -134,6 +135,12 @@ def test_three_more_modalities_with_captions_of_the_images(shop: Checkout, vlm: 
     recommended = pq.read_table(checkout.folder / "results/mine/recommendations.parquet")
     assert recommended.num_rows > 0
     assert checkout.planned(METRICS) == {}
+
+    # The published model finds the features of all modalities, and embeds a new item by them.
+    model = cm3.load(checkout.folder / "results/mine")
+    sound = np.load(checkout.folder / "shop/sound.npy")
+    vector = cm3.embed_items(model, {"sound": sound[[23]]})  # of p0
+    assert vector.shape == (1, model.items.shape[1]) and np.isfinite(vector).all()
 
     # The encoder of captions, swapped, encodes the same captions again; the vision-language model stays out of it.
     other = config(vlm, text="words", image="looks", caption="teller", sound="sound")

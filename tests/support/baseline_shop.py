@@ -11,6 +11,7 @@ from cm3.baselines.train import train
 from cm3.common.interactions import Interactions, read_interactions
 from cm3.config import Evaluation, Training
 from cm3.evaluation.evaluate import evaluate
+from cm3.evaluation.recommendations import publish_recommendations, read_ids
 from cm3.model_registry import spec_classes
 
 BASELINES = {name: spec for name, spec in spec_classes().items() if issubclass(spec, Baseline)}
@@ -96,8 +97,10 @@ def scored(
         per_user_output=folder.parent / "per_user.parquet",
         recommendations_output=folder.parent / "recommendations.parquet",
     )
+    ids = read_ids(shop["users"], shop["items"])
+    publish_recommendations(folder.parent / "recommendations.parquet", folder.parent / "published.parquet", ids)
     lists: dict[str, list[str]] = {}
-    for row in pq.read_table(folder.parent / "recommendations.parquet").to_pylist():
+    for row in pq.read_table(folder.parent / "published.parquet").to_pylist():
         lists.setdefault(row["user_id"], []).append(row["item_id"])
     return result["test"], lists
 

@@ -66,11 +66,14 @@ class Launches(TorchDispatchMode):
     Attributes:
         counts: operations by name.
         largest: entries of the largest tensor that an operation made.
+        trace: operations with the shapes of what they made, in order.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, capturing: bool = False) -> None:
+        """With `capturing`, operations on the host are refused, too, as a CUDA graph cannot hold them."""
         super().__init__()
-        self.device, self.counts, self.largest = device, Counter[str](), 0
+        self.device, self.counts, self.largest, self.capturing = device, Counter[str](), 0, capturing
+        self.trace: list[tuple[str, list[torch.Size]]] = []
 
     @property
     def total(self) -> int:
@@ -82,12 +85,15 @@ class Launches(TorchDispatchMode):
         found = func(*args, **(kwargs or {}))
         given, made = (list(_tensors(value)) for value in ((args, kwargs), found))
         on_device = [x for x in (*given, *made) if x.device.type == self.device]
+        if self.capturing and len(on_device) < len(given) + len(made):
+            raise WaitsError(f"{name}: a tensor on the host")
         if not on_device:
             return found
         if name in _WAITS or self._copies(name, given, made):
             raise WaitsError(f"{name}: the host waits for the device")
         if name not in _FREE:
             self.counts[name] += 1
+            self.trace.append((name, [x.shape for x in made]))
             self.largest = max([self.largest, *(x.numel() for x in made)])
         return found
 

@@ -16,6 +16,7 @@ from cm3.common.tables import CAPTIONS, write_table
 from cm3.config import Evaluation
 from cm3.evaluation.evaluate import evaluate
 from cm3.evaluation.item_weights import ItemWeights
+from cm3.evaluation.recommendations import publish_recommendations, read_ids
 from workflow.publish import gather
 
 N_ITEMS = 30
@@ -91,7 +92,10 @@ def measured(folder: Path, tables: dict[str, Path], record: dict[str, Any], **ex
         settings=Evaluation(ks=[5, 10, 20]),
         metrics_output=folder / "evaluation.json",
         per_user_output=outputs["per_user"],
-        recommendations_output=outputs["recommendations"],
+        recommendations_output=folder / "run.parquet",
+    )
+    publish_recommendations(
+        folder / "run.parquet", outputs["recommendations"], read_ids(tables["users"], tables["items"])
     )
     outputs["metrics"] = folder / "metrics.json"
     content = bool(record.get("modality_weights"))

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 WORDS = ("red", "blue", "shoe", "bag", "pan", "a", "the", "for", "women", "query", ":", "word", "long")
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 SIDE, PATCH = 32, 8
+GEMMA_DIM = 24
 _WIDTHS: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -20,8 +21,8 @@ _WIDTHS: dict[str, Any] = {
 _VISION = _WIDTHS | {"image_size": SIDE, "patch_size": PATCH}
 
 
-def tokenizer(side: str = "right") -> transformers.PreTrainedTokenizerFast:
-    """Return a tokenizer of whole words that puts [CLS] before and [SEP] behind a text."""
+def tokenizer(side: str = "right", limit: int = 64, **special: str) -> transformers.PreTrainedTokenizerFast:
+    """Return a tokenizer of whole words that puts [CLS] before and [SEP] behind a text, with further special tokens."""
     vocabulary = {word: number for number, word in enumerate((*SPECIAL, *WORDS))}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -36,12 +37,15 @@ def tokenizer(side: str = "right") -> transformers.PreTrainedTokenizerFast:
         sep_token="[SEP]",
         eos_token="[SEP]",
         padding_side=side,
-        model_max_length=64,
+        model_max_length=limit,
+        extra_special_tokens=special,
     )
 
 
 def text_models() -> dict[str, transformers.PreTrainedConfig]:
-    """Return a config of each kind: an encoder, one whose positions start behind the padding, two decoders, a T5."""
+    """Return a config of each kind: an encoder, one whose positions start behind the padding, two decoders, a T5, and the
+    encoders of jina-embeddings-v3 and EmbeddingGemma, with rotary positions.
+    """
     size: dict[str, Any] = {"vocab_size": len(SPECIAL) + len(WORDS), "pad_token_id": 0}
     return {
         "bert": transformers.BertConfig(**_WIDTHS, **size, max_position_embeddings=48),
@@ -57,6 +61,20 @@ def text_models() -> dict[str, transformers.PreTrainedConfig]:
             vocab_size=size["vocab_size"],
             bos_token_id=3,
             eos_token_id=3,
+        ),
+        "jina-v3": transformers.JinaEmbeddingsV3Config(
+            **_WIDTHS, **size, bos_token_id=2, eos_token_id=3, max_position_embeddings=64
+        ),
+        "embeddinggemma": transformers.Gemma3TextConfig(
+            **_WIDTHS,
+            **size,
+            bos_token_id=2,
+            eos_token_id=3,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=64,
+            sliding_window=8,
+            use_bidirectional_attention=True,
         ),
         "t5": transformers.T5Config(
             d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0, **size
@@ -111,7 +129,7 @@ def save_vision(kind: str, folder: Path, model: type | None = None) -> Path:
 
 
 def embedders() -> dict[str, tuple[transformers.PreTrainedModel, Any]]:
-    """Return a multimodal embedder of each kind with its processor: a vision-language model, and two dual encoders.
+    """Return a multimodal embedder of each kind with its processor: two vision-language models, and two dual encoders.
 
     The tokenizer of the vision-language model has no limit, and its positions are in the nested config of the text.
     """
@@ -163,9 +181,54 @@ def embedders() -> dict[str, tuple[transformers.PreTrainedModel, Any]]:
             image_processor=transformers.SiglipImageProcessor(size=side), tokenizer=tokenizer()
         ),
     }
-    return {"qwen3-vl": (transformers.Qwen3VLModel(config), chat)} | {
+    return {"qwen3-vl": (transformers.Qwen3VLModel(config), chat), "embeddinggemma2": _embedding_gemma2()} | {
         kind: (transformers.AutoModel.from_config(vision_models()[kind]), one) for kind, one in dual.items()
     }
+
+
+def _embedding_gemma2() -> tuple[transformers.PreTrainedModel, Any]:
+    """Return an EmbeddingGemma 2, which projects its states to vectors of another width, with its processor."""
+    kinds = ("image", "boi", "eoi", "audio", "boa", "eoa")
+    words = tokenizer(limit=512, **{f"{kind}_token": f"<{kind}>" for kind in kinds})
+    number = {kind: words.convert_tokens_to_ids(f"<{kind}>") for kind in kinds}
+    text = _WIDTHS | {
+        "vocab_size": len(words) + 1,  # the processor adds the token of videos
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "max_position_embeddings": 512,
+        "sliding_window": 8,
+        "sliding_window_pattern": 2,
+        "hidden_size_per_layer_input": 8,
+        "embedding_dim": GEMMA_DIM,
+        "bos_token_id": 2,
+        "eos_token_id": 3,
+    }
+    vision = transformers.Gemma4VisionConfig(
+        **_WIDTHS, num_key_value_heads=4, head_dim=8, patch_size=PATCH, position_embedding_size=64
+    )
+    config = transformers.EmbeddingGemma2Config(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=number["image"],
+        video_token_id=len(words),
+        audio_token_id=number["audio"],
+        boi_token_id=number["boi"],
+        eoi_token_id=number["eoi"],
+        boa_token_id=number["boa"],
+        eoa_token_index=number["eoa"],
+    )
+    config.audio_config = None
+    processor = transformers.EmbeddingGemma2Processor(
+        feature_extractor=transformers.Gemma4AudioFeatureExtractor(),
+        image_processor=transformers.Gemma4ImageProcessor(patch_size=PATCH, max_soft_tokens=70),
+        tokenizer=words,
+        video_processor=transformers.EmbeddingGemma2VideoProcessor(),
+        image_seq_length=70,
+        chat_template="{% for m in messages %}{% for c in m.content %}{% if c.type == 'image' %}<image>{% else %} "
+        "{{ c.text }} {% endif %}{% endfor %}{% endfor %}",
+    )
+    return transformers.AutoModel.from_config(config), processor
 
 
 def save_embedder(kind: str, folder: Path) -> Path:
@@ -180,7 +243,7 @@ def save_embedder(kind: str, folder: Path) -> Path:
     model.save_pretrained(bare)
     processor.save_pretrained(bare)
     body = Transformer(str(bare))
-    pooled = [] if kind in ("clip", "siglip") else [Pooling(body.get_embedding_dimension(), "lasttoken")]
+    pooled = {"qwen3-vl": [Pooling(32, "lasttoken")], "embeddinggemma2": [Pooling(GEMMA_DIM, "mean")]}.get(kind, [])
     SentenceTransformer(modules=[body, *pooled], device="cpu").save(str(folder / "model"), create_model_card=False)
     return folder / "model"
 

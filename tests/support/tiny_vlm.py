@@ -37,8 +37,8 @@ def answer(colour: str) -> str:
     return f"a {colour} product"
 
 
-def build() -> tuple[transformers.ProcessorMixin, transformers.PreTrainedModel]:
-    """Return a processor with a byte tokenizer plus the answers' words, and a model with random weights."""
+def build(scale: int = 1) -> tuple[transformers.ProcessorMixin, transformers.PreTrainedModel]:
+    """Return a processor with a byte tokenizer plus the answers' words, and a model with random weights, `scale` times as wide."""
     letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = transformers.Qwen2Tokenizer(
         vocab=letters, merges=[], eos_token="<|im_end|>", pad_token="<|endoftext|>", unk_token=None
@@ -59,20 +59,20 @@ def build() -> tuple[transformers.ProcessorMixin, transformers.PreTrainedModel]:
     }
     text = {
         "vocab_size": len(tokenizer),
-        "hidden_size": _WIDTH,
-        "intermediate_size": 2 * _WIDTH,
+        "hidden_size": _WIDTH * scale,
+        "intermediate_size": 2 * _WIDTH * scale,
         "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "num_attention_heads": 4 * scale,
+        "num_key_value_heads": 2 * scale,
         # Half of a head's 16 numbers, shared among time, height and width.
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
     }
     vision = {
         "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_heads": 2,
-        "out_hidden_size": _WIDTH,
+        "hidden_size": 32 * scale,
+        "intermediate_size": 64 * scale,
+        "num_heads": 2 * scale,
+        "out_hidden_size": _WIDTH * scale,
         "patch_size": 14,
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,

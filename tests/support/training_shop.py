@@ -1,7 +1,11 @@
 """A small shop that the training tests share, and how they train on it."""
 
 import csv
+import json
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import oracles_cm3 as oracle
 import pytest
@@ -53,6 +57,19 @@ def run(shop, folder: Path, modalities=("text", "image"), code="", model=None, t
         code=code,
         **{name: folder / output for name, output in zip(names, OUTPUTS, strict=True)},
     )
+
+
+def stage_command(
+    shop: Mapping[str, Path], folder: Path, training: Mapping[str, Any], runtime: Mapping[str, Any], code: str = ""
+) -> list[str]:
+    """Return the command that trains as `run` does, in a process of its own, with a record in `folder`."""
+    chosen = Training(**TRAINING | training)
+    spec = {"modalities": ["text", "image"], "model": Model(**MODEL).identity(), "training": chosen.identity()}
+    command = [sys.executable, "-m", "cm3.training.train", "--spec", json.dumps(spec), "--code", code]
+    command += ["--runtime", json.dumps({**chosen.runtime(), **runtime})]
+    command += [part for name, path in shop.items() for part in ("--input", f"{name}={path}")]
+    outputs = dict(zip(("model", "history", "users", "items"), OUTPUTS, strict=True)) | {"record": "record.json"}
+    return command + [part for name, path in outputs.items() for part in ("--output", f"{name}={folder / path}")]
 
 
 def written(folder: Path) -> dict[str, bytes]:

@@ -59,7 +59,7 @@ def test_a_new_item_gets_the_vector_of_a_cold_item_of_the_same_network(changed: 
         expected = network.embed().items[41].numpy()
         if network.settings.item_graph:
             # The neighbours' part comes from the trained users, which the encoder does not keep: compare the own part.
-            expected = network.ego_embeddings(torch.full((42,), 0.5))[0][60 + 41].numpy()
+            expected = network.item_streams(torch.full((42,), 0.5))[0][41].numpy()
             row = graph[41].toarray()[0]
             found = expected.copy()
             for layer in model.encoder.layers:

@@ -74,8 +74,11 @@ def test_weights_and_lists_are_those_of_the_pipeline(tmp_path: Path):
     found = fit_reranking(base, {"ease": part}, settings, data.matrix("train"), data.truth("valid"), "recall@5")
     assert found.weights == facts["weights"] and found.tried == facts["tried"] and found.weights["ease"] > 0
     lists = pq.read_table(outputs["recommendations_output"]).to_pylist()
-    asked = list(dict.fromkeys(row["user_id"] for row in lists))
-    wanted = [[(row["item_id"], row["score"]) for row in lists if row["user_id"] == user] for user in asked]
+    asked = list(dict.fromkeys(data.user_ids[row["user"]] for row in lists))
+    wanted = [
+        [(data.item_ids[row["item"]], row["score"]) for row in lists if data.user_ids[row["user"]] == user]
+        for user in asked
+    ]
     assert cm3.recommend(replace(base, reranking=found), asked, k=8) == wanted
 
 

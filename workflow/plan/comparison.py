@@ -140,7 +140,7 @@ def _described(config: Config, experiment: str, others: Sequence[str]) -> dict[s
 
 
 def _settings(chosen: Experiment) -> dict[str, Any]:
-    sections = {"model": chosen.model.identity(), "training": chosen.training_identity()}
+    sections = {"model": chosen.model.identity(), "training": chosen.training_settings()}
     settings = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
     return {key: value for key, value in settings.items() if key not in ("training.seed", "model.name")}
 

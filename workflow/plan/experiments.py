@@ -91,11 +91,23 @@ class Experiment:
             return kind or ""
         return f"{kind}-{self.training.seed}"
 
-    def training_identity(self) -> dict[str, Any]:
+    def training_settings(self) -> dict[str, Any]:
         """Return the training settings that change the trained model."""
         if self.model.trains:
             return self.training.identity()
         return {"monitor": self.training.monitor}
+
+    def training_identity(self) -> dict[str, Any]:
+        """Return `training_settings` as they are in keys.
+
+        A default of auto has the key of 1, which was the default before it, so that existing runs are up to date; 1 then has
+        a key of its own.
+        """
+        found = self.training_settings()
+        default = self.model.presets[self.preset].get("training", {}).get("batches_per_step")
+        if default == "auto" and found.get("batches_per_step") in ("auto", 1):
+            found["batches_per_step"] = 1 if found["batches_per_step"] == "auto" else "1"
+        return found
 
     def with_seed(self, seed: int) -> "Experiment":
         """Return the experiment with another seed of training and controls."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cm3.common.errors import UserError
+from cm3.common.features import features_file, graph_file
 from cm3.common.keys import key_of
 from cm3.model_spec import ModelSpec
 from workflow.plan import data
@@ -47,8 +48,7 @@ def features_path(config: Config, dataset: str, extractor: str, key: str | None 
     expected = key_of(features_identity(config, extractor))
     _check_key(extractor, key, expected)
     modality = config.extractors[extractor].modality
-    suffix = f"-{control}" if control else ""
-    return f"processed/{dataset}/features/{modality}/{extractor}-{expected}{suffix}.parquet"
+    return f"processed/{dataset}/{features_file(modality, extractor, expected, control)}"
 
 
 def captions_path(config: Config, dataset: str, extractor: str, key: str | None = None) -> str:
@@ -66,9 +66,7 @@ def similarity_path(config: Config, dataset: str, extractor: str, model: ModelSp
     """Return the path of the top-k item graph of an extractor; settings other than the defaults end its name."""
     stem = Path(features_path(config, dataset, extractor, control=control)).stem
     settings: Any = model
-    method = "" if settings.knn_method == "exact" else f"-{settings.knn_method}"
-    missing = "" if settings.knn_missing == "drop" else f"-{settings.knn_missing}"
-    return f"processed/{dataset}/similarity/{stem}-k{settings.knn_k}{method}{missing}.parquet"
+    return f"processed/{dataset}/{graph_file(stem, settings.knn_k, settings.knn_method, settings.knn_missing)}"
 
 
 def record_path(output: str) -> str:

@@ -1,10 +1,11 @@
 """Forecast of a run: what it downloads, how many images it fetches, and how long its extractors take on this machine.
 
-Figures come from the configuration alone: nothing is fetched, and no model is loaded.
+Figures come from the configuration and, for the sizes of published files, from the headers of their servers: nothing is
+fetched, and no model is loaded.
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,13 +54,24 @@ class Forecast:
         return [*self.lines, *(f"would be refused here: {reason}" for reason in self.refused if refusals)]
 
 
-def forecast(config: Config, jobs: Iterable[PlannedJob], gpu: bool | None = None) -> Forecast:
+def known_sizes(files: Sequence[Mapping[str, Any]]) -> list[int | None]:
+    """Return the sizes that the configuration states, in bytes."""
+    return [file["size"] for file in files]
+
+
+def forecast(
+    config: Config,
+    jobs: Iterable[PlannedJob],
+    gpu: bool | None = None,
+    sizes: Callable[[Sequence[Mapping[str, Any]]], list[int | None]] = known_sizes,
+) -> Forecast:
     """Return what jobs download and how long their extractors take.
 
     Args:
         config: the configuration.
         jobs: the jobs that will run.
         gpu: the machine of the jobs has a GPU; by default, whether this one has.
+        sizes: returns the sizes of published files in bytes, None where one is unknown.
     """
     gpu = gpu_here() if gpu is None else gpu
     found = Forecast()
@@ -82,13 +94,20 @@ def forecast(config: Config, jobs: Iterable[PlannedJob], gpu: bool | None = None
                 found.lines += _hours(f"{job.rule} {job.wildcards['dataset']} {name}", items, spec, gpu)
     downloads = [f"weights of {model}{size}" for model, size in models.items()]
     if files:
-        known = sum(file["size"] or 0 for file in files) / 1e9
-        unknown = sum(file["size"] is None for file in files)
-        size = f"{known:.1f} GB" if not unknown else f"{known:.1f} GB and {unknown} of unknown size" if known else ""
-        downloads.insert(0, f"{len(files)} published files" + (f" ({size})" if size else ""))
+        downloads.insert(0, _published_files(sizes(files)))
     if downloads:
         found.lines.insert(0, f"downloads, unless they are here already: {'; '.join(downloads)}")
     return found
+
+
+def _published_files(sizes: Sequence[int | None]) -> str:
+    """Return the number of published files with their size, such as "2 published files (1.2 GB)"."""
+    known = [size for size in sizes if size is not None]
+    total = sum(known) / 1e6
+    parts = [f"{total / 1e3:.1f} GB" if total >= 1e3 else f"{max(total, 1):.0f} MB"] if known else []
+    if unknown := len(sizes) - len(known):
+        parts.append(f"{unknown} of unknown size" if known else "size unknown")
+    return f"{len(sizes)} published file{'s' if len(sizes) > 1 else ''} ({' and '.join(parts)})"
 
 
 def _published(config: Config, dataset: str, file: str) -> list[dict[str, Any]]:

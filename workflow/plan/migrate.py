@@ -1,8 +1,11 @@
-"""Snakemake's records of files that release 0.1.0 made: their digests of code replaced by the versions that follow it.
+"""Snakemake's records of files that earlier versions made, rewritten so that the files stay up to date.
 
 Release 0.1.0 identified the code of a job by a digest of its syntax trees. `release_0_1.json` lists the digests of that
 release for Python 3.11 to 3.13, by the version that describes the same computation. A record with one of them is
 rewritten, so that its file stays up to date; a record with another digest is left alone, so that its file is made again.
+
+Publishing did not read the tables of items and users when the recommendations of a run had ids. Records of publishing get
+these two inputs.
 """
 
 import re
@@ -16,6 +19,10 @@ DIGESTS = Path(__file__).with_name("release_0_1.json")
 MARK = ".versions"
 """A file in the folder of records that says that they have been rewritten; it moves with them."""
 
+_PUBLISHING = ("publish", "publish_item_weights", "publish_lists")
+_STATS = "stats.json"
+_DONE = {"identity": "versions", "publish": "tables"}
+
 _IDENTITY = re.compile(r"'settings ([0-9a-f]{12}), code (any|[0-9a-f]{16})'")
 _SOURCE = re.compile(r'"source":"([^"]+)"')
 
@@ -27,7 +34,7 @@ def migrate_records(folder: Path) -> int:
         folder: Snakemake's metadata, a JSON file for each output.
     """
     mark = folder / MARK
-    if mark.exists():
+    if mark.exists() and _read(mark) == _DONE:
         return 0
     versions: dict[str, list[str]] = {"any": ["any"]}
     for version, digests in read_json(DIGESTS).items():
@@ -35,24 +42,41 @@ def migrate_records(folder: Path) -> int:
             versions.setdefault(digest, []).append(version)
     rewritten = 0
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        try:
-            record = read_json(path)
-        except DamagedFileError:
+        record = _read(path)
+        if not isinstance(record, dict):
             continue  # left by a killed run; Snakemake ignores it, too
+        changes = _with_tables(record)
         params = _migrated(record, versions)
         if params is not None:
             # Without these two, commands and environments that have changed since rerun nothing, whatever the profile.
-            kept = {name: value for name, value in record.items() if name not in ("code", "software_stack_hash")}
-            write_json(path, kept | {"params": params}, checksum=False)
+            record = {name: value for name, value in record.items() if name not in ("code", "software_stack_hash")}
+            changes["params"] = params
+        if changes:
+            write_json(path, record | changes, checksum=False)
             rewritten += 1
-    write_json(mark, {"identity": "versions"})
+    write_json(mark, _DONE)
     return rewritten
 
 
-def _migrated(record: Any, versions: dict[str, list[str]]) -> list[str] | None:
-    """Return the parameters that the job has now, None where its digest is not of the release."""
-    if not isinstance(record, dict):
+def _read(path: Path) -> Any:
+    try:
+        return read_json(path)
+    except DamagedFileError:
         return None
+
+
+def _with_tables(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the inputs of publishing with the tables of items and users; nothing if they are among them."""
+    inputs = set(record.get("input") or ())
+    folders = [path.removesuffix(_STATS) for path in inputs if path.endswith(f"/{_STATS}")]
+    if record.get("rule") not in _PUBLISHING or len(folders) != 1:
+        return {}
+    tables = {f"{folders[0]}{name}.parquet" for name in ("items", "users")}
+    return {} if tables <= inputs else {"input": sorted(inputs | tables)}
+
+
+def _migrated(record: dict[str, Any], versions: dict[str, list[str]]) -> list[str] | None:
+    """Return the parameters that the job has now, None where its digest is not of the release."""
     for param in record.get("params") or ():
         found = _IDENTITY.fullmatch(str(param))
         if found and found[2] in versions:

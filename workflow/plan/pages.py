@@ -80,7 +80,7 @@ def changed_settings(config: Config, experiment: str) -> list[str]:
     usual = replace(
         chosen,
         model=model,
-        training=Training.model_validate(model.training_defaults),
+        training=Training.model_validate({**model.training_defaults, **model.presets["default"].get("training", {})}),
         evaluation=Evaluation.model_validate({}),
     )
     plain = _with_defaults(dataset)
@@ -89,7 +89,7 @@ def changed_settings(config: Config, experiment: str) -> list[str]:
         "split": (dataset.split_spec(), plain.split_spec()),
         "images": (dataset.images_spec(), plain.images_spec()),
         "model": (chosen.model.identity(), usual.model.identity()),
-        "training": (chosen.training_identity(), usual.training_identity()),
+        "training": (chosen.training_settings(), usual.training_settings()),
         "evaluation": (chosen.evaluation.identity(), usual.evaluation.identity()),
     }
     return [

@@ -12,7 +12,7 @@ from workflow.plan.task import Task
 
 
 def publish_inputs(config: Config, experiment: str) -> dict[str, str]:
-    """Return the files of the selected run, the statistics of its data, and the records of all stages before it."""
+    """Return the files of the selected run, the tables and statistics of its data, and the records of all stages before it."""
     chosen = config.experiments[experiment]
     run, base = runs.run_folder(config, experiment), f"processed/{chosen.dataset}"
     trained = runs.training_folder(config, experiment, runs.selected_run(config, experiment))
@@ -28,7 +28,7 @@ def publish_inputs(config: Config, experiment: str) -> dict[str, str]:
             "user_embeddings": f"{trained}/user_embeddings.parquet",
             "item_embeddings": f"{trained}/item_embeddings.parquet",
         }
-    paths["stats"] = f"{base}/stats.json"
+    paths |= {"items": f"{base}/items.parquet", "users": f"{base}/users.parquet", "stats": f"{base}/stats.json"}
     if chosen.dataset in data.generated(config):
         paths["record.generate"] = f"raw/{chosen.dataset}/generate.stage.json"
     paths |= {f"record.{stage}": f"{base}/{stage}.stage.json" for stage in ("prepare", "split")}
@@ -52,7 +52,9 @@ def publish_inputs(config: Config, experiment: str) -> dict[str, str]:
 def publish(config: Config, experiment: str) -> Task:
     """Return the task of publishing: what metrics.json says about the origin of its numbers."""
     provenance = _provenance(config, experiment)
+    training = {"training": config.experiments[experiment].training_settings()}
     spec = provenance | {
+        "config": provenance["config"] | training,
         "command": command(config, f"results/{experiment}/metrics.json"),
         "libraries": _model_libraries(config, experiment),
     }

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cm3.model_spec import Sizes
+from cm3.training.schedule import batches_per_step
 from workflow.plan.config import Config
 from workflow.plan.features import encoder_of
 
@@ -143,7 +144,8 @@ class Needs:
         sizes = self._sizes(wildcards, files, features=[(shape.rows, shape.dim) for shape in shapes])
         training = experiment.training
         epochs = min(training.epochs, USUAL_EPOCHS)
-        found = experiment.model.training_estimate(sizes, epochs=epochs, batch_size=training.batch_size)
+        per_step = training.batch_size * batches_per_step(training, sizes.interactions)
+        found = experiment.model.training_estimate(sizes, epochs=epochs, batch_size=per_step)
         return Need(found.memory_mb, found.minutes)
 
     def evaluate(self, wildcards: Any, files: Files) -> Need:
@@ -159,7 +161,7 @@ class Needs:
         return Need(found.memory_mb, found.minutes)
 
     def publish(self, wildcards: Any, files: Files) -> Need:
-        """Copies, a block at a time."""
+        """Copies, a block at a time, and the ids of users and items."""
         return Need(1000, 15 + _megabytes(files.values()) / 50 / 60)
 
     def compare(self, wildcards: Any, files: Files) -> Need:

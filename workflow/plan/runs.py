@@ -296,9 +296,10 @@ def train(config: Config, experiment: str, run: str) -> Task:
     spec = {
         "modalities": list(chosen.modalities),
         "model": chosen.model.identity(),
-        "training": chosen.training_identity(),
+        "training": chosen.training_settings(),
     }
-    return Task(chosen.model.stage, spec, parts, chosen.training.runtime())
+    decides = spec | {"training": chosen.training_identity()}
+    return Task(chosen.model.stage, spec, parts, chosen.training.runtime(), decides)
 
 
 def _rerank_spec(config: Config, settings: Experiment, model: Rerank) -> dict[str, Any]:

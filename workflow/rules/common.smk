@@ -17,6 +17,7 @@ from cm3.common.files import write_json
 from cm3.common.gpus import gpu_here
 from cm3.common.keys import canonical_json
 from cm3.common.ledger import Ledger
+from cm3.datasets.download.sizes import published_sizes
 from workflow.plan import comparison, data, features, mmrec, pages, publish, runs
 from workflow.plan.config import load_config
 from workflow.plan.forecast import PlannedJob, forecast
@@ -77,7 +78,7 @@ def summarise_requested():
 def cost_of_run():
     jobs = [PlannedJob(*job) for job in planned_jobs(workflow)]
     on_gpus = has_cluster(workflow) or gpu_here()
-    return forecast(settings, jobs, on_gpus)
+    return forecast(settings, jobs, on_gpus, published_sizes)
 
 
 terminal = replace_terminal_output(

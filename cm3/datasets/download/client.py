@@ -69,11 +69,12 @@ class MirrorClient:
         self._client.close()
 
     @contextlib.contextmanager
-    def get(self, headers: Mapping[str, str]) -> Iterator[httpx2.Response]:
+    def get(self, headers: Mapping[str, str], method: str = "GET") -> Iterator[httpx2.Response]:
         """Yield the first response that is not a redirect, its body unread.
 
         Args:
             headers: sent with every request.
+            method: GET, or HEAD for the headers alone.
 
         Raises:
             FetchError: over 10 redirects, one to something other than a public http(s) address, or no HTTP response.
@@ -84,7 +85,7 @@ class MirrorClient:
             with contextlib.ExitStack() as response_context:
                 with self._errors("no proper HTTP answer: "):
                     self._network.restart_clock(self.timeout)
-                    response = response_context.enter_context(self._client.stream("GET", here, headers=headers))
+                    response = response_context.enter_context(self._client.stream(method, here, headers=headers))
                 if response.status_code not in _MOVED or "Location" not in response.headers:
                     yield response
                     return

@@ -12,6 +12,7 @@ import numpy as np
 
 from cm3.common.errors import UserError
 from cm3.datasets.download.gzip import GZIP_ERRORS
+from cm3.datasets.files.kinds import is_utf16
 from cm3.datasets.files.lines import lines, open_bytes
 
 _LONGEST_CELL = 1 << 24
@@ -98,6 +99,9 @@ def delimited_lines(path: Path, written: str | Dialect) -> Iterator[tuple[int, l
         except UnicodeDecodeError as error:
             if dialect.encoding != "utf-8":
                 raise UserError(f"{path}: not {dialect.encoding} text ({error}); correct encoding") from None
+            if is_utf16(path):
+                key = ", or set encoding: utf-16 next to path" if dialect.configurable else ""
+                raise UserError(f"{path}: is UTF-16 text; save it as UTF-8{key}") from None
             key = ", or set its encoding, such as encoding: cp1252" if dialect.configurable else ""
             raise UserError(
                 f"{path}, line {_first_bad_utf8(path)}: not UTF-8 text; convert the file to UTF-8{key}"

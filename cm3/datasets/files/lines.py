@@ -10,6 +10,7 @@ from cm3.common.errors import UserError
 from cm3.common.gzip import is_gzip
 from cm3.common.input_files import check_readable
 from cm3.datasets.download.gzip import GZIP_ERRORS, UNPACKED_FREE, UNPACKED_RATIO
+from cm3.datasets.files.kinds import check_kind
 
 LONGEST_LINE = 32_000_000
 """Bytes; a longer line is an error."""
@@ -22,9 +23,10 @@ def open_bytes(path: Path) -> BinaryIO:
     """Open a file for reading; gzip is detected by content, not by name, and decompressed in another thread.
 
     Raises:
-        UserError: the file does not exist, is a folder or cannot be read.
+        UserError: the file does not exist, is a folder, cannot be read, or is not text, such as an Excel file.
     """
     check_readable(path)
+    check_kind(path)
     return cast(BinaryIO, igzip_threaded.open(path, "rb")) if is_gzip(path) else path.open("rb")
 
 

@@ -1,11 +1,13 @@
 """Reader of the user's own tables of interactions and items, with configured column names."""
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cm3.common.errors import UserError
 from cm3.common.ids import id_text, missing_id
@@ -18,6 +20,10 @@ from cm3.datasets.files.tabular import DELIMITER, Columns, read_columns, read_ro
 from cm3.datasets.reader import Item, interaction_table
 from cm3.datasets.text import image_urls, leaves, plain_text
 from cm3.datasets.times import Times
+
+log = logging.getLogger("cm3.datasets.files")
+
+_SHORTENED = r"^[0-9][.,][0-9]+[eE]\+[0-9]{1,2}$"
 
 
 class Reader:
@@ -104,6 +110,7 @@ def interactions_of(
     names = list(dict.fromkeys(name for name in columns.values() if name is not None))
     rating, timestamp, label, times = columns.get("rating"), columns.get("timestamp"), columns.get("split"), Times()
     user, item = columns["user"] or "", columns["item"] or ""
+    rows = left = 0
     for part in read_columns(paths, entry["format"], names, ids=(user, item), dialect=_dialect(entry)):
         ratings = parse_ratings(part, rating, entry.get("decimal", ".")) if rating else None
         table = interaction_table(
@@ -113,8 +120,39 @@ def interactions_of(
             pa.array(parse_times(part, timestamp, times)) if timestamp else None,
             parse_splits(part, label) if label else None,
         )
+        if not rows:
+            _warn_of_shortened(part, (user, item), table)
         kept = _kept(part, entry, ratings, notes)
+        rows, left = rows + len(kept), left + int(kept.sum())
         yield part, table if kept.all() else table.filter(pa.array(kept)), kept
+
+    if rows and not left:
+        raise UserError(f"{paths[0]}: no row of {rows} is left; {_left_out(entry, part)}")
+
+
+def _left_out(entry: dict[str, Any], part: Columns) -> str:
+    """Return the filters of a table of interactions, with the kinds of events in a part of it."""
+    filters = [f"min_rating = {entry['min_rating']}"] if "min_rating" in entry else []
+    if "events" in entry:
+        names = {str(value) for value in part.values[entry["columns"]["event"]].slice(0, 1000).to_pylist()}
+        filters.append(f"events = {entry['events']} (the file has {', '.join(map(repr, sorted(names)[:5]))})")
+    return f"correct {' and '.join(filters)}"
+
+
+def _warn_of_shortened(part: Columns, names: Sequence[str], table: pa.Table) -> None:
+    """Warn of ids that look like long numbers that a spreadsheet has shortened, because different ones become equal."""
+    for name, ids in zip(names, (table.column("user"), table.column("item")), strict=True):
+        found = pc.filter(ids, pc.match_substring_regex(ids, _SHORTENED))
+        if len(found):
+            log.warning(
+                "%s: %d of the first %d values of %s, such as %r, look like long numbers that a spreadsheet has shortened; "
+                "different ids may have become one: export the column as text",
+                part.path,
+                len(found),
+                len(ids),
+                name,
+                found[0].as_py(),
+            )
 
 
 def _kept(part: Columns, entry: dict[str, Any], ratings: np.ndarray | None, notes: dict[str, int]) -> np.ndarray:

@@ -21,6 +21,13 @@ _SUFFIXES = {
     ".json": "jsonl",
     ".parquet": "parquet",
 }
+_OTHER_SUFFIXES = {
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "a spreadsheet; save the sheet as CSV and name that file"),
+    **dict.fromkeys((".zip", ".bz2", ".xz", ".zst", ".7z"), "compressed; unpack it, or compress it with gzip"),
+    **dict.fromkeys(
+        (".feather", ".arrow", ".pkl", ".pickle", ".h5", ".orc", ".avro"), "not read; save the table as Parquet"
+    ),
+}
 _Format = Literal["auto", "csv", "tsv", "jsonl", "parquet"]
 
 
@@ -118,6 +125,9 @@ class TableFile(Strict):
 
     @model_validator(mode="after")
     def _known_format(self) -> "TableFile":
+        suffix = Path(self.path).suffix.lower()
+        if self.format == "auto" and suffix in _OTHER_SUFFIXES and not self._is_folder():
+            raise ValueError(f"{self.path!r} is {_OTHER_SUFFIXES[suffix]}")
         if not self.resolved_format:
             raise ValueError(
                 f"unknown suffix in {self.path!r}, and no folder; set format to csv, tsv, jsonl or parquet"

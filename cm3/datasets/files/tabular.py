@@ -323,7 +323,8 @@ def _header(path: Path, dialect: Dialect, names: Sequence[str]) -> list[str]:
     found = first[1]
     if dialect.configurable and not set(names) & set(found):
         _check_layout(path, dialect, found)
-    twice = sorted({name for name in found if found.count(name) > 1})
+    # Spreadsheets write empty columns without names.
+    twice = sorted({name for name in found if name and found.count(name) > 1})
     if twice:
         raise UserError(f"{path}, line {first[0]}: duplicate column {twice[0]!r} in the header")
     _require(path, names, found)
@@ -335,6 +336,11 @@ _NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?")
 
 def _check_layout(path: Path, dialect: Dialect, found: Sequence[str]) -> None:
     """Raise UserError with the key to set if a first row without any wanted name shows another delimiter or no header."""
+    if found and found[0].startswith("sep="):
+        raise UserError(
+            f"{path}: its first line, {_excerpt(dialect.delimiter.join(found).encode())}, is a note of Excel on the delimiter; "
+            f"remove it, and set delimiter: {json.dumps(found[0].removeprefix('sep=') or dialect.delimiter)} next to path"
+        )
     other = next((mark for mark in ";\t|," if len(found) == 1 and mark != dialect.delimiter and mark in found[0]), None)
     if other:
         raise UserError(

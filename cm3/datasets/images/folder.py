@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import logging
 import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,8 @@ from cm3.common.tables import FAILED, MISSING, OK
 from cm3.datasets.images.source import Found, Search, Wanted
 from cm3.datasets.images.validate import PlaceholderError, examine
 
+log = logging.getLogger("cm3.datasets.images.folder")
+
 _AT_ONCE = 64
 _FAULTS_OF_A_NAME = frozenset({errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EILSEQ, errno.EISDIR})
 _ABSENT = ("no such file",)
@@ -25,6 +28,11 @@ _LINK = (
     "refused: a link leads out of the folder; if it leads into a store (DVC, git-annex, the hub's cache), set "
     "images.follow_links: true"
 )
+_POINTERS = {
+    b"version https://git-lfs.github.com/": "a pointer of Git LFS in place of the file; run `git lfs pull`",
+    b"/annex/objects/": "a pointer of git-annex in place of the file; run `git annex get`",
+}
+"""First bytes of the small texts that a checkout has in place of large files, and what to do."""
 _NONE = Found("", MISSING, ("the item names no image",), ("the item names no image",))
 
 
@@ -41,9 +49,28 @@ def find(search: Search) -> Iterator[Found]:
     items = iter(search.wanted)
     look = partial(_look, folder, folder.resolve(), spec)
     # Threads, because Pillow's decoders release the GIL; in blocks, to have few images in memory.
+    absent: list[str] = []
     with ThreadPoolExecutor(search.runtime.get("threads")) as pool:
         while block := list(itertools.islice(items, _AT_ONCE)):
-            yield from pool.map(look, block)
+            for found in pool.map(look, block):
+                if found.kinds == _ABSENT:
+                    absent.append(found.url)
+                yield found
+    if len(absent) * 2 > len(search.wanted):
+        log.warning(
+            "%d of %d items have no file, such as %s; %s: correct images.pattern, or the names in the image column",
+            len(absent),
+            len(search.wanted),
+            absent[0],
+            _examples(folder),
+        )
+
+
+def _examples(folder: Path) -> str:
+    """Return "the folder has a.JPG, b.JPG, c.JPG" with the first files in a folder, those in its subfolders included."""
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    names = sorted(str(path.relative_to(folder)) for path in itertools.islice(files, 3))
+    return f"the folder has {', '.join(names)}" if names else "the folder has no files"
 
 
 def _look(folder: Path, real: Path, spec: dict[str, Any], item: Wanted) -> Found:
@@ -73,6 +100,8 @@ def _try(folder: Path, real: Path, spec: dict[str, Any], name: str) -> Found:
         if not stat.S_ISREG(kind):
             return _refused(path, "not a regular file")
         data = _read(path, spec["max_bytes"])
+        if pointer := next((advice for start, advice in _POINTERS.items() if data.startswith(start)), None):
+            raise UnreadableError("a pointer in place of the file", pointer)
         return Found(str(path), OK, (), (), examine(data, spec["max_pixels"], spec.get("placeholders", ())), data)
     except (FileNotFoundError, NotADirectoryError):
         return Found(str(path), MISSING, _ABSENT, _ABSENT)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cm3.common.tables import OK
+from cm3.datasets.images.stored import StoredImages
 from cm3.datasets.images.validate import ImageFacts
 
 
@@ -26,7 +27,8 @@ class Found:
         status: ok, missing or failed.
         reasons: reasons of failure, one per URL or path; empty when ok.
         kinds: short categories of the reasons, such as "HTTP 404", for counting.
-        image, data: facts about the image and its bytes; None and empty unless ok.
+        image: facts about the image; None unless ok.
+        data: its bytes; empty unless ok, and may be left out for an image that is in `Search.stored`.
     """
 
     url: str = ""
@@ -45,6 +47,7 @@ class Search:
         wanted: the items.
         spec, runtime, inputs: of the images stage.
         folder: of the manifest and shards of earlier runs, and of files that a source keeps.
+        stored: the images in these shards.
         fresh: folder whose files replace those in `folder` when the stage is done.
         facts: entries of the stage's record; a source adds its own.
     """
@@ -54,6 +57,7 @@ class Search:
     runtime: dict[str, Any]
     inputs: dict[str, Path]
     folder: Path
+    stored: StoredImages
     fresh: Path
     facts: dict[str, Any] = field(default_factory=dict)
 

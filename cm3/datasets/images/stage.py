@@ -13,13 +13,15 @@ from cm3.common.cli import stage
 from cm3.common.http import without_secrets
 from cm3.common.progress import Progress
 from cm3.common.tables import FAILED, ITEMS, MADE_FROM, MANIFEST, MISSING, OK, read_table, write_table
-from cm3.datasets.images.shards import SHARD_BYTES, ShardWriter, fresh_folder, put_in_place
+from cm3.datasets.images.shards import SHARD_BYTES, ShardWriter, append_images, fresh_folder, put_in_place
 from cm3.datasets.images.source import Find, Found, Search, Wanted
+from cm3.datasets.images.stored import StoredImages
 from cm3.datasets.registry import image_source
 
 log = logging.getLogger("cm3.datasets.images.stage")
 
 _LONGEST_ERROR = 400
+_SHA256 = MANIFEST.names.index("sha256")
 
 
 def collect_images(
@@ -34,10 +36,9 @@ def collect_images(
     """Find the image of every item, validate it, and store its original bytes.
 
     An item without an image, or with a placeholder, is `missing`; an item with an unusable image is `failed` with the
-    reason. The manifest has one row per item, in item order. Identical images are stored once. The same images give
-    byte-identical files, however often the stage was interrupted and in whatever order they arrived.
-
-    Earlier shards stay until the new ones are complete, so a rerun needs disk space for both.
+    reason. The manifest has one row per item, in item order. Identical images are stored once. New images are appended:
+    shards of earlier runs stay as they are while all their images are used. An interruption at any moment changes no byte
+    of the outcome, and images are read in the same order whatever the history of their shards.
 
     Args:
         spec: a data set's images_spec().
@@ -49,9 +50,9 @@ def collect_images(
         made_from: keys of the settings by stage, for the metadata of the manifest.
 
     Returns:
-        counts by status and by reason (rows; one with several reasons counts for each), of distinct images, shards
-        and bytes, the first failures; for images from URLs also the number known before, the URLs requested, and
-        seconds and images per second of the download.
+        counts by status and by reason (rows; one with several reasons counts for each), of distinct images, bytes,
+        shards and those of earlier runs among them, the first failures; for images from URLs also the number known
+        before, the URLs requested, and seconds and images per second of the download.
 
     Raises:
         UserError: the folder of images does not exist, or no download is possible.
@@ -63,13 +64,14 @@ def collect_images(
             table.column("item_id").to_pylist(), table.column("image_urls").to_pylist(), strict=True
         )
     ]
-    manifest.unlink(missing_ok=True)  # Its shards are about to be replaced.
+    manifest.unlink(missing_ok=True)  # Its shards are about to change.
     folder = manifest.parent
     fresh = fresh_folder(folder)
-    search = Search(wanted, spec, runtime, inputs, folder, fresh)
+    stored = StoredImages(folder)
+    search = Search(wanted, spec, runtime, inputs, folder, stored, fresh)
     find: Find = image_source(spec["find"])
     rows: list[tuple[Any, ...]] = []
-    sizes: dict[tuple[int, int], int] = {}
+    used: dict[str, int] = {}
     kinds: Counter[str] = Counter()
     failures: list[str] = []
     with (
@@ -77,17 +79,21 @@ def collect_images(
         Progress(len(wanted), "images") as progress,
     ):
         for item, found in zip(wanted, find(search), strict=True):
-            place, error = None, _error(found)
+            error = _error(found)
             if found.image is not None:
-                place = shards.add(found.image.sha256, found.data)
-                sizes[place] = len(found.data)
+                sha256 = found.image.sha256
+                if sha256 not in stored:
+                    shards.add(sha256, found.data)
+                used.setdefault(sha256, stored.length(sha256) if sha256 in stored else len(found.data))
             elif found.status == FAILED:
                 failures.append(f"{item.item_id}: {without_secrets(found.url)}: {error}")
             kinds.update(set(found.kinds))
-            rows.append(_row(item, found, error, place))
+            rows.append(_row(item, found, error))
             progress.advance(1, **{found.status: 1})
+        places, kept = append_images(shards, stored, list(used))
+    rows = [(*row, *(places[row[_SHA256]] if row[_SHA256] else (None, None))) for row in rows]
     _write_manifest(fresh / "manifest.parquet", rows, {MADE_FROM: dict(made_from)} if made_from else None)
-    put_in_place(fresh, manifest)
+    put_in_place(fresh, manifest, kept)
     shutil.rmtree(folder / ".downloads", ignore_errors=True)
     counts = Counter(row[1] for row in rows)
     for failure in failures[:10]:
@@ -107,9 +113,10 @@ def collect_images(
         "items": len(wanted),
         **{f"images_{status}": counts[status] for status in (OK, MISSING, FAILED)},
         "reasons": dict(kinds.most_common()),
-        "distinct_images": len(sizes),
-        "image_bytes": sum(sizes.values()),
-        "shards": shards.count,
+        "distinct_images": len(used),
+        "image_bytes": sum(used.values()),
+        "shards": len({shard for shard, _ in places.values()}),
+        "shards_kept": len(kept),
         "first_failures": failures[:20],
         **search.facts,
     }
@@ -120,7 +127,8 @@ def _error(found: Found) -> str | None:
     return (error if len(error) <= _LONGEST_ERROR else error[: _LONGEST_ERROR - 3] + "...") or None
 
 
-def _row(item: Wanted, found: Found, error: str | None, place: tuple[int, int] | None) -> tuple[Any, ...]:
+def _row(item: Wanted, found: Found, error: str | None) -> tuple[Any, ...]:
+    """Return a row of the manifest without the columns `shard` and `row`, which are the last."""
     image = found.image
     return (
         item.item_id,
@@ -131,8 +139,6 @@ def _row(item: Wanted, found: Found, error: str | None, place: tuple[int, int] |
         image and image.width,
         image and image.height,
         image and image.format,
-        place and place[0],
-        place and place[1],
     )
 
 

@@ -33,7 +33,8 @@ def find(search: Search) -> Iterator[Found]:
     spec = search.spec
     wanted = [Wanted(item.item_id, with_alternatives(item.references, spec)) for item in search.wanted]
     runtime = {**_RUNTIME, "threads": min(os.cpu_count() or 1, 4), **search.runtime}
-    with contextlib.closing(Store(search.folder, spec, lambda host: is_allowed(host, spec["hosts"]))) as store:
+    stored = search.stored
+    with contextlib.closing(Store(search.folder, stored, spec, lambda host: is_allowed(host, spec["hosts"]))) as store:
         _retry_failures(wanted, store, spec)
         earlier = frozenset(store.outcomes)
         unknown = [item for item in wanted if _found(item, store, spec) is None]
@@ -57,7 +58,7 @@ def find(search: Search) -> Iterator[Found]:
         for place in found:
             if place.status == OK and place.image is not None:
                 search.facts["images_known_before"] += place.url in earlier
-                data = store.read(place.image.sha256)
+                data = b"" if place.image.sha256 in stored else store.read(place.image.sha256)
                 yield Found(place.url, OK, (), (), place.image, data)
             else:
                 yield place

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from cm3.common.errors import UserError
+from cm3.common.input_files import contents_of
 from cm3.common.paths import expand
 from cm3.datasets.download.gzip import GZIP_ERRORS
 from cm3.datasets.files.lines import open_bytes
@@ -71,9 +72,9 @@ class MMRecSpec(SourceWithImages):
             raise UserError(f"{self._place}: no such folder; set the dataset's folder to the one with MMRec's files")
         if not self._interactions.is_file():
             found = sorted(path.name for path in self._place.glob(f"{interactions_file('*')}*"))
-            hint = f"; set name, the folder has {', '.join(found)}" if found else ""
+            hint = f"set name, the folder has {', '.join(found)}" if found else contents_of(self._place)
             file = interactions_file(self._stem)
-            raise UserError(f"{self._place}: has no {file} and no {file}.gz{hint}")
+            raise UserError(f"{self._place}: has no {file} and no {file}.gz; {hint}")
 
     def has_labels(self) -> bool:
         """Return whether the interactions have a column x_label; True for a file that cannot be read yet."""

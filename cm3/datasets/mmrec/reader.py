@@ -1,6 +1,7 @@
 """Reader of MMRec folders: {name}.inter with numbers and split labels, and mappings of numbers to original ids."""
 
 import io
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -14,11 +15,14 @@ import pyarrow.csv as pa_csv
 from cm3.common.errors import UserError
 from cm3.common.strict import nearest
 from cm3.common.tables import SPLITS
+from cm3.datasets.files.kinds import check_header
 from cm3.datasets.files.lines import line_blocks
 from cm3.datasets.mmrec.format import ITEM, LABEL, RATING, TIME, USER
 from cm3.datasets.mmrec.tables import item_of, number_in, read_mapping, read_table
 from cm3.datasets.reader import Item, interaction_table
 from cm3.datasets.times import Times, as_number
+
+log = logging.getLogger("cm3.datasets.mmrec")
 
 _REQUIRED = (USER, ITEM)
 _KNOWN = {USER: pa.int64(), ITEM: pa.int64(), RATING: pa.float64(), TIME: pa.float64(), LABEL: pa.float64()}
@@ -49,7 +53,7 @@ class Reader:
         labels: list[np.ndarray] = []
         count, times = 0, Times(mixed_units=True)
         for first, block in line_blocks(path):
-            lines = [(number, line) for number, line in enumerate(block, first) if line.rstrip(b"\r")]
+            lines = [(number, line) for number, line in enumerate(block, first) if line.strip(b" \r")]
             if not header and lines:
                 header = _header(path, *lines.pop(0))
             if not lines:
@@ -93,11 +97,18 @@ class Reader:
         table: dict[str, dict[str, str]] = {}
         for kind, delimiter in (("item_ids", "\t"), ("meta", ",")):
             if kind in self.inputs:
+                seen: set[int] = set()
+                again: list[str] = []
                 for place, row in read_table(self.inputs[kind], delimiter, [ITEM]):
                     number = number_in(place, ITEM, row[ITEM])
+                    if number in seen:
+                        again.append(f"{place}: duplicate {ITEM} {number}")
+                    seen.add(number)
                     item_id = names.names.get(number, str(number)) if names.names else str(number)
                     if item_id in wanted:
                         table.setdefault(item_id, {}).update(row)
+                if again:
+                    log.warning("%s; the last row is used (%d such rows)", again[0], len(again))
         return {item_id: item_of(row) for item_id, row in table.items()}
 
     def _names(self, kind: str, column: str) -> "_Names":
@@ -226,7 +237,10 @@ class _Block:
 
 
 def _header(path: Path, number: int, line: bytes) -> list[str]:
+    check_header(path, line)
     names = _decode(line).removeprefix("\ufeff").rstrip("\r").split("\t")
+    if any(name.endswith((":token", ":float")) for name in names):
+        raise UserError(f"{path}, line {number}: has the header of a RecBole file, {names[0]!r}; set source: recbole")
     for name in _REQUIRED:
         if name not in names:
             raise UserError(

@@ -47,9 +47,15 @@ def read_table(path: Path, delimiter: str, required: Sequence[str]) -> Iterator[
     _, header = next(rows, (0, []))
     for name in required:
         if name not in header:
-            raise UserError(f"{path}: has no column {name!r}{nearest(name, header)}")
+            separator = {"\t": "a tab", ",": "a comma"}[delimiter]
+            raise UserError(
+                f"{path}: has no column {name!r}{nearest(name, header)}; the first line must name the columns, separated by "
+                f"{separator}"
+            )
     for number, values in rows:
         place = f"{path}, line {number}"
+        if len(header) > 1 and len(values) == 1 and not values[0].strip():
+            continue
         if len(values) != len(header):
             raise UserError(f"{place}: has {len(values)} values, the header has {len(header)}")
         yield place, dict(zip(header, values, strict=True))

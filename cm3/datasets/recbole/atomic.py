@@ -1,6 +1,8 @@
 """Format of RecBole's atomic files: tables with a header of names and types, such as user_id:token and price:float."""
 
 import csv
+import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +10,11 @@ from pathlib import Path
 from cm3.common.errors import UserError
 from cm3.common.strict import nearest
 from cm3.datasets.files.delimited import delimited_lines
+from cm3.datasets.files.kinds import check_header
 from cm3.datasets.files.lines import line_blocks
 from cm3.datasets.reader import MalformedLines
+
+log = logging.getLogger("cm3.datasets.recbole")
 
 TYPES = ("token", "token_seq", "float", "float_seq")
 
@@ -65,6 +70,12 @@ class Header:
         """
         found = self.find(name, usual)
         if found is None:
+            other = next((mark for mark in "\t,;| " if len(self.names) == 1 and mark in self.names[0]), None)
+            if other:
+                raise UserError(
+                    f"{self.path}, line {self.line}: has one column, {self.names[0][:80]!r}; if the columns are separated by "
+                    f"{other!r}, set field_separator: {json.dumps(other)}"
+                )
             raise UserError(
                 f"{self.path}, line {self.line}: has no column {usual[0]!r}{nearest(usual[0], self.names)}; the first line "
                 f"must name the columns, such as {USER[0]}:token and {ITEM[0]}:token, or set columns in the configuration"
@@ -82,16 +93,20 @@ def parse_header(path: Path, number: int, line: bytes, separator: str) -> Header
     Raises:
         UserError: an unknown type, or a duplicate name.
     """
+    check_header(path, line)
     text = line.decode(errors="replace").removeprefix("\ufeff").rstrip("\r")
     names, types = [], []
-    for cell in map(unquoted, text.split(separator)):
-        name, colon, kind = cell.rpartition(":") if cell.rpartition(":")[2] in TYPES else (cell, "", "")
+    for cell in (unquoted(cell.strip()) for cell in text.split(separator)):
+        name, colon, kind = cell.rpartition(":")
+        name, kind = name.strip(), kind.strip().lower()
+        if not colon or kind not in TYPES:
+            name, colon, kind = cell, "", ""
         if not colon and ":" in cell:
             raise UserError(f"{path}, line {number}: {cell[:80]!r}: unknown type; the types are {', '.join(TYPES)}")
         names.append(name)
         types.append(kind)
     lower = [name.lower() for name in names]
-    twice = sorted({name for name in lower if lower.count(name) > 1})
+    twice = sorted({name for name in lower if name and lower.count(name) > 1})
     if twice:
         raise UserError(f"{path}, line {number}: duplicate column {twice[0]!r} in the header")
     return Header(path, number, names, types)
@@ -122,6 +137,7 @@ def rows(path: Path, separator: str, width: int, faults: MalformedLines) -> Iter
     if _is_quoted(path, separator, width):
         found: Iterator[tuple[int, list[str]]] = delimited_lines(path, separator)
     else:
+        _warn_of_encoding(path)
         found = ((number, line.decode(errors="replace").split(separator)) for number, line in _plain_lines(path))
     next(found, None)
     for number, values in found:
@@ -141,6 +157,17 @@ def _is_quoted(path: Path, separator: str, width: int) -> bool:
         return all(len(values) == width for _, values in delimited_lines(path, separator))
     except UserError:
         return False
+
+
+def _warn_of_encoding(path: Path) -> None:
+    for number, line in _plain_lines(path):
+        try:
+            line.decode()
+        except UnicodeDecodeError:
+            log.warning(
+                "%s, line %d: not UTF-8 text; characters were replaced: convert the file to UTF-8", path, number
+            )
+            return
 
 
 def _plain_lines(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from cm3.common.errors import UserError
+from cm3.common.input_files import contents_of
 from cm3.common.paths import expand
 from cm3.common.strict import Float, Strict
 from cm3.common.tables import SPLITS
@@ -123,7 +124,7 @@ class RecBoleSpec(SourceWithImages):
         for path in inputs.values():
             if not path.is_file():
                 found = ", ".join(sorted(other.name for other in self._place.glob("*.inter")))
-                hint = f"; set name or benchmark, the folder has {found}" if found else ""
+                hint = f"; set name or benchmark, the folder has {found}" if found else f"; {contents_of(self._place)}"
                 raise UserError(f"{self._place}: has no {path.name}{hint}")
         items = self._file("item")
         return {kind: str(path) for kind, path in inputs.items()} | ({"items": str(items)} if items.is_file() else {})

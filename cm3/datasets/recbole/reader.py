@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
 from cm3.common.errors import UserError
+from cm3.common.ids import MISSING_TEXTS
 from cm3.common.tables import SPLITS
 from cm3.common.values import shown
 from cm3.datasets.files.lines import line_blocks
@@ -33,6 +34,7 @@ from cm3.datasets.text import is_unicode, plain_text
 from cm3.datasets.times import Times, as_numbers
 
 _BATCH = 10_000
+_NO_ID = pa.array(["", *MISSING_TEXTS])
 
 
 class Reader:
@@ -69,7 +71,7 @@ class Reader:
         header: Header | None = None
         times, count, faults = Times(), 0, MalformedLines(path, self.spec["malformed"])
         for first, block in line_blocks(path):
-            lines = [(number, line) for number, line in enumerate(block, first) if line.rstrip(b"\r")]
+            lines = [(number, line) for number, line in enumerate(block, first) if line.strip(b" \r")]
             if header is None and lines:
                 header = parse_header(path, *lines.pop(0), self.separator)
             if header is None or not lines:
@@ -93,7 +95,7 @@ class Reader:
             None if time is None else block.seconds(time, times),
             label,
         )
-        no_id = pc.or_(pc.equal(user, ""), pc.equal(item, ""))
+        no_id = pc.or_(*(pc.is_in(ids, value_set=_NO_ID) for ids in (user, item)))
         if found := pc.sum(no_id).as_py():
             self._note({"left out: interaction without user or item": found})
             table = table.filter(pc.invert(no_id))
@@ -140,7 +142,7 @@ class Reader:
         for number, values in rows(path, self.separator, len(header.names), faults):
             count += 1
             item_id = values[key].strip()
-            if not item_id or not is_unicode(item_id):
+            if item_id in ("", *MISSING_TEXTS) or not is_unicode(item_id):
                 self._note({"left out: item without id": 1})
             elif item_id in table:
                 raise UserError(f"{path}, line {number}: duplicate item id {item_id!r}; keep one row per item")

@@ -195,7 +195,7 @@ def _measure_run(run: Run, data: Data, metrics: Sequence[str]) -> tuple[np.ndarr
     _, _, values = read_per_user(run, metrics, data.users)
     cutoffs = data.slices.cutoffs
     path = run.files["recommendations"]
-    lists = read_lists(path, data.user_ids, data.item_ids, data.users, max(cutoffs))
+    lists = read_lists(path, data.ids, data.users, max(cutoffs))
     overall, means = data.slices.measure(lists)
     for column, metric in enumerate(metrics):
         if metric in overall and not np.allclose(overall[metric], values[:, column], rtol=0, atol=1e-9):
@@ -207,8 +207,8 @@ def _measure_run(run: Run, data: Data, metrics: Sequence[str]) -> tuple[np.ndarr
     geometry = None
     if {"user_embeddings", "item_embeddings"} <= run.files.keys():
         user_rows, item_rows, sample = data.sample.rows()
-        users, _ = read_embeddings(run.files["user_embeddings"], "user_id", data.user_ids, user_rows)
-        items, _ = read_embeddings(run.files["item_embeddings"], "item_id", data.item_ids, item_rows)
+        users, _ = read_embeddings(run.files["user_embeddings"], "user_id", data.ids.users, user_rows)
+        items, _ = read_embeddings(run.files["item_embeddings"], "item_id", data.ids.items, item_rows)
         geometry = measure(users, items, sample)
     kept = [{metric: mean[metric] for metric in metrics if metric in mean} for mean in means]
     beyond = beyond_accuracy(lists, data.counts, data.n_train_users, cutoffs)

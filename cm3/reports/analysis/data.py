@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import scipy.sparse as sp
 
 from cm3.common.errors import UserError
 from cm3.common.interactions import Interactions, read_interactions
+from cm3.evaluation.recommendations import Ids, ids_of
 from cm3.reports.analysis.category_calibration import read_item_categories
 from cm3.reports.analysis.diversity import read_unit_vectors
 from cm3.reports.analysis.geometry import EmbeddingSample, draw_sample
@@ -27,8 +27,7 @@ class Data:
     """
 
     interactions: Interactions
-    user_ids: pa.Array
-    item_ids: pa.Array
+    ids: Ids
     users: np.ndarray
     counts: np.ndarray
     n_train_users: int
@@ -80,13 +79,11 @@ def _read_data(study: StudySpec, inputs: Mapping[str, Path], table: Path, first:
     counts = np.asarray(train.sum(0)).ravel().astype(np.int64)
     n_users = int((np.diff(train.indptr) > 0).sum())
     slices = Slices(users, train, test, cutoffs)
-    user_ids, item_ids = (pa.array(ids, pa.string()) for ids in (interactions.user_ids, interactions.item_ids))
     sample = draw_sample(train, study.bootstrap_seed)
     categories = read_item_categories(inputs["items"])
     return Data(
         interactions,
-        user_ids,
-        item_ids,
+        ids_of(interactions.user_ids, interactions.item_ids),
         users,
         counts,
         n_users,

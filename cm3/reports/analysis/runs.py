@@ -7,17 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from cm3.common.errors import DamagedFileError, UserError
 from cm3.common.files import read_json
 from cm3.common.strict import nearest
 from cm3.common.tables import open_parquet
+from cm3.evaluation.recommendations import Ids, read_recommendations
 from cm3.reports.analysis.spec import ExperimentSpec, RunSpec, StudySpec, describe_point
 
 _AGREE = 1e-9
-_GROUPS = 16  # row groups of recommendations read at a time
 # Models without embeddings have no files of the last two kinds.
 _FILES = ("evaluation", "per_user", "recommendations", "train", "user_embeddings", "item_embeddings")
 
@@ -172,55 +170,31 @@ def read_per_user(
     return found, table.column("n_test").to_numpy()[order], values
 
 
-def read_lists(path: Path, user_ids: pa.Array, item_ids: pa.Array, users: np.ndarray, k: int) -> np.ndarray:
+def read_lists(path: Path, ids: Ids, users: np.ndarray, k: int) -> np.ndarray:
     """Return the first k recommendations of each of (R,) users as (R, k') item indices, -1 after the end of a list.
 
-    k' is the length of the longest list, at most k. A few row groups are read at a time, which bounds the memory.
+    k' is the length of the longest list, at most k.
 
     Raises:
-        UserError: an unreadable file, an unknown user or item, a user who is not in `users`, or a rank that is below 1
-            or occurs twice.
+        UserError: as `read_recommendations`; or a user who is not in `users`, or a rank that is below 1 or occurs twice.
     """
     lists = np.full((len(users), k), -1, np.int32)
-    row_of = np.full(len(user_ids), -1, np.int32)
+    row_of = np.full(len(ids.users), -1, np.int32)
     row_of[users] = np.arange(len(users))
-    columns = ["user_id", "item_id", "rank"]
     filled = 0
-    with open_parquet(path, read_dictionary=columns[:2]) as file:
-        if absent := [name for name in columns if name not in file.schema_arrow.names]:
-            raise UserError(f"{path}: has no column {', '.join(absent)}; delete it and run again")
-        for first in range(0, file.num_row_groups, _GROUPS):
-            groups = range(first, min(first + _GROUPS, file.num_row_groups))
-            table = file.read_row_groups(groups, columns=columns)
-            ranks = table.column("rank").to_numpy()
-            if len(ranks) and ranks.min() < 1:
-                raise UserError(f"{path}: invalid rank {ranks.min()}; ranks start at 1. Delete the file and run again")
-            user = _codes(table.column("user_id"), user_ids, path)
-            item = _codes(table.column("item_id"), item_ids, path)
-            if len(ranks) and ranks.max() > k:
-                near = ranks <= k
-                user, item, ranks = user[near], item[near], ranks[near]
-            rows = row_of[user]
-            if len(rows) and rows.min() < 0:
-                unknown = user_ids[int(user[rows.argmin()])]
-                raise UserError(f"{path}: user {unknown} is not a test user; delete it and run again")
-            lists[rows, ranks - 1] = item
-            filled += len(rows)
+    for user, item, ranks in read_recommendations(path, ids):
+        if len(ranks) and ranks.min() < 1:
+            raise UserError(f"{path}: invalid rank {ranks.min()}; ranks start at 1. Delete the file and run again")
+        if len(ranks) and ranks.max() > k:
+            near = ranks <= k
+            user, item, ranks = user[near], item[near], ranks[near]
+        rows = row_of[user]
+        if len(rows) and rows.min() < 0:
+            unknown = ids.users[int(user[rows.argmin()])]
+            raise UserError(f"{path}: user {unknown} is not a test user; delete it and run again")
+        lists[rows, ranks - 1] = item
+        filled += len(rows)
     there = (lists >= 0).sum(0)
     if filled != there.sum():
         raise UserError(f"{path}: a user has two items at the same rank; delete it and run again")
     return lists[:, : np.count_nonzero(there)]
-
-
-def _codes(column: pa.ChunkedArray, known: pa.Array, path: Path) -> np.ndarray:
-    # Look up each distinct id once, not every row.
-    if not len(column):
-        return np.empty(0, np.int32)
-    column = column.unify_dictionaries()
-    ids = column.chunk(0).dictionary
-    place = pc.index_in(ids, value_set=known)
-    if place.null_count:
-        unknown = ids.filter(pc.is_null(place))[0].as_py()
-        raise UserError(f"{path}: {unknown!r} is not an id of the data set; delete it and run again")
-    found: np.ndarray = place.to_numpy()[np.concatenate([chunk.indices.to_numpy() for chunk in column.chunks])]
-    return found

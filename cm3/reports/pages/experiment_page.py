@@ -10,7 +10,7 @@ import numpy as np
 from cm3.common.cli import stage
 from cm3.common.embeddings import read_embeddings
 from cm3.common.files import read_json
-from cm3.common.interactions import Interactions, read_interactions
+from cm3.common.interactions import Interactions
 from cm3.common.tables import CAPTIONS, MANIFEST, OK, read_table
 from cm3.reports.analysis.geometry import draw_sample, measure
 from cm3.reports.pages import experiment_charts as charts
@@ -67,9 +67,8 @@ def experiment_page(
     k = list_length(metrics["config"]["evaluation"]["ks"])
     histories = history_panels(shop, inputs["per_user"], inputs["recommendations"], k)
     captions = _captions(inputs, shop, with_image)
-    interactions = read_interactions(inputs["interactions"], inputs["items"], inputs["users"])
     tables = metric_tables(metrics)
-    drawn = _charts(inputs, metrics, vectors, interactions)
+    drawn = _charts(inputs, metrics, vectors, shop.interactions)
     cards = [*_cards(neighbours), *_cards(histories), *_cards(captions)]
     small = thumbnails(inputs.get("manifest"), [card["item"] for card in cards], budget)
     context = {
@@ -78,7 +77,7 @@ def experiment_page(
         "features": features_of(metrics["config"]),
         "warnings": warnings_of(metrics),
         "tables": tables,
-        "rivals": rivals(metrics, interactions, [key for key, *_ in tables["headline"]], studies or {}),
+        "rivals": rivals(metrics, shop.interactions, [key for key, *_ in tables["headline"]], studies or {}),
         "sections": sections(metrics["config"], changed),
         "neighbours": neighbours if any(way["cards"] for panel in neighbours for way in panel["ways"]) else [],
         "histories": histories,

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from cm3.common.tables import INTERACTIONS, ITEMS, USERS, read_table
+from cm3.common.interactions import Interactions, read_interactions
+from cm3.common.tables import INTERACTIONS, ITEMS, read_table
 
 
 @dataclass(frozen=True)
@@ -15,22 +16,28 @@ class Shop:
     """The tables of a prepared data set, for a page.
 
     Attributes:
-        item_ids, titles, brands, categories: of each item; None if missing.
-        user_ids: of each user.
-        users, items, times, splits: of each interaction, in row order; NaN if the time is missing.
+        titles, brands, categories: of each item; None if missing.
+        interactions: with the ids of users and items.
+        times: (E,) of each interaction, in row order; NaN if missing.
         popularity: (I,) training interactions of each item.
     """
 
-    item_ids: list[str]
     titles: list[str | None]
     brands: list[str | None]
     categories: list[list[str] | None]
-    user_ids: list[str]
-    users: np.ndarray
-    items: np.ndarray
+    interactions: Interactions
     times: np.ndarray
-    splits: np.ndarray
     popularity: np.ndarray
+
+    @property
+    def item_ids(self) -> list[str]:
+        """The id of each item."""
+        return self.interactions.item_ids
+
+    @property
+    def user_ids(self) -> list[str]:
+        """The id of each user."""
+        return self.interactions.user_ids
 
     def card(self, item: int, under: str = "", hit: bool = False) -> dict[str, Any]:
         """Return the card of an item: its title, its index (for the image), and a line below."""
@@ -57,21 +64,16 @@ def read_shop(inputs: Mapping[str, Path]) -> Shop:
     Raises:
         UserError: a table is missing or unreadable.
     """
-    items = read_table(inputs["items"], ITEMS)
-    rows = read_table(inputs["interactions"], INTERACTIONS)
-    splits = np.asarray(rows.column("split").cast("string").to_pylist(), dtype=object)
-    numbers = rows.column("item").to_numpy()
+    items = read_table(inputs["items"], ITEMS, ["title", "brand", "categories"])
+    interactions = read_interactions(inputs["interactions"], inputs["items"], inputs["users"])
+    times = read_table(inputs["interactions"], INTERACTIONS, ["timestamp"]).column("timestamp")
     return Shop(
-        item_ids=items.column("item_id").to_pylist(),
         titles=items.column("title").to_pylist(),
         brands=items.column("brand").to_pylist(),
         categories=items.column("categories").to_pylist(),
-        user_ids=read_table(inputs["users"], USERS).column("user_id").to_pylist(),
-        users=rows.column("user").to_numpy(),
-        items=numbers,
-        times=rows.column("timestamp").to_numpy(zero_copy_only=False).astype(np.float64),
-        splits=splits,
-        popularity=np.bincount(numbers[splits == "train"], minlength=len(items)),
+        interactions=interactions,
+        times=times.to_numpy(zero_copy_only=False).astype(np.float64, copy=False),
+        popularity=np.bincount(interactions.pairs("train")[1], minlength=len(items)),
     )
 
 

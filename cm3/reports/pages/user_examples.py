@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 
-from cm3.common.tables import read_parquet
+from cm3.common.interactions import Interactions
+from cm3.common.tables import SPLITS, read_parquet
+from cm3.evaluation.recommendations import ids_of, read_recommendations
 from cm3.reports.pages.item_cards import Shop, evenly_spaced
 
 USERS_EACH, HISTORY_SHOWN, LIST_WANTED = 4, 10, 12
@@ -26,28 +27,28 @@ def history_panels(shop: Shop, per_user: Path, recommendations: Path, k: int) ->
     measured = read_parquet(per_user, ["user", f"recall@{k}"])
     users = measured.column("user").to_numpy()
     hit = measured.column(f"recall@{k}").to_numpy() > 0
-    lengths = np.bincount(shop.users[shop.splits == "train"], minlength=len(shop.user_ids))[users]
+    data = shop.interactions
+    lengths = np.bincount(data.pairs("train")[0], minlength=len(data.user_ids))[users]
     order = np.lexsort((users, lengths))
     picked = [(user, True) for user in evenly_spaced(users[order][hit[order]], USERS_EACH)]
     picked += [(user, False) for user in evenly_spaced(users[order][~hit[order]], USERS_EACH)]
-    lists = _recommended(recommendations, [shop.user_ids[user] for user, _ in picked], k)
-    number = {item_id: item for item, item_id in enumerate(shop.item_ids)}
+    lists = _recommended(recommendations, data, [user for user, _ in picked], k)
+    train, test = (data.split == SPLITS.index(name) for name in ("train", "test"))
     panels = []
     for user, has_hit in picked:
-        mine = shop.users == user
-        held_out = set(shop.items[mine & (shop.splits == "test")].tolist())
-        items = [number[item_id] for item_id in lists[shop.user_ids[user]]]
-        history = _history(shop, mine & (shop.splits == "train"))
+        mine = data.users == user
+        held_out = set(data.items[mine & test].tolist())
+        history = _history(shop, mine & train)
         panels.append(
             {
-                "user_id": shop.user_ids[user],
+                "user_id": data.user_ids[user],
                 "hit": has_hit,
                 "bought": len(history),
                 "history": [shop.card(item) for item in history[:HISTORY_SHOWN]],
                 "held_out": [shop.card(item) for item in sorted(held_out)[:HISTORY_SHOWN]],
                 "held_out_count": len(held_out),
                 "recommended": [
-                    shop.card(item, str(rank), item in held_out) for rank, item in enumerate(items, start=1)
+                    shop.card(item, str(rank), item in held_out) for rank, item in enumerate(lists[user], start=1)
                 ],
             }
         )
@@ -59,14 +60,13 @@ def _history(shop: Shop, rows: np.ndarray) -> list[int]:
     places = np.flatnonzero(rows)
     times = np.nan_to_num(shop.times[places], nan=0.0)
     order = places[np.lexsort((places, -times))]
-    return list(dict.fromkeys(shop.items[order].tolist()))
+    return list(dict.fromkeys(shop.interactions.items[order].tolist()))
 
 
-def _recommended(path: Path, user_ids: list[str], k: int) -> dict[str, list[str]]:
-    wanted = (pc.field("rank") <= k) & pc.field("user_id").isin(user_ids)
-    table = read_parquet(path, ["user_id", "item_id", "rank"], wanted)
-    table = table.sort_by([("user_id", "ascending"), ("rank", "ascending")])
-    found: dict[str, list[str]] = {user_id: [] for user_id in user_ids}
-    for user_id, item_id in zip(table.column("user_id").to_pylist(), table.column("item_id").to_pylist(), strict=True):
-        found[user_id].append(item_id)
-    return found
+def _recommended(path: Path, data: Interactions, users: list[int], k: int) -> dict[int, list[int]]:
+    """Return the first k items of each of some users."""
+    found: dict[int, list[tuple[int, int]]] = {user: [] for user in users}
+    for user, item, rank in read_recommendations(path, ids_of(data.user_ids, data.item_ids)):
+        for row in np.flatnonzero((rank <= k) & np.isin(user, users)):
+            found[int(user[row])].append((int(rank[row]), int(item[row])))
+    return {user: [item for _, item in sorted(places)] for user, places in found.items()}

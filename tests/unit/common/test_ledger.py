@@ -83,6 +83,23 @@ def test_what_the_workflow_made_is_compared_with_its_bytes(ledger: Ledger):
     assert ledger.unchanged(entry)
 
 
+def test_a_part_that_stays_is_not_read_again(ledger: Ledger, reads: list[str]):
+    path = written("made")
+    ledger.record(path, "settings 1", ("out",))
+    ledger.record(path, "settings 2", ("out",))
+    assert reads == ["table.csv"] and ledger.entry(path).identity == "settings 2"
+    written("edit", age=30)
+    ledger.record(path, "settings 2", ("out",))
+    assert len(reads) == 2 and ledger.entry(path).sha256 == sha256_of(path)
+
+
+def test_parts_that_went_are_forgotten(ledger: Ledger):
+    for name, output in (("stays", "out"), ("goes", "out"), ("of-another-job", "other")):
+        ledger.record(written("x", name=name), "settings 1", (output,))
+    ledger.forget_others(("out",), {"stays"})
+    assert sorted(entry.path for entry in ledger.entries()) == ["of-another-job", "stays"]
+
+
 def test_a_file_that_a_reader_refused_is_damaged_until_its_bytes_are_right(ledger: Ledger):
     path = written("made")
     ledger.record(path, "settings 1", (str(path),))

@@ -57,9 +57,10 @@ def test_lines_of_a_file_without_a_header_are_counted_from_its_first(tmp_path: P
 @pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "utf-16"])
 def test_another_encoding_is_named_with_its_key_and_read_with_it(tmp_path: Path, encoding: str):
     content = "user,item,rating\nJürgen,tea,4\n".encode(encoding)
-    with pytest.raises(
-        UserError, match="not UTF-8 text; convert the file to UTF-8, or set its encoding, such as encoding: cp1252"
-    ):
+    named = "not UTF-8 text; convert the file to UTF-8, or set its encoding, such as encoding: cp1252"
+    if encoding == "utf-16":
+        named = "is UTF-16 text; save it as UTF-8, or set encoding: utf-16"
+    with pytest.raises(UserError, match=named):
         prepared(tmp_path, content)
     assert prepared(tmp_path, content, encoding=encoding) == [("Jürgen", 4.0)]
 

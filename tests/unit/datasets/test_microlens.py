@@ -135,7 +135,7 @@ def test_lines_that_are_no_titles_are_counted(tmp_path: Path) -> None:
     assert videos.items({"7"})["7"].title == "seven"
     assert videos.notes == {"titles: left out: is not an id, a comma and a text": 1}
     path.write_text("<html>\n<body>404</body>\n")
-    with pytest.raises(UserError, match="malformed"):
+    with pytest.raises(UserError, match="is an HTML page"):
         list(reader(tmp_path).known_items())
 
 

@@ -107,3 +107,33 @@ def test_an_item_number_of_an_array_is_checked(tmp_path: Path, item: str):
         read_row_ids(tmp_path / "shop.inter")
     (tmp_path / "shop.inter").write_text("userID\titemID\n0\t0.0\n0\t2\n")
     assert np.asarray(read_row_ids(tmp_path / "shop.inter").names).tolist() == [b"0", b"1", b"2"]
+
+
+def test_lines_of_white_space_are_no_rows(tmp_path: Path):
+    rows = read(tmp_path, f"{HEADER}0\t1\t5.0\t1400000000\n   \n \r\n", "asin\titemID\nA\t1\n  \n")
+    assert [(row["user"], row["item"]) for row in rows] == [("0", "A")]
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("user_id:token\titem_id:token\nu\ti\n", "has the header of a RecBole file, .* set source: recbole"),
+        ("userID\titemID\r0\t1\r", "its lines end with a carriage return alone"),
+    ],
+)
+def test_files_of_other_programs_are_named(tmp_path: Path, text: str, complaint: str):
+    with pytest.raises(UserError, match=rf"shop\.inter\b.* ?{complaint}"):
+        read(tmp_path, text)
+
+
+def test_a_mapping_with_commas_says_which_separator_is_expected(tmp_path: Path):
+    with pytest.raises(UserError, match=r"i_id_mapping\.csv: has no column 'itemID' .* separated by a tab"):
+        read(tmp_path, f"{HEADER}0\t1\t5.0\t1400000000\n", "asin,itemID\nA,1\n")
+
+
+def test_a_duplicate_row_of_metadata_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    (tmp_path / "shop.inter").write_text(f"{HEADER}0\t1\t5.0\t1400000000\n")
+    (tmp_path / "meta-shop.csv").write_text("itemID,title\n1,Old\n1,New\n")
+    inputs = {"interactions": tmp_path / "shop.inter", "meta": tmp_path / "meta-shop.csv"}
+    assert Reader({}, inputs).items({"1"})["1"].title == "New"
+    assert "meta-shop.csv, line 3: duplicate itemID 1; the last row is used (1 such rows)" in caplog.text

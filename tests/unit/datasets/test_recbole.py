@@ -1,7 +1,7 @@
 """RecBole's atomic files: typed headers, published splits, items with sequences; what is malformed is named."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,58 @@ def test_interactions_of_typed_and_bare_headers(tmp_path: Path, header: str, end
     found = interactions(folder)
     assert [(row["user"], row["item"]) for row in found] == [(f"u{u}", f"i{i}") for u, i in PAIRS]
     assert found[0] == {"user": "u0", "item": "i0", "rating": 1.0, "timestamp": 1_400_000_000, "split": None}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [(":token", ": token"), (":token", ":TOKEN"), ("\t", " \t"), ("timestamp:float", "timestamp:float\t\t")],
+    ids=["space", "upper case", "space before the separator", "empty columns"],
+)
+def test_headers_of_strangers(tmp_path: Path, old: str, new: str):
+    rows = [line + "\t" * new.count("\t\t") + "\t" * new.count("\t\t") for line in lines_of(PAIRS)]
+    folder = write(tmp_path / "shop", TYPED.replace(old, new), rows)
+    assert [(row["user"], row["item"]) for row in interactions(folder)] == [(f"u{u}", f"i{i}") for u, i in PAIRS]
+
+
+def test_lines_of_white_space_are_no_rows(tmp_path: Path):
+    folder = write(tmp_path / "shop", rows=["", *lines_of(PAIRS), "   ", " \r"])
+    assert len(interactions(folder)) == len(PAIRS)
+
+
+@pytest.mark.parametrize("missing", ["NaN", "nan", "None", "null", "<NA>"])
+def test_texts_of_missing_ids_are_left_out_as_by_recbole(tmp_path: Path, missing: str):
+    rows = [f"{missing}\ti1\t3.0\t1400000000", f"u1\t{missing}\t3.0\t1400000000", *lines_of(PAIRS)]
+    read = reader(write(tmp_path / "shop", rows=rows))
+    assert sum(len(table) for table in read.interactions()) == len(PAIRS)
+    assert read.notes == {"left out: interaction without user or item": 2}
+
+
+def test_items_in_another_encoding_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    folder = write(tmp_path / "shop")
+    (folder / "shop.item").write_bytes("item_id:token\ttitle:token_seq\ni0\tCafé\n".encode("latin-1"))
+    assert reader(folder).items({"i0"})["i0"].title == "Caf\ufffd"
+    assert "shop.item, line 2: not UTF-8 text; characters were replaced" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda text: text.replace("\t", ","), r"has one column, .* set field_separator: \",\""),
+        (lambda text: text.replace("\n", "\r"), "its lines end with a carriage return alone"),
+    ],
+)
+def test_other_separators_and_line_ends_are_named(tmp_path: Path, change: Callable[[str], str], complaint: str):
+    folder = write(tmp_path / "shop")
+    path = folder / "shop.inter"
+    path.write_text(change(path.read_text()), newline="")
+    with pytest.raises(UserError, match=complaint):
+        interactions(folder)
+    path.write_bytes(path.read_text().encode("utf-16"))
+    with pytest.raises(UserError, match=r"shop\.inter: is UTF-16 text; save it as UTF-8"):
+        interactions(folder)
+    path.rename(folder / "shop.inter.gz")
+    with pytest.raises(UserError, match=r"has no shop\.inter; the folder has shop\.inter\.gz"):
+        reader(folder)
 
 
 def test_users_and_items_alone_are_enough(tmp_path: Path):
@@ -178,7 +230,7 @@ def test_a_pair_in_two_parts_is_a_leak(tmp_path: Path):
         ),
         (TYPED, "a\tb\tgood\t1400000000", r"line 22: rating = 'good' is not a finite number"),
         (TYPED, "a\tb\t3\tyesterday", r"line 22: timestamp = 'yesterday' is not a time"),
-        ("user_id:token,item_id:token", "a,b", r"line 1: 'user_id:token,item_id:token': |has no column 'user_id'"),
+        ("user_id:token,item_id:token", "a,b", r"line 1: has one column, .* set field_separator: \",\""),
     ],
 )
 def test_malformed_files_are_named(tmp_path: Path, header: str, row: str, complaint: str):

@@ -39,7 +39,10 @@ NAMED = {"path": "items.jsonl", "columns": {"image": "photo"}}
         ({"source": "sample", "split": {"sed": 1}}, r"d\.x\.split\.sed: unknown key \(did you mean 'seed'\?\)"),
         ({"source": "sample", "split": {"strategy": "radnom"}}, r"d\.x\.split\.strategy = 'radnom'"),
         ({"source": "files"}, r"d\.x\.interactions: required, but not given"),
-        ({"source": "files", "interactions": {"path": "log.xls"}}, r"unknown suffix in 'log\.xls'"),
+        (
+            {"source": "files", "interactions": {"path": "log.xls"}},
+            r"'log\.xls' is a spreadsheet; save the sheet as CSV",
+        ),
         ({**FILES, "images": {"folder": "p"}}, r"needs images\.pattern, or items\.columns\.image"),
         ({**FILES, "images": {"pattern": "{item_id}.jpg"}}, r"pattern needs images\.folder"),
         (

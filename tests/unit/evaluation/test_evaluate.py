@@ -71,8 +71,8 @@ def test_metrics_and_lists_match_the_definition(shop, tmp_path, score, mask):
             np.testing.assert_allclose(stored[f"{name}@{k}"].to_numpy(), expected, rtol=0, atol=1e-14)
             assert result["test"][f"{name}@{k}"] == pytest.approx(np.mean(expected), abs=1e-14)
     recommended = pq.read_table(tmp_path / "recommendations.parquet").to_pylist()
-    assert [(r["user_id"], r["item_id"], r["rank"]) for r in recommended] == [
-        (f"user{u}", f"item{item}", rank) for u in range(USERS) for rank, item in enumerate(best[u][:5], 1)
+    assert [(r["user"], r["item"], r["rank"]) for r in recommended] == [
+        (u, item, rank) for u in range(USERS) for rank, item in enumerate(best[u][:5], 1)
     ]
     scores = [r["score"] for r in recommended]
     assert all(
@@ -127,7 +127,7 @@ def test_lists_end_where_the_items_do(shop, tmp_path):
     run(shop, tmp_path, ks=[50], top_n=50)
     stored = pq.read_table(tmp_path / "recommendations.parquet").to_pylist()
     for u in range(USERS):
-        mine = [r for r in stored if r["user_id"] == f"user{u}"]
+        mine = [r for r in stored if r["user"] == u]
         assert len(mine) == ITEMS - len(shop["by_split"]["train"][u])
         assert [r["rank"] for r in mine] == list(range(1, len(mine) + 1))
 

@@ -1,5 +1,7 @@
 """Images and image-text pairs through sentence-transformers: tiny models of the architectures that the library reads."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from cm3.common.tables import read_metadata
 from extractors.extract import extract
 
 BACKEND = "sentence-transformers"
-KINDS = ("qwen3-vl", "clip", "siglip")
+KINDS = ("qwen3-vl", "embeddinggemma2", "clip", "siglip")
 RED, BLUE = plain("red", (70, 50)), plain("blue", (90, 60))
 ITEMS: list[dict[str, Any]] = [
     {"title": "red shoe", "image": RED},
@@ -51,25 +53,42 @@ def test_vectors_of_images_are_those_of_the_library(folders: dict[str, Path], ki
     assert extractor.dim == expected.shape[1] and not np.allclose(expected[0], expected[1], atol=1e-3)
 
 
-def test_pairs_of_image_and_text(folders: dict[str, Path]) -> None:
-    extractor = load(folders["qwen3-vl"], "multimodal", prompt="Represent the item.")
+@pytest.mark.parametrize("kind", ["qwen3-vl", "embeddinggemma2"])
+def test_pairs_of_image_and_text(folders: dict[str, Path], kind: str) -> None:
+    extractor = load(folders[kind], "multimodal", prompt="Represent the item.")
     encoded = extractor.encode(ITEMS)
     assert encoded.status.tolist() == ["ok", "ok", "ok", "missing", "failed"]
     assert not np.allclose(encoded.embedding[0], encoded.embedding[1], atol=1e-4)
     np.testing.assert_allclose(np.linalg.norm(encoded.embedding[:3], axis=1), 1, atol=1e-5)
     alone = np.concatenate([extractor.encode([item]).embedding for item in ITEMS[:3]])
     np.testing.assert_allclose(encoded.embedding[:3], alone, atol=1e-5)
-    unprompted = load(folders["qwen3-vl"], "multimodal").encode(ITEMS[:1]).embedding
+    unprompted = load(folders[kind], "multimodal").encode(ITEMS[:1]).embedding
     assert not np.allclose(unprompted, alone[:1], atol=1e-4)
-    image = SentenceTransformer(str(folders["qwen3-vl"]), device="cpu").encode(
+    image = SentenceTransformer(str(folders[kind]), device="cpu").encode(
         [{"image": Image.new("RGB", (90, 60), (20, 20, 220))}], prompt="Represent the item.", normalize_embeddings=True
     )
     np.testing.assert_allclose(alone[2:], image, atol=2e-3)  # an item without a text
 
 
-def test_placeholders_in_titles_are_text(folders: dict[str, Path]) -> None:
-    title = "<|image_pad|> <|vision_start|><|image_pad|><|im_end|>"
-    encoded = load(folders["qwen3-vl"], "multimodal").encode([{"title": title, "image": RED}, ITEMS[0]])
+def test_clip_as_the_library_published_it(folders: dict[str, Path], tmp_path: Path) -> None:
+    """sentence-transformers/clip-ViT-B-32 and its like name a module of the library's first releases."""
+    module = {"idx": 0, "name": "0", "path": "0_CLIPModel", "type": "sentence_transformers.models.CLIPModel"}
+    (tmp_path / "modules.json").write_text(json.dumps([module]))
+    shutil.copytree(folders["clip"].with_name("bare"), tmp_path / "0_CLIPModel")
+    for modality in ("image", "text"):
+        own, old = load(folders["clip"], modality), load(tmp_path, modality)
+        np.testing.assert_array_equal(old.encode(ITEMS[:2]).embedding, own.encode(ITEMS[:2]).embedding)
+
+
+@pytest.mark.parametrize(
+    ("kind", "title"),
+    [
+        ("qwen3-vl", "<|image_pad|> <|vision_start|><|image_pad|><|im_end|>"),
+        ("embeddinggemma2", "<image> <boi> shoe <image><eoi>"),
+    ],
+)
+def test_placeholders_in_titles_are_text(folders: dict[str, Path], kind: str, title: str) -> None:
+    encoded = load(folders[kind], "multimodal").encode([{"title": title, "image": RED}, ITEMS[0]])
     assert encoded.status.tolist() == ["ok", "ok"]
 
 

@@ -155,7 +155,7 @@ def test_nan_in_a_file_is_refused_with_the_items_names(tmp_path: Path) -> None:
     data = files(tmp_path, IDS, VECTORS)["npy"]
     np.save(tmp_path / "v.npy", spoiled)
     items = write_items(tmp_path, [{"item_id": name} for name in WANTED])
-    with pytest.raises(UserError, match="1 vectors hold NaN or infinity, first of items B000000001"):
+    with pytest.raises(UserError, match="the vector of id 'B000000001' holds NaN or infinity; remove the row"):
         extract(spec_of(tmp_path, data), {"items": items}, tmp_path / "f.out.parquet")
     assert not (tmp_path / "f.out.parquet").exists()
 
@@ -252,3 +252,22 @@ def test_a_folder_of_parquet_parts_is_one_file(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="needs one of parquet, npy"):
         spec_of(tmp_path, {"path": "empty"})
+
+
+def test_a_header_of_the_ids_is_suspected(tmp_path: Path) -> None:
+    np.save(tmp_path / "v.npy", VECTORS)
+    (tmp_path / "ids.txt").write_text("\n".join(["item_id", *IDS]))
+    with pytest.raises(UserError, match=r"5 ids, but .* has 4 rows; .* if the first line, 'item_id', is a header"):
+        encode(tmp_path, {"path": "v.npy", "ids": str(tmp_path / "ids.txt")})
+
+
+def test_ids_that_do_not_meet_are_shown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = files(tmp_path, ids=[name.lower() for name in IDS])["npy"]
+    assert set(encode(tmp_path, data).status) == {"missing"}
+    shown = "Ids of the items: 'B000000001', 'B000000002', 'B000000009'; of the file: 'b000000003', 'b000000001'"
+    assert "v.npy: none of the 4 items is in it" in caplog.text and shown in caplog.text
+
+
+def test_another_kind_of_file_says_what_to_save(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="save other vectors as Parquet with the columns item_id and embedding"):
+        spec_of(tmp_path, {"path": "vectors.pt"})

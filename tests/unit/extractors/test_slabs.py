@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import tiny_transformers
 import torch
+from fake_device import Launches, fake_device, moved
 from fixtures_extractors import shape
 from PIL import Image
 
 import extractors
 from extractors.image.base import ImageModel
 from extractors.runtime.slabs import Download, Slab
+from extractors.text.pooling import pool
 
 CPU = torch.device("cpu")
 IMAGES = [shape(kind, colour, seed=n) for n in range(6) for kind in ("square", "circle") for colour in ("red", "blue")]
@@ -130,6 +132,42 @@ def test_images_are_decoded_while_the_device_computes(tmp_path: Path, monkeypatc
     monkeypatch.setattr(model, "pixels", counted)
     monkeypatch.setattr(model, "forward", waiting)
     assert (model.run(IMAGES).status == "ok").all()
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["timm", "open_clip", "clip", "dinov2"])
+def test_a_batch_of_images_does_not_wait_for_the_device(tmp_path: Path, name: str, precision: str):
+    """The positions of a NaFlex model do: transformers computes them on the host."""
+    model = load(SPECS[name](tmp_path), precision=precision)
+    pixels = model.pixels(Image.new("RGB", (40, 60), "red")).expand(3, -1, -1, -1)
+    with fake_device():
+        moved(model.model, "cuda")
+        model.device = "cuda"
+        for attribute, value in vars(model).items():
+            if isinstance(value, torch.Tensor):
+                setattr(model, attribute, moved(value, "cuda"))
+        # The first call makes constants. Before it, `normalised` is compared with `prepare` on the CPU.
+        for device in ("cpu", "cuda") if name == "open_clip" else ("cuda",):
+            assert model.normalised(moved(pixels, device)).device.type == device
+        stack = moved(pixels, "cuda")
+        with torch.inference_mode(), Launches("cuda"):
+            vectors = model.vectors_of(model.normalised(stack))
+        assert vectors.device.type == "cuda" and vectors.shape == (3, model.dim)
+
+
+@pytest.mark.parametrize("kind", ["bert", "qwen"])
+@pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
+def test_a_batch_of_texts_does_not_wait_for_the_device(tmp_path: Path, kind: str, pooling: str):
+    folder = str(tiny_transformers.save_text(kind, tmp_path))
+    spec = {"modality": "text", "backend": "transformers-text", "weights": folder, "pooling": pooling, "device": "cpu"}
+    model: Any = extractors.load(spec)
+    with fake_device():
+        moved(model.model, "cuda")
+        ids, mask = (torch.empty(3, 5, dtype=torch.int64, device="cuda") for _ in range(2))
+        with torch.inference_mode(), Launches("cuda"):
+            states = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
+            vectors = pool(states.float(), mask, pooling)
+        assert vectors.device.type == "cuda" and vectors.shape == (3, model.dim)
 
 
 def test_a_slab_returns_the_rows_asked_for_and_may_be_filled_anew():

@@ -17,7 +17,6 @@ from cm3.model.graph import (
     item_item_matrix,
     knn,
     propagate,
-    propagate_to,
     user_item_matrix,
 )
 
@@ -111,28 +110,6 @@ def test_propagation_is_the_sum_of_powers_and_so_is_its_gradient(interactions, l
     torch.testing.assert_close(y, power @ x, rtol=1e-6, atol=1e-6)
     weights = torch.randn(21, 4, dtype=torch.float64, device=device)
     torch.testing.assert_close(torch.autograd.grad((y * weights).sum(), x)[0], power.T @ weights, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("layers", [0, 1, 3])
-@pytest.mark.parametrize("users", [[3, 0, 3, 4], [4], list(range(12))], ids=["few", "no edge", "all"])
-def test_rows_of_propagation_equal_those_of_the_whole_to_the_last_bit(interactions, layers, users, device):
-    adjacency, ids = SparseMatrix(user_item_matrix(interactions)).to(device), torch.tensor(users, device=device)
-    x = torch.randn(21, 5, device=device, requires_grad=True)
-    by_user, items = propagate_to(adjacency, x, layers, ids, 12)
-    powers = [x.detach()]
-    for _ in range(layers):
-        powers.append(adjacency.product(powers[-1]))
-    whole = sum(powers[1:], powers[0].clone())
-    assert torch.equal(by_user, whole[ids]) and torch.equal(items, whole[12:])
-
-    grads = torch.randn_like(by_user), torch.randn_like(items)
-    (found,) = torch.autograd.grad((by_user, items), x, grads)
-    expected = torch.zeros_like(x)
-    for layer in range(layers + 1):
-        expected = adjacency.product(expected) if layer else expected
-        expected[:12].index_add_(0, ids, grads[0])
-        expected[12:] += grads[1]
-    assert torch.equal(found, expected)
 
 
 def test_item_graph_weighs_modalities_and_rescales_rows_with_missing_ones():

@@ -38,8 +38,8 @@ def batch(dedup: bool = True, device: str = "cpu") -> Batch:
         users,
         items,
         negatives,
-        count_by_batch(users, len(users), dedup)[0],
-        count_by_batch(negatives, len(users), dedup)[0],
+        next(count_by_batch(users, len(users), dedup)),
+        next(count_by_batch(negatives, len(users), dedup)),
     )
 
 
@@ -131,7 +131,7 @@ def test_a_step_over_two_batches_is_the_mean_of_their_losses():
         batch(),
         Batch(
             *(torch.tensor(x) for x in ([5, 5], [0, 1], [2, 3])),
-            *(count_by_batch(torch.tensor(x), 2, True)[0] for x in ([5, 5], [2, 3])),
+            *(next(count_by_batch(torch.tensor(x), 2, True)) for x in ([5, 5], [2, 3])),
         ),
     )
     embeddings = model.training_embeddings(3)
@@ -153,14 +153,14 @@ def test_a_step_over_two_batches_is_the_mean_of_their_losses():
 def test_a_step_leaves_nothing_to_the_garbage_collector(batches, monkeypatch):
     model, _ = build(2)
     kept = []
-    ego = model.ego_embeddings
+    streams = model.item_streams
 
     def watched(t):
-        found = ego(t)
+        found = streams(t)
         kept.extend(weakref.ref(x) for x in found)
         return found
 
-    monkeypatch.setattr(model, "ego_embeddings", watched)
+    monkeypatch.setattr(model, "item_streams", watched)
     gc.disable()
     try:
         model.backward([batch()] * batches, 3)

@@ -27,6 +27,7 @@ from study_runs import (  # noqa: F401
 )
 
 from cm3.common.files import read_json, write_json
+from cm3.evaluation.recommendations import publish_recommendations, read_ids
 
 
 def pair_of(result, a, b, metric):
@@ -187,7 +188,7 @@ def test_slices_and_lists_are_those_of_plain_loops(study):
             table = pq.read_table(inputs[f"recommendations.{name}.{key}"]).to_pylist()
             lists = [[] for _ in range(shop.n_users)]
             for row in sorted(table, key=lambda row: row["rank"]):
-                lists[int(row["user_id"][4:])].append(int(row["item_id"][4:]))
+                lists[row["user"]].append(row["item"])
             plain = [oracle.metrics_of(lists[u], test[u] & cold, 10)["recall"] for u in wanting]
             assert slices["cold"]["metrics"][name]["recall@10"]["values"][number] == pytest.approx(np.mean(plain))
             shown = {item for found in lists for item in found[:10]}
@@ -257,9 +258,18 @@ def test_the_order_of_rows_on_disk_changes_nothing(study, tmp_path):
     assert run(spec, turned, tmp_path) == result
 
 
+def test_lists_of_earlier_releases_have_ids_and_give_the_same_result(study, tmp_path):
+    _, spec, inputs, _, result = study
+    ids = read_ids(inputs["users"], inputs["items"])
+    earlier = {name: tmp_path / name for name in inputs if name.startswith("recommendations.")}
+    for name, path in earlier.items():
+        publish_recommendations(inputs[name], path, ids)
+    assert run(spec, inputs | earlier, tmp_path) == result
+
+
 def test_files_are_read_by_parts_and_whole_alike(study, tmp_path, monkeypatch):
     _, spec, inputs, _, result = study
-    monkeypatch.setattr("cm3.reports.analysis.runs._GROUPS", 3)
+    monkeypatch.setattr("cm3.evaluation.recommendations._GROUPS", 3)
     monkeypatch.setattr("cm3.common.embeddings._BATCH_ROWS", 11)
     monkeypatch.setattr("cm3.reports.analysis.slices._BLOCK_PAIRS", 7)
     monkeypatch.setattr("cm3.reports.analysis.slices._BLOCK_USERS", 5)

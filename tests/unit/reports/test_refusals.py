@@ -29,9 +29,19 @@ def swapped(table):
     return table.set_column(table.column_names.index("recall@10"), "recall@10", pa.array(values))
 
 
+def with_ids(table):
+    """A run's recommendations as earlier releases wrote them."""
+    ids = {f"{kind}_id": pa.array([f"{kind}{n}" for n in table[kind].to_pylist()]) for kind in ("user", "item")}
+    return pa.table(ids | {name: table[name] for name in ("rank", "score")})
+
+
 def stranger(table):
-    ids = ["nobody", *table["item_id"].to_pylist()[1:]]
-    return table.set_column(1, "item_id", pa.array(ids))
+    table = with_ids(table)
+    return table.set_column(1, "item_id", pa.array(["nobody", *table["item_id"].to_pylist()[1:]]))
+
+
+def beyond_the_items(table):
+    return table.set_column(1, "item", pa.array([60, *table["item"].to_pylist()[1:]], pa.int32()))
 
 
 def twice(table):
@@ -64,6 +74,12 @@ def undefined(table):
         ("per_user", worse, "the mean of recall@10 is .* delete both"),
         ("per_user", swapped, "recall@10 of the lists differs"),
         ("recommendations", stranger, "'nobody' is not an id"),
+        ("recommendations", beyond_the_items, "60 is not a row of the 60 of the data set"),
+        (
+            "recommendations",
+            lambda table: table.replace_schema_metadata({"ids": '"other"'}),
+            "its numbers are rows of other tables",
+        ),
         ("recommendations", twice, "two items at the same rank"),
         ("recommendations", lambda table: table.drop_columns(["rank"]), "has no column rank"),
         ("user_embeddings", lambda table: table.slice(1), "its 119 ids are not those of the data set, in order"),

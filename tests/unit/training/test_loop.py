@@ -136,6 +136,7 @@ def test_a_checkpoint_without_gradient_norms_is_resumed(shop, tmp_path, monkeypa
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 14.00 GiB."),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
         RuntimeError("NCCL error in: ProcessGroupNCCL.cpp:1\nncclUnhandledCudaError: out of memory"),
         MemoryError(),
     ],

@@ -8,7 +8,6 @@ import random
 import resource
 import signal
 import subprocess
-import sys
 import time
 from itertools import pairwise
 from types import SimpleNamespace
@@ -16,11 +15,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from repository import ROOT
-from training_shop import MODEL, OUTPUTS, TRAINING, history, one_thread, prepared, run, shop, written  # noqa: F401
+from training_shop import MODEL, OUTPUTS, TRAINING, history, one_thread, prepared, run, shop, stage_command, written  # noqa: F401
 
 import cm3.training.loop
 from cm3.common.errors import UserError
-from cm3.config import Model, Training
+from cm3.config import Training
 from cm3.training.checkpoint import Checkpoint
 from cm3.training.schedule import lr_factor
 
@@ -65,16 +64,11 @@ def test_a_run_that_is_stopped_again_and_again_ends_as_if_it_never_was(
 @pytest.mark.integration
 def test_a_killed_process_goes_on_to_the_same_bytes(shop, tmp_path):
     training = TRAINING | {"epochs": 12}
-    identity = Training(**training).identity()
-    spec = {"modalities": ["text", "image"], "model": Model(**MODEL).identity(), "training": identity}
     run(shop, tmp_path / "whole", training=training, code="c0de")
 
     folder = tmp_path / "killed"
-    command = [sys.executable, "-m", "cm3.training.train", "--spec", json.dumps(spec), "--code", "c0de"]
-    command += ["--runtime", json.dumps({"device": "cpu", "checkpoint_seconds": 0, "threads": torch.get_num_threads()})]
-    command += [part for name, path in shop.items() for part in ("--input", f"{name}={path}")]
-    outputs = dict(zip(("model", "history", "users", "items"), OUTPUTS, strict=True)) | {"record": "record.json"}
-    command += [part for name, path in outputs.items() for part in ("--output", f"{name}={folder / path}")]
+    runtime = {"checkpoint_seconds": 0, "threads": torch.get_num_threads()}
+    command = stage_command(shop, folder, training, runtime, code="c0de")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     checkpoint, chance, resumed = folder / "checkpoints/last.safetensors", random.Random(0), False
     for _ in range(2):
@@ -228,6 +222,34 @@ def test_a_full_disk_at_a_checkpoint_is_one_line(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list(tmp_path.iterdir())
+
+
+def test_the_best_epoch_of_the_stored_state_is_kept_until_the_next_state(tmp_path, caplog):
+    def state(epoch):
+        return {"epoch": epoch, "best": {"epoch": epoch, "valid": 0.5, "test": None}}
+
+    def bests():
+        return sorted(path.name for path in tmp_path.glob("best-*"))
+
+    checkpoint = Checkpoint(tmp_path, "f")
+    checkpoint.save_best(1, {"best_users": torch.ones(2)})
+    checkpoint.save({"a": torch.zeros(3)}, state(1))
+    checkpoint.save_best(2, {"best_users": torch.ones(2) * 2})
+    checkpoint.save_best(3, {"best_users": torch.ones(2) * 3})
+    assert bests() == ["best-1.safetensors", "best-3.safetensors"]
+    resumed = Checkpoint(tmp_path, "f")
+    assert resumed.load() and resumed.load_best(1)["best_users"].tolist() == [1, 1]
+    resumed.save_best(2, {"best_users": torch.ones(2) * 2})
+    assert bests() == ["best-1.safetensors", "best-2.safetensors"]
+    resumed.save({"a": torch.zeros(3)}, state(2))
+    assert bests() == ["best-2.safetensors"]
+
+    file = tmp_path / "best-2.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert Checkpoint(tmp_path, "f").load() is None
+    assert "best-2.safetensors" in caplog.text and "starting from the beginning" in caplog.text
+    resumed.remove()
+    assert not tmp_path.exists()
 
 
 def test_a_resume_may_change_the_checkpoint_interval(shop, tmp_path):

@@ -218,7 +218,7 @@ def test_accelerators_check_the_whole_epoch_at_once(shop, tmp_path, monkeypatch)
     monkeypatch.setattr(cm3.model.model, "mixing_parameters", lambda *a: mixing(*a) * (math.nan if a[-1] == bad else 1))
     with pytest.raises(UserError, match=r"epoch 2, batch 2: the loss is not finite, in .*; cause: parameter users"):
         run(shop, tmp_path)
-    assert not (tmp_path / "checkpoints").exists(), "a spoilt state is not kept"
+    assert not (tmp_path / "checkpoints/last.safetensors").exists(), "a spoilt state is not kept"
 
 
 def test_features_of_other_items_are_refused(shop, tmp_path):

@@ -75,6 +75,21 @@ def test_like_takes_over_what_is_not_said_again():
     assert found["popular"].training_identity() == {"monitor": "ndcg@5"}
 
 
+def test_automatic_batches_per_step_are_the_default_of_cm3_alone_and_have_the_key_of_the_earlier_default():
+    whole = config(
+        usual={"like": "shop"},
+        one={"like": "shop", "training": {"batches_per_step": 1}},
+        four={"like": "shop", "training": {"batches_per_step": 4}},
+        paper={"like": "shop", "preset": "official"},
+        mf={"like": "shop", "model": {"name": "bpr-mf"}},
+    )
+    found = load_config(whole).experiments
+    chosen = {name: found[name].training.batches_per_step for name in ("usual", "one", "four", "paper", "mf")}
+    assert chosen == {"usual": "auto", "one": 1, "four": 4, "paper": 1, "mf": 1}
+    in_keys = {name: found[name].training_identity()["batches_per_step"] for name in chosen}
+    assert in_keys == {"usual": 1, "one": "1", "four": 4, "paper": 1, "mf": 1}
+
+
 def test_a_model_has_a_patience_of_its_own():
     whole = config(
         hasty={"like": "shop", "training": {"patience": 3}},

@@ -47,11 +47,32 @@ def config(items: int | None = 7050, **qwen: Any) -> Config:
 
 def test_downloads_images_and_hours_are_stated():
     found = forecast(config(), JOBS, gpu=False)
-    assert found.lines[0].startswith("downloads, unless they are here already: 1 published files; weights of Qwen/")
+    assert found.lines[0].startswith(
+        "downloads, unless they are here already: 1 published file (size unknown); weights of Qwen/"
+    )
     assert "7B-Instruct (about 14 GB)" in found.lines[0]
     assert "images of baby: about 7,050, from the web" in found.lines
     assert "caption baby qwen: about 13.7 hours on this CPU" in found.lines
     assert any(line.startswith("extract baby qwen: at most about") for line in found.lines)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "stated"),
+    [
+        ([52_400_000, 1_200_000_000], "2 published files (1.3 GB)"),
+        ([52_400_000, None], "2 published files (52 MB and 1 of unknown size)"),
+        ([None, None], "2 published files (size unknown)"),
+        ([300, 0], "2 published files (1 MB)"),
+    ],
+)
+def test_the_size_of_downloads_is_stated_as_far_as_it_is_known(sizes: list[int | None], stated: str):
+    jobs = [
+        PlannedJob("download", {"dataset": "baby", "file": f"categoryFiles/{file}"})
+        for file in ("meta_Baby.json.gz", "ratings_Baby.csv")
+    ]
+    assert forecast(config(), jobs, gpu=False, sizes=lambda files: sizes).lines == [
+        f"downloads, unless they are here already: {stated}"
+    ]
 
 
 def test_a_large_model_is_refused_without_a_gpu():

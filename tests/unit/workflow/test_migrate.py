@@ -4,13 +4,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+from checkout import SMALL
+
 from cm3.common.files import read_json
 from cm3.common.stages import STAGES
 from cm3.datasets.registry import SOURCES
 from cm3.evaluation.registry import METRICS
 from cm3.model_registry import MODELS
 from extractors.registry import BACKENDS
-from workflow.plan.migrate import DIGESTS, migrate_records
+from workflow.plan.config import load_config
+from workflow.plan.migrate import DIGESTS, MARK, migrate_records
+from workflow.plan.publish import publish_inputs
 
 TRAIN = {
     "rule": "train",
@@ -50,6 +55,24 @@ def test_sources_that_share_a_digest_are_told_apart_by_the_command(tmp_path: Pat
     assert migrate_records(tmp_path) == 2
     for source, path in paths.items():
         assert read_json(path)["params"] == identity(f"settings 2f9651200377, version prepare 1, {source} 1")
+
+
+@pytest.mark.parametrize("rule", ["publish", "publish_item_weights", "publish_lists"])
+def test_publishing_gets_the_tables_that_it_reads_now(tmp_path: Path, rule: str):
+    tables = ["processed/hm/items.parquet", "processed/hm/users.parquet"]
+    record = {
+        "rule": rule,
+        "params": identity("settings 1b3955185689, version publish 1"),
+        "input": ["processed/hm/stats.json", "results/hm/runs/1/model.safetensors"],
+        "input_checksums": {"processed/hm/stats.json": "sha256:0"},
+    }
+    path = write(tmp_path, "published", record)
+    (tmp_path / MARK).write_text('{"identity": "versions"}')  # of an earlier rewriting
+    assert migrate_records(tmp_path) == 1
+    assert read_json(path) == record | {"input": [tables[0], record["input"][0], tables[1], record["input"][1]]}
+    assert migrate_records(tmp_path) == 0
+    inputs = publish_inputs(load_config(SMALL), "shop")
+    assert {inputs["items"], inputs["users"]} == {name.replace("hm", "shop") for name in tables}
 
 
 def test_other_records_are_left_alone(tmp_path: Path):

@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -13,8 +14,10 @@ from golden import check_golden
 from cm3.common.errors import DamagedFileError
 from cm3.common.files import read_json, sha256_of, write_json
 from cm3.common.stages import STAGES
-from cm3.common.tables import USERS, write_table
+from cm3.common.tables import ITEMS, RECOMMENDATIONS, USERS, write_table
 from cm3.common.tensors import write_tensors
+from cm3.evaluation.recommendations import ids_of, write_recommendations
+from cm3.evaluation.results import RankedLists
 from workflow.plan.config import load_config
 from workflow.plan.publish import publish
 from workflow.publish import gather, library_warning
@@ -130,6 +133,31 @@ def test_publishing_gives_the_golden_output():
     found = metrics(extract_image={"versions": {"torch": "2.16", "timm": "1.0"}})
     del found["versions"]["snakemake"]  # the installed one
     check_golden("publish", STAGES["publish"].version, found)
+
+
+@pytest.mark.parametrize("release", ["this", "earlier"])
+def test_published_recommendations_have_ids_whichever_release_made_the_run(tmp_path: Path, release: str):
+    items = pa.table({name: {"item": [0, 1], "item_id": ["b", "a"]}.get(name, [None] * 2) for name in ITEMS.names})
+    write_table(tmp_path / "items.parquet", items.cast(ITEMS), ITEMS)
+    write_table(
+        tmp_path / "users.parquet", pa.table({"user": pa.array([0], pa.int32()), "user_id": ["u"]}, USERS), USERS
+    )
+    run, expected = tmp_path / "run.parquet", tmp_path / "expected.parquet"
+    columns = {"user_id": ["u", "u"], "item_id": ["a", "b"], "rank": [1, 2], "score": [0.5, 0.25]}
+    for path in (run, expected):
+        write_table(path, pa.table(columns).cast(RECOMMENDATIONS), RECOMMENDATIONS)
+    if release == "this":
+        lists = RankedLists(np.array([0]), np.array([[1, 0]]), np.array([[0.5, 0.25]], np.float32))
+        write_recommendations(run, [lists], ids_of(["u"], ["b", "a"]), 2)
+    files = {"recommendations": run, "evaluation": tmp_path / "evaluation.json", "stats": tmp_path / "stats.json"}
+    files |= {name: tmp_path / f"{name}.parquet" for name in ("items", "users")}
+    for kind, values in (records() | {"evaluation": {}, "stats": {}}).items():
+        path = files.setdefault(kind if kind in files else f"record.{kind}", tmp_path / f"{kind}.stage.json")
+        write_json(path, values)
+    outputs = {"recommendations": tmp_path / "out/recommendations.parquet", "metrics": tmp_path / "out/metrics.json"}
+    provenance = {"experiment": "shop", "dataset": "shop", "command": "x", "config": {}, "keys": {}}
+    publish_files(provenance, files, outputs)
+    assert outputs["recommendations"].read_bytes() == expected.read_bytes()
 
 
 @pytest.mark.parametrize("name", ["model", "history", "per_user", "evaluation", "stats", "record.prepare"])

@@ -85,6 +85,19 @@ def test_a_job_has_a_line_at_its_start_and_one_at_its_end(folder: Path):
     assert len(screen.lines) == 3 and not screen.original_stream.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("kcore", "ratings", "notes"), [(5, True, "5-core; ratings are no signal"), (0, False, "no k-core")]
+)
+def test_a_prepared_data_set_is_summed_up(folder: Path, kcore: int, ratings: bool, notes: str):
+    counts = {"users": 60, "items": 24, "interactions": 3000}
+    stats = counts | {"kcore": kcore, "raw": {"interactions": 3600}, "has_ratings": ratings}
+    write_json(folder / "prepare.stage.json", {"stage": "cm3.datasets.prepare", "stats": stats})
+    screen = Screen()
+    screen.start(1, "prepare", "ratings.parquet", "prepare.stage.json", dataset="shop")
+    screen.send(LogEvent.JOB_FINISHED, job_id=1)
+    assert screen.lines[-1].strip() == f"60 users, 24 items, 3,000 of 3,600 interactions ({notes})"
+
+
 def test_commands_are_shown_on_request_only():
     for shows in (False, True):
         screen = Screen(shows_commands=shows)

@@ -218,9 +218,10 @@ def test_shards_are_deterministic_and_stale_ones_deleted(tmp_path: Path):
     for number in range(len(shards)):
         assert sum(len(images[row["item_id"]]) for row in rows if row["shard"] == number) <= 15_000
     assert dict(iter_images(tmp_path / "out" / "manifest.parquet")) == dict(enumerate(images.values()))
-    collect(tmp_path, references, spec)
-    assert [path.name for path in sorted((tmp_path / "out").glob("shard-*"))] == ["shard-00000.parquet"]
-    assert dict(iter_images(tmp_path / "out" / "manifest.parquet")) == dict(enumerate(images.values()))
+    some = [row["item_id"] for row in rows if row["shard"] == 0]
+    collect(tmp_path, {name: [] for name in some}, spec)
+    assert list((tmp_path / "out").glob("shard-*")) == shards[:1] and shards[0].read_bytes() == first[0]
+    assert dict(iter_images(tmp_path / "out" / "manifest.parquet")) == dict(enumerate(images[name] for name in some))
 
 
 def test_a_missing_shard_is_explained_and_made_again(tmp_path: Path):
@@ -294,6 +295,36 @@ def test_patterns_are_tried_in_order(tmp_path: Path):
     rows = collect(tmp_path, {"01234": [], "56789": [], "99999": []}, spec)
     assert [row["status"] for row in rows] == ["ok", "ok", "missing"]
     assert rows[2]["url"].endswith("999/99999.jpg")
+
+
+@pytest.mark.parametrize("name", ["{}.JPG", "photos/{}.jpg", "{}.png"])
+def test_files_of_other_names_are_shown(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str):
+    folder = tmp_path / "photos"
+    for item in "ab":
+        (folder / name.format(item)).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name.format(item)).write_bytes(image())
+    references: dict[str, Any] = {"a": [], "b": []}
+    assert {row["status"] for row in collect(tmp_path, references, local(folder, pattern="{item_id}.jpg"))} == {
+        "missing"
+    }
+    shown = f"such as {folder}/a.jpg; the folder has {name.format('a')}, {name.format('b')}: correct images.pattern"
+    assert f"2 of 2 items have no file, {shown}" in caplog.text
+    caplog.clear()
+    collect(tmp_path, references, local(folder, pattern=name.replace("{}", "{item_id}")))
+    assert "have no file" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        ("/annex/objects/SHA256E-s1--0.jpg\n", "git annex get"),
+    ],
+)
+def test_pointers_of_large_files_are_named(tmp_path: Path, text: str, advice: str):
+    (tmp_path / "a.jpg").write_text(text)
+    [row] = collect(tmp_path, {"a": []}, local(tmp_path, pattern="{item_id}.jpg"))
+    assert row["status"] == "failed" and advice in row["error"]
 
 
 def test_a_bad_image_leads_to_the_next(tmp_path: Path):
