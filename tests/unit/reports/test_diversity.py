@@ -86,10 +86,10 @@ def test_a_comparison_measures_all_models_by_the_same_features(tmp_path):
     unit = shop.kind / np.linalg.norm(shop.kind, axis=1, keepdims=True)
     for name, entry in result["experiments"].items():
         rows = pq.read_table(inputs[f"recommendations.{name}.{entry['runs'][0]}"]).to_pylist()
-        lists: dict[str, list[int]] = {}
+        lists: dict[int, list[int]] = {}
         for row in rows:
             if row["rank"] <= 10:
-                lists.setdefault(row["user_id"], []).append(int(row["item_id"][4:]))
+                lists.setdefault(row["user"], []).append(row["item"])
         distances = [
             np.mean([1 - unit[a] @ unit[b] for a, b in itertools.combinations(items, 2)]) for items in lists.values()
         ]
