@@ -28,8 +28,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Nothing heavy is imported: the kernel counts a parent's memory at the start into its child's peak.
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+# Nothing heavy is imported: the kernel counts a parent's memory at the start into its child's peak.
+from cm3.common.stages import STAGES  # noqa: E402
+
 ABOVE = 2.0  # seconds above start-up from which a run tells of growth
 METHODS = ("exact", "ivf", "hnsw")
 
@@ -57,8 +61,6 @@ OUTPUTS = {
     "user_embeddings.parquet item_embeddings.parquet",
 }
 """What it writes; an output's name is the file's, without suffix."""
-MODULES = {"prepare": "cm3.datasets.prepare", "split": "cm3.datasets.label", "publish": "workflow.publish"}
-MODULES |= {name: f"cm3.{name}" for name in ("similarity", "train", "evaluate")}
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ Runs = dict[str, dict[int, Run]]  # by stage and number of items
 
 def run(job: str, arguments: Sequence[str], log: Path, options: argparse.Namespace) -> Run:
     """Run a stage to its end or to a limit."""
-    command = [sys.executable, "-m", MODULES[job.partition("-")[0]], *arguments]
+    command = [sys.executable, "-m", STAGES[job.partition("-")[0]].module, *arguments]
     lent = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "3000", "CM3_STOP_WITH_PARENT": "1"}  # as the workflow does
     environment = {**lent, **os.environ, "PYTHONPATH": str(ROOT)}
     clock, fault, pid = time.perf_counter(), "", 0
@@ -131,13 +133,13 @@ def call(job: str, place: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 def measure(job: str, place: Path, options: argparse.Namespace) -> Run:
     """Run a stage on the shop in `place`; nothing of an earlier run of it, or of one that broke, is left."""
-    told = call(job, place, options)
-    absent = {Path(path).parent.name for path in told["inputs"].values() if not Path(path).exists()}
+    arguments = call(job, place, options)
+    absent = {Path(path).parent.name for path in arguments["inputs"].values() if not Path(path).exists()}
     if absent:
         return Run(0, 0, f"skipped, no output of {', '.join(sorted(absent))}")
     shutil.rmtree(place / job, ignore_errors=True)
     file = place / f"logs/{job}.json"
-    file.write_text(json.dumps(told))
+    file.write_text(json.dumps(arguments))
     done = run(job, ["--call", str(file)], place / f"logs/{job}.log", options)
     if done.fault:
         shutil.rmtree(place / job, ignore_errors=True)
@@ -157,11 +159,11 @@ def fitted(runs: dict[int, Run], start: Run, what: str, limit: float) -> tuple[f
     Returns:
         the exponent, and where the limit is met, going on from the largest size; None for fewer than two sizes.
     """
-    told = {n: r for n, r in runs.items() if not r.fault and r.seconds - start.seconds > ABOVE}
-    if len(told) < 2:
+    grown = {n: r for n, r in runs.items() if not r.fault and r.seconds - start.seconds > ABOVE}
+    if len(grown) < 2:
         return None
-    sizes = [math.log(n) for n in told]
-    values = [math.log(max(1.0, getattr(r, what) - getattr(start, what))) for r in told.values()]
+    sizes = [math.log(n) for n in grown]
+    values = [math.log(max(1.0, getattr(r, what) - getattr(start, what))) for r in grown.values()]
     slope = statistics.linear_regression(sizes, values).slope
     room = math.log(max(1.0, limit - getattr(start, what))) - values[-1]
     return slope, math.exp(sizes[-1] + room / slope) if slope > 0 else math.inf
@@ -177,12 +179,12 @@ def report(results: Runs, starts: dict[str, Run], options: argparse.Namespace) -
         fits = {what: fitted(runs, starts[job], what, limit) for what, (limit, _) in limits.items()}
         met = [(float(n), run.fault.split(":")[0]) for n, run in runs.items() if run.fault and run.seconds]
         met += [(fit[1], f"{limits[what][0]:,g} {limits[what][1]} by the fit") for what, fit in fits.items() if fit]
-        size, told = min(met, default=(math.inf, ""))
-        where = f"{float(f'{size:.2g}'):,.0f} items ({told})" if size < math.inf else "-"
+        size, reason = min(met, default=(math.inf, ""))
+        where = f"{float(f'{size:.2g}'):,.0f} items ({reason})" if size < math.inf else "-"
         cells = [run.cell for run in (starts[job], *(runs.get(n, Run(0, 0, "not tried")) for n in options.items))]
         rows.append([job, *cells, *(f"{fit[0]:.2f}" if fit else "-" for fit in fits.values()), where])
         order.append((size, f"`{job}` at {where}"))
-    breaks = ", then ".join(told for size, told in sorted(order) if size < math.inf)
+    breaks = ", then ".join(text for size, text in sorted(order) if size < math.inf)
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return f"""{table}
 
@@ -193,7 +195,7 @@ its fit meets a limit. {f"First breaks {breaks}." if breaks else "Nothing broke,
 
 def measure_all(results: Runs, starts: dict[str, Run], folder: Path, options: argparse.Namespace) -> None:
     """Make each shop, run the stages on it and put what they took into `results`, and bare starts into `starts`."""
-    tell = functools.partial(print, file=sys.stderr, flush=True)
+    say = functools.partial(print, file=sys.stderr, flush=True)
     for size in options.items:
         place, users = folder / f"scale-{size}", round(size * options.users_per_item)
         shop = {"items": size, "users": users, "interactions": round(users * options.interactions_per_user)}
@@ -202,7 +204,7 @@ def measure_all(results: Runs, starts: dict[str, Run], folder: Path, options: ar
         clock = time.perf_counter()
         subprocess.run(maker, check=True)
         (place / "logs").mkdir(exist_ok=True)
-        tell(f"{', '.join(f'{n:,} {name}' for name, n in shop.items())}: {time.perf_counter() - clock:.0f} s to make")
+        say(f"{', '.join(f'{n:,} {name}' for name, n in shop.items())}: {time.perf_counter() - clock:.0f} s to make")
         for job in jobs(options.stages, size, options.approximate_from):
             runs, log = results.setdefault(job, {}), place / "logs/start.log"
             # Twice: the first reads the libraries from the disk.
@@ -211,7 +213,7 @@ def measure_all(results: Runs, starts: dict[str, Run], folder: Path, options: ar
                 runs[size] = measure(job, place, options)
                 record = place / job / "record.json"
                 counts = json.loads(record.read_text()).get("counts", {}) if record.exists() else {}
-                tell(f"  {job}: {runs[size].cell}" + (f", recall {counts['recall']:.4f}" if "recall" in counts else ""))
+                say(f"  {job}: {runs[size].cell}" + (f", recall {counts['recall']:.4f}" if "recall" in counts else ""))
         if not options.folder:
             shutil.rmtree(place)
 

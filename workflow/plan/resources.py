@@ -31,6 +31,10 @@ USUAL_EPOCHS = 100
 MEBIBYTE = 1e6
 
 
+GPU_EVALUATION = 5e9
+"""Number of users times items from which an evaluation runs on a GPU."""
+
+
 @dataclass(frozen=True)
 class Need:
     """Memory in MB (10^6 bytes) and wall time in minutes of one job."""
@@ -160,6 +164,17 @@ class Needs:
         found = model.evaluation_estimate(replace(sizes, exported_mb=exported))
         return Need(found.memory_mb, found.minutes)
 
+    def evaluation_gpu_percent(self, wildcards: Any, files: Files) -> int:
+        """Return the share of a GPU that an evaluation takes: a quarter from `GPU_EVALUATION` scores on, or none.
+
+        The CPU ranks fewer in less than a minute, in which a GPU can train.
+        """
+        experiment = self.config.experiments[wildcards.experiment]
+        if experiment.training.device == "cpu":
+            return 0
+        scores = self._users(wildcards, files, unknown=0) * self._items(wildcards, files).rows
+        return 25 if scores >= GPU_EVALUATION else 0
+
     def publish(self, wildcards: Any, files: Files) -> Need:
         """Copies, a block at a time, and the ids of users and items."""
         return Need(1000, 15 + _megabytes(files.values()) / 50 / 60)
@@ -192,9 +207,9 @@ class Needs:
                 return shape.rows
         return self._expected(wildcards, "interactions", 2_000_000)
 
-    def _users(self, wildcards: Any, files: Files) -> int:
+    def _users(self, wildcards: Any, files: Files, unknown: int = 200_000) -> int:
         shape = _shape(files.get("users"))
-        return shape.rows if shape else self._expected(wildcards, "users", 200_000)
+        return shape.rows if shape else self._expected(wildcards, "users", unknown)
 
     def _items(self, wildcards: Any, files: Files) -> Shape:
         for path in (files.get("items"), f"processed/{self._dataset_name(wildcards)}/items.parquet"):

@@ -232,6 +232,15 @@ def gpu_percent(function):
     return lambda wildcards: int(100 * wanted_gpus(function)(wildcards))
 
 
+# The same for an evaluation, whose share depends on the sizes of its inputs. None on a cluster, where a GPU takes longer to
+# get than to use.
+def gpu_percent_of_evaluation(wildcards, input):
+    if runs_elsewhere(workflow) or not gpu_here():
+        return 0
+    files = {name.rstrip("_"): str(path) for name, path in input.items()}
+    return needs.evaluation_gpu_percent(wildcards, files)
+
+
 # Threads of a job that can have a GPU: its share of the cores, so that as many jobs run at a time as there are GPUs.
 def share_of_cores(function):
     def threads(wildcards):

@@ -16,6 +16,7 @@ rule evaluate:
         "../../environment.yml"
     threads: 8
     resources:
+        gpu_percent=gpu_percent_of_evaluation,
         mem_mb=needs.mem_mb("evaluate"),
         runtime=needs.runtime("evaluate"),
     params:

@@ -2,13 +2,17 @@
 
 import copy
 import re
+from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from checkout import SMALL, Checkout
 
 from workflow.plan import features, runs
 from workflow.plan.config import Config, load_config
+from workflow.plan.resources import Needs
 
 CAPTIONS: dict[str, Any] = {
     "modality": "caption",
@@ -45,6 +49,15 @@ def test_a_training_may_take_a_share_of_a_gpu():
     assert runs.train_gpus(checked(gpu_share=0.25, processes=2), "shop") == 2
     keys = [runs.selected_run(checked(gpu_share=share), "shop") for share in (0.25, 1.0)]
     assert keys[0] == keys[1], "a share changes no result"
+
+
+@pytest.mark.parametrize(("rows", "device", "percent"), [(100, "auto", 0), (200_000, "auto", 25), (200_000, "cpu", 0)])
+def test_a_large_evaluation_takes_a_share_of_a_gpu(tmp_path, rows, device, percent):
+    for name in ("users", "items"):
+        pq.write_table(pa.table({"id": pa.array(range(rows))}), tmp_path / f"{name}.parquet")
+    files = {name: str(tmp_path / f"{name}.parquet") for name in ("users", "items")}
+    wildcards = SimpleNamespace(experiment="shop")
+    assert Needs(checked(device=device)).evaluation_gpu_percent(wildcards, files) == percent
 
 
 def test_exact_search_asks_for_a_gpu_unless_all_its_readers_train_on_the_cpu():
