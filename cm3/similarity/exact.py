@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from cm3.common.arrays import zeros
 from cm3.common.topk import largest, top_k
@@ -157,6 +159,26 @@ def candidates_of(vectors: Tensor, others: Tensor, width: int, columns: int, buf
     return found[0]
 
 
+def knn_in_blocks(features: Tensor, k: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return indices and scores (R, k) of the nearest rows as `knn` does, for a few query rows and without a copy of all.
+
+    Memory: the query rows, one block of rows and copies of these.
+    """
+    queries = torch.arange(len(rows))
+    indices = torch.empty((len(rows), 0), dtype=torch.int64)
+    scores = torch.empty((len(rows), 0), dtype=features.dtype)
+    size = max(1, BLOCK_ENTRIES // max(1, features.shape[1]))
+    for start in range(0, len(features), size):
+        block = features[start : start + size]
+        among = torch.arange(len(rows), len(rows) + len(block))
+        found, new = knn(torch.cat([features[rows], block]), min(k, len(block)), rows=queries, among=among)
+        # Of equal scores, those of earlier blocks have lower indices; a stable sort keeps them first.
+        scores, place = torch.cat([scores, new], dim=1).sort(dim=1, descending=True, stable=True)
+        indices = torch.cat([indices, found + (start - len(rows))], dim=1).gather(1, place)[:, :k]
+        scores = scores[:, :k]
+    return indices, scores
+
+
 def _finish(unit_rows: UnitRows, rows: Tensor, k: int, among: Tensor | None, floor: Tensor) -> tuple[Tensor, Tensor]:
     """Return indices and scores (R, k) of the nearest of all rows, by float64 products with every one of them.
 
@@ -219,9 +241,30 @@ class UnitRows:
         size = max(1, _PIECE.get(self._x.device.type, 2**18) // max(1, self.shape[1]))
         return [slice(start, start + size) for start in range(0, self.shape[0], size)]
 
+    @functools.cached_property
+    def _inverse(self) -> Tensor | None:
+        """Inverse lengths (N,) float32; None where products with them could overflow or lose digits."""
+        moderate = self.dtype == torch.float32 and (torch.frexp(self._length).exponent.abs() < 100).all()
+        return self._length.reciprocal().float() if moderate else None
+
     def unit(self, rows: Tensor | slice) -> Tensor:
         """Return these rows with unit length, (R, d) float64."""
         return self._x[rows].double() / self._length[rows, None]
+
+    def single(self, rows: Tensor) -> Tensor:
+        """Return these rows with unit length, (R, d) float32, each number within two units in the last place."""
+        if self._inverse is None:
+            return self.unit(rows).float()
+        return self._x.index_select(0, rows).mul_(self._inverse[rows, None])
+
+    def sums(self, rows: Tensor, starts: Tensor) -> Tensor:
+        """Return sums (G, d) float32 of consecutive groups of the unit rows `rows` (R,), of which `starts` (G,) are the first.
+
+        Each sum is computed in the order of its rows, whatever the number of threads. An empty group has a sum of zeros.
+        """
+        if self._inverse is None:
+            return embedding_bag(torch.arange(len(rows)), self.single(rows), starts, mode="sum")
+        return embedding_bag(rows, self._x, starts, mode="sum", per_sample_weights=self._inverse[rows])
 
     def cosines(self, rows: Tensor, others: Tensor) -> Tensor:
         """Return the cosines (R, W) float64 of `rows` (R,) with `others` (R, W), both int64.
