@@ -55,16 +55,16 @@ def approximate_knn(features: Tensor, k: int, method: str) -> tuple[Tensor, Tens
         raise ValueError(f"method {method!r} is neither hnsw nor ivf")
     features = features.cpu()
     unit_rows = UnitRows(features).check_finite()
-    search = _METHODS[method](unit_rows, min(n, k + _MARGIN))
     sample = torch.from_numpy(np.random.default_rng(_SEED).choice(n, min(n, SAMPLE), replace=False))
     nearest, exact = knn_in_blocks(features, k, sample)
-    search.widen(sample, nearest, exact, RECALL, _GAIN)
     indices, scores = torch.empty((n, k), dtype=torch.int64), torch.empty((n, k), dtype=unit_rows.dtype)
 
     def rescore(rows: Tensor) -> None:
         indices[rows], scores[rows] = rescored(unit_rows, rows, search.candidates(rows), k)
 
     with one_thread_each() as pool:
+        search = _METHODS[method](unit_rows, min(n, k + _MARGIN), pool)
+        search.widen(sample, nearest, exact, RECALL, _GAIN)
         list(pool.map(rescore, search.parts()))
     short = torch.nonzero(scores[:, -1] == -torch.inf).squeeze(1)
     if len(short):

@@ -167,7 +167,7 @@ def knn_in_blocks(features: Tensor, k: int, rows: Tensor) -> tuple[Tensor, Tenso
     queries = torch.arange(len(rows))
     indices = torch.empty((len(rows), 0), dtype=torch.int64)
     scores = torch.empty((len(rows), 0), dtype=features.dtype)
-    size = max(1, BLOCK_ENTRIES // max(1, features.shape[1]))
+    size = max(1, BLOCK_ENTRIES // (4 * max(1, features.shape[1])))
     for start in range(0, len(features), size):
         block = features[start : start + size]
         among = torch.arange(len(rows), len(rows) + len(block))

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from concurrent.futures import Executor
 from types import ModuleType
 
 import numpy as np
@@ -14,7 +15,7 @@ from cm3.similarity.exact import UnitRows
 _LINKS = 32
 _QUEUE = 100  # rows that are considered while a row is linked
 _ROUNDING = 1e-5
-_BLOCK = 8192
+_BLOCK, _SAMPLE_BLOCK = 8192, 64
 
 
 class Graph:
@@ -26,12 +27,14 @@ class Graph:
     Args:
         unit_rows: the rows (N, d), on the CPU.
         width: candidates per row.
+        pool: threads of `cm3.similarity.workers`.
 
     Raises:
         UserError: faiss is not installed.
     """
 
-    def __init__(self, unit_rows: UnitRows, width: int) -> None:
+    def __init__(self, unit_rows: UnitRows, width: int, pool: Executor) -> None:
+        self._pool = pool
         self._faiss, (self._n, d) = _import_faiss(), unit_rows.shape
         self._width, self.breadth = width, min(2 * width, self._n)
         self._unit = unit_rows.quantised(0)[0].numpy()
@@ -55,7 +58,8 @@ class Graph:
         k, before = nearest.shape[1], -1.0
         least = scores[:, -1:].numpy() - _ROUNDING
         while True:
-            found = (self._search(sample)[0] >= least).sum(1).clip(max=k).mean() / k
+            best = np.concatenate([found for found, _ in self._pool.map(self._search, sample.split(_SAMPLE_BLOCK))])
+            found = (best >= least).sum(1).clip(max=k).mean() / k
             if found >= wanted or found - before < gain or self.breadth == self._n:
                 return
             self.breadth, before = min(2 * self.breadth, self._n), found

@@ -4,7 +4,7 @@ Libraries search row by row, which reads every row of the cells searched from me
 cell: one matrix product of a cell's rows with all rows that search the cell.
 """
 
-import logging
+from concurrent.futures import Executor
 
 import numpy as np
 import torch
@@ -13,22 +13,17 @@ from torch.nn.functional import embedding_bag
 
 from cm3.common.topk import largest
 from cm3.similarity.exact import UnitRows
-from cm3.similarity.workers import one_thread_each
-
-log = logging.getLogger(__name__)
-
-VERSION = 2
-"""Of the candidates: raised when the same features get others."""
 
 BREADTH = 8
 """Cells of a search to begin with."""
 
 _SEED = 0
-_ITERATIONS = 10
-_POINTS = 64  # rows of the sample of k-means per cell: 256,000 of a million rows
-_BLOCK = 4096  # rows whose products with the centroids are computed at a time
+_STEPS = 12  # of k-means
+_POINTS = 64  # rows of a step per cell: 256,000 of a million rows
+_BLOCK = 1024  # rows whose products with the centroids are computed at a time
 _PART, _PARTS, _PAIRS = 2**17, 8, 2**22  # at most so many rows a part; at least so many parts; pairs of row and cell
-_ENTRIES = 2**21  # of the rows of one matrix product
+ENTRIES = 2**21
+"""Numbers in the rows on each side of one matrix product."""
 
 
 class Cells:
@@ -37,14 +32,15 @@ class Cells:
     Args:
         unit_rows: the rows (N, d), on the CPU.
         width: candidates per row.
+        pool: threads of `cm3.similarity.workers`.
     """
 
-    def __init__(self, unit_rows: UnitRows, width: int) -> None:
+    def __init__(self, unit_rows: UnitRows, width: int, pool: Executor) -> None:
         n = unit_rows.shape[0]
         self.unit_rows, self.width, self.breadth = unit_rows, width, BREADTH
         self.count = min(n, int(4 * n**0.5))
-        self.centroids = spherical_kmeans(unit_rows, self.count)
-        self.cell_of = assign(unit_rows, torch.arange(n), self.centroids)
+        self.centroids = spherical_kmeans(unit_rows, self.count, pool)
+        self.cell_of = assign(unit_rows, torch.arange(n), self.centroids, pool)
         self.rows, self.starts = grouped(self.cell_of, self.count)
 
     def widen(self, sample: Tensor, nearest: Tensor, scores: Tensor, wanted: float, gain: float) -> None:
@@ -63,7 +59,9 @@ class Cells:
         # The products of half of the rows take about as long as exact search.
         most = min(self.count, max(64, self.count // 4))
         breadth, before = min(self.breadth, most), -1.0
-        while (found := (ranks < breadth).double().mean().item()) < wanted and found - before >= gain and breadth < most:
+        while (
+            (found := (ranks < breadth).double().mean().item()) < wanted and found - before >= gain and breadth < most
+        ):
             breadth, before = min(2 * breadth, most), found
         self.breadth = breadth
 
@@ -74,7 +72,9 @@ class Cells:
 
     def candidates(self, rows: Tensor) -> Tensor:
         """Return the nearest rows (R, width) int64 of `rows` (R,) in their nearest cells; -1 in empty places."""
-        nearest = torch.cat([nearest_cells(self.unit_rows, part, self.centroids, self.breadth) for part in rows.split(_BLOCK)])
+        nearest = torch.cat(
+            [nearest_cells(self.unit_rows, part, self.centroids, self.breadth) for part in rows.split(_BLOCK)]
+        )
         best = _Best(len(rows), self.width)
         # The nearest cell first: after it, most rows of other cells are known to be too far.
         for ranks in (nearest[:, :1], nearest[:, 1:]):
@@ -84,7 +84,7 @@ class Cells:
         return best.indices
 
     def _search(self, rows: Tensor, searching: Tensor, starts: list[int], best: "_Best") -> None:
-        size = max(1, _ENTRIES // max(1, self.unit_rows.shape[1]))
+        size = max(1, ENTRIES // max(1, self.unit_rows.shape[1]))
         for cell in range(self.count):
             here = searching[starts[cell] : starts[cell + 1]]
             for members in self.rows[self.starts[cell] : self.starts[cell + 1]].split(size) if len(here) else ():
@@ -109,39 +109,41 @@ class _Best:
             return
         rows = rows[larger]
         values, places = largest(products[larger], min(width, len(columns)))
-        values, places = torch.cat([self.values[rows], values], dim=1), torch.cat([self.indices[rows], columns[places]], dim=1)
+        values, places = (
+            torch.cat([self.values[rows], values], dim=1),
+            torch.cat([self.indices[rows], columns[places]], dim=1),
+        )
         values, kept = values.topk(width, dim=1, sorted=False)
         self.values[rows], self.indices[rows] = values, places.gather(1, kept)
         self.least[rows] = values.amin(dim=1)
 
 
-def spherical_kmeans(unit_rows: UnitRows, count: int) -> Tensor:
-    """Return `count` unit centroids (count, d) of a random sample of the rows, the same for any number of threads.
+def spherical_kmeans(unit_rows: UnitRows, count: int, pool: Executor) -> Tensor:
+    """Return `count` unit centroids (count, d), the same for any number of threads.
 
-    Centroids start as rows of the sample. A cell without rows starts again at a random one.
+    Centroids start as random rows. Each step takes other rows: with the same in each, a row that is far from all centroids
+    stays in the cell whose centroid it is a part of, apart from rows like it, and many more cells have to be searched. A
+    cell without rows starts again at a random one.
     """
     rng = np.random.default_rng(_SEED)
     n = unit_rows.shape[0]
-    sample = torch.from_numpy(rng.choice(n, min(n, _POINTS * count), replace=False))
-    centroids = unit_rows.single(sample[:count])
-    labels = None
-    for _ in range(_ITERATIONS):
-        before, labels = labels, assign(unit_rows, sample, centroids)
-        if before is not None and torch.equal(labels, before):
-            break
-        order, starts = grouped(labels, count)
-        centroids = unit_rows.sums(sample[order], torch.tensor(starts[:-1]))
+    shuffled = torch.from_numpy(rng.permutation(n))
+    centroids = unit_rows.single(shuffled[:count])
+    size = min(n, _POINTS * count)
+    for step in range(_STEPS):
+        rows = shuffled if size == n else shuffled.roll(-step * size)[:size]
+        order, starts = grouped(assign(unit_rows, rows, centroids, pool), count)
+        centroids = unit_rows.sums(rows[order], torch.tensor(starts[:-1]))
         empty = torch.tensor(starts).diff() == 0
-        centroids[empty] = unit_rows.single(sample[torch.from_numpy(rng.choice(len(sample), int(empty.sum())))])
+        centroids[empty] = unit_rows.single(rows[torch.from_numpy(rng.choice(size, int(empty.sum())))])
         centroids /= centroids.norm(dim=1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
     return centroids
 
 
-def assign(unit_rows: UnitRows, rows: Tensor, centroids: Tensor) -> Tensor:
-    """Return the nearest centroid (R,) int64 of `rows` (R,), computed by several threads."""
-    with one_thread_each() as pool:
-        blocks = rows.split(_BLOCK)
-        return torch.cat(list(pool.map(lambda block: nearest_cells(unit_rows, block, centroids, 1), blocks))).squeeze(1)
+def assign(unit_rows: UnitRows, rows: Tensor, centroids: Tensor, pool: Executor) -> Tensor:
+    """Return the nearest centroid (R,) int64 of `rows` (R,)."""
+    blocks = pool.map(lambda block: nearest_cells(unit_rows, block, centroids, 1), rows.split(_BLOCK))
+    return torch.cat(list(blocks)).squeeze(1)
 
 
 def nearest_cells(unit_rows: UnitRows, rows: Tensor, centroids: Tensor, breadth: int) -> Tensor:
