@@ -9,7 +9,6 @@ from concurrent.futures import Executor
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
 
 from cm3.common.topk import largest
 from cm3.similarity.exact import UnitRows
