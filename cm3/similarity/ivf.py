@@ -102,6 +102,8 @@ class _Best:
 
     def add(self, rows: Tensor, columns: Tensor, products: Tensor) -> None:
         """Add the products (R, C) of some rows (R,) with the rows numbered `columns` (C,)."""
+        if not len(columns):
+            return
         width = self.values.shape[1]
         larger = torch.nonzero(products.amax(dim=1) > self.least[rows]).squeeze(1)
         if not len(larger):

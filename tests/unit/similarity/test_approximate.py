@@ -125,6 +125,12 @@ def test_candidates_are_the_nearest_rows_of_the_nearest_cells(scale, monkeypatch
             np.testing.assert_allclose(np.sort(products[found]), np.sort(products)[-12:], atol=1e-6)
 
 
+def test_cells_without_rows_are_searched_as_well():
+    x = torch.eye(4).repeat(50, 1)  # four different rows, 56 cells
+    indices, scores, facts = approximate_knn(x, 5, "ivf")
+    assert (scores == 1).all() and (indices % 4 == torch.arange(200)[:, None] % 4).all() and facts["recall"] == 1
+
+
 def test_a_row_of_zeros_has_candidates():
     x = torch.from_numpy(clustered(300))
     x[3] = 0
