@@ -1,7 +1,7 @@
 """Inverted file (IVF): rows in cells of spherical k-means, of which a search reads the few nearest to a row.
 
-Libraries search row by row, which reads every row of the cells searched from memory. Here all rows are searched at once, cell by
-cell: one matrix product of a cell's rows with all rows that search the cell.
+Libraries search row by row, and read the rows of several cells from memory for each. Here all rows are searched at once,
+cell by cell: one matrix product of a cell's rows with all rows that search the cell.
 """
 
 from concurrent.futures import Executor
@@ -21,12 +21,18 @@ _STEPS = 12  # of k-means
 _POINTS = 64  # rows of a step per cell: 256,000 of a million rows
 _BLOCK = 1024  # rows whose products with the centroids are computed at a time
 _PART, _PARTS, _PAIRS = 2**17, 8, 2**22  # at most so many rows a part; at least so many parts; pairs of row and cell
+_ROWS = 2048  # on each side of one matrix product, at most
 ENTRIES = 2**21
-"""Numbers in the rows on each side of one matrix product."""
+"""Numbers in the rows on each side of one matrix product, at most."""
 
 
 class Cells:
     """Row numbers by cell, and the centroids.
+
+    Attributes:
+        breadth: cells of a search.
+        centroids: (C, d) float32, of unit length.
+        cell_of: (N,) the cell of each row.
 
     Args:
         unit_rows: the rows (N, d), on the CPU.
@@ -55,7 +61,7 @@ class Cells:
         products = products_with(self.unit_rows.single(sample), self.centroids)
         of_neighbours = products.gather(1, self.cell_of[nearest])
         ranks = torch.stack([(products > one[:, None]).sum(dim=1) for one in of_neighbours.T])
-        # The products of half of the rows take about as long as exact search.
+        # Beyond a quarter of the cells, the exact search is nearly as fast.
         most = min(self.count, max(64, self.count // 4))
         breadth, before = min(self.breadth, most), -1.0
         while (
@@ -83,7 +89,7 @@ class Cells:
         return best.indices
 
     def _search(self, rows: Tensor, searching: Tensor, starts: list[int], best: "_Best") -> None:
-        size = max(1, ENTRIES // max(1, self.unit_rows.shape[1]))
+        size = max(1, min(_ROWS, ENTRIES // max(1, self.unit_rows.shape[1])))
         for cell in range(self.count):
             here = searching[starts[cell] : starts[cell + 1]]
             for members in self.rows[self.starts[cell] : self.starts[cell + 1]].split(size) if len(here) else ():
