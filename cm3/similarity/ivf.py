@@ -77,9 +77,9 @@ class Cells:
 
     def candidates(self, rows: Tensor) -> Tensor:
         """Return the nearest rows (R, width) int64 of `rows` (R,) in their nearest cells; -1 in empty places."""
-        nearest = torch.cat(
-            [nearest_cells(self.unit_rows, part, self.centroids, self.breadth) for part in rows.split(_BLOCK)]
-        )
+        nearest = torch.empty((len(rows), self.breadth), dtype=torch.int64)
+        for part, found in zip(rows.split(_BLOCK), nearest.split(_BLOCK), strict=True):
+            nearest_cells(self.unit_rows, part, self.centroids, found)
         best = _Best(len(rows), self.width)
         # The nearest cell first: after it, most rows of other cells are known to be too far.
         for ranks in (nearest[:, :1], nearest[:, 1:]):
@@ -149,17 +149,24 @@ def spherical_kmeans(unit_rows: UnitRows, count: int, pool: Executor) -> Tensor:
 
 def assign(unit_rows: UnitRows, rows: Tensor, centroids: Tensor, pool: Executor) -> Tensor:
     """Return the nearest centroid (R,) int64 of `rows` (R,)."""
-    blocks = pool.map(lambda block: nearest_cells(unit_rows, block, centroids, 1), rows.split(_BLOCK))
-    return torch.cat(list(blocks)).squeeze(1)
+    found = torch.empty((len(rows), 1), dtype=torch.int64)
+    blocks = rows.split(_BLOCK), found.split(_BLOCK)
+    list(pool.map(lambda part, cells: nearest_cells(unit_rows, part, centroids, cells), *blocks))
+    return found.squeeze(1)
 
 
-def nearest_cells(unit_rows: UnitRows, rows: Tensor, centroids: Tensor, breadth: int) -> Tensor:
-    """Return the nearest centroids (R, breadth) int64 of `rows` (R,), the nearest first."""
+def nearest_cells(unit_rows: UnitRows, rows: Tensor, centroids: Tensor, found: Tensor) -> None:
+    """Write the nearest centroids of `rows` (R,) into `found` (R, breadth) int64, the nearest first.
+
+    Results that each block allocated between its temporary products would keep the C library from using their memory again.
+    """
     products = products_with(unit_rows.single(rows), centroids)
+    breadth = found.shape[1]
     if breadth == 1:
-        return products.argmax(dim=1, keepdim=True)
-    values, places = largest(products, breadth)
-    return places.gather(1, values.argsort(dim=1, descending=True))
+        torch.argmax(products, dim=1, keepdim=True, out=found)
+    else:
+        values, places = largest(products, breadth)
+        torch.gather(places, 1, values.argsort(dim=1, descending=True), out=found)
 
 
 def products_with(vectors: Tensor, centroids: Tensor) -> Tensor:
