@@ -6,7 +6,7 @@
 
 Shops are made up by benchmarks/scale_data.py. Each stage runs as the workflow runs it, `python -m STAGE` in its threads
 and environment: seconds are those of the whole process, peak memory is what the kernel counted (wait4). Neighbours are
-exact up to `--approximate-from` items, and by faiss from there on. Training takes one epoch of one modality with its
+exact up to `--approximate-from` items, and approximate from there on. Training takes one epoch of one modality with its
 validation, and the exact graph or else an approximate one. What is over a limit is stopped, and not tried on more items;
 what needs its output is skipped. With `--folder` files stay, and stages not in `--stages` are taken as they lie there.
 """

@@ -117,9 +117,9 @@ class ItemGraphs(Strict):
     knn_k: int = Field(10, gt=0, description="neighbours per item and modality in the item-item graph, itself included")
     knn_method: Literal["exact", "hnsw", "ivf"] = Field(
         "exact",
-        description="search for these neighbours; hnsw and ivf are approximate and need faiss-cpu; ivf is faster for vectors "
-        "that form clusters, from about 50,000 items on, for wide vectors from 200,000 (benchmarks/RESULTS.md); the record "
-        "of the stage has the recall of the search",
+        description="search for these neighbours; ivf and hnsw are approximate; ivf, which searches cells of similar vectors, is "
+        "much faster than exact from some 100,000 items on (benchmarks/RESULTS.md); hnsw needs faiss-cpu; the record of the "
+        "stage has the recall of the search",
     )
     knn_missing: Literal["drop", "mean"] = Field(
         "drop",

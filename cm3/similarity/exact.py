@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from cm3.common.arrays import zeros
 from cm3.common.topk import largest, top_k
@@ -15,6 +17,9 @@ BLOCK_ENTRIES = 2**25  # of a block's product on the CPU: 128 MiB
 CUDA_BLOCK_ENTRIES = 2**30  # as long as a quarter of the free memory holds them
 CHUNK_COLUMNS = 2**16
 MARGIN = 16
+PILOT = 512
+"""Rows that decide whether reduced products are worth a pass."""
+_FUTILE = 0.5  # of these need another pass
 # Half a unit in the last place of a float32 of at most 1, doubled.
 _ROUNDING = 2.0**-24
 # Entries of one float64 piece: in the CPU's cache, or enough to occupy a GPU.
@@ -30,10 +35,11 @@ def knn(
     first. Neither indices nor scores depend on the block size, the threads or the device. A row of zeros has cosine 0
     with every row. Memory: one float32 copy of the features and one block; never an N x N matrix.
 
-    Algorithm: unit rows are quantised to the type that the machine multiplies fastest (bfloat16 with AMX, TF32 on a
-    GPU). The quantisation error is measured, which bounds the error of a product by Cauchy and Schwarz. The best k + 32
-    candidates of each row are scored in float64. Where the last of them is within the bound of the k-th score, a row
-    outside the candidates could be a neighbour; such rows are searched again in float32, and the rest in float64.
+    Algorithm: unit rows are quantised to the type that the machine multiplies fastest (bfloat16 where a CPU has
+    instructions for it, TF32 on a GPU). The quantisation error is measured, which bounds the error of a product by Cauchy
+    and Schwarz. The best k + 32 candidates of each row are scored in float64. Where the last of them is within the bound of
+    the k-th score, a row outside the candidates could be a neighbour; such rows are searched again in float32, and the rest
+    in float64. If that would be most rows, as a few show beforehand, all are searched in float32 at once.
 
     Args:
         features: (N, d), float32 or float64; the scores have the same type. Other types are converted to float32.
@@ -67,7 +73,12 @@ def _nearest(unit_rows: UnitRows, rows: Tensor, k: int, among: Tensor | None) ->
     indices = torch.empty((len(rows), k), dtype=torch.int64, device=rows.device)
     scores = torch.empty((len(rows), k), dtype=unit_rows.dtype, device=rows.device)
     pending = torch.arange(len(rows), device=rows.device)
-    for dropped_bits in dict.fromkeys((droppable_bits(rows.device), 0)):
+    bits = droppable_bits(rows.device)
+    if bits and len(rows) >= 16 * PILOT:
+        # Where neighbours are too close for reduced products, a pass with them is lost time.
+        pilot = rows[:: len(rows) // PILOT]
+        bits = 0 if scan(unit_rows, pilot, k, among, bits)[2].float().mean() > _FUTILE else bits
+    for dropped_bits in dict.fromkeys((bits, 0)):
         if len(pending):
             indices[pending], scores[pending], unsure = scan(unit_rows, rows[pending], k, among, dropped_bits)
             pending = pending[unsure]
@@ -80,8 +91,9 @@ def droppable_bits(device: torch.device) -> int:
     """Return how many low bits of a float32 the device's fastest product ignores; 0: reduced products do not pay."""
     if device.type == "cuda":
         return 13 if torch.cuda.get_device_capability(device) >= (8, 0) else 0
-    # Without AMX, bfloat16 products are not enough faster than float32 ones to pay for the larger number of candidates.
-    return 16 if device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16") else 0
+    # Without instructions for bfloat16, its products are no faster than those of float32.
+    able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return 16 if able.get("amx_bf16") or able.get("avx512_bf16") else 0
 
 
 @contextlib.contextmanager
@@ -157,6 +169,26 @@ def candidates_of(vectors: Tensor, others: Tensor, width: int, columns: int, buf
     return found[0]
 
 
+def knn_in_blocks(features: Tensor, k: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return indices and scores (R, k) of the nearest rows as `knn` does, for a few query rows and without a copy of all.
+
+    Memory: the query rows, one block of rows and copies of these.
+    """
+    queries = torch.arange(len(rows))
+    indices = torch.empty((len(rows), 0), dtype=torch.int64)
+    scores = torch.empty((len(rows), 0), dtype=features.dtype)
+    size = max(1, BLOCK_ENTRIES // (4 * max(1, features.shape[1])))
+    for start in range(0, len(features), size):
+        block = features[start : start + size]
+        among = torch.arange(len(rows), len(rows) + len(block))
+        found, new = knn(torch.cat([features[rows], block]), min(k, len(block)), rows=queries, among=among)
+        # Of equal scores, those of earlier blocks have lower indices; a stable sort keeps them first.
+        scores, place = torch.cat([scores, new], dim=1).sort(dim=1, descending=True, stable=True)
+        indices = torch.cat([indices, found + (start - len(rows))], dim=1).gather(1, place)[:, :k]
+        scores = scores[:, :k]
+    return indices, scores
+
+
 def _finish(unit_rows: UnitRows, rows: Tensor, k: int, among: Tensor | None, floor: Tensor) -> tuple[Tensor, Tensor]:
     """Return indices and scores (R, k) of the nearest of all rows, by float64 products with every one of them.
 
@@ -219,9 +251,30 @@ class UnitRows:
         size = max(1, _PIECE.get(self._x.device.type, 2**18) // max(1, self.shape[1]))
         return [slice(start, start + size) for start in range(0, self.shape[0], size)]
 
+    @functools.cached_property
+    def _inverse(self) -> Tensor | None:
+        """Inverse lengths (N,) float32; None where products with them could overflow or lose digits."""
+        moderate = self.dtype == torch.float32 and (torch.frexp(self._length).exponent.abs() < 100).all()
+        return self._length.reciprocal().float() if moderate else None
+
     def unit(self, rows: Tensor | slice) -> Tensor:
         """Return these rows with unit length, (R, d) float64."""
         return self._x[rows].double() / self._length[rows, None]
+
+    def single(self, rows: Tensor) -> Tensor:
+        """Return these rows with unit length, (R, d) float32, each number within two units in the last place."""
+        if self._inverse is None:
+            return self.unit(rows).float()
+        return self._x.index_select(0, rows).mul_(self._inverse[rows, None])
+
+    def sums(self, rows: Tensor, starts: Tensor) -> Tensor:
+        """Return sums (G, d) float32 of consecutive groups of the unit rows `rows` (R,), of which `starts` (G,) are the first.
+
+        Each sum is computed in the order of its rows, whatever the number of threads. An empty group has a sum of zeros.
+        """
+        if self._inverse is None:
+            return embedding_bag(torch.arange(len(rows)), self.single(rows), starts, mode="sum")
+        return embedding_bag(rows, self._x, starts, mode="sum", per_sample_weights=self._inverse[rows])
 
     def cosines(self, rows: Tensor, others: Tensor) -> Tensor:
         """Return the cosines (R, W) float64 of `rows` (R,) with `others` (R, W), both int64.

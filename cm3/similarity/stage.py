@@ -39,7 +39,7 @@ def similarity(
     byte-identical to a full search (`cm3.similarity.incremental`). Without a code version nothing is stored for it.
 
     Args:
-        method: exact, or hnsw or ivf of faiss, whose recall is measured on a sample, logged and recorded.
+        method: exact, or the approximate hnsw (of faiss) or ivf, whose recall is measured on a sample, logged and recorded.
         code: version of the code; graphs of another version are not reused.
 
     Returns:
@@ -47,7 +47,7 @@ def similarity(
         reused; for approximate search its recall.
 
     Raises:
-        UserError: no item has a vector, fewer than `knn_k` have one, or faiss is needed and not installed.
+        UserError: no item has a vector, fewer than `knn_k` have one, or hnsw needs faiss and it is not installed.
     """
     table = read_features(features)
     n_items, ok, vectors, metadata = len(table.ok), table.ok, table.embedding, table.metadata

@@ -136,6 +136,17 @@ def test_rows_and_widths_are_read_from_existing_tables(needs: Needs, tmp_path: P
     assert asked[1] - asked[0] == pytest.approx(3 * 3000 * 4080 * 4 / 1e6, abs=100)
 
 
+def test_ivf_asks_for_less_time_than_exact_search(needs: Needs, tmp_path: Path):
+    path = table(tmp_path / "features.parquet", 150_000, 64)
+    exact, ivf = (
+        ask(
+            needs, "similarity", {"dataset": "shop", "extractor": "looks", "variant": variant}, {"features": path}
+        ).minutes
+        for variant in ("", "-ivf-mean")
+    )
+    assert ivf - 10 == pytest.approx((exact - 10) * 64 / 150_000**0.5, abs=1)
+
+
 def test_requests_exceed_measured_memory(needs: Needs, tmp_path: Path):
     """benchmarks/RESULTS.md: similarity of 63,001 x 384 takes 940 MB, of 63,001 x 4096 2.9 GB; a MiniLM job 1.26 GB."""
     for dim, measured in ((384, 940), (1024, 1400)):

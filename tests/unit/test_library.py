@@ -113,9 +113,9 @@ def test_saving_without_seen_items_deletes_old_ones(trained: cm3.Recommender, tm
     assert cm3.load(tmp_path).seen is None
 
 
-@pytest.mark.parametrize("settings", [{"knn_missing": "mean"}, {"knn_method": "hnsw"}])
+@pytest.mark.parametrize("settings", [{"knn_missing": "mean"}, {"knn_method": "hnsw"}, {"knn_method": "ivf"}])
 def test_the_neighbours_are_those_of_the_settings(settings, monkeypatch):
-    if "knn_method" in settings:
+    if settings.get("knn_method") == "hnsw":
         pytest.importorskip("faiss", reason="faiss-cpu is not installed")
     pairs, features, items = shop()
     features["text"] = features["text"].copy()

@@ -11,6 +11,7 @@ from cm3.common.errors import UserError
 from cm3.common.features import features_file, graph_file
 from cm3.common.keys import key_of
 from cm3.model_spec import ModelSpec
+from cm3.similarity.methods import InvertedFile
 from workflow.plan import data
 from workflow.plan.config import Config
 from workflow.plan.task import Task
@@ -179,7 +180,7 @@ def similarity(config: Config, knn_k: str, variant: str = "") -> Task:
     words = variant.split("-")
     method = next((word for word in ("hnsw", "ivf") if word in words), "exact")
     spec = {"knn_k": int(knn_k), "method": method, "missing": "mean" if "mean" in words else "drop"}
-    return Task("similarity", spec)
+    return Task("similarity", spec, {"ivf": InvertedFile} if method == "ivf" else {})
 
 
 def similarity_gpus(config: Config, dataset: str, extractor: str, variant: str) -> int:

@@ -200,3 +200,23 @@ def test_memory_stays_far_below_a_square_matrix(spread):
         [sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert int(done.stdout) < 500_000
+
+
+@pytest.mark.parametrize(("spread", "passes"), [(1.0, {16}), (0.01, {0})])
+def test_reduced_products_are_left_out_where_neighbours_are_too_close(spread, passes, monkeypatch):
+    monkeypatch.setattr(neighbours, "droppable_bits", lambda device: 16)
+    monkeypatch.setattr(neighbours, "PILOT", 8)
+    honest, searched = neighbours.scan, set()
+
+    def scan(unit_rows, rows, k, among, bits):
+        if len(rows) == 800:
+            searched.add(bits)
+        return honest(unit_rows, rows, k, among, bits)
+
+    monkeypatch.setattr(neighbours, "scan", scan)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 64, generator=generator).repeat(200, 1) + spread * torch.randn(800, 64, generator=generator)
+    indices, scores = neighbours.knn(x, 5)
+    assert searched == passes
+    monkeypatch.setattr(neighbours, "droppable_bits", lambda device: 0)
+    assert torch.equal(indices, neighbours.knn(x, 5)[0]) and torch.equal(scores, neighbours.knn(x, 5)[1])
