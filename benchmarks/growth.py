@@ -1,4 +1,4 @@
-"""An epoch's time and memory as the data grow, one propagation per batch against one per several.
+"""An epoch's time and memory as the data grow, with one batch per step and with `batches_per_step: auto`.
 
     python benchmarks/growth.py --times 1 3 10
     python benchmarks/growth.py --users 192403 --items 63001 --interactions 1250000
@@ -32,7 +32,7 @@ from cm3.model.model import build_model
 from cm3.model.sampling import Sampler
 from cm3.training.checkpoint import NullCheckpoint
 from cm3.training.loop import TrainingRun
-from cm3.training.schedule import grouped
+from cm3.training.schedule import batches_per_step, grouped
 
 BABY = (19_445, 7_050, 119_674)
 BATCH = 2048
@@ -47,9 +47,7 @@ def drawn(n_users: int, n_items: int, n_pairs: int, rng: np.random.Generator) ->
     return sp.csr_matrix((np.ones(len(keys), np.float32), (keys // n_items, keys % n_items)), (n_users, n_items))
 
 
-def measure(
-    size: tuple[int, int, int], options: argparse.Namespace, batches_per_step: int
-) -> tuple[float, float, float]:
+def measure(size: tuple[int, int, int], options: argparse.Namespace, per_step: int) -> tuple[float, float, float]:
     """Return seconds of an epoch, seconds of a validation, and the peak memory in MB."""
     rng = np.random.default_rng(0)
     n_users, n_items, n_pairs = size
@@ -62,10 +60,10 @@ def measure(
     users, items = (torch.from_numpy(x.astype(np.int64)) for x in train.nonzero())
     sampler = Sampler(users, items, n_items, batch_size=BATCH, negative_sampling="negative", dedup_pairs=True, seed=0)
     validation = Validation(drawn(n_users, n_items, n_users, rng), train, "recall@20")
-    training = Training(batch_size=BATCH, batches_per_step=batches_per_step)
+    training = Training(batch_size=BATCH, batches_per_step=per_step)
     run = TrainingRun(model, sampler, validation, training, NullCheckpoint(), None)
     seconds = []
-    for batches in grouped(sampler.epoch(1), batches_per_step):
+    for batches in grouped(sampler.epoch(1), per_step):
         started = time.perf_counter()
         run.step(batches)
         seconds.append(time.perf_counter() - started)
@@ -77,7 +75,7 @@ def measure(
     validation.score(found.users, found.items)
     validated = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-    return float(np.mean(seconds[1:])) * -(-sampler.n_batches // batches_per_step), validated, peak
+    return float(np.mean(seconds[1:])) * -(-sampler.n_batches // per_step), validated, peak
 
 
 def main() -> None:
@@ -89,7 +87,7 @@ def main() -> None:
     parser.add_argument("--image-dim", type=int, default=512)
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--steps", type=int, default=8, help="steps that are timed")
-    parser.add_argument("--batches-per-step", type=int, nargs="+", help="1 and the factor by default")
+    parser.add_argument("--batches-per-step", type=int, nargs="+", help="1 and what auto chooses by default")
     options = parser.parse_args()
     sizes = {time: tuple(count * time for count in BABY) for time in options.times}
     if options.users:
@@ -97,14 +95,15 @@ def main() -> None:
     print(
         "| users | items | pairs | batches per step | epoch, s | validation, s | peak MB |\n|---|---|---|---|---|---|---|"
     )
-    series: dict[str, dict[int, float]] = {"one propagation per batch": {}, "one per as many batches as the factor": {}}
-    for factor, size in sizes.items():
-        for per_step in options.batches_per_step or sorted({1, factor}):
+    series: dict[str, dict[int, float]] = {"batches_per_step: 1": {}, "batches_per_step: auto": {}}
+    for size in sizes.values():
+        auto = batches_per_step(Training(batches_per_step="auto", batch_size=BATCH), size[2])
+        for per_step in options.batches_per_step or sorted({1, auto}):
             with multiprocessing.get_context("spawn").Pool(1) as alone:
                 epoch, validated, peak = alone.apply(measure, (size, options, per_step))
             counts = " | ".join(f"{count:,}" for count in size)
             print(f"| {counts} | {per_step} | {epoch:.1f} | {validated:.1f} | {peak:.0f} |", flush=True)
-            for name, belongs in zip(series, (per_step == 1, per_step == factor), strict=True):
+            for name, belongs in zip(series, (per_step == 1, per_step == auto), strict=True):
                 if belongs:
                     series[name][size[2]] = epoch
     for name, epochs in series.items():
