@@ -18,7 +18,14 @@ def write_tensors(
     path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, Any], entry: str = "cm3"
 ) -> None:
     """Write tensors, and metadata as JSON in an `entry` of the header, atomically."""
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    stored: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        held = tensor.detach().cpu().contiguous()
+        if held.untyped_storage().data_ptr() in storages:
+            held = held.clone()  # the format has no tensors that share memory
+        storages.add(held.untyped_storage().data_ptr())
+        stored[name] = held
     # One header entry only: the order of several is not fixed, and equal runs must give equal bytes.
     header = {entry: json.dumps(metadata | {KEY: NO_CHECKSUM}, allow_nan=False)}
     with atomic(path) as temporary:

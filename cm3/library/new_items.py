@@ -129,8 +129,7 @@ class ItemEncoder:
         tensors = {f"{kind}.{name}": x for kind, some in by_kind.items() for name, x in some.items()}
         tensors |= {f"layer.{n}": x for n, x in enumerate(self.layers)}
         settings = {"model": self.settings.identity(), "weights": dict(self.weights)}
-        # Clones: safetensors refuses tensors that share memory.
-        write_tensors(path, {name: x.clone() for name, x in tensors.items()}, settings, "encoder")
+        write_tensors(path, tensors, settings, "encoder")
 
 
 def read_item_encoder(path: Path) -> ItemEncoder:

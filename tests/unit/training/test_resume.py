@@ -252,6 +252,15 @@ def test_the_best_epoch_of_the_stored_state_is_kept_until_the_next_state(tmp_pat
     assert not tmp_path.exists()
 
 
+def test_embeddings_that_are_the_parameters_themselves_are_kept_as_tables_of_their_own(tmp_path):
+    table = torch.arange(6.0).reshape(3, 2)
+    checkpoint = Checkpoint(tmp_path, "f")
+    checkpoint.save_best(1, {"best.nodes": table, "best_users": table[:2], "best_items": table[2:]})
+    found = checkpoint.load_best(1)
+    assert torch.equal(torch.cat([found["best_users"], found["best_items"]]), found["best.nodes"])
+    assert torch.equal(found["best.nodes"], table)
+
+
 def test_a_resume_may_change_the_checkpoint_interval(shop, tmp_path):
     shared = dict.fromkeys(("a", "b"))
     for name, seconds in (("a", 0), ("b", 1000)):
