@@ -2,8 +2,8 @@
 
     python -m workflow.prune [--configfile FILE ...] [--delete]
 
-What counts are features, captions, item graphs, their caches, and runs. Raw files, tables, images, published results and
-files that users put into the folder of a run are never listed.
+What counts are features, captions, item graphs, their caches, repeated splits of studies, and runs. Raw files, other tables,
+images, published results and files that users put into the folder of a run are never listed.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from extractors.runtime.cache import cache_address, cached_outputs
 from extractors.runtime.earlier_cache import earlier_addresses
 from workflow.plan import features, runs
 from workflow.plan.config import Config, load_config
+from workflow.plan.data import interactions_path
 from workflow.plan.experiments import Experiment
 from workflow.working_directory import RunLock
 
@@ -36,7 +37,7 @@ _OUTPUT = re.compile(r"(?P<extractor>.+)-[0-9a-f]{12}(?P<control>-(?:gaussian|sh
 _GRAPH = re.compile(rf"{_OUTPUT.pattern}-k[0-9]+(?:-hnsw|-ivf)?(?:-mean)?")
 _RUN = re.compile(r"[0-9a-f]{12}")
 _RUN_FILE = re.compile(
-    r"\..+|checkpoints|tensorboard|model\.safetensors|history\.csv|(user|item)_embeddings\.parquet|evaluation\.json"
+    r"\..+|checkpoints|tensorboard|model\.(?:safetensors|json)|history\.csv|(user|item)_embeddings\.parquet|evaluation\.json"
     r"|(per_user|recommendations)\.parquet|(train|evaluate)\.stage\.json"
 )
 
@@ -46,7 +47,7 @@ class Unused:
     """Something that nothing in the configuration uses.
 
     Attributes:
-        kind: features, captions, similarity, cache or run.
+        kind: features, captions, similarity, cache, split or run.
         path: the file or folder that represents it.
         files: all its files and folders, the record and unfinished shards included.
     """
@@ -66,7 +67,7 @@ class Used:
     """What the configuration uses.
 
     Attributes:
-        outputs: paths of features, captions and item graphs.
+        outputs: paths of features, captions, item graphs and repeated splits.
         runs: folders of runs.
         addresses: addresses in the caches of encoder outputs.
         unknown: extractors whose key cannot be determined here -> why; everything of theirs counts as used.
@@ -118,6 +119,8 @@ def _outputs(config: Config, settings: Experiment) -> Iterator[str]:
             yield features.captions_path(config, settings.dataset, extractor)
     yield from runs.features_of(config, settings).values()
     yield from runs.graphs_of(config, settings).values()
+    if settings.split_seed is not None:
+        yield interactions_path(settings.dataset, settings.split_seed)
 
 
 def unused(config: Config, used: Used, mentioned: Iterable[Path] = ()) -> list[Unused]:
@@ -129,7 +132,7 @@ def unused(config: Config, used: Used, mentioned: Iterable[Path] = ()) -> list[U
         mentioned: paths that the configuration names, such as a file of vectors or an earlier run to start from; they and
             what is in them count as used.
     """
-    found = [*_outputs_on_disk(used), *_caches_on_disk(used), *_runs_on_disk(used)]
+    found = [*_outputs_on_disk(used), *_caches_on_disk(used), *_splits_on_disk(config, used), *_runs_on_disk(used)]
     protected = [path.resolve() for path in mentioned]
     return sorted(
         (entry for entry in found if not any(_overlaps(path, protected) for path in entry.files)),
@@ -167,6 +170,14 @@ def _caches_on_disk(used: Used) -> Iterator[Unused]:
             output = path.parents[1] / path.name
             if match and output not in used.outputs and match["extractor"] not in used.unknown:
                 yield Unused("cache", path, [path])
+
+
+def _splits_on_disk(config: Config, used: Used) -> Iterator[Unused]:
+    undetermined = {config.experiments[name].dataset for name in used.experiments}
+    for path in sorted(PROCESSED.glob("*/splits/*/interactions.parquet")):
+        if path not in used.outputs and path.parents[2].name not in undetermined:
+            record = path.with_name("split.stage.json")
+            yield Unused("split", path, [path, record] if record.exists() else [path])
 
 
 def _runs_on_disk(used: Used) -> Iterator[Unused]:

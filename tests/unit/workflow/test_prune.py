@@ -100,6 +100,20 @@ def test_what_nothing_uses_is_listed_by_kind_with_its_record_and_shards():
     assert entries[f"{stem}.parquet"].bytes == 30
 
 
+def test_splits_that_no_study_repeats_are_listed():
+    whole = copy.deepcopy(SMALL)
+    whole["studies"] = {"compared": {"experiments": ["shop"], "split": {"repeats": 2}}}
+    seed = load_config(whole).datasets["shop"].split_spec()["seed"]
+    for further in (seed + 1, seed + 2):
+        write(f"processed/shop/splits/{further}/interactions.parquet")
+        write(f"processed/shop/splits/{further}/split.stage.json")
+        write(f"processed/shop/splits/{further}/notes.txt")
+    config = load_config(whole)
+    (entry,) = unused(config, used_by(config))
+    assert (entry.kind, str(entry.path)) == ("split", f"processed/shop/splits/{seed + 2}/interactions.parquet")
+    assert entry.bytes == 20
+
+
 def test_raw_files_tables_images_results_and_files_of_the_user_are_never_listed():
     kept = [
         "raw/shop/reviews.json.gz",
