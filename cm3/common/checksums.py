@@ -16,7 +16,7 @@ import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -29,6 +29,8 @@ PARQUET_KEY = "cm3.checksum"
 PREFIX = "cm3-sha256:"
 """Beginning of a record's checksum."""
 
+_BLOCK = 2**20
+_LONGEST_HEADER = 10**8  # the limit of the format
 _DIGITS = 64
 NO_CHECKSUM = PREFIX + "0" * _DIGITS
 
@@ -66,9 +68,12 @@ def _checksum(values: dict[str, Any]) -> str:
 
 def add_tensors_checksum(path: Path) -> None:
     """Replace `NO_CHECKSUM` in the header of a finished safetensors file by the checksum of the file."""
-    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as content:
-        place = content.find(NO_CHECKSUM.encode()) + len(PREFIX)
-        content[place : place + _DIGITS] = hashlib.sha256(content).hexdigest().encode()
+    with path.open("r+b") as file:
+        place = _tensors_header(file).index(NO_CHECKSUM.encode()) + len(PREFIX)
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(place)
+        file.write(digest.encode())
 
 
 def check_tensors(path: str | os.PathLike[str]) -> bool:
@@ -82,17 +87,24 @@ def check_tensors(path: str | os.PathLike[str]) -> bool:
         size = os.fstat(file.fileno()).st_size
         if size < 8:
             raise DamagedFileError(path, f"cut to {size} bytes")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            place = content.find(PREFIX.encode(), 8, min(size, 8 + int.from_bytes(content[:8], "little")))
-            if place < 0:
-                return False
-            place += len(PREFIX)
-            digest = hashlib.sha256(content[:place] + b"0" * _DIGITS)
-            with memoryview(content) as view, view[place + _DIGITS :] as rest:
-                digest.update(rest)
-            if content[place : place + _DIGITS] != digest.hexdigest().encode():
-                raise DamagedFileError(path, "its content does not match its checksum")
+        header = _tensors_header(file)
+        place = header.find(PREFIX.encode(), 8)
+        if place < 0:
+            return False
+        place += len(PREFIX)
+        digest = hashlib.sha256(header[:place] + b"0" * _DIGITS + header[place + _DIGITS :])
+        # In blocks: pages of a map of the file would count as memory of this process.
+        while block := file.read(_BLOCK):
+            digest.update(block)
+        if header[place : place + _DIGITS] != digest.hexdigest().encode():
+            raise DamagedFileError(path, "its content does not match its checksum")
     return True
+
+
+def _tensors_header(file: BinaryIO) -> bytes:
+    """Read the length of the header and the header, at the beginning of a safetensors file."""
+    start = file.read(8)
+    return start + file.read(min(int.from_bytes(start, "little"), _LONGEST_HEADER))
 
 
 def add_parquet_checksum(path: Path) -> None:
