@@ -75,7 +75,7 @@ def run_from(first: int) -> None:
     for name, check in list(checks().items())[first:]:
         try:
             found, compared = check()
-        except Exception as error:
+        except Exception as error:  # the row and the traceback show any fault; the next check runs in a new process
             traceback.print_exc()
             print(row(name, f"FAILED: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"), flush=True)
             os._exit(FAILED)  # destructors of a broken CUDA context may hang

@@ -55,20 +55,20 @@ def read(checkout: Checkout, path: str) -> Any:
 
 
 def test_the_comparison_holds_the_means_of_the_cells(finished: Checkout):
-    told = read(finished, "results/compared/comparison.json")
-    assert list(told["experiments"]) == ["shop", "noise", "ease"]
-    assert [(c["experiment"], c["seed"]) for c in told["cells"]] == [
+    comparison = read(finished, "results/compared/comparison.json")
+    assert list(comparison["experiments"]) == ["shop", "noise", "ease"]
+    assert [(c["experiment"], c["seed"]) for c in comparison["cells"]] == [
         (name, seed) for name in ("shop", "noise", "ease") for seed in (1, 2)
     ]
-    for name, entry in told["experiments"].items():
-        runs = [c["run"] for c in told["cells"] if c["experiment"] == name]
+    for name, entry in comparison["experiments"].items():
+        runs = [c["run"] for c in comparison["cells"] if c["experiment"] == name]
         assert (runs[0] == runs[1]) == (name == "ease")
         values = [read(finished, f"results/{name}/runs/{run}/evaluation.json")["test"]["recall@10"] for run in runs]
         assert entry["metrics"]["recall@10"]["mean"] == pytest.approx(np.mean(values), abs=1e-12)
         users = pq.read_table(finished.folder / f"results/{name}/runs/{runs[0]}/per_user.parquet")
         assert np.mean(users.column("recall@10").to_numpy()) == pytest.approx(values[0], abs=1e-12)
-    assert told["experiments"]["noise"]["control_of"] == "shop"
-    assert all(entry["beyond"]["diversity_image@10"]["mean"] > 0 for entry in told["experiments"].values())
+    assert comparison["experiments"]["noise"]["control_of"] == "shop"
+    assert all(entry["beyond"]["diversity_image@10"]["mean"] > 0 for entry in comparison["experiments"].values())
     assert (finished.folder / "results/compared/comparison.csv").read_text().count("\n") > 3
     page = (finished.folder / PAGE).read_text()
     assert "ease" in page
@@ -112,16 +112,18 @@ def test_nothing_new_runs_nothing_and_only_new_cells_run(finished: Checkout, tmp
     checkout.run(PAGE, "results/repeated/comparison.html")
     repeated = read(checkout, "results/repeated/comparison.json")
     assert repeated["settings"]["splits"] == [42, 43] and repeated["experiments"]["ease"]["metrics"]["recall@10"]["sd"]
-    told = read(checkout, "results/compared/comparison.json")
-    assert {c["point"].get("model.gamma") for c in told["cells"] if c["experiment"] == "shop"} == {0.5, 0.9}
-    points = {(c["point"]["model.gamma"], c["seed"]): c["run"] for c in told["cells"] if c["experiment"] == "shop"}
+    comparison = read(checkout, "results/compared/comparison.json")
+    assert {c["point"].get("model.gamma") for c in comparison["cells"] if c["experiment"] == "shop"} == {0.5, 0.9}
+    points = {
+        (c["point"]["model.gamma"], c["seed"]): c["run"] for c in comparison["cells"] if c["experiment"] == "shop"
+    }
     valid = {
         gamma: np.mean(
             [read(checkout, f"results/shop/runs/{points[gamma, s]}/train.stage.json")["best_valid"] for s in (1, 2)]
         )
         for gamma in (0.5, 0.9)
     }
-    assert told["experiments"]["shop"]["point"] == {"model.gamma": max(valid, key=lambda gamma: valid[gamma])}
+    assert comparison["experiments"]["shop"]["point"] == {"model.gamma": max(valid, key=lambda gamma: valid[gamma])}
     checkout.configure(config())
     assert checkout.planned(PAGE) == AFTER
 
