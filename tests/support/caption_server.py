@@ -29,7 +29,7 @@ NAMES = [*COLOURS, *COLOURS]
 ITEMS = [{"title": f"thing {n}", "image": plain(name, (40, 30))} for n, name in enumerate(NAMES)]
 ANSWERS = [f"a {name} product" for name in NAMES]
 _MOST_REQUESTS = 500
-_LONGEST_HANG = 5.0
+_LONGEST_HANG = 300.0
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,9 @@ def completion(text: Any, model: str = MODEL, end: str = "stop", **more: Any) ->
     return Said(body=json.dumps(data | more).encode())
 
 
-def hang(seconds: float = _LONGEST_HANG) -> Callable[["CaptionServer"], None]:
-    """Keep the connection open without an answer."""
-    return lambda server: server.closing.wait(min(seconds, _LONGEST_HANG)) and None
+def hang() -> Callable[["CaptionServer"], None]:
+    """Keep the connection open without an answer, until the server ends."""
+    return lambda server: server.closing.wait(_LONGEST_HANG) and None
 
 
 Failure = Callable[[Asked], "Said | Callable[[CaptionServer], None] | None"]
@@ -130,7 +130,7 @@ class CaptionServer(http.server.ThreadingHTTPServer):
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # else an answer takes 40 ms
-    timeout = 20
+    timeout = 120
 
     def log_message(self, format: str, *args: Any) -> None:
         """Stay silent."""
@@ -206,8 +206,8 @@ def spec_of(url: str, **more: Any) -> ServerCaptionSpec:
         "encoder": "text",
         "prompt": "{title} What is it?",
         "attempts": 3,
-        "timeout": 10.0,
-        "patience": 20.0,
+        "timeout": 60.0,
+        "patience": 120.0,
     }
     spec = extractors.parse_extractor("teller", data | more, "extractors.teller")
     assert isinstance(spec, ServerCaptionSpec)
@@ -231,6 +231,32 @@ def tables(folder: Path, names: list[str | None]) -> dict[str, Path]:
 def once(said: Any) -> Failure:
     """Fail the first request for each image."""
     return lambda asked: said if asked.before == 0 else None
+
+
+def at_once(count: int) -> Failure:
+    """Answer none of the first `count` requests before all of them are there."""
+    barrier = threading.Barrier(count)
+
+    def wait(asked: Asked) -> None:
+        if asked.number < count:
+            barrier.wait(60)
+
+    return wait
+
+
+class Clock:
+    """A clock that goes `step` seconds ahead each time that it is read.
+
+    Attributes:
+        step: may be changed while the clock is in use.
+    """
+
+    def __init__(self, step: float = 0.0) -> None:
+        self.step, self._ahead = step, 0.0
+
+    def monotonic(self) -> float:
+        self._ahead += self.step
+        return time.monotonic() + self._ahead
 
 
 def many(count: int) -> list[dict[str, Any]]:
