@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 Handler = http.server.BaseHTTPRequestHandler
 Answer = Callable[[Handler], None]
 
-_LONGEST = 3.0
+_LONGEST = 120.0
 
 
 @dataclass
@@ -143,13 +143,13 @@ def raw(*pieces: bytes, pause: float = 0.0) -> Answer:
 
 def dripped_headers() -> Answer:
     """Endless headers, so another byte always arrives."""
-    return raw(b"HTTP/1.1 200 OK\r\n", *(b"X-%d: y\r\n" % n for n in range(60)), pause=0.05)
+    return raw(b"HTTP/1.1 200 OK\r\n", *(b"X-%d: y\r\n" % n for n in range(2400)), pause=0.05)
 
 
 def dripped_framing() -> Answer:
     """A chunked body whose first chunk has an endless extension name."""
     start = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5;"
-    return raw(start, *(b"x" for _ in range(60)), pause=0.05)
+    return raw(start, *(b"x" for _ in range(2400)), pause=0.05)
 
 
 @contextlib.contextmanager

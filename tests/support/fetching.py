@@ -20,7 +20,7 @@ LATELY = formatdate(time.time() - 3600, usegmt=True)
 
 
 def fetch(server: Server, file: Path, *paths: str, **options) -> dict:
-    settings = {"attempts": 3, "pause": 0.01, "timeout": 5.0, **options}
+    settings = {"attempts": 3, "pause": 0.01, "timeout": 60.0, **options}
     return download([server.url(path) for path in paths], file, **settings)
 
 

@@ -48,7 +48,7 @@ _REDIRECTS = 5
 # those that wait for their next try.
 _CONNECTIONS, _ITEMS = 4, 16
 # Longest duration of a request as a multiple of the timeout, for servers that send single bytes.
-_LONGEST = 10
+LONGEST = 10
 # Bodies over _LARGE bytes that may be in memory at a time.
 _LARGE, _LARGE_AT_A_TIME = 1_000_000, 4
 _TRANSIENT = (
@@ -111,7 +111,7 @@ class Fetcher:
                 cookie_jar=aiohttp.DummyCookieJar(),
                 headers={"User-Agent": USER_AGENT, "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"},
                 timeout=aiohttp.ClientTimeout(
-                    total=_LONGEST * timeout, connect=timeout, sock_connect=timeout, sock_read=timeout
+                    total=LONGEST * timeout, connect=timeout, sock_connect=timeout, sock_read=timeout
                 ),
             ) as self._session:
 
@@ -256,7 +256,7 @@ class Fetcher:
 
     def _host(self, name: str) -> Host:
         if name not in self._hosts:
-            pace = self.runtime["rate"], self.runtime["concurrency"], _LONGEST * self.runtime["timeout"]
+            pace = self.runtime["rate"], self.runtime["concurrency"], LONGEST * self.runtime["timeout"]
             self._hosts[name] = Host(name, *pace)
         return self._hosts[name]
 

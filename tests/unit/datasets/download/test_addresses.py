@@ -102,7 +102,7 @@ def test_secrets_of_a_mirror_are_in_no_message_or_file(
         server.answers = {secret: fault or respond(BODY)}
         url = server.url(secret).replace("//", "//me:pa55word@")
         try:
-            facts = download([url], tmp_path / "a.gz", attempts=2, pause=0.01, timeout=1.0)
+            facts = download([url], tmp_path / "a.gz", attempts=2, pause=0.01, timeout=60.0)
             assert facts["url"] == server.url("/tree/a.gz")
         except UserError as error:
             message = str(error)

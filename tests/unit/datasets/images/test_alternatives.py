@@ -12,7 +12,7 @@ from cm3.datasets.images.config import Images
 from cm3.datasets.images.stage import collect_images
 from cm3.datasets.registry import parse_dataset
 
-RUNTIME = {"attempts": 1, "pause": 0.01, "rate": 10_000.0, "timeout": 20.0, "threads": 2}
+RUNTIME = {"attempts": 1, "pause": 0.01, "rate": 10_000.0, "timeout": 60.0, "threads": 2}
 GOOD = image()
 NA, MEDIA = "https://images-na.ssl-images-amazon.com", "https://m.media-amazon.com"
 FAULTS: dict[str, Any] = {

@@ -18,7 +18,7 @@ from cm3.datasets.images.config import Images
 from cm3.datasets.images.stage import collect_images
 from extractors.image.descriptor import DescriptorExtractor, DescriptorSpec
 
-RUNTIME = {"attempts": 2, "pause": 0.01, "rate": 10_000.0, "timeout": 5.0, "threads": 2}
+RUNTIME = {"attempts": 2, "pause": 0.01, "rate": 10_000.0, "timeout": 60.0, "threads": 2}
 FAULTS = [MemoryError(), OSError(errno.EMFILE, "Too many open files"), OSError(errno.ENOMEM, "Cannot allocate memory")]
 STOPS = "failed for a reason of this machine, not of the data"
 

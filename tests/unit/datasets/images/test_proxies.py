@@ -18,7 +18,7 @@ from cm3.datasets.images.config import Images
 from cm3.datasets.images.proxies import environment_proxies, proxy_of
 from cm3.datasets.images.stage import collect_images
 
-RUNTIME = {"attempts": 2, "pause": 0.01, "rate": 10_000.0, "timeout": 5.0, "threads": 2}
+RUNTIME = {"attempts": 2, "pause": 0.01, "rate": 10_000.0, "timeout": 60.0, "threads": 2}
 GOOD = image()
 
 
@@ -96,14 +96,14 @@ def test_a_proxy_that_asks_for_a_password_stops_the_stage(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_a_proxy_out_of_reach_stops_the_stage(tmp_path: Path, scheme: str) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with (
-        environment(all_proxy=f"127.0.0.1:{port}"),
-        pytest.raises(UserError, match=rf"the proxy 127\.0\.0\.1:{port} of the environment cannot be reached"),
-    ):
-        collect(tmp_path, [f"{scheme}://img.example.com/{n}.jpg" for n in range(3)])
+    with socket.socket() as unheard:
+        unheard.bind(("127.0.0.1", 0))
+        port = unheard.getsockname()[1]
+        with (
+            environment(all_proxy=f"127.0.0.1:{port}"),
+            pytest.raises(UserError, match=rf"the proxy 127\.0\.0\.1:{port} of the environment cannot be reached"),
+        ):
+            collect(tmp_path, [f"{scheme}://img.example.com/{n}.jpg" for n in range(3)])
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from cm3.common.tables import MANIFEST, read_table
 from cm3.datasets.images.config import Images
 from cm3.datasets.images.stage import collect_images
 
-RUNTIME = {"rate": 1e6, "concurrency": 4, "attempts": 3, "pause": 0.01, "timeout": 20.0, "threads": 2}
+RUNTIME = {"rate": 1e6, "concurrency": 4, "attempts": 3, "pause": 0.01, "timeout": 60.0, "threads": 2}
 
 
 def spec(**more: Any) -> dict[str, Any]:
@@ -112,14 +112,27 @@ def test_random_kills_give_the_same_bytes(shop: image_server.Address, tmp_path: 
     journal, fresh = folder / "out" / ".downloads" / "journal", folder / "out" / ".fresh"
     chance, total = random.Random(5), sum(row["shard"] is not None for row in rows_of(tmp_path / "whole").values())
     sizes = sorted(chance.random() * total * 1000 for _ in range(5))
+    missed: Counter[int] = Counter()
     moments: list[Callable[[], bool]] = [lambda least=least: size(journal) > least for least in sizes]  # type: ignore[misc]
     moments += [
         lambda: any(fresh.glob(".shard-*.part")),
         lambda: (fresh / "shard-00000.parquet").exists(),
         lambda: (fresh / "manifest.parquet").exists(),
     ]
-    kills = sum([killed_when(folder, moment) for moment in moments])
-    assert kills >= 6  # The last moments are short, and a busy machine may miss one.
+    kills = 0
+    for moment in moments:
+        for _ in range(10):  # A busy machine may miss a moment. The run is then undone and repeated.
+            asked = Counter(shop.asked())
+            shutil.copytree(folder, tmp_path / "before", dirs_exist_ok=True)
+            killed = killed_when(folder, moment)
+            kills += killed
+            if killed:
+                break
+            missed += Counter(shop.asked()) - asked
+            shutil.rmtree(folder)
+            (tmp_path / "before").rename(folder)
+        shutil.rmtree(tmp_path / "before", ignore_errors=True)
+    assert kills >= 6
     (folder / "out" / "manifest.parquet").unlink(missing_ok=True)
     assert stage(folder, "-m", "cm3.datasets.images.stage").wait() == 0
     ours, theirs = files_of(folder), files_of(tmp_path / "whole")
@@ -131,7 +144,7 @@ def test_random_kills_give_the_same_bytes(shop: image_server.Address, tmp_path: 
     for name, data in theirs.items():
         assert ours[name] == data, name
     # All faults that come once came in the first run, so one request each is all there should be.
-    again = Counter(shop.asked()) - Counter(before) - Counter(dict.fromkeys(before, 1))
+    again = Counter(shop.asked()) - Counter(before) - Counter(dict.fromkeys(before, 1)) - missed
     assert sum(again.values()) <= kills * 2 * RUNTIME["concurrency"], again
 
 

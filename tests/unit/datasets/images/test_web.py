@@ -6,6 +6,7 @@ import resource
 import socket
 import time
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from oracles_sources import cut_short, image, in_turn, items_file, respond, serv
 
 from cm3.common.errors import UserError
 from cm3.common.tables import MANIFEST, read_table
+from cm3.datasets.images import fetch
 from cm3.datasets.images.config import Images
 from cm3.datasets.images.fetch import without_request
 from cm3.datasets.images.stage import collect_images
 
-FAST = {"attempts": 3, "pause": 0.01, "rate": 10_000.0, "timeout": 5.0, "threads": 2}
+FAST = {"attempts": 3, "pause": 0.01, "rate": 10_000.0, "timeout": 60.0, "threads": 2}
 
 
 def web(**more: Any) -> dict[str, Any]:
@@ -38,7 +40,7 @@ def drip(handler: Any) -> None:
     handler.send_response(200)
     handler.send_header("Content-Length", "10000")
     handler.end_headers()
-    for _ in range(200):
+    for _ in range(6000):
         handler.wfile.write(b"x")
         time.sleep(0.05)
 
@@ -149,29 +151,31 @@ def test_404_for_all_images_is_not_an_error(tmp_path: Path):
     assert rows["facts"]["images_missing"] == 2 and rows["facts"]["reasons"] == {"HTTP 404": 2}
 
 
-def test_a_dripping_response_ends(tmp_path: Path):
+def test_a_dripping_response_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(fetch, "LONGEST", 1)
     with serving() as server:
         server.answers = {"/drip": drip, "/good": respond(GOOD)}
         references = {"a": [server.url("/drip")], "b": [server.url("/good")]}
         started = time.monotonic()
-        rows = collect(tmp_path, references, web(), timeout=0.1, attempts=2)
+        rows = collect(tmp_path, references, web(), timeout=1.5, attempts=2)
     assert rows["a"]["error"] == "no answer in time" and rows["b"]["status"] == "ok"
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 100, "the response takes 300 s"
 
 
-def closed_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+@pytest.fixture
+def closed_port() -> Iterator[int]:
+    """A port that refuses connections, and that nobody else gets."""
+    with socket.socket() as unheard:
+        unheard.bind(("127.0.0.1", 0))
+        yield int(unheard.getsockname()[1])
 
 
-def test_unreachable_hosts_end_the_run_soon(tmp_path: Path):
-    port = closed_port()
-    dead = {f"i{n}": [f"http://127.0.0.1:{port}/{n}.jpg"] for n in range(3000)}
+def test_unreachable_hosts_end_the_run_soon(tmp_path: Path, closed_port: int):
+    dead = {f"i{n}": [f"http://127.0.0.1:{closed_port}/{n}.jpg"] for n in range(3000)}
     started = time.monotonic()
     with pytest.raises(UserError, match=r"none of 3000 images .* no host answered .*Check the network, and images\.h"):
         collect(tmp_path, dead, web(), pause=0.2)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
     with serving() as server:
         server.answers = {"/good": respond(GOOD)}
         other = server.url("/good").replace("127.0.0.1", "localhost")
