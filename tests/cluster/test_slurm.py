@@ -1,6 +1,5 @@
 """The whole workflow on a real SLURM of one node, as in docs/cluster.md, with a job cancelled while it runs."""
 
-import copy
 import json
 import re
 import subprocess
@@ -9,11 +8,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import slurm_node
-from checkout import SMALL, Checkout
+from checkout import CHECKPOINT, Checkout
 from repository import ROOT
 from slurm_node import SlurmNode
 
@@ -55,12 +53,15 @@ class Campaign:
         return [job for job in self.jobs.values() if job["Comment"].partition("_wildcards_")[0] in marks]
 
 
+def trainings(node: SlurmNode) -> list[dict[str, str]]:
+    return [job for job in node.jobs().values() if job["Comment"].startswith("rule_train")]
+
+
 @pytest.fixture(scope="module")
 def campaign(node: SlurmNode, tmp_path_factory: pytest.TempPathFactory) -> Campaign:
     """Run the sample from nothing, and cancel training once it has written a checkpoint."""
-    config: dict[str, Any] = copy.deepcopy(SMALL)
-    config["experiments"]["shop"]["training"] |= {"epochs": 30, "patience": 30}
-    checkout = Checkout(tmp_path_factory.mktemp("slurm") / "shop", config)
+    checkout = Checkout(tmp_path_factory.mktemp("slurm") / "shop")
+    checkout.hold("checkpoint")
     command = [
         sys.executable,
         "-m",
@@ -82,12 +83,16 @@ def campaign(node: SlurmNode, tmp_path_factory: pytest.TempPathFactory) -> Campa
         )
     try:
         end = time.monotonic() + PATIENCE_SECONDS
-        while not any(checkout.folder.glob("results/shop/runs/*/checkpoints/[!.]*")):
+        while not any(checkout.folder.glob(CHECKPOINT)):
             assert run.poll() is None and time.monotonic() < end, log.read_text()
             time.sleep(0.05)
-        (training,) = (job for job in node.jobs().values() if job["Comment"].startswith("rule_train"))
+        (training,) = trainings(node)
         queued = node.ask("squeue", "--noheader", f"--jobs={training['JobId']}", "--format=%C|%m|%l|%b|%T").strip()
         node.ask("scancel", training["JobId"])
+        while len(trainings(node)) < 2:
+            assert run.poll() is None and time.monotonic() < end, log.read_text()
+            time.sleep(0.2)
+        checkout.release()
         run.wait(PATIENCE_SECONDS)
     finally:
         run.kill()
@@ -179,7 +184,7 @@ def test_a_stage_uses_the_gpu_that_slurm_allocated(node: SlurmNode, tmp_path: Pa
 def test_a_stopped_cluster_leaves_nothing_behind():
     with slurm_node.one_node() as other:
         other.ask("sbatch", "--mem=100", "--output=/dev/null", "--wrap=sleep 600")
-        slurm_node.until(lambda: "RUNNING" in str(other.jobs()), 60)
+        slurm_node.until(lambda: "RUNNING" in str(other.jobs()), 300)
         assert len(other.processes()) > 2
     assert other.processes() == [] and not other.folder.exists()
 

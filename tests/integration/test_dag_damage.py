@@ -154,6 +154,7 @@ def test_two_checkouts_with_other_seeds_share_the_data_in_turn(checkout: Checkou
 def test_a_second_run_on_the_same_data_is_refused(checkout: Checkout, tmp_path: Path):
     log = one(checkout.folder, "logs/shop/train-*.log")
     log.unlink()
+    checkout.hold("checkpoint")
     second = Checkout(tmp_path / "second", SMALL, root=checkout.folder)
     for folder in ("processed", "raw"):
         (second.folder / folder).symlink_to(checkout.folder / folder)

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import tiny_vlm
-from checkout import Checkout
+from checkout import CHECKPOINT, Checkout
 from PIL import Image
 
 import cm3
@@ -170,42 +169,29 @@ def test_a_changed_image_a_new_line_and_moved_weights(shop: Checkout, tmp_path: 
     assert checkout.planned(METRICS) == {"prepare": 1, "split": 1, **everything}
 
 
-def start_training(checkout: Checkout) -> subprocess.Popen[str]:
-    """Start a run and wait until it trains."""
-    shutil.rmtree(checkout.folder / "logs")
-    process = checkout.start(METRICS)
-    while not list(checkout.folder.glob("logs/mine/train-*.log")):
-        assert process.poll() is None
-        time.sleep(0.05)
-    return process
-
-
-def test_a_run_stopped_by_ctrl_c_resumes(shop: Checkout, tmp_path: Path):
+def test_a_run_in_training_refuses_a_second_one_and_resumes_after_ctrl_c(shop: Checkout, tmp_path: Path):
     checkout = shop.clone(tmp_path / "copy")
     longer = config(None, image="looks")
-    longer["experiments"]["mine"]["training"]["epochs"] = 400
-    longer["experiments"]["mine"]["training"]["patience"] = 400
+    longer["experiments"]["mine"]["training"] |= {"epochs": 20, "patience": 20, "checkpoint_seconds": 0}
     checkout.configure(longer)
-    process = start_training(checkout)
-    time.sleep(3)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all processes in front
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode != 0, output
+    checkout.hold("checkpoint")
+    first = checkout.start(METRICS)
+    while not any(checkout.folder.glob(CHECKPOINT)):
+        assert first.poll() is None, first.communicate()[0]
+        time.sleep(0.05)
+    output = checkout.run(METRICS, check=False)
+    assert f"another run (process {first.pid} on " in output
+    os.killpg(first.pid, signal.SIGINT)  # as a terminal does, to all processes in front
+    output, _ = first.communicate(timeout=600)
+    assert first.returncode != 0, output
+    checkout.release()
     checkout.run(METRICS)
     assert checkout.planned(METRICS) == {}
-    assert json.loads((checkout.folder / METRICS).read_text())["training"]["epochs"] == 400
-
-
-def test_a_second_run_in_the_same_folder_is_refused(shop: Checkout, tmp_path: Path):
-    checkout = shop.clone(tmp_path / "copy")
-    longer = config(None, image="looks")
-    longer["experiments"]["mine"]["training"] |= {"epochs": 4000, "patience": 4000}
-    checkout.configure(longer)
-    first = start_training(checkout)
-    output = checkout.run(METRICS, check=False)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.communicate(timeout=60)
-    assert f"another run (process {first.pid} on " in output
+    assert json.loads((checkout.folder / METRICS).read_text())["training"]["epochs"] == 20
+    (log,) = (
+        path.read_text() for path in checkout.folder.glob("logs/mine/train-*.log") if "epoch 20" in path.read_text()
+    )
+    assert "resuming from the checkpoint: epoch 1" in log
 
 
 BAD = {

@@ -129,7 +129,7 @@ class Tab:
             raise RuntimeError(f"{expression}: {answer['exceptionDetails']['exception']['description']}")
         return answer["result"].get("value")
 
-    def until(self, condition: str, seconds: float = 20.0) -> None:
+    def until(self, condition: str, seconds: float = 120.0) -> None:
         """Wait until a JavaScript condition holds."""
         end = time.monotonic() + seconds
         while not self.run(condition):

@@ -26,6 +26,7 @@ CODE = (
     "environment.yml",
 )
 METRICS = "results/shop/metrics.json"
+CHECKPOINT = "results/*/runs/*/checkpoints/[!.]*"
 
 SMALL: dict[str, Any] = {
     "datasets": {"shop": {"source": "sample", "users": 150, "items": 80, "seed": 1, "kcore": 3}},
@@ -44,6 +45,16 @@ SMALL: dict[str, Any] = {
         }
     },
 }
+
+HOLD = """
+import time
+from pathlib import Path
+
+def wait(place, ends=lambda: False):
+    name = Path(place or "nowhere").name
+    while any(name.startswith(held.name) for held in Path({folder!r}).iterdir()) and not ends():
+        time.sleep(0.05)
+"""
 
 
 def changed(**paths: Any) -> dict[str, Any]:
@@ -133,23 +144,52 @@ class Checkout:
             return {}
         return {rule: int(count) for rule, count in (line.split() for line in counts[1].splitlines())}
 
-    def kill_in(self, stages: Iterable[str], *arguments: str, delay: float = 0.0) -> str | None:
-        """Run until one of `stages` opens its log, wait, and SIGKILL all; return the stage, None if the run ended.
+    def hold(self, *places: str) -> None:
+        """Let jobs wait at these places until `release`: at the start of a stage, or at a "checkpoint" of training.
 
-        The wait is `delay` seconds, and 3 s in training, whose first seconds are imports.
+        Training that is asked to stop does not wait any longer. The first call edits this copy of the code.
         """
+        folder = self.folder / "hold"
+        if not folder.exists():
+            folder.mkdir()
+            (self.folder / "cm3/common/hold.py").write_text(HOLD.format(folder=str(folder)))
+            begins, saved = "            yield call\n", "        self.check_finite_losses()\n        self.save()\n"
+            wait = "__import__('cm3.common.hold').common.hold.wait"
+            self.edit("cm3/common/cli.py", begins, f"            {wait}(arguments.log)\n{begins}")
+            self.edit(
+                "cm3/training/loop.py", saved, f"{saved}        {wait}('checkpoint', lambda: bool(stop.requested))\n"
+            )
+        for place in places:
+            (folder / place).touch()
+
+    def release(self) -> None:
+        """Let jobs go on."""
+        for place in (self.folder / "hold").iterdir():
+            place.unlink()
+
+    def kill_in(self, stages: Iterable[str], *arguments: str) -> str | None:
+        """Run until one of `stages` opens its log, training writes a checkpoint, and SIGKILL all.
+
+        Returns:
+            the stage; None if the run ended.
+        """
+        places = {stage: f"logs/**/{stage}*.log" for stage in stages}
+        self.hold(*(stage for stage in stages if stage != "train"))
+        if "train" in places:
+            places["train"] = CHECKPOINT
+            self.hold("checkpoint")
         process = self.start(*arguments)
         try:
             while process.poll() is None:
-                for stage in stages:
-                    if any(self.folder.glob(f"logs/**/{stage}*.log")):
-                        time.sleep(3.0 if stage == "train" else delay)
+                for stage, place in places.items():
+                    if any(self.folder.glob(place)):
                         os.killpg(process.pid, signal.SIGKILL)
                         return stage
                 time.sleep(0.02)
             return None
         finally:
             process.communicate()
+            self.release()
 
     def edit(self, file: str, old: str, new: str) -> None:
         """Replace the one occurrence of `old` in a file of the code."""

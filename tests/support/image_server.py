@@ -120,7 +120,7 @@ class Address:
     def asked(self) -> dict[int, int]:
         """The number of requests for each image."""
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(f"{self.root}/asked", timeout=30) as answer:
+        with opener.open(f"{self.root}/asked", timeout=300) as answer:
             return {int(number): count for number, count in json.load(answer).items()}
 
 

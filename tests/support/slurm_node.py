@@ -126,12 +126,12 @@ class SlurmNode:
         """Cancel all jobs, end the daemons and whatever else was started by them; remove the folder."""
         with contextlib.suppress(subprocess.SubprocessError, OSError):
             self.ask("scancel", "--user=root", check=False)
-            until(lambda: not self.ask("squeue", "--noheader", check=False).strip(), 10)
+            until(lambda: not self.ask("squeue", "--noheader", check=False).strip(), 60)
         for daemon in reversed(self._daemons):
             daemon.terminate()
         for daemon in self._daemons:
             try:
-                daemon.wait(10)
+                daemon.wait(60)
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
@@ -139,7 +139,7 @@ class SlurmNode:
         for process in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
-        until(lambda: not self.processes(), 10)
+        until(lambda: not self.processes(), 60)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def processes(self) -> list[int]:
@@ -179,7 +179,7 @@ class SlurmNode:
         self._daemons.append(daemon)
 
     def _wait_for(self, name: str, ready) -> None:
-        until(lambda: self._daemons[-1].poll() is not None or ready(), 60)
+        until(lambda: self._daemons[-1].poll() is not None or ready(), 300)
         if self._daemons[-1].poll() is not None or not ready():
             logs = "\n".join(path.read_text(errors="replace")[-2000:] for path in self.folder.glob(f"{name}*.[lo]*"))
             raise RuntimeError(f"{name} did not come up:\n{logs}")

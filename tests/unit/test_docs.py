@@ -91,7 +91,7 @@ def test_the_documented_web_service_answers(trained: Path, tmp_path: Path, monke
         threading.Thread(target=server.serve_forever, daemon=True).start()
 
         def ask(path: str) -> list[dict[str, object]]:
-            with urllib.request.urlopen(f"http://127.0.0.1:{server.server_port}{path}", timeout=30) as answer:
+            with urllib.request.urlopen(f"http://127.0.0.1:{server.server_port}{path}", timeout=120) as answer:
                 return json.loads(answer.read())
 
         model = cm3.load(trained)
@@ -229,5 +229,5 @@ def test_the_site_is_built_without_a_broken_link(tmp_path: Path):
     code = (tmp_path / "site/plugins/index.html").read_text()
     assert 'href="../source/cm3/baselines/lightgcn.py/"' in code
     assert (tmp_path / "site/source/cm3/baselines/lightgcn.py/index.html").is_file()
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 300
     shutil.rmtree(tmp_path / "site")

@@ -43,7 +43,7 @@ def start(tmp_path: Path, spec: dict, **environment: str) -> subprocess.Popen[st
 
 def test_it_records_time_memory_code_and_versions(tmp_path: Path):
     process = start(tmp_path, {"a": 1})
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert out == "{'a': 1} {} ['features.text']\n"
     record = json.loads((tmp_path / "record.json").read_text())
@@ -87,7 +87,7 @@ def test_only_jobs_of_the_workflow_without_a_gpu_see_none(tmp_path: Path):
 
 def test_a_user_error_is_one_line_without_traceback(tmp_path: Path):
     process = start(tmp_path, {"fail": True})
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 1
     assert err.strip().endswith("demo: rows.csv, line 4: 'x' is not a number; mend the line")
     assert "Traceback" not in err
@@ -95,11 +95,11 @@ def test_a_user_error_is_one_line_without_traceback(tmp_path: Path):
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path):
-    process = start(tmp_path, {"sleep": 60})
+    process = start(tmp_path, {"sleep": 600})
     assert process.stdout is not None
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "interrupted; run the same command again to go on" in err
     assert "Traceback" not in err
@@ -108,7 +108,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path):
 def test_it_ends_with_its_killed_parent(tmp_path: Path):
     shell = (
         f"{sys.executable} -c '{STAGE.replace(chr(39), chr(34))}' "
-        f"--spec '{json.dumps({'sleep': 60})}' --output out={tmp_path / 'out'}"
+        f"--spec '{json.dumps({'sleep': 600})}' --output out={tmp_path / 'out'}"
     )
     parent = subprocess.Popen(
         [sys.executable, "-c", f"import subprocess; subprocess.run(['bash', '-c', {('exec ' + shell)!r}])"],
@@ -123,7 +123,7 @@ def test_it_ends_with_its_killed_parent(tmp_path: Path):
     parent.kill()
     started = time.monotonic()
     parent.stdout.read()  # ends when the stage, which holds the other end, is gone
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 300
 
 
 def test_a_call_too_long_for_a_command_line_comes_as_a_file(tmp_path: Path):

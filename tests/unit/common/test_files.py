@@ -92,7 +92,7 @@ def test_a_lock_is_waited_for_and_freed_by_a_kill(tmp_path: Path):
     lock = tmp_path / "lock"
     code = (
         f"from cm3.common.files import exclusive\nwith exclusive({str(lock)!r}):\n print(1, flush=True)\n"
-        " import time; time.sleep(60)"
+        " import time; time.sleep(600)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert process.stdout is not None
@@ -109,7 +109,7 @@ def test_a_lock_is_waited_for_and_freed_by_a_kill(tmp_path: Path):
     time.sleep(0.5)
     assert waiter.poll() is None
     process.kill()
-    output, _ = waiter.communicate(timeout=10)
+    output, _ = waiter.communicate(timeout=300)
     assert output == b"2\n"
     process.communicate()
 

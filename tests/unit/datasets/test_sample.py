@@ -86,7 +86,7 @@ def test_equal_seeds_give_equal_bytes_in_another_process(shop: Path, tmp_path: P
     ]
     for output in outputs:
         command += ["--output", output]
-    subprocess.run(command, check=True, timeout=120, cwd=ROOT, capture_output=True)
+    subprocess.run(command, check=True, timeout=600, cwd=ROOT, capture_output=True)
     ours = contents(tmp_path / "b")
     assert {k: v for k, v in ours.items() if not k.endswith(".lock")} == contents(shop)
     write(tmp_path / "c", **{**settings, "seed": 2})

@@ -105,7 +105,7 @@ class Slow(BatchCaptioner):
     def answer(self, asked: Sequence[Asked], features: Any = None) -> list[Answer]:
         assert features == (None if self.device == "cpu" else [prompt for _, prompt in asked])
         batches = {0: 2, 3: 0}.get(len(self.waited), 1)  # the first one and the next; later the next alone
-        waited = self.device != "cpu" and all(self.prepared.acquire(timeout=5) for _ in range(batches))
+        waited = self.device != "cpu" and all(self.prepared.acquire(timeout=120) for _ in range(batches))
         self.waited.append(waited)
         return [Answer(prompt, 1) for _, prompt in asked]
 

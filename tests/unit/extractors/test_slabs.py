@@ -125,7 +125,7 @@ def test_images_are_decoded_while_the_device_computes(tmp_path: Path, monkeypatc
         return prepare(image)
 
     def waiting(stack: torch.Tensor) -> torch.Tensor:
-        assert later.wait(30)
+        assert later.wait(120)
         return forward(stack)
 
     monkeypatch.setattr(model, "prepare", counted)

@@ -1,5 +1,6 @@
 """Several processes that share each batch train the same model as one process."""
 
+import contextlib
 import json
 import os
 import signal
@@ -41,7 +42,7 @@ def command(shop, folder: Path, processes: int, training=None, model=None) -> tu
 
 def train(shop, folder: Path, processes: int, training=None, model=None, check=True):
     words, environment = command(shop, folder, processes, training, model)
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=600)
     assert not check or done.returncode == 0, done.stderr
     return done
 
@@ -74,12 +75,16 @@ def test_two_processes_give_the_results_of_one(shop, tmp_path, monkeypatch, trai
 def test_a_killed_run_of_two_resumes_with_one(shop, tmp_path):
     training = {"checkpoint_seconds": 0, "epochs": 30, "patience": 40}
     words, environment = command(shop, tmp_path, 2, training)
-    started = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
     kept = tmp_path / "checkpoints/last.safetensors"
-    while started.poll() is None and not kept.exists():
-        time.sleep(0.01)
-    os.killpg(started.pid, signal.SIGKILL)
-    started.communicate()
+    for _ in range(10):  # A busy machine may see the checkpoint too late, when the run has ended.
+        started = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        while started.poll() is None and not kept.exists():
+            time.sleep(0.01)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
+        started.communicate()
+        if kept.exists():
+            break
     assert "resuming from the checkpoint" in train(shop, tmp_path, 1, training).stderr
     run(shop, tmp_path / "whole", training=training)
     # Rounding differs between one process and two, and the model is chaotic: the first epochs are compared.
@@ -96,7 +101,7 @@ def test_sigterm_stops_all_with_a_checkpoint(shop, tmp_path):
     while started.poll() is None and not kept.exists():
         time.sleep(0.01)
     started.send_signal(signal.SIGTERM)
-    _, stderr = started.communicate(timeout=120)
+    _, stderr = started.communicate(timeout=600)
     assert started.returncode == 143, stderr
     assert "the checkpoint is written" in stderr and not (tmp_path / "model.safetensors").exists()
 
@@ -145,13 +150,13 @@ def started_by_torchrun(patch: pytest.MonkeyPatch) -> None:
 def test_a_teardown_that_hangs_does_not_hide_the_error(monkeypatch):
     started_by_torchrun(monkeypatch)
     released, alarms = threading.Event(), []
-    monkeypatch.setattr(torch.distributed, "destroy_process_group", released.wait)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: released.wait(300))
     monkeypatch.setattr(cm3.common.distributed, "TEARDOWN_SECONDS", 0.1)
     monkeypatch.setattr(signal, "alarm", alarms.append)
     started = time.monotonic()
     with pytest.raises(UserError, match="out of memory"), process_group(torch.device("cpu")):
         raise UserError("out of memory")
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 120
     assert alarms == [cm3.common.distributed.EXIT_SECONDS], "the kernel ends a process that does not end itself"
     released.set()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -171,7 +176,7 @@ atexit.register(hang)
 with ours.process_group(torch.device("cpu")):
     raise ValueError("the reason")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, cwd=ROOT)
     assert done.returncode == -signal.SIGALRM and "the reason" in done.stderr
 
 
