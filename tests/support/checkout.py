@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import yaml
@@ -117,23 +118,16 @@ class Checkout:
         )
 
     def run(self, *arguments: str, check: bool = True) -> str:
-        """Run snakemake to its end and return what it printed."""
-        process = self.start(*arguments)
-        output, _ = process.communicate(timeout=1800)
-        if check:
-            assert process.returncode == 0, output
-        else:
-            assert process.returncode != 0, output
+        """Run `snakemake --cores 2 ARGUMENTS` to its end and return what it printed."""
+        with NamedTemporaryFile("r", prefix="snakemake-", suffix=".log") as printed:
+            status = forked_snakemake(self.folder, ["--cores", "2", *arguments], environment(), Path(printed.name))
+            output = printed.read()
+        assert (status == 0) == check, output
         return output
 
     def dry_run(self, *arguments: str) -> str:
         """Run `snakemake --cores 2 -n ARGUMENTS` and return what it printed."""
-        printed = self.folder / ".snakemake/dry-run.log"
-        printed.parent.mkdir(exist_ok=True)
-        status = forked_snakemake(self.folder, ["--cores", "2", "-n", *arguments], environment(), printed)
-        output = printed.read_text()
-        assert status == 0, output
-        return output
+        return self.run("-n", *arguments)
 
     def planned(self, *arguments: str) -> dict[str, int]:
         """Return which rules a dry run would run, and how often each."""
