@@ -7,11 +7,16 @@ from pathlib import Path
 import pytest
 from checkout import METRICS, Checkout
 from filelock import FileLock
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
 # In the order in which they run: what takes longest comes first, so that no worker is left with it at the end.
 PARTS = ("gpu", "cluster", "integration", "browser", "unit")
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 def pytest_configure() -> None:

@@ -38,4 +38,4 @@ def test_plain_text_is_one_line_of_unicode(shown: str):
 def test_no_text_takes_long(hostile: str):
     started = time.process_time()
     plain_text(hostile)
-    assert time.process_time() - started < 2
+    assert time.process_time() - started < 5
