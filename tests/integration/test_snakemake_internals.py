@@ -5,13 +5,12 @@ A failure here after an update of Snakemake is to be fixed in that file alone.
 
 import json
 import os
-import subprocess
-import sys
 from base64 import urlsafe_b64encode
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_snakemake import forked_snakemake
 from repository import ROOT
 
 SNAKEFILE = """
@@ -53,14 +52,13 @@ def folder(tmp_path: Path) -> Path:
 
 def run(folder: Path, *options: str) -> tuple[str, dict[str, Any]]:
     """Run Snakemake and return what it printed and what the Snakefile saw."""
-    command = [sys.executable, "-m", "snakemake", "--cores", "3", "--resources", "gpu=2"]
-    command += ["--rerun-triggers", "params", "input", "mtime", *options, "--", "processed/a.txt"]
-    done = subprocess.run(
-        command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    arguments = ["--cores", "3", "--resources", "gpu=2", "--rerun-triggers", "params", "input", "mtime"]
+    arguments += [*options, "--", "processed/a.txt"]
+    status = forked_snakemake(folder, arguments, os.environ | {"PYTHONPATH": str(ROOT)}, folder / "printed")
+    printed = (folder / "printed").read_text()
+    assert status == 0, printed
     facts = folder / "facts.json"
-    return done.stdout + done.stderr, json.loads(facts.read_text()) if facts.exists() else {}
+    return printed, json.loads(facts.read_text()) if facts.exists() else {}
 
 
 def test_the_snakefile_sees_config_files_limits_and_where_jobs_run(folder: Path):

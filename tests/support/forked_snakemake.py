@@ -44,7 +44,8 @@ def _fork(folder: str, arguments: list[str], environment: dict[str, str], output
         os.environ.clear()
         os.environ.update(environment)
         sys.argv = ["snakemake", *arguments]
-        sys.path[0] = folder  # as `python -m` does, where this script has its own folder
+        # as `python -m` does, where this script has its own folder
+        sys.path[:1] = [folder, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
         from snakemake.cli import main
 
         main()
