@@ -17,6 +17,7 @@ from oracles_sources import image
 
 from cm3.common.tables import ITEMS, MANIFEST, read_table
 
+METRICS = "results/shop/metrics.json"
 IMAGES = re.compile(rb"https?://[a-z.-]*(?:images-amazon|media-amazon)\.com/")
 COLOURS = ("red", "green", "blue", "yellow", "noise")
 
@@ -87,9 +88,9 @@ def on_loopback(file: Path, url: str) -> bytes:
     return gzip.compress(IMAGES.sub(f"{url}/".encode(), gzip.decompress(file.read_bytes())))
 
 
-def check(checkout: Checkout, served: Shop) -> dict[str, Any]:
-    checkout.run("results/shop/metrics.json")
-    metrics = json.loads((checkout.folder / "results/shop/metrics.json").read_text())
+def check_images(checkout: Checkout, served: Shop, *targets: str) -> int:
+    """Run; return the number of items, after a comparison of the images with what the server answers."""
+    checkout.run(*targets)
     items = read_table(checkout.folder / "processed/shop/items.parquet", ITEMS).to_pylist()
     rows = read_table(checkout.folder / "processed/shop/images/manifest.parquet", MANIFEST).to_pylist()
     assert [row["item_id"] for row in rows] == [item["item_id"] for item in items]
@@ -102,23 +103,45 @@ def check(checkout: Checkout, served: Shop) -> dict[str, Any]:
         if not good:
             assert row["status"] == ("failed" if any(status == 200 for status, _ in answers) else "missing")
             assert row["error"]
-    assert sum(metrics["coverage"]["image"].values()) == len(items) == metrics["counts"]["items"]
     before = len(served.asked)
-    assert checkout.planned("results/shop/metrics.json") == {}
+    assert checkout.planned(*targets) == {}
     assert len(served.asked) == before
+    return len(items)
+
+
+def check(checkout: Checkout, served: Shop) -> dict[str, Any]:
+    """Run to the metrics and return them."""
+    items = check_images(checkout, served, METRICS)
+    metrics: dict[str, Any] = read(checkout, METRICS)
+    assert sum(metrics["coverage"]["image"].values()) == items == metrics["counts"]["items"]
     return metrics
 
 
-@pytest.mark.parametrize("category", ["Gift_Cards", "Magazine_Subscriptions"])
-def test_2018(shop: tuple[Shop, str], real_data: Path, tmp_path: Path, category: str):
+def read(checkout: Checkout, path: str) -> Any:
+    return json.loads((checkout.folder / path).read_text())
+
+
+def of_2018(shop: tuple[Shop, str], real_data: Path, folder: Path, category: str) -> Checkout:
     served, url = shop
-    folder = real_data / "amazon-2018"
-    served.files[f"/categoryFilesSmall/{category}_5.json.gz"] = (folder / f"{category}_5.json.gz").read_bytes()
-    served.files[f"/metaFiles2/meta_{category}.json.gz"] = on_loopback(folder / f"meta_{category}.json.gz", url)
-    checkout = Checkout(tmp_path / "checkout", config({"source": "amazon-2018", "category": category}, url))
-    metrics = check(checkout, served)
+    published = real_data / "amazon-2018"
+    served.files[f"/categoryFilesSmall/{category}_5.json.gz"] = (published / f"{category}_5.json.gz").read_bytes()
+    served.files[f"/metaFiles2/meta_{category}.json.gz"] = on_loopback(published / f"meta_{category}.json.gz", url)
+    return Checkout(folder, config({"source": "amazon-2018", "category": category}, url))
+
+
+def test_2018(shop: tuple[Shop, str], real_data: Path, tmp_path: Path):
+    metrics = check(of_2018(shop, real_data, tmp_path / "checkout", "Gift_Cards"), shop[0])
     assert metrics["coverage"]["text"]["ok"] > 0.9 * metrics["counts"]["items"]
     assert metrics["data"]["has_timestamps"] and set(metrics["raw"]) == {"5core", "meta"}
+
+
+def test_the_data_of_another_category_of_2018(shop: tuple[Shop, str], real_data: Path, tmp_path: Path):
+    checkout = of_2018(shop, real_data, tmp_path / "checkout", "Magazine_Subscriptions")
+    made = ("processed/shop/images/manifest.parquet", "processed/shop/interactions.parquet")
+    items, stats = check_images(checkout, shop[0], *made), read(checkout, "processed/shop/stats.json")
+    assert stats["items"] == items and stats["items_with_text"] > 0.9 * items
+    raw = read(checkout, "processed/shop/prepare.stage.json")["raw"]
+    assert stats["has_timestamps"] and set(raw) == {"5core", "meta"}
 
 
 def test_2023_with_its_published_split(shop: tuple[Shop, str], real_data: Path, tmp_path: Path):
