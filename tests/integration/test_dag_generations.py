@@ -63,7 +63,8 @@ def shop() -> Iterator[tuple[Shop, str]]:
         server.shutdown()
 
 
-def config(data: dict[str, Any], url: str) -> dict[str, Any]:
+def config(data: dict[str, Any], url: str, *modalities: str) -> dict[str, Any]:
+    extractors = {"text": "words", "image": "looks"}
     images = {"hosts": ["127.0.0.1"], "private": True, "rate": 2000}
     return {
         "datasets": {"shop": {**data, "mirrors": [url], "images": images}},
@@ -74,7 +75,7 @@ def config(data: dict[str, Any], url: str) -> dict[str, Any]:
         "experiments": {
             "shop": {
                 "dataset": "shop",
-                "modalities": {"text": "words", "image": "looks"},
+                "modalities": {name: extractors[name] for name in modalities},
                 "model": {"embedding_dim": 16, "knn_k": 5},
                 "training": {"epochs": 3, "batch_size": 256},
                 "evaluation": {"ks": [10]},
@@ -126,7 +127,7 @@ def of_2018(shop: tuple[Shop, str], real_data: Path, folder: Path, category: str
     published = real_data / "amazon-2018"
     served.files[f"/categoryFilesSmall/{category}_5.json.gz"] = (published / f"{category}_5.json.gz").read_bytes()
     served.files[f"/metaFiles2/meta_{category}.json.gz"] = on_loopback(published / f"meta_{category}.json.gz", url)
-    return Checkout(folder, config({"source": "amazon-2018", "category": category}, url))
+    return Checkout(folder, config({"source": "amazon-2018", "category": category}, url, "text", "image"))
 
 
 def test_2018(shop: tuple[Shop, str], real_data: Path, tmp_path: Path):
@@ -163,7 +164,7 @@ def test_2023_with_its_published_split(shop: tuple[Shop, str], real_data: Path, 
         )
         served.files[f"/benchmark/5core/timestamp_w_his/Amazon_Fashion.{part}.csv.gz"] = gzip.compress(text.encode())
     data = {"source": "amazon-2023", "category": "Amazon_Fashion", "interactions": "5core-timestamp"}
-    checkout = Checkout(tmp_path / "checkout", config(data, url))
+    checkout = Checkout(tmp_path / "checkout", config(data, url, "image"))
     metrics = check(checkout, served)
     assert (metrics["counts"]["users"], metrics["counts"]["items"]) == (400, 500)
     assert metrics["data"]["interactions"] == 3200 and metrics["config"]["split"]["strategy"] == "published"
