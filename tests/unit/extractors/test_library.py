@@ -36,7 +36,7 @@ def test_the_documented_use_works() -> None:
     for code in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
         exec(compile(code, "docs", "exec"), names)
     assert names["encoded"].embedding.shape == (2, 384) and names["encoded"].status.tolist() == ["ok", "missing"]
-    assert names["new"].embedding.shape == (1, 3) and names["new"].status.tolist() == ["ok"]
+    assert names["new"].embedding.shape == (1, 2) and names["new"].status.tolist() == ["ok"]
 
 
 class LettersSpec(BackendSpec):
