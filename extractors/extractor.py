@@ -115,9 +115,9 @@ class Extractor(Model[T]):
         """
         inputs = [self.input_of(item) for item in items]
         rows = np.array([row for row, value in enumerate(inputs) if value is not None], dtype=np.int64)
-        result = no_vectors(len(items), self.dim, MISSING)
-        if len(rows):
-            encoded = self.run(value for value in inputs if value is not None)
+        encoded = self.run(value for value in inputs if value is not None) if len(rows) else None
+        result = no_vectors(len(items), self.dim, MISSING)  # `run` may set dim
+        if encoded is not None:
             encoded.check([str(items[row].get("item_id", f"number {row}")) for row in rows])
             result.embedding[rows] = encoded.embedding
             result.status[rows] = encoded.status

@@ -18,6 +18,7 @@ BACKENDS = {
     "timm": "extractors.image.timm:TimmSpec",
     "open_clip": "extractors.image.open_clip:OpenClipSpec",
     "transformers-vision": "extractors.image.transformers:TransformersVisionSpec",
+    "tfidf": "extractors.text.tfidf:TfidfSpec",
     "descriptor": "extractors.image.descriptor:DescriptorSpec",
     "transformers-mllm": "extractors.multimodal.transformers:TransformersMllmSpec",
     "transformers-caption": "extractors.caption.transformers:TransformersCaptionSpec",

@@ -135,6 +135,14 @@ def test_descriptor() -> None:
     check_backend("descriptor", {"default": vectors("descriptor", "image")})
 
 
+def test_tfidf() -> None:
+    outputs = {
+        "words": vectors("tfidf", "words"),
+        "settings": vectors("tfidf", "text", terms="characters", ngrams=[2, 3], min_items=1, dim=2),
+    }
+    check_backend("tfidf", outputs)
+
+
 def test_precomputed(tmp_path: Path) -> None:
     values = np.arange(12, dtype=np.float32).reshape(4, 3) / 7
     ids = ["i2", "i0", "other", "i1"]

@@ -32,10 +32,11 @@ def test_the_example_in_the_package_runs() -> None:
 
 def test_the_documented_use_works() -> None:
     section = DOCS.read_text().partition("## As a library")[2].partition("\n## ")[0]
-    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     names: dict[str, Any] = {}
-    exec(compile(code, "docs", "exec"), names)
+    for code in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
+        exec(compile(code, "docs", "exec"), names)
     assert names["encoded"].embedding.shape == (2, 384) and names["encoded"].status.tolist() == ["ok", "missing"]
+    assert names["new"].embedding.shape == (1, 2) and names["new"].status.tolist() == ["ok"]
 
 
 class LettersSpec(BackendSpec):
