@@ -71,7 +71,7 @@ def campaign(node: SlurmNode, tmp_path_factory: pytest.TempPathFactory) -> Campa
         "--max-threads",
         str(THREADS),
         "--slurm-init-seconds-before-status-checks",
-        "10",
+        "5",
         "--latency-wait",
         "20",
         METRICS,
