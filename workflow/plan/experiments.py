@@ -38,8 +38,8 @@ class ExperimentSection(Strict):
         description="control that replaces the features of all modalities, or of some by modality: gaussian noise of equal "
         "norms, shuffled rows, or a constant vector; drawn with training.seed; item graphs are rebuilt from it",
     )
-    reduce: dict[str, Reduction | None] | None = Field(
-        None,
+    reduce: dict[str, Reduction | None] = Field(
+        default_factory=dict,
         description="reduction of the features of some modalities to fewer numbers, such as {image: {method: pca, dim: 512}}, in "
         "place of that of the extractor; null for a modality: its features as the extractor gives them",
     )

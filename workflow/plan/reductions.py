@@ -12,7 +12,7 @@ from workflow.plan.experiments import Experiment
 
 def with_reductions(
     experiment: Experiment,
-    own: Mapping[str, Reduction | None] | None,
+    own: Mapping[str, Reduction | None],
     extractors: Mapping[str, BackendSpec],
     where: str,
 ) -> Experiment:
@@ -27,11 +27,11 @@ def with_reductions(
     Raises:
         UserError: a reduction of a modality that the experiment does not have.
     """
-    unknown = next((modality for modality in own or {} if modality not in experiment.modalities), None)
+    unknown = next((modality for modality in own if modality not in experiment.modalities), None)
     if unknown is not None:
         raise UserError(
             f"{where}.reduce.{unknown}: the experiment has no such modality{nearest(unknown, experiment.modalities)}"
         )
     chosen = {modality: extractors[extractor].reduce for modality, extractor in experiment.modalities.items()}
-    chosen |= own or {}
+    chosen |= own
     return replace(experiment, reductions={modality: one for modality, one in chosen.items() if one is not None})
