@@ -91,7 +91,8 @@ def test_a_swapped_image_extractor_runs_the_image_side_only(checkout: Checkout):
     before = (checkout.folder / METRICS).read_bytes()
     config["extractors"]["coarse"]["reduce"] = {"method": "pca", "dim": 16}
     checkout.configure(config)
-    checkout.run(METRICS)
+    output = checkout.run(METRICS)
+    assert "image coarse reduced to 16 numbers" in output
     found = read_json(checkout.folder / METRICS)
     assert (found["reduced"]["image"]["from"], found["reduced"]["image"]["dim"]) == (1101, 16)
     loaded = cm3.load(checkout.folder / "results/shop")

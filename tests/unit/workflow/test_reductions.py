@@ -11,6 +11,7 @@ from checkout import SMALL
 
 from cm3.common.errors import UserError
 from cm3.common.features import write_features
+from cm3.common.keys import key_of
 from workflow.overview import overview
 from workflow.plan import comparison, features, mmrec, publish, runs
 from workflow.plan.config import Config, load_config
@@ -58,6 +59,19 @@ def test_the_key_of_a_run_depends_on_the_reduction_and_not_on_where_it_is_writte
     assert keys["own"] == runs.selected_run(config(PCA16), "shop")
     assert keys["shop"] == runs.selected_run(config(PCA16, plain={"like": "shop", "reduce": {"image": None}}), "plain")
     assert found.experiments["shop"].reductions == {}
+
+
+def test_the_key_of_a_run_without_reductions_is_of_what_it_was_before_there_were_any():
+    found = config()
+    shop, dataset = found.experiments["shop"], found.datasets["shop"]
+    words, looks = (features.features_identity(found, name) for name in ("words", "looks"))
+    before = {
+        "dataset": ["shop", dataset.generate_spec(), dataset.tables_spec(), dataset.split_spec()],
+        "features": [["text", "words", words], ["image", "looks", looks]],
+        "model": shop.model.identity(),
+        "training": shop.training_identity(),
+    }
+    assert runs.selected_run(found, "shop") == key_of(before)
 
 
 def test_a_control_replaces_the_reduced_features_and_is_the_control_of_their_experiment():
