@@ -61,6 +61,23 @@ def test_the_key_of_a_run_depends_on_the_reduction_and_not_on_where_it_is_writte
     assert found.experiments["shop"].reductions == {}
 
 
+def test_the_reduction_of_a_captioner_is_of_the_vectors_of_its_captions():
+    whole = copy.deepcopy(SMALL)
+    sayer = {"modality": "caption", "backend": "openai-caption", "model": "m", "url": "http://127.0.0.1:9/v1"}
+    whole["extractors"]["words"]["reduce"] = {"method": "pca", "dim": 64}
+    whole["extractors"] |= {name: sayer | {"encoder": "words"} for name in ("sayer", "reduced")}
+    whole["extractors"]["reduced"] = whole["extractors"]["reduced"] | {"reduce": PCA16}
+    whole["experiments"]["shop"]["modalities"] = {"text": "words", "caption": "sayer", "said": "reduced"}
+    found = load_config(whole)
+    assert found.experiments["shop"].feature_names() == {
+        "text": "words-pca64",
+        "caption": "sayer",
+        "said": "reduced-pca16",
+    }
+    own, other = (features.captions_path(found, "shop", name) for name in ("sayer", "reduced"))
+    assert own.replace("sayer", "reduced") == other
+
+
 def test_the_key_of_a_run_without_reductions_is_of_what_it_was_before_there_were_any():
     found = config()
     shop, dataset = found.experiments["shop"], found.datasets["shop"]
