@@ -62,6 +62,11 @@ class Slab:
         return stack
 
 
+def upload(tensor: "torch.Tensor", device: str) -> "torch.Tensor":
+    """Return a tensor of the host on a device; on CUDA the copy may still be in progress."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device == "cuda" else tensor.to(device)
+
+
 class Download:
     """A tensor on its way from the device to the host."""
 
@@ -70,7 +75,7 @@ class Download:
 
         pinned = tensor.device.type == "cuda"
         self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
-        self._host.copy_(tensor, non_blocking=True)
+        self._host.copy_(tensor, non_blocking=pinned)
         self._arrived = Moment(tensor.device)
         self._arrived.mark()
 

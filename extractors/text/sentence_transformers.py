@@ -12,6 +12,7 @@ from cm3.common.errors import UserError
 from extractors.caption.prompt import read_prompted, without_control_tokens
 from extractors.extractor import Extractor
 from extractors.runtime.precision import arithmetic, torch_dtype
+from extractors.runtime.slabs import upload
 from extractors.runtime.source import Source
 from extractors.spec import Cost
 from extractors.text.base import (
@@ -24,11 +25,14 @@ from extractors.text.base import (
     text_positions_of,
 )
 from extractors.text.item_text import item_text
+from extractors.text.sentence_inputs import SentenceInputs, own_inputs
+from extractors.text.tokens import TokenIds
 from extractors.weights.completeness import check_checkpoint
 from extractors.weights.hub import checked_path, quiet, without_bars
 from extractors.weights.pretrained import check_code, loaded
 
 if TYPE_CHECKING:
+    import torch
     from sentence_transformers import SentenceTransformer
 
 KIND = "a sentence-transformers model"
@@ -143,6 +147,8 @@ class SentenceTransformersExtractor(TextModel):
         self.tokenizer = self.model.tokenizer
         own = self.model.prompts.get(self.model.default_prompt_name or "") or ""
         self.prompt = own if spec.prompt is None else spec.prompt
+        self.inputs = self._own_inputs()
+        self.token_ids = None if self.inputs is None else self.inputs.token_ids
         self.ready(self.model.get_embedding_dimension())
 
     def facts(self) -> dict[str, Any]:
@@ -150,22 +156,57 @@ class SentenceTransformersExtractor(TextModel):
         limit = None if self.limit == NO_LIMIT else self.limit
         return {"max_length": limit, "prompt": self.prompt, "modules": [type(m).__name__ for m in self.model]}
 
-    def forward(self, texts: Sequence[str]) -> np.ndarray:
-        """Return (n, dim) float32 vectors of n texts in one forward pass."""
-        with arithmetic(self.device, self.spec.precision):
-            vectors = self.model.encode(
-                [{"text": text} for text in texts] if self.marks_texts else list(texts),
-                prompt=self.spec.prompt,
-                batch_size=len(texts),
-                show_progress_bar=False,
-                normalize_embeddings=self.spec.normalise,
-                truncate_dim=self.spec.truncate_dim,
-                convert_to_tensor=True,
-            )
-        return vectors.float().cpu().numpy()
+    def forward(self, texts: Sequence[str]) -> "torch.Tensor":
+        """Return (n, dim) float32 vectors of n texts on the device, in one forward pass."""
+        import torch
+
+        with torch.inference_mode(), arithmetic(self.device, self.spec.precision):
+            if self.inputs is None:
+                return self._encoded_by_library(texts)
+            # The library's order: the place of a text in a batch may change the last digit of its vector.
+            order = np.argsort([-len(text) for text in texts])
+            inputs = self.inputs.of([texts[row] for row in order])
+            on_device = {name: self._uploaded(value) for name, value in inputs.items()}
+            return self.vectors_of(on_device)[upload(torch.from_numpy(np.argsort(order)), self.device)]
+
+    def vectors_of(self, inputs: dict[str, Any]) -> "torch.Tensor":
+        """Return (n, dim) float32 vectors of a batch's inputs on the device, as the library's `encode` does."""
+        import torch
+
+        cut = self.model.truncate_dim if self.spec.truncate_dim is None else self.spec.truncate_dim
+        vectors: torch.Tensor = self.model(inputs)["sentence_embedding"][:, :cut]
+        return (torch.nn.functional.normalize(vectors, dim=1) if self.spec.normalise else vectors).float()
+
+    def _encoded_by_library(self, texts: Sequence[str]) -> "torch.Tensor":
+        vectors: torch.Tensor = self.model.encode(
+            self._marked(texts),
+            prompt=self.spec.prompt,
+            batch_size=len(texts),
+            show_progress_bar=False,
+            normalize_embeddings=self.spec.normalise,
+            truncate_dim=self.spec.truncate_dim,
+            convert_to_tensor=True,
+        )
+        return vectors.float()
+
+    def _own_inputs(self) -> SentenceInputs | None:
+        """Return inputs of kept tokens; None if the library's are different, so that it tokenises a second time."""
+        if not callable(self.tokenizer):
+            return None
+        self.model.eval()
+        with quiet("transformers.tokenization_utils_base"):
+            return own_inputs(self.model, TokenIds(self.tokenizer, self.limit), self.prompt, self._marked)
+
+    def _uploaded(self, value: Any) -> Any:
+        import torch
+
+        return upload(value, self.device) if isinstance(value, torch.Tensor) else value
+
+    def _marked(self, texts: Sequence[str]) -> list[Any]:
+        return [{"text": text} for text in texts] if self.marks_texts else list(texts)
 
     def counted(self, texts: Sequence[str]) -> list[int]:
-        """Return the numbers of tokens of n texts without truncation."""
+        """Return the numbers of tokens of n texts with their prompt; above the limit, any number above it."""
         if callable(self.tokenizer):
             return super().counted(texts)
         # Static embeddings have a tokenizer of another library, and no special tokens.
