@@ -8,12 +8,11 @@ from pydantic import Field
 
 from cm3.common.device import select_device
 from extractors.caption.base import Answer, CaptionSpec
+from extractors.caption.batches import Asked, PreparedBatch, image_batch
 from extractors.caption.local import (
     KIND,
-    Asked,
     BatchCaptioner,
-    chat_of,
-    image_batch,
+    chat_features,
     name_of,
     processor_of,
     rendered,
@@ -98,27 +97,14 @@ class TransformersCaptioner(BatchCaptioner):
         """Return the current batch size, which shrinks when memory runs out."""
         return self.batch.size
 
-    def answer(self, asked: Sequence[Asked], features: Any = None) -> list[Answer]:
-        """Return the answer to each image and prompt."""
-        if features is not None and len(asked) <= self.batch.size:
-            answers = self.batch.attempt(lambda part: self._generate(part, features), asked)
-            if answers is not None:
-                return answers
-        return self.batch.all(self._generate, asked)
+    def answer(self, batch: PreparedBatch) -> list[Answer]:
+        """Return the answer to each decoded image and prompt of a batch."""
+        return batch.outputs(self.batch, self._generate)
 
     def features_of(self, asked: Sequence[Asked]) -> Any:
         """Return the tokens and pixels of images and prompts."""
         with self.tokenizing:
-            return self.processor.apply_chat_template(
-                [chat_of(self.spec, prompt, image) for image, prompt in asked],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs={"padding": True},
-                sanitize_control_tokens=True,  # a title may contain control tokens of the model
-                **(self.spec.chat_template_kwargs or {}),
-            )
+            return chat_features(self.processor, self.spec, asked)
 
     def _generate(self, asked: Sequence[Asked], features: Any = None) -> list[Answer]:
         import torch

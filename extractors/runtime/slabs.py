@@ -62,9 +62,10 @@ class Slab:
         return stack
 
 
-def upload(tensor: "torch.Tensor", device: str) -> "torch.Tensor":
-    """Return a tensor of the host on a device; on CUDA the copy may still be in progress."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device == "cuda" else tensor.to(device)
+def upload(tensor: "torch.Tensor", device: "torch.device") -> "torch.Tensor":
+    """Return a tensor on a device; on CUDA the copy from the host may still be in progress."""
+    pinned = device.type == "cuda" and tensor.device.type == "cpu"
+    return tensor.pin_memory().to(device, non_blocking=True) if pinned else tensor.to(device)
 
 
 class Download:

@@ -132,11 +132,49 @@ def library_model(spec: SentenceTransformersSpec, device: str) -> "SentenceTrans
         inner = {id(part) for body in bodies for part in body.modules() if part is not body}
         outermost = [body for body in bodies if id(body) not in inner]
         loaded(lambda: check_checkpoint(outermost, KIND, folder, unused=("pooler.",)), KIND, spec, folder)
-    return model
+    return model.eval()
+
+
+def prompt_of(model: "SentenceTransformer", spec: SentenceTransformersSpec) -> str:
+    """Return the text before each input: the spec's prompt, else the model's own default prompt."""
+    own = model.prompts.get(model.default_prompt_name or "") or ""
+    return own if spec.prompt is None else spec.prompt
+
+
+def library_order(sizes: Sequence[int]) -> np.ndarray:
+    """Return the order in which the library's `encode` puts inputs into a batch: by characters and pixels.
+
+    The place of an input in its batch may change the last digit of its vector.
+    """
+    return np.argsort([-size for size in sizes])
+
+
+def library_vectors(
+    model: "SentenceTransformer", inputs: dict[str, Any], spec: SentenceTransformersSpec
+) -> "torch.Tensor":
+    """Return (n, d) float32 vectors of a batch, as the library's `encode` does.
+
+    Args:
+        model: a loaded model.
+        inputs: result of the model's `preprocess`, on any device.
+        spec: precision, normalise and truncate_dim.
+    """
+    import torch
+
+    device = model.device
+    with torch.inference_mode(), arithmetic(device.type, spec.precision):
+        on_device = {
+            name: upload(value, device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()
+        }
+        cut = model.truncate_dim if spec.truncate_dim is None else spec.truncate_dim
+        vectors: torch.Tensor = model(on_device)["sentence_embedding"][:, :cut]
+        return (torch.nn.functional.normalize(vectors, dim=1) if spec.normalise else vectors).float()
 
 
 class SentenceTransformersExtractor(TextModel):
     """A loaded sentence-transformers model that encodes texts."""
+
+    spec: SentenceTransformersSpec
 
     def __init__(self, spec: SentenceTransformersSpec) -> None:
         super().__init__(spec)
@@ -145,8 +183,7 @@ class SentenceTransformersExtractor(TextModel):
         self.marks_texts = any(modality != "text" for modality in self.model.modalities)
         self.limit = self._token_limit()
         self.tokenizer = self.model.tokenizer
-        own = self.model.prompts.get(self.model.default_prompt_name or "") or ""
-        self.prompt = own if spec.prompt is None else spec.prompt
+        self.prompt = prompt_of(self.model, spec)
         self.inputs = self._own_inputs()
         self.token_ids = None if self.inputs is None else self.inputs.token_ids
         self.ready(self.model.get_embedding_dimension())
@@ -160,47 +197,22 @@ class SentenceTransformersExtractor(TextModel):
         """Return (n, dim) float32 vectors of n texts on the device, in one forward pass."""
         import torch
 
-        with torch.inference_mode(), arithmetic(self.device, self.spec.precision):
-            if self.inputs is None:
-                return self._encoded_by_library(texts)
-            # The library's order: the place of a text in a batch may change the last digit of its vector.
-            order = np.argsort([-len(text) for text in texts])
-            inputs = self.inputs.of([texts[row] for row in order])
-            on_device = {name: self._uploaded(value) for name, value in inputs.items()}
-            return self.vectors_of(on_device)[upload(torch.from_numpy(np.argsort(order)), self.device)]
+        order = library_order([len(text) for text in texts])
+        inputs = self._inputs_of([texts[row] for row in order])
+        back = upload(torch.from_numpy(np.argsort(order)), self.model.device)
+        return library_vectors(self.model, inputs, self.spec)[back]
 
-    def vectors_of(self, inputs: dict[str, Any]) -> "torch.Tensor":
-        """Return (n, dim) float32 vectors of a batch's inputs on the device, as the library's `encode` does."""
-        import torch
-
-        cut = self.model.truncate_dim if self.spec.truncate_dim is None else self.spec.truncate_dim
-        vectors: torch.Tensor = self.model(inputs)["sentence_embedding"][:, :cut]
-        return (torch.nn.functional.normalize(vectors, dim=1) if self.spec.normalise else vectors).float()
-
-    def _encoded_by_library(self, texts: Sequence[str]) -> "torch.Tensor":
-        vectors: torch.Tensor = self.model.encode(
-            self._marked(texts),
-            prompt=self.spec.prompt,
-            batch_size=len(texts),
-            show_progress_bar=False,
-            normalize_embeddings=self.spec.normalise,
-            truncate_dim=self.spec.truncate_dim,
-            convert_to_tensor=True,
-        )
-        return vectors.float()
+    def _inputs_of(self, texts: Sequence[str]) -> dict[str, Any]:
+        if self.inputs is not None:
+            return self.inputs.of(texts)
+        return dict(self.model.preprocess(self._marked(texts), prompt=self.prompt))
 
     def _own_inputs(self) -> SentenceInputs | None:
         """Return inputs of kept tokens; None if the library's are different, so that it tokenises a second time."""
         if not callable(self.tokenizer):
             return None
-        self.model.eval()
         with quiet("transformers.tokenization_utils_base"):
             return own_inputs(self.model, TokenIds(self.tokenizer, self.limit), self.prompt, self._marked)
-
-    def _uploaded(self, value: Any) -> Any:
-        import torch
-
-        return upload(value, self.device) if isinstance(value, torch.Tensor) else value
 
     def _marked(self, texts: Sequence[str]) -> list[Any]:
         return [{"text": text} for text in texts] if self.marks_texts else list(texts)

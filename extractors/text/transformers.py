@@ -89,7 +89,9 @@ class TransformersTextExtractor(TextModel):
         """Return (n, tokens, width) last hidden states and the (n, tokens) attention mask."""
         import torch
 
-        ids, mask = (upload(one, self.device) for one in self.token_ids.batch([self.prompt + text for text in texts]))
+        ids, mask = (
+            upload(one, self.model.device) for one in self.token_ids.batch([self.prompt + text for text in texts])
+        )
         with torch.inference_mode(), arithmetic(self.device, self.spec.precision):
             return self.model(input_ids=ids, attention_mask=mask).last_hidden_state, mask
 
