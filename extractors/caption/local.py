@@ -14,6 +14,7 @@ from extractors.caption.base import Answer, Captioner, CaptionResult, load_image
 from extractors.caption.batches import Asked, PreparedBatch, prepared_batches
 from extractors.caption.prompt import Prompted, PromptedSpec
 from extractors.extractor import Advance, silent
+from extractors.runtime.slabs import pinned_for
 from extractors.weights.pretrained import load_part
 from extractors.weights.spec import ModelSpec
 
@@ -58,9 +59,11 @@ def chat_of(spec: PromptedSpec, prompt: str, image: Image.Image | None = None) -
     return [{"role": "system", "content": [{"type": "text", "text": spec.system_prompt}]}, message]
 
 
-def chat_features(processor: Any, spec: PromptedSpec, asked: Sequence[Asked]) -> Any:
-    """Return the tokens and pixels of a batch of images and prompts, on the host."""
-    return processor.apply_chat_template(
+def chat_features(processor: Any, spec: PromptedSpec, model: Any, asked: Sequence[Asked]) -> Any:
+    """Return the tokens and pixels of a batch of images and prompts: on the host, in the model's number format."""
+    import torch
+
+    features = processor.apply_chat_template(
         [chat_of(spec, prompt, image) for image, prompt in asked],
         add_generation_prompt=True,
         tokenize=True,
@@ -69,7 +72,16 @@ def chat_features(processor: Any, spec: PromptedSpec, asked: Sequence[Asked]) ->
         processor_kwargs={"padding": True},
         sanitize_control_tokens=True,  # a title may contain control tokens of the model
         **(spec.chat_template_kwargs or {}),
-    )
+    ).to(dtype=model.dtype)
+    for name, value in features.items():
+        if isinstance(value, torch.Tensor):
+            features[name] = pinned_for(model.device, value)
+    return features
+
+
+def on_model_device(features: Any, model: Any) -> Any:
+    """Return the result of `chat_features` on the model's device; on CUDA the copy may still be in progress."""
+    return features.to(model.device, non_blocking=model.device.type == "cuda")
 
 
 def rendered(processor: Any, spec: PromptedSpec, prompt: str) -> str:

@@ -14,6 +14,7 @@ from extractors.caption.local import (
     BatchCaptioner,
     chat_features,
     name_of,
+    on_model_device,
     processor_of,
     rendered,
 )
@@ -26,6 +27,7 @@ from extractors.runtime.cpu_estimate import (
     seconds_per_parameter,
     tokens_of,
 )
+from extractors.runtime.precision import arithmetic
 from extractors.spec import Cost
 from extractors.weights.hub import model_path
 from extractors.weights.pretrained import load_model, loaded, on_device
@@ -104,15 +106,14 @@ class TransformersCaptioner(BatchCaptioner):
     def features_of(self, asked: Sequence[Asked]) -> Any:
         """Return the tokens and pixels of images and prompts."""
         with self.tokenizing:
-            return chat_features(self.processor, self.spec, asked)
+            return chat_features(self.processor, self.spec, self.model, asked)
 
     def _generate(self, asked: Sequence[Asked], features: Any = None) -> list[Answer]:
         import torch
 
-        prepared = self.features_of(asked) if features is None else features
-        batch = prepared.to(self.device, dtype=self.model.dtype)
+        batch = on_model_device(self.features_of(asked) if features is None else features, self.model)
         limit = self.spec.token_limit()
-        with torch.inference_mode():
+        with torch.inference_mode(), arithmetic(self.device, self.spec.precision):
             # The model's own generation config may sample or penalise repetition; captions are plain argmax.
             output = self.model.generate(
                 **batch,

@@ -15,6 +15,7 @@ from extractors.caption.batches import Asked, image_batch
 from extractors.caption.prompt import Prompted
 from extractors.image.item_images import image_of
 from extractors.multimodal.base import ImageTextModel
+from extractors.runtime.slabs import pinned_for
 from extractors.text.sentence_transformers import (
     KIND,
     SentenceTransformersSpec,
@@ -72,7 +73,8 @@ class SentenceTransformersImages(ImageTextModel):
                 rows = [rows[place] for place in library_order([_size(asked[row]) for row in rows])]
                 if rows:
                     given = [_given(*asked[row]) for row in rows]
-                    found.append((rows, dict(self.model.preprocess(given, prompt=self.prompt))))
+                    inputs = self.model.preprocess(given, prompt=self.prompt)
+                    found.append((rows, {name: self._pinned(value) for name, value in inputs.items()}))
         return found
 
     def vectors(self, asked: Sequence[Asked], features: Any = None) -> np.ndarray:
@@ -82,6 +84,11 @@ class SentenceTransformersImages(ImageTextModel):
         for rows, inputs in parts:
             found.update(zip(rows, library_vectors(self.model, inputs, self.spec).cpu().numpy(), strict=True))
         return np.stack([found[row] for row in range(len(asked))])
+
+    def _pinned(self, value: Any) -> Any:
+        import torch
+
+        return pinned_for(self.model.device, value) if isinstance(value, torch.Tensor) else value
 
 
 def _given(image: Image.Image, text: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from cm3.common.device import select_device
 from cm3.common.errors import UserError
 from extractors.caption.base import MAX_ASPECT
 from extractors.caption.batches import Asked, image_batch
-from extractors.caption.local import KIND, chat_features, processor_of
+from extractors.caption.local import KIND, chat_features, on_model_device, processor_of
 from extractors.caption.prompt import PLACEHOLDERS, Prompted, PromptedSpec
 from extractors.image.item_images import image_of
 from extractors.multimodal.base import ImageTextModel
@@ -126,14 +126,13 @@ class TransformersMllmExtractor(ImageTextModel):
     def features_of(self, asked: Sequence[Asked]) -> Any:
         """Return the tokens and pixels of images and prompts."""
         with self.tokenizing:
-            return chat_features(self.processor, self.spec, asked)
+            return chat_features(self.processor, self.spec, self.model, asked)
 
     def vectors(self, asked: Sequence[Asked], features: Any = None) -> np.ndarray:
         """Return (n, d) float32 vectors of n images with their prompts."""
         import torch
 
-        features = self.features_of(asked) if features is None else features
-        batch = features.to(self.model.device, dtype=self.model.dtype)
+        batch = on_model_device(self.features_of(asked) if features is None else features, self.model)
         with torch.inference_mode(), arithmetic(self.device, self.spec.precision):
             output = self.model(**batch, use_cache=False, output_hidden_states=not self.last)
         states = output.last_hidden_state if self.last else output.hidden_states[self.spec.layer]

@@ -1,6 +1,7 @@
 """A vision-language model as an encoder: a tiny one with random weights, saved by the test."""
 
 import threading
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import extractors
 from cm3.common.errors import UserError
 from cm3.common.features import read_features
 from cm3.common.tables import read_metadata
+from extractors.caption.local import chat_features, processor_of
 from extractors.extract import extract
 from extractors.multimodal.transformers import TransformersMllmExtractor, TransformersMllmSpec
 from workflow.plan.config import load_config
@@ -107,6 +109,19 @@ def test_batches_that_a_thread_prepares_on_gpus_give_the_same_vectors(
     monkeypatch.setattr(extractor.model, "forward", forward)
     assert np.array_equal(extractor.encode(ITEMS).embedding, expected)
     assert threads == ({False} if room == 2 else {False, True}) and extractor.batch.size == room
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_inputs_are_halved_and_pinned_where_they_are_prepared(
+    vlm: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned: list[torch.dtype] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: (pinned.append(tensor.dtype), tensor)[1])
+    spec, processor = spec_of(vlm), processor_of(spec_of(vlm), vlm)
+    model = types.SimpleNamespace(device=torch.device(device), dtype=torch.bfloat16)
+    found = chat_features(processor, spec, model, [(Image.new("RGB", (56, 56)), "shoe")])
+    assert found["pixel_values"].dtype == torch.bfloat16 and found["input_ids"].dtype == torch.int64
+    assert pinned == ([] if device == "cpu" else [value.dtype for value in found.values()])
 
 
 def test_image_and_text_both_move_the_vector(vlm: Path) -> None:
