@@ -20,10 +20,10 @@ IMAGES_PER_BATCH = {"cpu": 4, "mps": 4, "cuda": 16}
 MOST_IMAGES = 256
 
 
-def image_batch(batch_size: int | None, device: str) -> Batch:
-    """Return the batch size of a vision-language model: as configured, else what suits the device."""
+def image_batch(batch_size: int | None, device: str, most: int = MOST_IMAGES) -> Batch:
+    """Return the batch size of a vision-language model: as configured, else what suits the device, `most` on a GPU."""
     if batch_size is None and device == "cuda":
-        return MeasuredBatch(IMAGES_PER_BATCH[device], MOST_IMAGES, CudaMemory())
+        return MeasuredBatch(IMAGES_PER_BATCH[device], most, CudaMemory())
     return Batch(batch_size or IMAGES_PER_BATCH[device])
 
 

@@ -27,6 +27,9 @@ from extractors.text.sentence_transformers import (
 from extractors.weights.hub import model_path
 from extractors.weights.pretrained import loaded
 
+_MOST_IMAGES = 128
+"""Two batches of decoded images are in memory at a time, and without max_pixels an image may have any size."""
+
 
 class SentenceTransformersImages(ImageTextModel):
     """A loaded sentence-transformers model that encodes images, or images together with texts."""
@@ -39,7 +42,7 @@ class SentenceTransformersImages(ImageTextModel):
         if not self.model.supports("image" if spec.modality == "image" else ("image", "text")):
             modalities = ", ".join(str(one) for one in self.model.modalities)
             raise UserError(f"{folder}: does not encode inputs of modality {spec.modality}, only {modalities}")
-        self.batch = image_batch(spec.batch_size, self.device)
+        self.batch = image_batch(spec.batch_size, self.device, _MOST_IMAGES)
         # A tokenizer is not safe for two threads: after memory ran out, a batch is made anew while the next one is made.
         self.tokenizing = threading.Lock()
         self.prompt = prompt_of(self.model, spec)
