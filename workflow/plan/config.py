@@ -118,7 +118,7 @@ def load_config(raw: Any, files: Sequence[Path] = (), local: bool = True, overri
             return experiment
         return with_reductions(with_weights_by_kind(experiment, extractors), section.reduce, extractors, where)
 
-    sections = sections.model_copy(update={"experiments": with_best(sections.experiments, datasets)})
+    sections = sections.model_copy(update={"experiments": with_best(sections.experiments, datasets, extractors)})
     experiments = _parse_each("experiments", sections.experiments, parse_experiment, faults)
 
     def parse_comparison(name: str, data: dict[str, Any], where: str) -> Study | None:
