@@ -46,7 +46,7 @@ class ExperimentSection(Strict):
     preset: str = Field(
         "default",
         description="values of unset keys: default; official, which repeats the reference implementation of CM3; or best, "
-        "which re-ranks the experiment by co-occurrence and content (docs/reranking.md)",
+        "which adds the words of the texts and re-ranks by co-occurrence and content (docs/reranking.md)",
         json_schema_extra={"enum": list(PRESETS)},
     )
     model: dict[str, Any] = Field(
