@@ -32,7 +32,7 @@ def load(spec: "BackendSpec | Mapping[str, Any]", name: str = "extractor") -> "E
 
     Its `encode(items)` takes N mappings with the keys of items.parquet (title, brand, categories, ...) and `image`
     (bytes or a path), and returns (N, d) float32 vectors, a status per row, and the reasons of failures. A captioner
-    has `caption(items)` instead.
+    has `caption(items)` instead. A spec's `reduce` is not applied: it is fitted to a data set, by a stage of its own.
 
     Args:
         spec: a parsed spec, or a mapping as in a config file.

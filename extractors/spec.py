@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from cm3.common.parts import Part
+from cm3.common.reduction import Reduction
 from cm3.common.strict import Strict
 
 if TYPE_CHECKING:
@@ -65,6 +66,11 @@ class BackendSpec(Strict, Part):
     shard_size: int | None = Field(
         None, gt=0, description="Items per shard: an interrupted job resumes after its last finished shard."
     )
+    reduce: Reduction | None = Field(
+        None,
+        description="Reduction of the vectors to fewer numbers, after the extraction, which a change does not repeat; an "
+        "experiment's `reduce` goes before it.",
+    )
 
     @field_validator("modality")
     @classmethod
@@ -77,8 +83,11 @@ class BackendSpec(Strict, Part):
         return value
 
     def settings(self) -> dict[str, Any]:
-        """Return the fields that change the output, without paths and without fields that are None."""
-        return self.model_dump(mode="json", exclude=set(self.runtime_fields), exclude_none=True)
+        """Return the fields that change the output, without paths and without fields that are None.
+
+        Nor is `reduce` among them, which is a stage of its own (`extractors.reduce`).
+        """
+        return self.model_dump(mode="json", exclude={*self.runtime_fields, "reduce"}, exclude_none=True)
 
     def identity(self) -> dict[str, Any]:
         """Return the settings and the model's identity: the features' key is a hash of it.

@@ -34,7 +34,7 @@ def overview(config: Config) -> str:
     ledger = Ledger()
     lines = [("experiment", "dataset", "model", "features", "results")]
     for name, experiment in config.experiments.items():
-        features = ", ".join(f"{modality} {extractor}" for modality, extractor in experiment.modalities.items())
+        features = ", ".join(f"{modality} {name}" for modality, name in experiment.feature_names().items())
         done = state(ledger, f"results/{name}/metrics.json", partial(publish, config, name))
         lines.append((name, experiment.dataset, experiment.model_name, features or "-", done))
     studies = [("study", "experiments", "results")]

@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROCESSED, RESULTS = Path("processed"), Path("results")
 GRAPH_CACHES = (".cache", ".kept")
 
-_OUTPUT = re.compile(r"(?P<extractor>.+)-[0-9a-f]{12}(?P<control>-(?:gaussian|shuffled)-[0-9]+|-constant)?")
+_OUTPUT = re.compile(r"(?P<extractor>.+)-[0-9a-f]{12}(?:-pca[0-9]+)?(?:-(?:gaussian|shuffled)-[0-9]+|-constant)?")
 _GRAPH = re.compile(rf"{_OUTPUT.pattern}-k[0-9]+(?:-hnsw|-ivf)?(?:-mean)?")
 _RUN = re.compile(r"[0-9a-f]{12}")
 _RUN_FILE = re.compile(
@@ -112,9 +112,10 @@ def _add_extractor(config: Config, extractor: str, used: Used) -> None:
 
 
 def _outputs(config: Config, settings: Experiment) -> Iterator[str]:
-    for extractor in settings.modalities.values():
-        # A control is made from the features themselves.
+    for modality, extractor in settings.modalities.items():
+        # Reduced features are made from these, and a control from either.
         yield features.features_path(config, settings.dataset, extractor)
+        yield features.features_path(config, settings.dataset, extractor, reduction=settings.reduction(modality))
         if features.encoder_of(config, extractor) is not None:
             yield features.captions_path(config, settings.dataset, extractor)
     yield from runs.features_of(config, settings).values()
@@ -154,8 +155,9 @@ def _outputs_on_disk(used: Used) -> Iterator[Unused]:
 
 def _companions(path: Path) -> list[Path]:
     record = Path(features.record_path(str(path)))
+    projection = path.with_suffix(".safetensors")
     hidden = [path.with_name(f".{path.name}.lock"), *path.parent.glob(f".{path.name}.shards-*")]
-    return [companion for companion in (record, *hidden) if companion.exists()]
+    return [companion for companion in (record, projection, *hidden) if companion.exists()]
 
 
 def _caches_on_disk(used: Used) -> Iterator[Unused]:

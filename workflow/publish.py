@@ -84,6 +84,11 @@ def gather(
     """
     train = records["train"]
     extractions = {n.removeprefix("extract."): r for n, r in records.items() if n.startswith("extract.")}
+    reductions = {n.removeprefix("reduce."): r for n, r in records.items() if n.startswith("reduce.")}
+    reduced = {
+        modality: {fact: record[fact] for fact in ("from", "dim", "explained_variance")}
+        for modality, record in reductions.items()
+    }
     warnings = [train.get("warning"), library_warning(records, provenance.get("libraries", {}))]
     warning = "; ".join(filter(None, warnings))
     return {
@@ -93,6 +98,7 @@ def gather(
         "command": provenance["command"],
         **evaluation,
         "coverage": {modality: record["counts"] for modality, record in extractions.items()},
+        **({"reduced": reduced} if reduced else {}),
         "data": stats,
         "raw": records["prepare"].get("raw", {}),
         "training": {name: value for name, value in train.items() if name not in _OF_EVERY_STAGE},

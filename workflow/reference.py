@@ -112,6 +112,8 @@ def _type_name(annotation: Any) -> str:
         return f"list of {_type_name(arguments[0])}"
     if origin is dict:
         return f"{_type_name(arguments[0])} -> {_type_name(arguments[1])}"
+    if isinstance(annotation, type) and issubclass(annotation, Strict):
+        return "section"
     names = {int: "integer", float: "number", str: "text", bool: "true, false", Any: "any", typing.Any: "any"}
     return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
 

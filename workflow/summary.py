@@ -84,8 +84,11 @@ def summary(metrics: dict[str, Any], folder: Path) -> str:
     cuts = sorted({cut for _, cut in values}, key=int)
     config = metrics["config"]
     control = config.get("control") or {}
+    reduced = metrics.get("reduced", {})
     features = ", ".join(
-        f"{m} {config['extractors'][m]['name']}" + (f" as {control[m]}" if m in control else "")
+        f"{m} {config['extractors'][m]['name']}"
+        + (f" reduced to {reduced[m]['dim']} numbers" if m in reduced else "")
+        + (f" as {control[m]}" if m in control else "")
         for m in config["modalities"]
     )
     model = config["model"]["name"]

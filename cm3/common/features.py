@@ -46,7 +46,7 @@ class Features:
         return found
 
 
-def features_file(modality: str, extractor: str, key: str, control: str = "") -> str:
+def features_file(modality: str, extractor: str, key: str, control: str = "", reduction: str = "") -> str:
     """Return the path of a features file in the folder of its data set.
 
     Args:
@@ -54,8 +54,9 @@ def features_file(modality: str, extractor: str, key: str, control: str = "") ->
         extractor: its name.
         key: of its settings.
         control: of the control that replaces the features, empty for the features themselves.
+        reduction: `cm3.common.reduction.Reduction.suffix`, empty for the features that the extractor gives.
     """
-    return f"features/{modality}/{extractor}-{key}{f'-{control}' if control else ''}.parquet"
+    return f"features/{modality}/{'-'.join(filter(None, (extractor, key, reduction, control)))}.parquet"
 
 
 def graph_file(features: str, knn_k: int, method: str, missing: str) -> str:

@@ -31,6 +31,7 @@ STAGES = {
     "images": Stage("cm3.datasets.images.stage", 1, ("pillow", "pyarrow")),
     "extract": Stage("extractors.extract", 1, ("numpy", "pyarrow")),
     "caption": Stage("extractors.caption.stage", 1, ("pyarrow",)),
+    "reduce": Stage("extractors.reduce", 1, ("numpy", "pyarrow", "torch")),
     "control": Stage("extractors.control", 1, ("numpy", "pyarrow")),
     "similarity": Stage("cm3.similarity.stage", 1, ("numpy", "pyarrow", "torch")),
     "train": Stage("cm3.training.train", 1, ("numpy", "pyarrow", "scipy", "torch")),

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
@@ -73,9 +73,11 @@ def _explain(error: Any, model: type[BaseModel], where: str) -> str:
 
 def _fields_at(model: Any, path: tuple[Any, ...]) -> list[str]:
     for part in path:
-        field = getattr(model, "model_fields", {}).get(part)
-        if field is None:
-            return []
-        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        model = next((c for c in candidates if hasattr(c, "model_fields")), None)
+        if get_origin(model) is dict:
+            annotation = get_args(model)[1]
+        else:
+            field = getattr(model, "model_fields", {}).get(part)
+            annotation = field and field.annotation
+        candidates = (annotation, *get_args(annotation))
+        model = next((c for c in candidates if hasattr(c, "model_fields") or get_origin(c) is dict), None)
     return list(getattr(model, "model_fields", {}))

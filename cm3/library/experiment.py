@@ -9,6 +9,8 @@ import numpy as np
 from cm3.common.features import features_file, graph_file, read_features
 from cm3.common.files import read_json
 from cm3.common.interactions import Interactions, read_interactions
+from cm3.common.pca import Projection, read_projection
+from cm3.common.reduction import Reduction, projection_file
 from cm3.common.strict import validate
 from cm3.common.tensors import read_tensors
 from cm3.config import Model, modality_weights
@@ -58,24 +60,34 @@ class Experiment:
         network, filled, searched = _network(
             data, paths, model, weights, config["training"].get("precision", "float32")
         )
-        encoder = item_encoder(network, parameters, weights, filled, searched)
+        encoder = item_encoder(network, parameters, weights, filled, searched, self._projections(config))
         if config["training"].get("eval_embeddings") == "fresh":
             self._check(network)
         return encoder
 
     def _features(self, config: dict[str, Any]) -> dict[str, Path]:
         """Return the path of the features of each modality, in the order of fusion."""
-        keys = read_json(self.folder / "metrics.json")["keys"]["features"]
-        controls = config.get("control") or {}
-        paths = {}
+        controls, paths = config.get("control") or {}, {}
         for modality in config["modalities"]:
-            extractor = config["extractors"][modality]
-            kind = "caption" if "caption" in extractor else extractor["modality"]
             control = controls.get(modality, "")
             if control not in ("", "constant"):
                 control = f"{control}-{config['training']['seed']}"
-            paths[modality] = self.data / features_file(kind, extractor["name"], keys[modality], control)
+            reduction = _reductions(config).get(modality, "")
+            paths[modality] = self._features_file(config, modality, reduction, control)
         return paths
+
+    def _projections(self, config: dict[str, Any]) -> dict[str, Projection]:
+        """Return the projections of the modalities whose features are reduced."""
+        return {
+            modality: read_projection(projection_file(str(self._features_file(config, modality)), reduction))
+            for modality, reduction in _reductions(config).items()
+        }
+
+    def _features_file(self, config: dict[str, Any], modality: str, reduction: str = "", control: str = "") -> Path:
+        extractor = config["extractors"][modality]
+        kind = "caption" if "caption" in extractor else extractor["modality"]
+        key = read_json(self.folder / "metrics.json")["keys"]["features"][modality]
+        return self.data / features_file(kind, extractor["name"], key, control, reduction)
 
     def _check(self, network: CM3) -> None:
         """Compare the item vectors of the network with the published ones."""
@@ -87,6 +99,14 @@ class Experiment:
                 f"{self.folder}: the features or item graphs in {self.data} are not those that the model was trained with; "
                 f"run the experiment again"
             )
+
+
+def _reductions(config: dict[str, Any]) -> dict[str, str]:
+    """Return the reduction by modality as in file names."""
+    return {
+        modality: validate(Reduction, settings, "reduce").suffix
+        for modality, settings in config.get("reduce", {}).items()
+    }
 
 
 Vectors = dict[str, tuple[np.ndarray, np.ndarray]]

@@ -8,6 +8,10 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
+from cm3.common.errors import UserError
+from cm3.common.pca import Projection, fit_pca
+from cm3.common.reduction import Reduction
+from cm3.common.strict import nearest, validate
 from cm3.model.model import fill_missing
 from cm3.model_spec import ItemGraphs, ModelSpec
 from cm3.similarity.approximate import approximate_knn
@@ -42,9 +46,7 @@ def prepare_features(features: Mapping[str, Any], n_items: int, model: ModelSpec
     missing = model.missing if hasattr(model, "missing") else "zero"
     for modality, vectors in features.items():
         where = f"features[{modality!r}]"
-        values = as_float32(vectors, where)
-        if values.ndim != 2 or len(values) != n_items or not values.shape[1]:
-            raise ValueError(f"{where}: {values.shape} is not ({n_items}, d), a row for each item")
+        values = _of_items(vectors, n_items, where)
         ok = has_vector(values)
         filled[modality], okays[modality] = fill_missing(values, ok, missing, where), ok
         if isinstance(model, ItemGraphs):
@@ -58,6 +60,42 @@ def prepare_features(features: Mapping[str, Any], n_items: int, model: ModelSpec
             )
     found = Features(filled, okays, neighbours, searched)
     return found
+
+
+def reduce_features(
+    features: Mapping[str, Any], reduce: Mapping[str, Any], n_items: int
+) -> tuple[dict[str, Any], dict[str, Projection]]:
+    """Return features of which some modalities are reduced, and the projections of these.
+
+    Args:
+        features: by modality, of any kind.
+        reduce: settings of `cm3.common.reduction.Reduction` by modality.
+        n_items: number of items.
+
+    Raises:
+        UserError: an unknown modality or setting, vectors that are not longer than the reduced ones, or too few vectors.
+        ValueError: a shape that does not fit, or values that are not numbers.
+    """
+    reduced, projections = dict(features), {}
+    for modality, settings in reduce.items():
+        if modality not in features:
+            raise UserError(f"fit.reduce.{modality}: no such modality{nearest(modality, features)}")
+        where = f"features[{modality!r}]"
+        values = _of_items(features[modality], n_items, where)
+        ok = has_vector(values)
+        reduction = validate(Reduction, settings, f"fit.reduce.{modality}")
+        reduction.check(values.shape[1], int(ok.sum()), where)
+        projections[modality] = fit_pca(values, reduction.dim, ok)
+        reduced[modality] = projections[modality].project(values)
+    return reduced, projections
+
+
+def _of_items(vectors: Any, n_items: int, where: str) -> np.ndarray:
+    """Return vectors as float32, (I, d). Raises ValueError if they are not numbers or of another shape."""
+    values = as_float32(vectors, where)
+    if values.ndim != 2 or len(values) != n_items or not values.shape[1]:
+        raise ValueError(f"{where}: {values.shape} is not ({n_items}, d), a row for each item")
+    return values
 
 
 def searched_vectors(

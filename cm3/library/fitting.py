@@ -18,7 +18,7 @@ from cm3.common.strict import validate
 from cm3.config import Model, Training, modality_weights
 from cm3.evaluation.item_weights import ItemWeights
 from cm3.evaluation.ranking import Validation
-from cm3.library.features import Features, prepare_features
+from cm3.library.features import Features, prepare_features, reduce_features
 from cm3.library.ids import id_columns, id_texts, pair_matrix, places, rows_of
 from cm3.library.new_items import ItemEncoder, item_encoder
 from cm3.library.recommender import Recommender
@@ -43,6 +43,7 @@ def fit(
     training: Mapping[str, Any] | None = None,
     valid_share: float = 0.1,
     rerank: Mapping[str, Any] | None = None,
+    reduce: Mapping[str, Any] | None = None,
 ) -> Recommender:
     """Train CM3, or the model that `model["name"]` names, and return it ready to recommend.
 
@@ -64,6 +65,8 @@ def fit(
             {"by": ["ease", "itemknn-content"]} or {"by": {"ease": {"l2": 200}}, "top": 100}; the weights are chosen on the
             interactions that are held out. The keys are those of an experiment, without `of`. The models are trained
             with those of the `training` settings that they support and have no default of their own for.
+        reduce: reduction by modality of wide features to fewer numbers before training (docs/extractors.md), such as
+            {"image": {"method": "pca", "dim": 512}}. Vectors of new items are given unreduced and reduced in the same way.
 
     Raises:
         ValueError: shapes or ids that do not fit together, or missing ids.
@@ -99,12 +102,15 @@ def fit(
     device = select_device(chosen.device)
     reranked = parse_reranking(rerank, spec.name, chosen.monitor) if rerank is not None else None
     untrained = Recommender(user_ids, names, *_no_vectors(shape), pair_matrix(users, items, shape))
-    fitted = _fitted(spec, data, features or {}, chosen, device, untrained)
+    vectors, projections = reduce_features(features or {}, reduce or {}, len(names))
+    fitted = _fitted(spec, data, vectors, chosen, device, untrained)
+    if fitted.encoder is not None:
+        fitted = replace(fitted, encoder=replace(fitted.encoder, projections=projections))
     if reranked is None:
         return fitted
     settings, specs = reranked
     parts = {
-        name: _fitted(part, data, features or {}, _part_training(part, chosen, training or {}), device, untrained)
+        name: _fitted(part, data, vectors, _part_training(part, chosen, training or {}), device, untrained)
         for name, part in specs.items()
     }
     parts = {name: replace(part, seen=None, encoder=None) for name, part in parts.items()}
@@ -210,7 +216,7 @@ def _trained(
         return fitted, None
     weights = modality_weights(spec, list(vectors.filled))
     filled = {name: (vectors.filled[name], vectors.ok[name]) for name in vectors.filled}
-    return fitted, item_encoder(network, fitted.parameters, weights, filled, vectors.searched)
+    return fitted, item_encoder(network, fitted.parameters, weights, filled, vectors.searched, {})
 
 
 def _negatives(spec: ModelSpec, network: Network) -> NegativeSampling:

@@ -1,7 +1,7 @@
 """Vectors of new items from their features alone, by the projections that CM3 has learnt."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
+from cm3.common.pca import Projection
 from cm3.common.strict import validate
 from cm3.common.tensors import read_tensors, write_tensors
 from cm3.config import Model
@@ -37,6 +38,7 @@ class ItemEncoder:
         searched: (N_m, d_m) by modality, the vectors in which neighbours are searched.
         rows: (N_m,) int64 by modality, the items of these vectors.
         layers: tensors (I, (M+1) d), at least one: the items before the item-item graph, and after its first layers.
+        projections: by modality, of features that are reduced before the model reads them: from their width to d_m.
     """
 
     settings: Model
@@ -46,6 +48,7 @@ class ItemEncoder:
     searched: Mapping[str, Tensor]
     rows: Mapping[str, Tensor]
     layers: Sequence[Tensor]
+    projections: Mapping[str, Projection] = field(default_factory=dict)
 
     def embed(self, features: Mapping[str, Any]) -> np.ndarray:
         """Return the vectors of N new items, (N, D) float32.
@@ -54,8 +57,8 @@ class ItemEncoder:
         it. New items are not neighbours of one another, and the vectors of the catalogue do not change.
 
         Args:
-            features: (N, d_m) vectors by modality, as for `fit`; a row with NaN, or a modality that is left out, is a
-                missing vector.
+            features: (N, d_m) vectors by modality, as for `fit`: not reduced yet where the model reduces them. A row with
+                NaN, or a modality that is left out, is a missing vector.
 
         Raises:
             ValueError: another modality, another width, or an item without any vector.
@@ -95,8 +98,10 @@ class ItemEncoder:
         given = {name: as_float32(vectors, f"features[{name!r}]") for name, vectors in features.items()}
         n = len(next(iter(given.values())))
         for name, x in given.items():
-            if x.ndim != 2 or x.shape != (n, len(self.fill[name])):
-                raise ValueError(f"features[{name!r}]: {x.shape} is not ({n}, {len(self.fill[name])})")
+            width = len(self.projections[name].mean) if name in self.projections else len(self.fill[name])
+            if x.ndim != 2 or x.shape != (n, width):
+                raise ValueError(f"features[{name!r}]: {x.shape} is not ({n}, {width})")
+        given |= {name: one.project(given[name]) for name, one in self.projections.items() if name in given}
         absent = {name: np.full((n, len(fill)), np.nan, np.float32) for name, fill in self.fill.items()}
         return {name: given.get(name, absent[name]) for name in self.weights}
 
@@ -128,6 +133,11 @@ class ItemEncoder:
         by_kind = {"parameter": self.parameters, "fill": self.fill, "searched": self.searched, "rows": self.rows}
         tensors = {f"{kind}.{name}": x for kind, some in by_kind.items() for name, x in some.items()}
         tensors |= {f"layer.{n}": x for n, x in enumerate(self.layers)}
+        tensors |= {
+            f"projection.{name}.{part}": x
+            for name, one in self.projections.items()
+            for part, x in one.tensors().items()
+        }
         settings = {"model": self.settings.identity(), "weights": dict(self.weights)}
         write_tensors(path, tensors, settings, "encoder")
 
@@ -144,6 +154,7 @@ def read_item_encoder(path: Path) -> ItemEncoder:
         return {name.removeprefix(f"{kind}."): x for name, x in tensors.items() if name.startswith(f"{kind}.")}
 
     layers = of("layer")
+    projections = [name.removesuffix(".axes") for name in of("projection") if name.endswith(".axes")]
     return ItemEncoder(
         validate(Model, settings["model"], str(path)),
         settings["weights"],
@@ -152,6 +163,7 @@ def read_item_encoder(path: Path) -> ItemEncoder:
         of("searched"),
         of("rows"),
         [layers[str(n)] for n in range(len(layers))],
+        {name: Projection(**of(f"projection.{name}")) for name in projections},
     )
 
 
@@ -162,6 +174,7 @@ def item_encoder(
     weights: Mapping[str, float],
     filled: Mapping[str, tuple[np.ndarray, np.ndarray]],
     searched: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    projections: Mapping[str, Projection],
 ) -> ItemEncoder:
     """Return the encoder of a trained network.
 
@@ -171,6 +184,7 @@ def item_encoder(
         weights: of the modalities.
         filled: (I, d_m) features of which missing rows are filled, and (I,) whether a row was not missing.
         searched: vectors (N_m, d_m) in which neighbours are searched, and their items (N_m,).
+        projections: of the modalities whose features were reduced.
     """
     network.load_state_dict(dict(parameters), strict=False)
     settings = network.settings
@@ -192,6 +206,7 @@ def item_encoder(
         {name: torch.from_numpy(x) for name, (x, _) in searched.items()},
         {name: torch.from_numpy(rows) for name, (_, rows) in searched.items()},
         [layer.cpu() for layer in layers],
+        projections,
     )
 
 

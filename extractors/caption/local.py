@@ -1,37 +1,24 @@
-"""Common to captioners that run the model on this machine: processor, chat messages, batches of decoded images."""
+"""Common to captioners that run the model on this machine: processor, chat messages, answers by batches."""
 
 import re
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from cm3.common.device import is_out_of_memory
 from cm3.common.errors import UserError
 from extractors.caption.base import Answer, Captioner, CaptionResult, load_image
+from extractors.caption.batches import Asked, PreparedBatch, prepared_batches
 from extractors.caption.prompt import Prompted, PromptedSpec
 from extractors.extractor import Advance, silent
-from extractors.runtime.batch import Batch, CudaMemory, MeasuredBatch
-from extractors.runtime.prefetch import chunks, map_ahead
+from extractors.runtime.slabs import pinned_for
 from extractors.weights.pretrained import load_part
 from extractors.weights.spec import ModelSpec
 
 KIND = "a vision-language model"
-IMAGES_PER_BATCH = {"cpu": 4, "mps": 4, "cuda": 16}
-"""Images of the first batch; on a GPU, its memory determines the next ones."""
-MOST_IMAGES = 256
-Asked = tuple[Image.Image, str]
-"""A decoded image and its prompt."""
-
-
-def image_batch(batch_size: int | None, device: str) -> Batch:
-    """Return the batch size of a vision-language model: as configured, else what suits the device."""
-    if batch_size is None and device == "cuda":
-        return MeasuredBatch(IMAGES_PER_BATCH[device], MOST_IMAGES, CudaMemory())
-    return Batch(batch_size or IMAGES_PER_BATCH[device])
 
 
 class BatchCaptioner(Captioner):
@@ -42,13 +29,8 @@ class BatchCaptioner(Captioner):
         """Return the number of images to decode for one call of `answer`."""
 
     @abstractmethod
-    def answer(self, asked: Sequence[Asked], features: Any = None) -> list[Answer]:
-        """Return the answer to each image and prompt.
-
-        Args:
-            asked: images and prompts.
-            features: the result of `features_of`, if they were prepared.
-        """
+    def answer(self, batch: PreparedBatch) -> list[Answer]:
+        """Return the answer to each decoded image and prompt of a batch."""
 
     def features_of(self, asked: Sequence[Asked]) -> Any:
         """Return the model's inputs for images and prompts, None if `answer` makes them. Runs in a thread."""
@@ -57,30 +39,15 @@ class BatchCaptioner(Captioner):
     def run(self, inputs: Iterable[Prompted], advance: Advance = silent) -> CaptionResult:
         """Caption images in input order; undecodable images and empty answers are failed with the reason."""
         answers: list[Answer] = []
-        groups = chunks(inputs, self.size)
-        with ThreadPoolExecutor(1) as pool:
-            # On a CPU the preparation would take cores from the model.
-            ahead = map_ahead(pool, self._prepared, ([group] for group in groups), 0 if self.device == "cpu" else 1)
-            for [(images, decoded, features)] in ahead:
-                given = iter(self.answer(decoded, features) if decoded else [])
-                part = [Answer("", reason=i) if isinstance(i, str) else next(given) for i in images]
-                answers += part
-                ok = sum(bool(answer.text) for answer in part)
-                advance(len(part), ok=ok, failed=len(part) - ok)
+        spec = self.spec
+        decode = partial(load_image, max_pixels=spec.max_pixels, min_pixels=spec.min_pixels)
+        for batch in prepared_batches(inputs, self.size, decode, self.features_of, self.device, spec.workers):
+            given = iter(self.answer(batch) if batch.asked else [])
+            part = [Answer("", reason=one) if isinstance(one, str) else next(given) for one in batch.images]
+            answers += part
+            ok = sum(bool(answer.text) for answer in part)
+            advance(len(part), ok=ok, failed=len(part) - ok)
         return CaptionResult.of(answers)
-
-    def _prepared(self, group: Sequence[Prompted]) -> tuple[list[Image.Image | str], list[Asked], Any]:
-        """Return the image or the failure of each input, the decoded ones with their prompts, and the model's inputs."""
-        images = [load_image(one.image, self.spec.max_pixels, self.spec.min_pixels) for one in group]
-        decoded = [(i, one.prompt) for i, one in zip(images, group, strict=True) if not isinstance(i, str)]
-        if self.device == "cpu" or not decoded:
-            return images, decoded, None
-        try:
-            return images, decoded, self.features_of(decoded)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            return images, decoded, None  # made again in smaller batches
 
 
 def chat_of(spec: PromptedSpec, prompt: str, image: Image.Image | None = None) -> list[dict[str, object]]:
@@ -90,6 +57,31 @@ def chat_of(spec: PromptedSpec, prompt: str, image: Image.Image | None = None) -
     if spec.system_prompt is None:
         return [message]
     return [{"role": "system", "content": [{"type": "text", "text": spec.system_prompt}]}, message]
+
+
+def chat_features(processor: Any, spec: PromptedSpec, model: Any, asked: Sequence[Asked]) -> Any:
+    """Return the tokens and pixels of a batch of images and prompts: on the host, in the model's number format."""
+    import torch
+
+    features = processor.apply_chat_template(
+        [chat_of(spec, prompt, image) for image, prompt in asked],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True},
+        sanitize_control_tokens=True,  # a title may contain control tokens of the model
+        **(spec.chat_template_kwargs or {}),
+    ).to(dtype=model.dtype)
+    for name, value in features.items():
+        if isinstance(value, torch.Tensor):
+            features[name] = pinned_for(model.device, value)
+    return features
+
+
+def on_model_device(features: Any, model: Any) -> Any:
+    """Return the result of `chat_features` on the model's device; on CUDA the copy may still be in progress."""
+    return features.to(model.device, non_blocking=model.device.type == "cuda")
 
 
 def rendered(processor: Any, spec: PromptedSpec, prompt: str) -> str:

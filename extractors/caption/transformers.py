@@ -8,13 +8,13 @@ from pydantic import Field
 
 from cm3.common.device import select_device
 from extractors.caption.base import Answer, CaptionSpec
+from extractors.caption.batches import Asked, PreparedBatch, image_batch
 from extractors.caption.local import (
     KIND,
-    Asked,
     BatchCaptioner,
-    chat_of,
-    image_batch,
+    chat_features,
     name_of,
+    on_model_device,
     processor_of,
     rendered,
 )
@@ -27,6 +27,7 @@ from extractors.runtime.cpu_estimate import (
     seconds_per_parameter,
     tokens_of,
 )
+from extractors.runtime.precision import arithmetic
 from extractors.spec import Cost
 from extractors.weights.hub import model_path
 from extractors.weights.pretrained import load_model, loaded, on_device
@@ -98,35 +99,21 @@ class TransformersCaptioner(BatchCaptioner):
         """Return the current batch size, which shrinks when memory runs out."""
         return self.batch.size
 
-    def answer(self, asked: Sequence[Asked], features: Any = None) -> list[Answer]:
-        """Return the answer to each image and prompt."""
-        if features is not None and len(asked) <= self.batch.size:
-            answers = self.batch.attempt(lambda part: self._generate(part, features), asked)
-            if answers is not None:
-                return answers
-        return self.batch.all(self._generate, asked)
+    def answer(self, batch: PreparedBatch) -> list[Answer]:
+        """Return the answer to each decoded image and prompt of a batch."""
+        return batch.outputs(self.batch, self._generate)
 
     def features_of(self, asked: Sequence[Asked]) -> Any:
         """Return the tokens and pixels of images and prompts."""
         with self.tokenizing:
-            return self.processor.apply_chat_template(
-                [chat_of(self.spec, prompt, image) for image, prompt in asked],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs={"padding": True},
-                sanitize_control_tokens=True,  # a title may contain control tokens of the model
-                **(self.spec.chat_template_kwargs or {}),
-            )
+            return chat_features(self.processor, self.spec, self.model, asked)
 
     def _generate(self, asked: Sequence[Asked], features: Any = None) -> list[Answer]:
         import torch
 
-        prepared = self.features_of(asked) if features is None else features
-        batch = prepared.to(self.device, dtype=self.model.dtype)
+        batch = on_model_device(self.features_of(asked) if features is None else features, self.model)
         limit = self.spec.token_limit()
-        with torch.inference_mode():
+        with torch.inference_mode(), arithmetic(self.device, self.spec.precision):
             # The model's own generation config may sample or penalise repetition; captions are plain argmax.
             output = self.model.generate(
                 **batch,

@@ -8,7 +8,8 @@ from pydantic import Field
 from cm3.common.errors import UserError
 from cm3.common.strict import Float
 from extractors.caption.base import Answer, CaptionSpec
-from extractors.caption.local import KIND, Asked, BatchCaptioner, name_of, processor_of, rendered
+from extractors.caption.batches import Asked, PreparedBatch
+from extractors.caption.local import KIND, BatchCaptioner, name_of, processor_of, rendered
 from extractors.caption.thoughts import MarkerTokens, ends_inside_thought
 from extractors.spec import Cost
 from extractors.weights.hub import model_path
@@ -96,14 +97,17 @@ class VllmCaptioner(BatchCaptioner):
         """Return the number of images to decode at a time; vLLM forms its own batches from them."""
         return self.spec.batch_size or _IMAGES_AT_ONCE
 
-    def answer(self, asked: Sequence[Asked], features: Any = None) -> list[Answer]:
-        """Return the answer to each image and prompt; an input that vLLM refuses fails without its batch."""
+    def answer(self, batch: PreparedBatch) -> list[Answer]:
+        """Return the answer to each decoded image and prompt; an input that vLLM refuses fails without its batch."""
+        return self._answers(batch.asked)
+
+    def _answers(self, asked: Sequence[Asked]) -> list[Answer]:
         try:
             return self._generate(asked)
         except ValueError as refusal:  # a prompt over max_model_len, or an image out of the model's bounds
             if len(asked) == 1:
                 return [Answer("", reason=f"vLLM refused it: {refusal}")]
-        return [self.answer([one])[0] for one in asked]
+        return [self._answers([one])[0] for one in asked]
 
     def _generate(self, asked: Sequence[Asked]) -> list[Answer]:
         prompts = [

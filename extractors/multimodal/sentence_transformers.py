@@ -1,7 +1,7 @@
 """Image and joint image-text embeddings of sentence-transformers."""
 
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -10,19 +10,28 @@ from PIL import Image
 
 from cm3.common.device import select_device
 from cm3.common.errors import UserError
-from extractors.caption.base import MAX_ASPECT, load_image
-from extractors.caption.local import image_batch
+from extractors.caption.base import MAX_ASPECT
+from extractors.caption.batches import Asked, image_batch
 from extractors.caption.prompt import Prompted
-from extractors.extractor import Advance, Encoded, Extractor, collect, silent
 from extractors.image.item_images import image_of
-from extractors.runtime.precision import arithmetic
-from extractors.runtime.prefetch import chunks
-from extractors.text.sentence_transformers import KIND, SentenceTransformersSpec, library_model
+from extractors.multimodal.base import ImageTextModel
+from extractors.runtime.slabs import pinned_for
+from extractors.text.sentence_transformers import (
+    KIND,
+    SentenceTransformersSpec,
+    library_model,
+    library_order,
+    library_vectors,
+    prompt_of,
+)
 from extractors.weights.hub import model_path
 from extractors.weights.pretrained import loaded
 
+_MOST_IMAGES = 128
+"""Two batches of decoded images are in memory at a time, and without max_pixels an image may have any size."""
 
-class SentenceTransformersImages(Extractor[Prompted]):
+
+class SentenceTransformersImages(ImageTextModel):
     """A loaded sentence-transformers model that encodes images, or images together with texts."""
 
     def __init__(self, spec: SentenceTransformersSpec) -> None:
@@ -33,18 +42,20 @@ class SentenceTransformersImages(Extractor[Prompted]):
         if not self.model.supports("image" if spec.modality == "image" else ("image", "text")):
             modalities = ", ".join(str(one) for one in self.model.modalities)
             raise UserError(f"{folder}: does not encode inputs of modality {spec.modality}, only {modalities}")
-        self.batch = image_batch(spec.batch_size, self.device)
+        self.batch = image_batch(spec.batch_size, self.device, _MOST_IMAGES)
+        # A tokenizer is not safe for two threads: after memory ran out, a batch is made anew while the next one is made.
+        self.tokenizing = threading.Lock()
+        self.prompt = prompt_of(self.model, spec)
         white = (Image.new("RGB", (64, 64), "white"), "" if spec.modality == "image" else "a")
-        self.dim = loaded(lambda: self._encode([white]).shape[1], KIND, spec, folder)
+        self.dim = loaded(lambda: self.vectors([white]).shape[1], KIND, spec, folder)
         if spec.truncate_dim is not None and spec.truncate_dim > self.dim:
             raise UserError(f"truncate_dim = {spec.truncate_dim}: the model's vectors have {self.dim} dimensions")
 
     def facts(self) -> dict[str, Any]:
         """Return prompt, modules and preprocessing."""
-        own = self.model.prompts.get(self.model.default_prompt_name or "") or ""
         limits = {"max_pixels": self.spec.max_pixels, "min_pixels": self.spec.min_pixels, "max_aspect": MAX_ASPECT}
         return {
-            "prompt": own if self.spec.prompt is None else self.spec.prompt,
+            "prompt": self.prompt,
             "modules": [type(module).__name__ for module in self.model],
             "preprocessing": {name: value for name, value in limits.items() if value is not None}
             | {"processor": type(self.model.processor).__name__, "library": "sentence-transformers"}
@@ -56,46 +67,37 @@ class SentenceTransformersImages(Extractor[Prompted]):
         image = image_of(item)
         return None if image is None else Prompted(image, self.spec.text_of(item))
 
-    def run(self, inputs: Iterable[Prompted], advance: Advance = silent) -> Encoded:
-        """Encode images with their texts; images that cannot be decoded are failed, with the reason."""
-        vectors: dict[int, np.ndarray] = {}
-        errors: dict[int, str] = {}
-        first = 0
-        for group in chunks(inputs, lambda: self.batch.size):
-            decoded: dict[int, tuple[Image.Image, str]] = {}
-            for row, one in enumerate(group, first):
-                image = load_image(one.image, self.spec.max_pixels or sys.maxsize, self.spec.min_pixels)
-                if isinstance(image, str):
-                    errors[row] = image
-                else:
-                    decoded[row] = image, one.prompt
-            vectors.update(zip(decoded, self.batch.all(self._encode, list(decoded.values())), strict=True))
-            first += len(group)
-            advance(len(group), ok=len(decoded), failed=len(group) - len(decoded))
-        return collect(vectors, errors, first, self.dim)
-
-    def _encode(self, decoded: Sequence[tuple[Image.Image, str]]) -> np.ndarray:
-        """Return (n, dim) float32 vectors of n images with their texts; an empty text is left out."""
-        vectors: dict[int, np.ndarray] = {}
-        for with_text in (True, False):  # a batch of the library has inputs of one kind
-            rows = [row for row, (_, text) in enumerate(decoded) if bool(text) == with_text]
-            given = [
-                {"image": image} | ({"text": text} if text else {}) for image, text in (decoded[row] for row in rows)
-            ]
-            if given:
-                vectors.update(zip(rows, self._vectors(given), strict=True))
-        return np.stack([vectors[row] for row in range(len(decoded))])
-
-    def _vectors(self, given: list[dict[str, Any]]) -> np.ndarray:
-        with arithmetic(self.device, self.spec.precision):
-            vectors = self.model.encode(
-                given,
-                prompt=self.spec.prompt,
-                batch_size=len(given),
-                show_progress_bar=False,
-                normalize_embeddings=self.spec.normalise,
-                truncate_dim=self.spec.truncate_dim,
-                convert_to_tensor=True,
-            )
-        found: np.ndarray = vectors.float().cpu().numpy()
+    def features_of(self, asked: Sequence[Asked]) -> list[tuple[list[int], dict[str, Any]]]:
+        """Return rows and inputs of the images with a text and of those without one."""
+        found = []
+        with self.tokenizing:
+            for with_text in (True, False):  # a batch of the library has inputs of one kind
+                rows = [row for row, (_, text) in enumerate(asked) if bool(text) == with_text]
+                rows = [rows[place] for place in library_order([_size(asked[row]) for row in rows])]
+                if rows:
+                    given = [_given(*asked[row]) for row in rows]
+                    inputs = self.model.preprocess(given, prompt=self.prompt)
+                    found.append((rows, {name: self._pinned(value) for name, value in inputs.items()}))
         return found
+
+    def vectors(self, asked: Sequence[Asked], features: Any = None) -> np.ndarray:
+        """Return (n, dim) float32 vectors of n images with their texts; an empty text is left out."""
+        parts = self.features_of(asked) if features is None else features
+        found: dict[int, np.ndarray] = {}
+        for rows, inputs in parts:
+            found.update(zip(rows, library_vectors(self.model, inputs, self.spec).cpu().numpy(), strict=True))
+        return np.stack([found[row] for row in range(len(asked))])
+
+    def _pinned(self, value: Any) -> Any:
+        import torch
+
+        return pinned_for(self.model.device, value) if isinstance(value, torch.Tensor) else value
+
+
+def _given(image: Image.Image, text: str) -> dict[str, Any]:
+    return {"image": image} | ({"text": text} if text else {})
+
+
+def _size(one: Asked) -> int:
+    image, text = one
+    return image.width * image.height + len(text)

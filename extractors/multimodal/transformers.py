@@ -1,6 +1,7 @@
 """Joint image-text embeddings: pooled hidden states of a vision-language model."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -9,11 +10,12 @@ from pydantic import Field
 
 from cm3.common.device import select_device
 from cm3.common.errors import UserError
-from extractors.caption.base import MAX_ASPECT, load_image
-from extractors.caption.local import KIND, chat_of, image_batch, processor_of
+from extractors.caption.base import MAX_ASPECT
+from extractors.caption.batches import Asked, image_batch
+from extractors.caption.local import KIND, chat_features, on_model_device, processor_of
 from extractors.caption.prompt import PLACEHOLDERS, Prompted, PromptedSpec
-from extractors.extractor import Advance, Encoded, Extractor, collect, silent
 from extractors.image.item_images import image_of
+from extractors.multimodal.base import ImageTextModel
 from extractors.runtime.cpu_estimate import (
     LARGE,
     check_cpu_hours,
@@ -23,7 +25,6 @@ from extractors.runtime.cpu_estimate import (
     tokens_of,
 )
 from extractors.runtime.precision import arithmetic
-from extractors.runtime.prefetch import chunks
 from extractors.spec import Cost
 from extractors.text.pooling import pool
 from extractors.weights.hub import checked_path, model_path
@@ -78,7 +79,7 @@ class TransformersMllmSpec(PromptedSpec, CodeSpec):
         return TransformersMllmExtractor(self)
 
 
-class TransformersMllmExtractor(Extractor[Prompted]):
+class TransformersMllmExtractor(ImageTextModel):
     """A loaded vision-language model without its language head."""
 
     def __init__(self, spec: TransformersMllmSpec) -> None:
@@ -96,8 +97,10 @@ class TransformersMllmExtractor(Extractor[Prompted]):
         if not -layers - 1 <= spec.layer <= layers:
             raise UserError(f"layer = {spec.layer}: the model has {layers} layers, so it is {-layers - 1} to {layers}")
         self.batch = image_batch(spec.batch_size, self.device)
+        # A tokenizer is not safe for two threads: after memory ran out, a batch is made anew while the next one is made.
+        self.tokenizing = threading.Lock()
         white = Image.new("RGB", (56, 56), "white")
-        self.dim = loaded(lambda: self._encode([(white, spec.prompt_of({}))]).shape[1], KIND, spec, folder)
+        self.dim = loaded(lambda: self.vectors([(white, spec.prompt_of({}))]).shape[1], KIND, spec, folder)
 
     def facts(self) -> dict[str, Any]:
         """Return architecture, prompt, pooling and preprocessing."""
@@ -120,42 +123,20 @@ class TransformersMllmExtractor(Extractor[Prompted]):
         image = image_of(item)
         return None if image is None else Prompted(image, self.spec.prompt_of(item))
 
-    def run(self, inputs: Iterable[Prompted], advance: Advance = silent) -> Encoded:
-        """Encode images with their prompts; images that cannot be decoded are failed, with the reason."""
-        vectors: dict[int, np.ndarray] = {}
-        errors: dict[int, str] = {}
-        first = 0
-        for group in chunks(inputs, lambda: self.batch.size):
-            asked: dict[int, tuple[Image.Image, str]] = {}
-            for row, one in enumerate(group, first):
-                image = load_image(one.image, self.spec.max_pixels, self.spec.min_pixels)
-                if isinstance(image, str):
-                    errors[row] = image
-                else:
-                    asked[row] = image, one.prompt
-            vectors.update(zip(asked, self.batch.all(self._encode, list(asked.values())), strict=True))
-            first += len(group)
-            advance(len(group), ok=len(asked), failed=len(group) - len(asked))
-        return collect(vectors, errors, first, self.dim)
+    def features_of(self, asked: Sequence[Asked]) -> Any:
+        """Return the tokens and pixels of images and prompts."""
+        with self.tokenizing:
+            return chat_features(self.processor, self.spec, self.model, asked)
 
-    def _encode(self, asked: Sequence[tuple[Image.Image, str]]) -> np.ndarray:
+    def vectors(self, asked: Sequence[Asked], features: Any = None) -> np.ndarray:
         """Return (n, d) float32 vectors of n images with their prompts."""
         import torch
 
-        batch = self.processor.apply_chat_template(
-            [chat_of(self.spec, prompt, image) for image, prompt in asked],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True},
-            sanitize_control_tokens=True,  # a title may hold the model's own control tokens
-            **(self.spec.chat_template_kwargs or {}),
-        ).to(self.device, dtype=self.model.dtype)
+        batch = on_model_device(self.features_of(asked) if features is None else features, self.model)
         with torch.inference_mode(), arithmetic(self.device, self.spec.precision):
             output = self.model(**batch, use_cache=False, output_hidden_states=not self.last)
         states = output.last_hidden_state if self.last else output.hidden_states[self.spec.layer]
-        vectors = pool(states.float(), batch["attention_mask"], self.spec.pooling)
+        found = pool(states.float(), batch["attention_mask"], self.spec.pooling)
         if self.spec.normalise:
-            vectors = torch.nn.functional.normalize(vectors, dim=-1)
-        return vectors.cpu().numpy()
+            found = torch.nn.functional.normalize(found, dim=-1)
+        return found.cpu().numpy()

@@ -57,9 +57,19 @@ class Slab:
         stack = _each(self._host, lambda host: host[first:last].to(self._device, non_blocking=True, copy=True))
         self._uploaded.mark()
         if len(rows) < last - first:
-            index = torch.tensor([row - first for row in rows], device=self._device)
+            index = upload(torch.tensor([row - first for row in rows]), self._device)
             stack = _each(stack, lambda one: one[index])
         return stack
+
+
+def upload(tensor: "torch.Tensor", device: "torch.device") -> "torch.Tensor":
+    """Return a tensor on a device; on CUDA the copy from the host may still be in progress."""
+    return pinned_for(device, tensor).to(device, non_blocking=device.type == "cuda")
+
+
+def pinned_for(device: "torch.device", tensor: "torch.Tensor") -> "torch.Tensor":
+    """Return a tensor of the host in pinned memory if the device is CUDA: its upload then waits for nothing."""
+    return tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
 
 
 class Download:
@@ -70,7 +80,7 @@ class Download:
 
         pinned = tensor.device.type == "cuda"
         self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
-        self._host.copy_(tensor, non_blocking=True)
+        self._host.copy_(tensor, non_blocking=pinned)
         self._arrived = Moment(tensor.device)
         self._arrived.mark()
 

@@ -2,9 +2,10 @@
 
 import sys
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -14,11 +15,16 @@ from cm3.common.errors import UserError
 from cm3.common.tables import OK
 from extractors.extractor import Advance, Encoded, Extractor, collect, silent
 from extractors.runtime.batch import Batch
+from extractors.runtime.slabs import Download
 from extractors.runtime.source import Source
 from extractors.text import item_text
 from extractors.text import reviews as review_text
+from extractors.text.tokens import TokenIds
 from extractors.weights.hub import quiet
 from extractors.weights.spec import CodeSpec
+
+if TYPE_CHECKING:
+    import torch
 
 USUAL_LIMIT = 512
 """Token limit of models that do not define one."""
@@ -103,12 +109,14 @@ class TextModel(Extractor[Any]):
 
     Attributes:
         tokenizer: a tokenizer of transformers, unless a subclass overrides `counted`.
+        token_ids: the tokens of texts, if `forward` takes them from here; None: it tokenises the texts again.
         prompt: text before each item text.
         limit: maximum number of tokens, special tokens included; longer texts are truncated.
         tokens: batch size in tokens, padding included.
     """
 
     tokenizer: Any
+    token_ids: TokenIds | None = None
     prompt: str
     limit: int
 
@@ -132,8 +140,8 @@ class TextModel(Extractor[Any]):
         self.dim = cut or full or self.forward(["a"]).shape[1]
 
     @abstractmethod
-    def forward(self, texts: Sequence[str]) -> np.ndarray:
-        """Return (n, dim) float32 vectors of n texts, given without the prompt, in one forward pass."""
+    def forward(self, texts: Sequence[str]) -> "torch.Tensor":
+        """Return (n, dim) float32 vectors of n texts, given without the prompt, on the device, in one forward pass."""
 
     def input_of(self, item: Mapping[str, Any]) -> str | tuple[str, ...] | None:
         """Return the item's text, made of the spec's fields, or the texts of its `reviews`."""
@@ -162,31 +170,45 @@ class TextModel(Extractor[Any]):
         Texts without any known token are failed. Counts `truncated_texts`, texts longer than the limit.
         """
         texts = list(inputs)
-        lengths = self._lengths(texts)
+        try:
+            return self._encoded(texts, self._lengths(texts), advance)
+        finally:
+            if self.token_ids is not None:
+                self.token_ids.clear()
+
+    def _encoded(self, texts: Sequence[str], lengths: np.ndarray, advance: Advance) -> Encoded:
         errors = {int(row): "the text has no token that the model knows" for row in np.flatnonzero(lengths == 0)}
         vectors: dict[int, np.ndarray] = {}
         # Longest first: running out of memory shows at the start, and there is little padding.
         order = np.argsort(-np.minimum(lengths, self.limit), kind="stable")[: len(texts) - len(errors)]
         start = 0
+        arriving: deque[tuple[np.ndarray, Download]] = deque()
         while start < len(order):
             part = order[start : start + self._fitting(lengths, order, start)]
-            encoded = self.tokens.attempt(self.forward, [texts[row] for row in part])
-            if encoded is None:
+            download = self.tokens.attempt(self._started, [texts[row] for row in part])
+            if download is None:
                 continue
-            vectors.update(zip(part.tolist(), encoded, strict=True))
+            arriving.append((part, download))
             start += len(part)
             advance(len(part), ok=len(part))
+            # CUDA computes on a batch while the next one is made.
+            while len(arriving) > (self.device == "cuda" and start < len(order)):
+                rows, download = arriving.popleft()
+                vectors.update(zip(rows.tolist(), download.wait(), strict=True))
         advance(len(errors), failed=len(errors))
         result = collect(vectors, errors, len(texts), self.dim)
         result.counts["truncated_texts"] = int((lengths > self.limit).sum())
         return result
+
+    def _started(self, texts: Sequence[str]) -> Download:
+        return Download(self.forward(texts))
 
     def _fitting(self, lengths: np.ndarray, order: np.ndarray, start: int) -> int:
         longest = min(int(lengths[order[start]]), self.limit)
         return max(1, self.tokens.size // max(1, longest))
 
     def _lengths(self, texts: Sequence[str]) -> np.ndarray:
-        """Return (n,) token counts before truncation, special tokens included."""
+        """Return (n,) token counts before truncation, special tokens included; above the limit only that they are."""
         lengths: list[int] = []
         # Texts that are too long are counted and reported by this pipeline.
         with quiet("transformers.tokenization_utils_base"):
@@ -196,7 +218,9 @@ class TextModel(Extractor[Any]):
         return np.array(lengths, dtype=np.int64)
 
     def counted(self, texts: Sequence[str]) -> list[int]:
-        """Return the numbers of tokens of n texts without truncation."""
+        """Return the numbers of tokens of n texts with their prompt; above the limit, any number above it."""
+        if self.token_ids is not None:
+            return self.token_ids.count(texts)
         return [len(ids) for ids in self.tokenizer(texts, truncation=False, padding=False)["input_ids"]]
 
 

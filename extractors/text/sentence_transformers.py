@@ -12,6 +12,7 @@ from cm3.common.errors import UserError
 from extractors.caption.prompt import read_prompted, without_control_tokens
 from extractors.extractor import Extractor
 from extractors.runtime.precision import arithmetic, torch_dtype
+from extractors.runtime.slabs import upload
 from extractors.runtime.source import Source
 from extractors.spec import Cost
 from extractors.text.base import (
@@ -24,11 +25,14 @@ from extractors.text.base import (
     text_positions_of,
 )
 from extractors.text.item_text import item_text
+from extractors.text.sentence_inputs import SentenceInputs, own_inputs
+from extractors.text.tokens import TokenIds
 from extractors.weights.completeness import check_checkpoint
 from extractors.weights.hub import checked_path, quiet, without_bars
 from extractors.weights.pretrained import check_code, loaded
 
 if TYPE_CHECKING:
+    import torch
     from sentence_transformers import SentenceTransformer
 
 KIND = "a sentence-transformers model"
@@ -128,11 +132,49 @@ def library_model(spec: SentenceTransformersSpec, device: str) -> "SentenceTrans
         inner = {id(part) for body in bodies for part in body.modules() if part is not body}
         outermost = [body for body in bodies if id(body) not in inner]
         loaded(lambda: check_checkpoint(outermost, KIND, folder, unused=("pooler.",)), KIND, spec, folder)
-    return model
+    return model.eval()
+
+
+def prompt_of(model: "SentenceTransformer", spec: SentenceTransformersSpec) -> str:
+    """Return the text before each input: the spec's prompt, else the model's own default prompt."""
+    own = model.prompts.get(model.default_prompt_name or "") or ""
+    return own if spec.prompt is None else spec.prompt
+
+
+def library_order(sizes: Sequence[int]) -> np.ndarray:
+    """Return the order in which the library's `encode` puts inputs into a batch: by characters and pixels.
+
+    The place of an input in its batch may change the last digit of its vector.
+    """
+    return np.argsort([-size for size in sizes])
+
+
+def library_vectors(
+    model: "SentenceTransformer", inputs: dict[str, Any], spec: SentenceTransformersSpec
+) -> "torch.Tensor":
+    """Return (n, d) float32 vectors of a batch, as the library's `encode` does.
+
+    Args:
+        model: a loaded model.
+        inputs: result of the model's `preprocess`, on any device.
+        spec: precision, normalise and truncate_dim.
+    """
+    import torch
+
+    device = model.device
+    with torch.inference_mode(), arithmetic(device.type, spec.precision):
+        on_device = {
+            name: upload(value, device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()
+        }
+        cut = model.truncate_dim if spec.truncate_dim is None else spec.truncate_dim
+        vectors: torch.Tensor = model(on_device)["sentence_embedding"][:, :cut]
+        return (torch.nn.functional.normalize(vectors, dim=1) if spec.normalise else vectors).float()
 
 
 class SentenceTransformersExtractor(TextModel):
     """A loaded sentence-transformers model that encodes texts."""
+
+    spec: SentenceTransformersSpec
 
     def __init__(self, spec: SentenceTransformersSpec) -> None:
         super().__init__(spec)
@@ -141,8 +183,9 @@ class SentenceTransformersExtractor(TextModel):
         self.marks_texts = any(modality != "text" for modality in self.model.modalities)
         self.limit = self._token_limit()
         self.tokenizer = self.model.tokenizer
-        own = self.model.prompts.get(self.model.default_prompt_name or "") or ""
-        self.prompt = own if spec.prompt is None else spec.prompt
+        self.prompt = prompt_of(self.model, spec)
+        self.inputs = self._own_inputs()
+        self.token_ids = None if self.inputs is None else self.inputs.token_ids
         self.ready(self.model.get_embedding_dimension())
 
     def facts(self) -> dict[str, Any]:
@@ -150,22 +193,32 @@ class SentenceTransformersExtractor(TextModel):
         limit = None if self.limit == NO_LIMIT else self.limit
         return {"max_length": limit, "prompt": self.prompt, "modules": [type(m).__name__ for m in self.model]}
 
-    def forward(self, texts: Sequence[str]) -> np.ndarray:
-        """Return (n, dim) float32 vectors of n texts in one forward pass."""
-        with arithmetic(self.device, self.spec.precision):
-            vectors = self.model.encode(
-                [{"text": text} for text in texts] if self.marks_texts else list(texts),
-                prompt=self.spec.prompt,
-                batch_size=len(texts),
-                show_progress_bar=False,
-                normalize_embeddings=self.spec.normalise,
-                truncate_dim=self.spec.truncate_dim,
-                convert_to_tensor=True,
-            )
-        return vectors.float().cpu().numpy()
+    def forward(self, texts: Sequence[str]) -> "torch.Tensor":
+        """Return (n, dim) float32 vectors of n texts on the device, in one forward pass."""
+        import torch
+
+        order = library_order([len(text) for text in texts])
+        inputs = self._inputs_of([texts[row] for row in order])
+        back = upload(torch.from_numpy(np.argsort(order)), self.model.device)
+        return library_vectors(self.model, inputs, self.spec)[back]
+
+    def _inputs_of(self, texts: Sequence[str]) -> dict[str, Any]:
+        if self.inputs is not None:
+            return self.inputs.of(texts)
+        return dict(self.model.preprocess(self._marked(texts), prompt=self.prompt))
+
+    def _own_inputs(self) -> SentenceInputs | None:
+        """Return inputs of kept tokens; None if the library's are different, so that it tokenises a second time."""
+        if not callable(self.tokenizer):
+            return None
+        with quiet("transformers.tokenization_utils_base"):
+            return own_inputs(self.model, TokenIds(self.tokenizer, self.limit), self.prompt, self._marked)
+
+    def _marked(self, texts: Sequence[str]) -> list[Any]:
+        return [{"text": text} for text in texts] if self.marks_texts else list(texts)
 
     def counted(self, texts: Sequence[str]) -> list[int]:
-        """Return the numbers of tokens of n texts without truncation."""
+        """Return the numbers of tokens of n texts with their prompt; above the limit, any number above it."""
         if callable(self.tokenizer):
             return super().counted(texts)
         # Static embeddings have a tokenizer of another library, and no special tokens.

@@ -1,19 +1,19 @@
 """Text encoders of transformers: pooled last hidden states."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import numpy as np
 from pydantic import Field
 
 from cm3.common.errors import UserError
-from extractors.extractor import Advance, Encoded, silent
 from extractors.runtime.precision import arithmetic
+from extractors.runtime.slabs import upload
 from extractors.spec import Cost
 from extractors.text.base import USUAL_LIMIT, TextModel, TextModelSpec, positions_of
 from extractors.text.pooling import TokenPooling, pool
-from extractors.weights.hub import checked_path, quiet
+from extractors.text.tokens import TokenIds
+from extractors.weights.hub import checked_path
 from extractors.weights.pretrained import load_model, load_part, loaded, on_device
 
 if TYPE_CHECKING:
@@ -47,12 +47,12 @@ class TransformersTextExtractor(TextModel):
     """A loaded transformers model; of an encoder-decoder model, the encoder."""
 
     spec: TransformersTextSpec
+    token_ids: TokenIds
 
     def __init__(self, spec: TransformersTextSpec) -> None:
         from transformers import AutoModel, AutoTokenizer
 
         super().__init__(spec)
-        self._ids: dict[str, np.ndarray] = {}
         folder = checked_path(spec)
         self.tokenizer = load_part(AutoTokenizer, spec, folder, "a text model with a tokenizer")
         self._padded_right(folder)
@@ -65,22 +65,8 @@ class TransformersTextExtractor(TextModel):
         self.model = on_device(model, self.device, kind, spec, folder)
         self.prompt = spec.prompt or ""
         self.limit = self._token_limit()
+        self.token_ids = TokenIds(self.tokenizer, self.limit)
         self.ready(loaded(lambda: self._states(["a"])[0].shape[-1], kind, spec, folder))
-
-    def run(self, inputs: Iterable[str], advance: Advance = silent) -> Encoded:
-        """Encode texts as `TextModel.run` does; each is tokenised once, for its length and its vector."""
-        try:
-            return super().run(inputs, advance)
-        finally:
-            self._ids.clear()
-
-    def counted(self, texts: Sequence[str]) -> list[int]:
-        """Return the numbers of tokens of n texts without truncation; keep the tokens of those within the limit."""
-        found = self.tokenizer(list(texts), truncation=False, padding=False)["input_ids"]
-        self._ids |= {
-            text: np.asarray(ids, np.int32) for text, ids in zip(texts, found, strict=True) if len(ids) <= self.limit
-        }
-        return [len(ids) for ids in found]
 
     def facts(self) -> dict[str, Any]:
         """Return architecture, pooling, token limit and prompt."""
@@ -91,37 +77,23 @@ class TransformersTextExtractor(TextModel):
             "prompt": self.prompt,
         }
 
-    def forward(self, texts: Sequence[str]) -> np.ndarray:
-        """Return (n, dim) float32 vectors of n texts in one forward pass."""
+    def forward(self, texts: Sequence[str]) -> "torch.Tensor":
+        """Return (n, dim) float32 vectors of n texts on the device, in one forward pass."""
         import torch
 
         states, mask = self._states(texts)
         vectors = pool(states.float(), mask, self.spec.pooling)[:, : self.spec.truncate_dim]
-        if self.spec.normalise:
-            vectors = torch.nn.functional.normalize(vectors, dim=-1)
-        return vectors.cpu().numpy()
+        return torch.nn.functional.normalize(vectors, dim=-1) if self.spec.normalise else vectors
 
     def _states(self, texts: Sequence[str]) -> "tuple[torch.Tensor, torch.Tensor]":
         """Return (n, tokens, width) last hidden states and the (n, tokens) attention mask."""
         import torch
 
-        with quiet("transformers.tokenization_utils_base"):  # it advises against padding apart from tokenising
-            batch = self.tokenizer.pad(
-                {"input_ids": self._tokens_of([self.prompt + text for text in texts])},
-                padding=True,
-                return_attention_mask=True,
-                return_tensors="pt",
-            ).to(self.device)
+        ids, mask = (
+            upload(one, self.model.device) for one in self.token_ids.batch([self.prompt + text for text in texts])
+        )
         with torch.inference_mode(), arithmetic(self.device, self.spec.precision):
-            output = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        return output.last_hidden_state, batch["attention_mask"]
-
-    def _tokens_of(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of n texts with their prompt, truncated to the limit."""
-        new = [text for text in texts if text not in self._ids]
-        found = self.tokenizer(new, truncation=True, max_length=self.limit)["input_ids"] if new else []
-        tokenised = dict(zip(new, found, strict=True))
-        return [self._ids[text].tolist() if text in self._ids else tokenised[text] for text in texts]
+            return self.model(input_ids=ids, attention_mask=mask).last_hidden_state, mask
 
     def _padded_right(self, folder: Path) -> None:
         """Let the tokenizer pad on the right, so that positions start at 0 and a decoder sees no padding."""

@@ -9,9 +9,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from checkout import METRICS, SMALL, Checkout, changed
 
+import cm3
+from cm3.common.features import read_features
 from cm3.common.files import read_json
 from workflow.plan.migrate import DIGESTS, MARK
 
@@ -82,16 +85,37 @@ def test_equal_settings_under_two_names_are_trained_once(checkout: Checkout):
 
 
 def test_a_swapped_image_extractor_runs_the_image_side_only(checkout: Checkout):
-    checkout.configure(changed(experiments__shop__modalities={"text": "words", "image": "coarse"}))
+    config = changed(experiments__shop__modalities={"text": "words", "image": "coarse"})
+    checkout.configure(config)
     assert checkout.planned(METRICS) == AFTER_IMAGE
     before = (checkout.folder / METRICS).read_bytes()
-    checkout.run(METRICS)
-    assert (checkout.folder / METRICS).read_bytes() != before
+    config["extractors"]["coarse"]["reduce"] = {"method": "pca", "dim": 16}
+    checkout.configure(config)
+    output = checkout.run(METRICS)
+    assert "image coarse reduced to 16 numbers" in output
+    found = read_json(checkout.folder / METRICS)
+    assert (found["reduced"]["image"]["from"], found["reduced"]["image"]["dim"]) == (1101, 16)
+    loaded = cm3.load(checkout.folder / "results/shop")
+    twin = read_features(next((checkout.folder / "processed/shop/features/image").glob("coarse-????????????.parquet")))
+    grown = cm3.add_items(loaded, ["twin"], {"image": twin.embedding[5:6]})
+    assert grown.item_ids[-1] == "twin" and np.isfinite(grown.items[-1]).all()
     checkout.configure(SMALL)
     assert checkout.planned(METRICS) == {"publish": 1}
     checkout.run(METRICS)
     assert (checkout.folder / METRICS).read_bytes() == before
     assert checkout.planned(METRICS) == {}
+
+
+def test_a_reduction_runs_no_extraction_and_the_item_graphs_of_its_modality_only(checkout: Checkout):
+    after = {"reduce": 1, "similarity": 1, "train": 1, "evaluate": 1, "publish": 1}
+    checkout.configure(changed(extractors__looks__reduce={"method": "pca", "dim": 16}))
+    assert checkout.planned(METRICS) == after
+    own = changed(experiments__shop__reduce={"image": {"method": "pca", "dim": 24}})
+    own["experiments"]["shop"]["control"] = {"image": "gaussian"}
+    checkout.configure(own)
+    assert checkout.planned(METRICS) == after | {"control": 1}
+    checkout.configure(changed(extractors__looks__reduce={"method": "pca", "dim": 80}))
+    assert "vectors, too few for the 80 axes of reduce.dim = 80; give" in checkout.run("-n", METRICS, check=False)
 
 
 def test_a_page_that_exists_is_made_again_with_its_results(checkout: Checkout):

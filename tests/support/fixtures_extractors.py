@@ -4,6 +4,7 @@ import hashlib
 import io
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,21 @@ COLOURS = {
     "black": (5, 5, 5),
     "white": (250, 250, 250),
 }
+
+
+class CountingTokenizer:
+    """A tokenizer that counts how often it gets each text."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.seen: Counter[str] = Counter()
+
+    def __call__(self, texts: Sequence[str], **options: Any) -> Any:
+        self.seen.update(texts)
+        return self.tokenizer(texts, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
 
 
 def write_items(folder: Path, items: Sequence[Mapping[str, Any]]) -> Path:

@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from training_shop import MODEL, OUTPUTS, prepared, run
 
 import cm3
 from cm3.common.errors import UserError
 from cm3.common.features import features_file, graph_file, read_features, write_features
+from cm3.common.pca import Projection
+from cm3.common.reduction import projection_file
 from cm3.config import Model
 
 KEYS = {"text": "aaaaaaaaaaaa", "image": "bbbbbbbbbbbb"}
@@ -44,6 +47,38 @@ def publish(folder: Path, model: dict[str, Any] | None = None, **training: Any) 
     content = {"dataset": "data", "config": config, "keys": {"features": KEYS}, "training": facts}
     (results / "metrics.json").write_text(json.dumps(content, default=str))
     return results
+
+
+def reduce_text(results: Path) -> np.ndarray:
+    """Make the text features of a published experiment those of a reduction, and return the wide ones."""
+    path = next((results.parents[1] / "processed/data/features/text").glob("*.parquet"))
+    narrow = read_features(path)
+    width = narrow.embedding.shape[1]
+    axes = np.linalg.qr(np.random.default_rng(0).standard_normal((width + 4, width)))[0].T
+    given = {"axes": axes, "mean": np.zeros(width + 4), "variances": np.ones(width), "total_variance": np.array(1.0)}
+    Projection(**{name: torch.from_numpy(x) for name, x in given.items()}).save(
+        projection_file(str(path), f"pca{width}")
+    )
+    graph = next((results.parents[1] / "processed/data/similarity").glob(f"{path.stem}-k*.parquet"))
+    for file in (path, graph):
+        file.rename(file.with_name(file.name.replace(path.stem, f"{path.stem}-pca{width}")))
+    content = json.loads((results / "metrics.json").read_text())
+    content["config"]["reduce"] = {"text": {"method": "pca", "dim": width}}
+    (results / "metrics.json").write_text(json.dumps(content))
+    return (narrow.embedding @ axes).astype(np.float32)
+
+
+def test_wide_vectors_of_new_items_are_projected_as_those_of_the_catalogue(tmp_path: Path):
+    results = publish(tmp_path)
+    new = of_old_items(results, [2, 3])
+    before = cm3.embed_items(cm3.load(results), new)
+    wide = {**new, "text": reduce_text(results)[[2, 3]]}
+    loaded = cm3.load(results)
+    np.testing.assert_allclose(cm3.embed_items(loaded, wide), before, atol=1e-5)
+    loaded.save(tmp_path / "saved")
+    np.testing.assert_array_equal(cm3.embed_items(cm3.load(tmp_path / "saved"), wide), cm3.embed_items(loaded, wide))
+    with pytest.raises(ValueError, match=r"features\['text'\]"):
+        cm3.embed_items(loaded, new)
 
 
 def of_old_items(results: Path, rows: list[int]) -> dict[str, np.ndarray]:

@@ -8,6 +8,8 @@ import torch
 from library_shop import QUICK, SMALL, shop
 
 import cm3
+from cm3.common.errors import UserError
+from cm3.library.features import reduce_features
 from cm3.library.ids import id_columns, pair_matrix
 from cm3.model.graph import item_item_matrix
 from cm3.model.model import CM3
@@ -90,6 +92,39 @@ def test_new_items_are_recommended_to_users_of_their_group(trained: cm3.Recommen
         assert scores[own] > scores[other]
     part = cm3.embed_items(trained, {"text": new["text"]})
     assert part.shape == (2, 24) and np.isfinite(part).all()
+
+
+def test_reduced_features_train_as_those_reduced_beforehand_and_new_items_are_reduced_alike(tmp_path: Path):
+    pairs, features, items = shop()
+    features["image"][3] = np.nan
+    quick, reduce = {**QUICK, "epochs": 2}, {"image": {"method": "pca", "dim": 3}}
+    cm3.fit(pairs, features, items, SMALL, quick, reduce=reduce).save(tmp_path)
+    model = cm3.load(tmp_path)
+    narrow, projections = reduce_features(features, reduce, len(items))
+    assert np.isnan(narrow["image"][3]).all() and narrow["image"].shape == (41, 3)
+    beforehand = cm3.fit(pairs, narrow, items, SMALL, quick)
+    np.testing.assert_array_equal(model.items, beforehand.items)
+    new = of_new_items()
+    vectors = cm3.embed_items(
+        beforehand, {**new, "image": projections["image"].project(new["image"].astype(np.float32))}
+    )
+    np.testing.assert_allclose(cm3.embed_items(model, new), vectors, atol=1e-6)
+    assert cm3.embed_items(model, {"text": new["text"]}).shape == vectors.shape
+    with pytest.raises(ValueError, match=r"features\['image'\]: \(2, 3\) is not \(2, 5\)"):
+        cm3.embed_items(model, {"image": np.ones((2, 3))})
+
+
+@pytest.mark.parametrize(
+    ("reduce", "complaint"),
+    [
+        ({"imge": {"method": "pca", "dim": 3}}, r"fit\.reduce\.imge: no such modality \(did you mean 'image'\?\)"),
+        ({"image": {"method": "pca", "dims": 3}}, r"fit\.reduce\.image\.dims: unknown key \(did you mean 'dim'\?\)"),
+        ({"image": {"method": "pca", "dim": 5}}, r"features\['image'\]: has vectors of 5 numbers.*give a dim below 5"),
+    ],
+)
+def test_a_wrong_reduction_is_named(reduce: dict[str, object], complaint: str):
+    with pytest.raises(UserError, match=complaint):
+        reduce_features(of_new_items(20), reduce, 20)
 
 
 def test_features_of_new_items_that_do_not_fit_are_named(trained: cm3.Recommender):

@@ -131,7 +131,7 @@ def _described(config: Config, experiment: str, others: Sequence[str]) -> dict[s
     return {
         "model": chosen.model_name,
         "dataset": chosen.dataset,
-        "modalities": dict(chosen.modalities),
+        "modalities": chosen.feature_names(),
         "control": controls or None,
         "control_of": next(originals, None) if controls else None,
         "settings": _settings(chosen),
@@ -163,7 +163,7 @@ def _without_control(config: Config, experiment: str) -> list[Any]:
         own = {key: value for key, value in model.items() if key not in ("of", "by", "weights")}
         weights = [chosen.model.weights.get(name) for name in chosen.model.by]
         return [chosen.dataset, own, weights, training, [_without_control(config, name) for name in names]]
-    return [chosen.dataset, list(chosen.modalities.items()), chosen.model_name, model, training]
+    return [chosen.dataset, list(chosen.feature_names().items()), chosen.model_name, model, training]
 
 
 def _without_command(spec: dict[str, Any]) -> dict[str, Any]:

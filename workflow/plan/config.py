@@ -20,6 +20,7 @@ from extractors.spec import BackendSpec
 from workflow.plan.best import with_best
 from workflow.plan.experiments import Experiment, ExperimentSection, inherit, parse_settings
 from workflow.plan.modalities import name_faults, with_weights_by_kind
+from workflow.plan.reductions import with_reductions
 from workflow.plan.searches import read_states
 from workflow.plan.studies import Study, parse_study
 from workflow.plan.yaml_keys import check_duplicate_keys, default_config
@@ -113,10 +114,11 @@ def load_config(raw: Any, files: Sequence[Path] = (), local: bool = True, overri
         if wrong:
             raise UserError("\n".join(wrong))
         experiment = parse_settings(section, where)
-        known = all(extractor in extractors for extractor in section.modalities.values())
-        return with_weights_by_kind(experiment, extractors) if known else experiment
+        if not all(extractor in extractors for extractor in section.modalities.values()):
+            return experiment
+        return with_reductions(with_weights_by_kind(experiment, extractors), section.reduce, extractors, where)
 
-    sections = sections.model_copy(update={"experiments": with_best(sections.experiments, datasets)})
+    sections = sections.model_copy(update={"experiments": with_best(sections.experiments, datasets, extractors)})
     experiments = _parse_each("experiments", sections.experiments, parse_experiment, faults)
 
     def parse_comparison(name: str, data: dict[str, Any], where: str) -> Study | None:

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field, field_validator
 
 from cm3.common.errors import UserError
+from cm3.common.reduction import Reduction
 from cm3.common.strict import Strict, nearest, validate
 from cm3.config import Evaluation, Training
 from cm3.model_registry import DEFAULT_MODEL, models, named_spec, spec_class, spec_classes
@@ -37,10 +38,15 @@ class ExperimentSection(Strict):
         description="control that replaces the features of all modalities, or of some by modality: gaussian noise of equal "
         "norms, shuffled rows, or a constant vector; drawn with training.seed; item graphs are rebuilt from it",
     )
+    reduce: dict[str, Reduction | None] = Field(
+        default_factory=dict,
+        description="reduction of the features of some modalities to fewer numbers, such as {image: {method: pca, dim: 512}}, in "
+        "place of that of the extractor; null for a modality: its features as the extractor gives them",
+    )
     preset: str = Field(
         "default",
         description="values of unset keys: default; official, which repeats the reference implementation of CM3; or best, "
-        "which re-ranks the experiment by co-occurrence and content (docs/reranking.md)",
+        "which adds the words of the texts and re-ranks by co-occurrence and content (docs/reranking.md)",
         json_schema_extra={"enum": list(PRESETS)},
     )
     model: dict[str, Any] = Field(
@@ -67,6 +73,7 @@ class Experiment:
     Attributes:
         modalities: extractor by modality, in the order of fusion.
         controls: control by modality, for those whose features are replaced.
+        reductions: reduction by modality, for those whose features are reduced.
         split_seed: seed of a random split in place of the dataset's own; None for the dataset's own split.
     """
 
@@ -77,6 +84,7 @@ class Experiment:
     training: Training
     evaluation: Evaluation
     controls: Mapping[str, Kind] = field(default_factory=dict)
+    reductions: Mapping[str, Reduction] = field(default_factory=dict)
     split_seed: int | None = None
 
     @property
@@ -90,6 +98,18 @@ class Experiment:
         if kind is None or kind == "constant":
             return kind or ""
         return f"{kind}-{self.training.seed}"
+
+    def reduction(self, modality: str) -> str:
+        """Return the reduction of a modality as in file names; '' for a modality that is not reduced."""
+        reduction = self.reductions.get(modality)
+        return reduction.suffix if reduction else ""
+
+    def feature_names(self) -> dict[str, str]:
+        """Return the extractor of each modality with its reduction, such as clip-pca128, for people to read."""
+        return {
+            modality: "-".join(filter(None, (extractor, self.reduction(modality))))
+            for modality, extractor in self.modalities.items()
+        }
 
     def training_settings(self) -> dict[str, Any]:
         """Return the training settings that change the trained model."""
@@ -123,7 +143,7 @@ def inherit(name: str, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, An
 
     `model`, `training` and `evaluation` are inherited key by key, other sections whole. From an entry with another model,
     the preset and the model settings are not inherited, nor training settings with a default of the model's own, nor
-    modalities, controls and training settings that the model does not support.
+    modalities, controls, reductions and training settings that the model does not support.
 
     Raises:
         UserError: no such entry, or a circle of entries.
@@ -163,7 +183,7 @@ def _model(section: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _supported(section: Mapping[str, Any], model: type[ModelSpec], before: type[ModelSpec] | None) -> dict[str, Any]:
-    unused = () if model.reads_features else ("modalities", "control")
+    unused = () if model.reads_features else ("modalities", "control", "reduce")
     kept = {key: value for key, value in section.items() if key not in unused}
     if isinstance(kept.get("training"), dict):
         # A value chosen for one model, such as its patience, would stop another one too early or too late.

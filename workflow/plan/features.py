@@ -1,4 +1,4 @@
-"""Features: paths, inputs and tasks of extraction, captioning, controls and item graphs, with the keys in their names.
+"""Features: paths, inputs and tasks of extraction, captioning, reductions, controls and item graphs, with the keys in their names.
 
 Every function takes the checked configuration first. The parameters after it are named like the wildcards of the rules.
 """
@@ -10,10 +10,12 @@ from typing import Any
 from cm3.common.errors import UserError
 from cm3.common.features import features_file, graph_file
 from cm3.common.keys import key_of
+from cm3.common.reduction import Reduction
 from cm3.model_spec import ModelSpec
 from cm3.similarity.methods import InvertedFile
 from workflow.plan import data
 from workflow.plan.config import Config
+from workflow.plan.shapes import shape_of
 from workflow.plan.task import Task
 
 
@@ -40,8 +42,10 @@ def features_identity(config: Config, extractor: str) -> dict[str, Any]:
     return {"caption": extractor_identity(config, extractor), "encoder": extractor_identity(config, encoder)}
 
 
-def features_path(config: Config, dataset: str, extractor: str, key: str | None = None, control: str = "") -> str:
-    """Return the path of the features of an extractor, or of the `control` that replaces them.
+def features_path(
+    config: Config, dataset: str, extractor: str, key: str | None = None, reduction: str = "", control: str = ""
+) -> str:
+    """Return the path of the features of an extractor, reduced by a `reduction`, or of the `control` that replaces them.
 
     Raises:
         UserError: `key` is not that of the configured extractor.
@@ -49,7 +53,7 @@ def features_path(config: Config, dataset: str, extractor: str, key: str | None 
     expected = key_of(features_identity(config, extractor))
     _check_key(extractor, key, expected)
     modality = config.extractors[extractor].modality
-    return f"processed/{dataset}/{features_file(modality, extractor, expected, control)}"
+    return f"processed/{dataset}/{features_file(modality, extractor, expected, control, reduction)}"
 
 
 def captions_path(config: Config, dataset: str, extractor: str, key: str | None = None) -> str:
@@ -63,9 +67,11 @@ def captions_path(config: Config, dataset: str, extractor: str, key: str | None 
     return f"processed/{dataset}/captions/{extractor}-{expected}.parquet"
 
 
-def similarity_path(config: Config, dataset: str, extractor: str, model: ModelSpec, control: str = "") -> str:
+def similarity_path(
+    config: Config, dataset: str, extractor: str, model: ModelSpec, reduction: str = "", control: str = ""
+) -> str:
     """Return the path of the top-k item graph of an extractor; settings other than the defaults end its name."""
-    stem = Path(features_path(config, dataset, extractor, control=control)).stem
+    stem = Path(features_path(config, dataset, extractor, reduction=reduction, control=control)).stem
     settings: Any = model
     return f"processed/{dataset}/{graph_file(stem, settings.knn_k, settings.knn_method, settings.knn_missing)}"
 
@@ -151,13 +157,36 @@ def caption_gpus(config: Config, extractor: str) -> int:
     return config.extractors[extractor].gpus()
 
 
-def control_inputs(config: Config, dataset: str, extractor: str, key: str) -> dict[str, str]:
-    """Return the features that a control replaces.
+def reduce_inputs(config: Config, dataset: str, extractor: str, key: str, reduction: str) -> dict[str, str]:
+    """Return the features that are reduced.
+
+    Raises:
+        UserError: `key` is not that of the configured extractor, or the features exist already and are too narrow or too
+            few for the reduction.
+    """
+    path = features_path(config, dataset, extractor, key)
+    shape = shape_of(path)
+    if shape is not None and shape.dim:
+        _reduction(reduction).check(shape.dim, shape.rows, path)
+    return {"features": path}
+
+
+def reduce(config: Config, reduction: str) -> Task:
+    """Return the task of reducing features: "pca512"."""
+    return Task("reduce", _reduction(reduction).identity())
+
+
+def _reduction(suffix: str) -> Reduction:
+    return Reduction(method="pca", dim=int(suffix.removeprefix("pca")))
+
+
+def control_inputs(config: Config, dataset: str, extractor: str, key: str, reduction: str) -> dict[str, str]:
+    """Return the features that a control replaces; `reduction` is empty, or "-" and the name of a reduction.
 
     Raises:
         UserError: `key` is not that of the configured extractor.
     """
-    return {"features": features_path(config, dataset, extractor, key)}
+    return {"features": features_path(config, dataset, extractor, key, reduction.removeprefix("-"))}
 
 
 def control(config: Config, modality: str, control: str) -> Task:
@@ -166,13 +195,19 @@ def control(config: Config, modality: str, control: str) -> Task:
     return Task("control", {"kind": kind, "seed": int(seed or 0), "modality": modality})
 
 
-def similarity_inputs(config: Config, dataset: str, extractor: str, key: str, control: str) -> dict[str, str]:
-    """Return the features of an item graph; `control` is empty, or "-" and the name of a control.
+def similarity_inputs(
+    config: Config, dataset: str, extractor: str, key: str, reduction: str, control: str
+) -> dict[str, str]:
+    """Return the features of an item graph; `reduction` and `control` are empty, or "-" and the name of one.
 
     Raises:
         UserError: `key` is not that of the configured extractor.
     """
-    return {"features": features_path(config, dataset, extractor, key, control.removeprefix("-"))}
+    return {
+        "features": features_path(
+            config, dataset, extractor, key, *(one.removeprefix("-") for one in (reduction, control))
+        )
+    }
 
 
 def similarity(config: Config, knn_k: str, variant: str = "") -> Task:

@@ -138,7 +138,8 @@ def experiment_labels(config: Config, experiment: str) -> dict[str, str]:
         "experiment": experiment,
         "model": chosen.model_name,
         "dataset": chosen.dataset,
-        "features": ", ".join(chosen.modalities.values()) or ("lists" if chosen.model.exports == "lists" else "none"),
+        "features": ", ".join(chosen.feature_names().values())
+        or ("lists" if chosen.model.exports == "lists" else "none"),
     }
 
 

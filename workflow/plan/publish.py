@@ -42,6 +42,10 @@ def publish_inputs(config: Config, experiment: str) -> dict[str, str]:
             paths[f"record.caption.{modality}"] = features.record_path(captions)
         extracted = features.features_path(config, chosen.dataset, extractor)
         paths[f"record.extract.{modality}"] = features.record_path(extracted)
+        reduction = chosen.reduction(modality)
+        if reduction:
+            reduced = features.features_path(config, chosen.dataset, extractor, reduction=reduction)
+            paths[f"record.reduce.{modality}"] = features.record_path(reduced)
         if chosen.control(modality):
             paths[f"record.control.{modality}"] = features.record_path(path)
         if modality in graphs:
@@ -97,6 +101,7 @@ def _provenance(config: Config, experiment: str) -> dict[str, Any]:
     chosen = config.experiments[experiment]
     dataset = config.datasets[chosen.dataset]
     identities = {modality: features.features_identity(config, name) for modality, name in chosen.modalities.items()}
+    reductions = {modality: reduction.identity() for modality, reduction in chosen.reductions.items()}
     return {
         "experiment": experiment,
         "dataset": chosen.dataset,
@@ -109,6 +114,7 @@ def _provenance(config: Config, experiment: str) -> dict[str, Any]:
             "modalities": list(chosen.modalities),
             "extractors": {m: {"name": name} | identities[m] for m, name in chosen.modalities.items()},
             "control": dict(chosen.controls) or None,
+            **({"reduce": reductions} if reductions else {}),
             "model": {"name": chosen.model_name} | chosen.model.identity(),
             "training": chosen.training_identity(),
             "evaluation": chosen.evaluation.identity(),

@@ -6,7 +6,6 @@ benchmarks/RESULTS.md; the estimates are two to three times as large, and a job 
 with more. Nothing here changes what a job computes, and jobs on this machine are not limited by it.
 """
 
-import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +17,7 @@ from cm3.model_spec import Sizes
 from cm3.training.schedule import batches_per_step
 from workflow.plan.config import Config
 from workflow.plan.features import encoder_of
+from workflow.plan.shapes import MEBIBYTE, Shape, shape_of
 
 Files = Mapping[str, str]
 """Input files of a job by their names in its rule."""
@@ -27,9 +27,6 @@ LONGEST_MINUTES = int(os.environ.get("CM3_LONGEST_MINUTES", 24 * 60))
 
 USUAL_EPOCHS = 100
 """Epochs that a run is expected to take at most, because early stopping ends it."""
-
-MEBIBYTE = 1e6
-
 
 GPU_EVALUATION = 5e9
 """Number of users times items from which an evaluation runs on a GPU."""
@@ -51,19 +48,6 @@ class Need:
         return Need(attempt * 100 * math.ceil(self.mem_mb / 100), minutes)
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Rows and vector width of a table; the width is 0 where it holds no vectors."""
-
-    rows: int
-    dim: int = 0
-
-    @property
-    def megabytes(self) -> float:
-        """Size of the vectors as float32."""
-        return self.rows * self.dim * 4 / MEBIBYTE
-
-
 class Needs:
     """Estimates of what the jobs of each stage need, for one configuration.
 
@@ -82,6 +66,7 @@ class Needs:
             "images": self.images,
             "extract": self.extract,
             "caption": self.extract,
+            "reduce": self.reduce,
             "control": self.control,
             "similarity": self.similarity,
             "train": self.train,
@@ -132,6 +117,12 @@ class Needs:
         inputs = items * spec.inputs_per_item()
         return Need(spec.memory_mb(items), 20 + inputs / spec.cost.items_per_second / 60)
 
+    def reduce(self, wildcards: Any, files: Files) -> Need:
+        """The features, the reduced ones twice, the covariance matrix and its axes; cubic in the width, on one thread."""
+        shape = self._vectors(files, "features", wildcards)
+        work = shape.rows * shape.dim**2 + 10 * shape.dim**3
+        return Need(1500 + 2.5 * shape.megabytes + 5 * 8 * shape.dim**2 / MEBIBYTE, 15 + work / 1e10 / 60)
+
     def control(self, wildcards: Any, files: Files) -> Need:
         """The features and their replacement."""
         return Need(1000 + 4 * self._vectors(files, "features", wildcards).megabytes, 15)
@@ -158,7 +149,7 @@ class Needs:
     def evaluate(self, wildcards: Any, files: Files) -> Need:
         """The estimate of the experiment's model."""
         sizes = self._sizes(wildcards, files)
-        shapes = [_shape(path) for name, path in files.items() if name.endswith("embeddings")]
+        shapes = [shape_of(path) for name, path in files.items() if name.endswith("embeddings")]
         dim = max((shape.dim for shape in shapes if shape), default=0)
         exported = (sizes.users + sizes.items) * dim * 4 / MEBIBYTE
         if "weights" in files:
@@ -194,7 +185,7 @@ class Needs:
 
     def items(self, dataset: str) -> int:
         """Return the number of items of a dataset: of its table, otherwise as expected."""
-        shape = _shape(f"processed/{dataset}/items.parquet")
+        shape = shape_of(f"processed/{dataset}/items.parquet")
         return shape.rows if shape else self.config.datasets[dataset].expected_counts().get("items", 100_000)
 
     # Counts from existing files, otherwise from the expectations in the configuration
@@ -205,24 +196,24 @@ class Needs:
 
     def _interactions(self, wildcards: Any, files: Files) -> int:
         for name in ("interactions", "ratings"):
-            shape = _shape(files.get(name))
+            shape = shape_of(files.get(name))
             if shape:
                 return shape.rows
         return self._expected(wildcards, "interactions", 2_000_000)
 
     def _users(self, wildcards: Any, files: Files, unknown: int = 200_000) -> int:
-        shape = _shape(files.get("users"))
+        shape = shape_of(files.get("users"))
         return shape.rows if shape else self._expected(wildcards, "users", unknown)
 
     def _items(self, wildcards: Any, files: Files) -> Shape:
         for path in (files.get("items"), f"processed/{self._dataset_name(wildcards)}/items.parquet"):
-            shape = _shape(path)
+            shape = shape_of(path)
             if shape:
                 return shape
         return Shape(self._expected(wildcards, "items", 100_000))
 
     def _vectors(self, files: Files, name: str, wildcards: Any) -> Shape:
-        return _shape(files.get(name)) or Shape(self._items(wildcards, files).rows, 1024)
+        return shape_of(files.get(name)) or Shape(self._items(wildcards, files).rows, 1024)
 
     def _expected(self, wildcards: Any, count: str, default: int) -> int:
         name = self._dataset_name(wildcards)
@@ -237,23 +228,3 @@ class Needs:
 
 def _megabytes(paths: Iterable[str]) -> float:
     return sum(Path(path).stat().st_size for path in paths if Path(path).is_file()) / MEBIBYTE
-
-
-def _shape(path: str | None) -> Shape | None:
-    """Return the shape of a table, None if it is absent or damaged: the job that reads it says so."""
-    if not path or not Path(path).is_file():
-        return None
-    return _footer(path, Path(path).stat().st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=256)
-def _footer(path: str, modified: int) -> Shape | None:
-    # Loaded where a table is there to be read: planning a fresh data set needs none of it.
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(path)
-    except (OSError, ValueError):  # pa.ArrowInvalid is a ValueError
-        return None
-    widths = [getattr(field.type, "list_size", 0) for field in file.schema_arrow]
-    return Shape(file.metadata.num_rows, max(widths, default=0))

@@ -31,9 +31,15 @@ TRAINED = "train.stage.json"
 
 
 def features_of(config: Config, settings: Experiment) -> dict[str, str]:
-    """Return the path of the features of each modality: of the control, where the experiment has one."""
+    """Return the path of the features of each modality: reduced, or of the control, where the experiment has one."""
     return {
-        modality: features_path(config, settings.dataset, extractor, control=settings.control(modality))
+        modality: features_path(
+            config,
+            settings.dataset,
+            extractor,
+            reduction=settings.reduction(modality),
+            control=settings.control(modality),
+        )
         for modality, extractor in settings.modalities.items()
     }
 
@@ -43,7 +49,14 @@ def graphs_of(config: Config, settings: Experiment) -> dict[str, str]:
     if not settings.model.reads_item_graphs:
         return {}
     return {
-        modality: similarity_path(config, settings.dataset, extractor, settings.model, settings.control(modality))
+        modality: similarity_path(
+            config,
+            settings.dataset,
+            extractor,
+            settings.model,
+            settings.reduction(modality),
+            settings.control(modality),
+        )
         for modality, extractor in settings.modalities.items()
     }
 
@@ -55,9 +68,8 @@ def run_key(config: Config, settings: Experiment) -> str:
     split = split_spec(config, settings.dataset, settings.split_seed)
     features: list[list[Any]] = []
     for modality, extractor in settings.modalities.items():
-        control = settings.control(modality)
-        identity = features_identity(config, extractor)
-        features.append([modality, extractor, identity, *([control] if control else [])])
+        replaced = filter(None, (settings.reduction(modality), settings.control(modality)))
+        features.append([modality, extractor, features_identity(config, extractor), *replaced])
     return key_of(
         {
             "dataset": [settings.dataset, source, dataset.tables_spec(), split],

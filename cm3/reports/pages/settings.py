@@ -18,7 +18,7 @@ def overview(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = [("Model", {"cm3": "CM3"}.get(model, model)), ("Dataset", metrics["dataset"])]
     for modality in config["modalities"]:
         extractor = config["extractors"][modality]
-        rows.append((modality.capitalize(), _extractor(extractor)))
+        rows.append((modality.capitalize(), _extractor(extractor) + _reduced(metrics.get("reduced", {}).get(modality))))
     if not config["modalities"]:
         rows.append(("Features", features_of(config)))
     control = config.get("control") or config.get("controls")
@@ -94,6 +94,13 @@ def _extractor(settings: Mapping[str, Any]) -> str:
     if isinstance(caption, Mapping):
         return f"{settings['name']}: {_weights(caption)}, encoded by {_weights(settings['encoder'])}"
     return f"{settings['name']}: {_weights(settings)}"
+
+
+def _reduced(facts: Mapping[str, Any] | None) -> str:
+    if facts is None:
+        return ""
+    kept = f"{100 * facts['explained_variance']:.1f} % of the variance"
+    return f"; {facts['from']} numbers reduced to {facts['dim']} ({kept})"
 
 
 def _weights(settings: Mapping[str, Any]) -> str:

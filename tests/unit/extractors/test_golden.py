@@ -15,9 +15,11 @@ from safetensors.torch import save_file
 
 import extractors
 from cm3.common.features import read_features, write_features
+from cm3.common.reduction import Reduction
 from cm3.common.stages import STAGES
 from extractors.control import CONTROLS, control
 from extractors.extract import extract
+from extractors.reduce import reduce
 from extractors.registry import spec_class
 from extractors.text.item_text import FIELDS, item_text
 
@@ -190,6 +192,20 @@ def test_control_stage(tmp_path: Path) -> None:
         counts = control(features=tmp_path / "f.parquet", output=tmp_path / "c.parquet", **arguments)
         outputs[kind] = {"vectors": summary(read_features(tmp_path / "c.parquet").embedding), "counts": counts}
     check_golden("control", STAGES["control"].version, outputs)
+
+
+def test_reduce_stage(tmp_path: Path) -> None:
+    vectors = np.random.Generator(np.random.PCG64(1)).standard_normal((20, 6)).astype(np.float32) * np.arange(1, 7) + 1
+    status = ["ok"] * 18 + ["missing", "failed"]
+    write_features(tmp_path / "f.parquet", [f"i{row}" for row in range(20)], vectors, status, {})
+    facts = reduce(
+        features=tmp_path / "f.parquet",
+        output=tmp_path / "r.parquet",
+        projection=tmp_path / "r.safetensors",
+        reduction=Reduction(method="pca", dim=3),
+    )
+    outputs = {"vectors": summary(read_features(tmp_path / "r.parquet").embedding), "facts": facts}
+    check_golden("reduce", STAGES["reduce"].version, outputs)
 
 
 def test_item_texts() -> None:

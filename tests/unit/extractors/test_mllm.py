@@ -1,5 +1,7 @@
 """A vision-language model as an encoder: a tiny one with random weights, saved by the test."""
 
+import threading
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import extractors
 from cm3.common.errors import UserError
 from cm3.common.features import read_features
 from cm3.common.tables import read_metadata
+from extractors.caption.local import chat_features, processor_of
 from extractors.extract import extract
 from extractors.multimodal.transformers import TransformersMllmExtractor, TransformersMllmSpec
 from workflow.plan.config import load_config
@@ -80,6 +83,45 @@ def test_vectors_are_the_models_hidden_states(vlm: Path, pooling: str, layer: in
     extractor = spec_of(vlm, pooling=pooling, layer=layer, normalise=False).load()
     found = extractor.encode([{"title": "shoe", "image": encoded(image)}]).embedding[0]
     np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("room", [2, 1])
+def test_batches_that_a_thread_prepares_on_gpus_give_the_same_vectors(
+    vlm: Path, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    extractor = spec_of(vlm, batch_size=2).load()
+    extractor.batch.size = room
+    expected = extractor.encode(ITEMS).embedding
+    extractor.batch.size, extractor.device = 2, "cuda"  # the model stays on the CPU
+    threads = set()
+    features_of, model = extractor.features_of, extractor.model.forward
+
+    def noted(asked: Sequence[Any]) -> Any:
+        threads.add(threading.current_thread() is threading.main_thread())
+        return features_of(asked)
+
+    def forward(*given: Any, **batch: Any) -> Any:
+        if len(batch["input_ids"]) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return model(*given, **batch)
+
+    monkeypatch.setattr(extractor, "features_of", noted)
+    monkeypatch.setattr(extractor.model, "forward", forward)
+    assert np.array_equal(extractor.encode(ITEMS).embedding, expected)
+    assert threads == ({False} if room == 2 else {False, True}) and extractor.batch.size == room
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_inputs_are_halved_and_pinned_where_they_are_prepared(
+    vlm: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned: list[torch.dtype] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: (pinned.append(tensor.dtype), tensor)[1])
+    spec, processor = spec_of(vlm), processor_of(spec_of(vlm), vlm)
+    model = types.SimpleNamespace(device=torch.device(device), dtype=torch.bfloat16)
+    found = chat_features(processor, spec, model, [(Image.new("RGB", (56, 56)), "shoe")])
+    assert found["pixel_values"].dtype == torch.bfloat16 and found["input_ids"].dtype == torch.int64
+    assert pinned == ([] if device == "cpu" else [value.dtype for value in found.values()])
 
 
 def test_image_and_text_both_move_the_vector(vlm: Path) -> None:

@@ -70,6 +70,32 @@ def test_pairs_of_image_and_text(folders: dict[str, Path], kind: str) -> None:
     np.testing.assert_allclose(alone[2:], image, atol=2e-3)  # an item without a text
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_is_that_of_the_library_to_the_bit(folders: dict[str, Path], kind: str) -> None:
+    images = [
+        Image.new("RGB", size, colour) for size, colour in (((70, 50), "red"), ((90, 60), "blue"), ((8, 8), "red"))
+    ]
+    texts = ["", "", ""] if kind in ("clip", "siglip") else ["shoe", "", "a red bag"]
+    asked = list(zip(images, texts, strict=True))
+    modality = "multimodal" if any(texts) else "image"
+    for more in ({}, {"normalise": False, "truncate_dim": 8}, {"precision": "bfloat16"}):
+        extractor = load(folders[kind], modality, **more)
+        settings = {"normalize_embeddings": extractor.spec.normalise, "truncate_dim": extractor.spec.truncate_dim}
+        for rows in ([0, 2], [1]) if any(texts) else ([0, 1, 2],):
+            given = [{"image": image} | ({"text": text} if text else {}) for image, text in (asked[n] for n in rows)]
+            expected = extractor.model.encode(given, batch_size=3, convert_to_tensor=True, **settings).float().numpy()
+            assert np.array_equal(extractor.vectors(asked)[rows], expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_that_a_thread_prepares_on_gpus_give_the_same_vectors(folders: dict[str, Path], kind: str) -> None:
+    extractor = load(folders[kind], "image" if kind in ("clip", "siglip") else "multimodal", batch_size=2)
+    expected = extractor.encode(ITEMS)
+    extractor.device = "cuda"  # the model stays on the CPU
+    found = extractor.encode(ITEMS)
+    assert np.array_equal(found.embedding, expected.embedding) and found.errors == expected.errors
+
+
 def test_clip_as_the_library_published_it(folders: dict[str, Path], tmp_path: Path) -> None:
     """sentence-transformers/clip-ViT-B-32 and its like name a module of the library's first releases."""
     module = {"idx": 0, "name": "0", "path": "0_CLIPModel", "type": "sentence_transformers.models.CLIPModel"}

@@ -1,7 +1,6 @@
 """Plain transformers encoders of text, with small random models saved by the test."""
 
 import shutil
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +8,13 @@ import numpy as np
 import pytest
 import tiny_transformers
 import torch
-from fixtures_extractors import write_items
+from fixtures_extractors import CountingTokenizer, write_items
 
 import extractors
 from cm3.common.errors import UserError
 from cm3.common.features import read_features
 from cm3.common.tables import read_metadata
 from extractors.extract import extract
-from extractors.text.base import TextModel
 from extractors.text.pooling import TokenPooling, pool
 from extractors.text.transformers import TransformersTextExtractor
 
@@ -192,31 +190,16 @@ def test_nan_names_the_items(folders: dict[str, Path], tmp_path: Path) -> None:
         load(tmp_path / "m").encode(items)
 
 
-class CountingTokenizer:
-    """A tokenizer that counts how often it gets each text."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.seen: Counter[str] = Counter()
-
-    def __call__(self, texts: list[str], **options: Any) -> Any:
-        self.seen.update(texts)
-        return self.tokenizer(texts, **options)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.tokenizer, name)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_text_is_tokenised_once_and_the_vectors_are_the_same(
     folders: dict[str, Path], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     extractor = load(folders[kind], prompt="a ", batch_size=2)
-    counting = CountingTokenizer(extractor.tokenizer)
-    monkeypatch.setattr(extractor, "tokenizer", counting)
+    extractor.token_ids.tokenizer = counting = CountingTokenizer(extractor.tokenizer)
     once = extractor.run(TEXTS)
-    too_long = {text for text in counting.seen if counting.seen[text] > 1}
-    assert len(too_long) == once.counts["truncated_texts"] == 1, "only a truncated text is tokenised a second time"
-    monkeypatch.setattr(extractor, "counted", lambda texts: TextModel.counted(extractor, texts))
+    assert len(counting.seen) == len(TEXTS) and set(counting.seen.values()) == {1}
+    assert once.counts == {"truncated_texts": 1}
+    monkeypatch.setattr(extractor, "counted", lambda texts: [len(ids) for ids in counting(texts)["input_ids"]])
     twice = extractor.run(TEXTS)
     assert max(counting.seen.values()) > 2 and np.array_equal(once.embedding, twice.embedding)
+    assert twice.counts == once.counts

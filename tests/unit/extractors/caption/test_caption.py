@@ -10,6 +10,7 @@ from unittest.mock import MagicMock
 import pyarrow.parquet as pq
 import pytest
 import tiny_vlm
+import torch
 from fixtures_extractors import COLOURS, encoded, no_room_on_the_device, plain, write_images, write_items
 from PIL import Image
 
@@ -59,6 +60,22 @@ def test_captions_name_the_colour_despite_control_tokens(
     result = captioner.caption(ITEMS)
     assert result.captions == ANSWERS
     assert result.status.tolist() == ["ok"] * 6 and (result.tokens > 2).all()
+
+
+def test_float32_is_strict(captioner: TransformersCaptioner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's default is TF32 in convolutions, such as that of an image's patches."""
+    flags, generate = [], captioner.model.generate
+    backends = torch.backends
+    monkeypatch.setattr(
+        captioner.model,
+        "generate",
+        lambda **batch: (
+            flags.append((backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32)),
+            generate(**batch),
+        )[1],
+    )
+    captioner.caption(ITEMS[:1])
+    assert flags == [(False, False)] and backends.cudnn.allow_tf32
 
 
 def test_batch_equals_single(captioner: TransformersCaptioner) -> None:
