@@ -6,10 +6,12 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator
 from types import FrameType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cm3.config import Training
-from cm3.model.sampling import Batch
+
+if TYPE_CHECKING:  # the plan of a run reads this module, and imports no torch
+    from cm3.model.sampling import Batch
 
 STEPS = 50
 _LEAST_BATCH = 2048
@@ -26,7 +28,7 @@ def batches_per_step(settings: Training, n_pairs: int) -> int:
     return max(1, n_pairs // (STEPS * max(settings.batch_size, _LEAST_BATCH)))
 
 
-def grouped(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+def grouped(batches: "Iterable[Batch]", size: int) -> "Iterator[list[Batch]]":
     """Yield lists of `size` batches, the last of which may be shorter."""
     rest = iter(batches)
     while group := list(itertools.islice(rest, size)):
