@@ -117,7 +117,8 @@ class ReducedProducts:
         for start in range(0, len(vectors), size):
             here = slice(start, start + size)
             some = self.items.index_select(0, places[here].flatten()).view(-1, width, dim)
-            tile = vectors[here, None].expand(-1, ROW_MULTIPLE, -1)
+            # Contiguous: torch multiplies strided matrices one at a time, and threads wait for each other at each of them.
+            tile = vectors[here, None].expand(-1, ROW_MULTIPLE, -1).contiguous()
             found[here] = torch.bmm(tile, some.transpose(1, 2))[:, 0]
         return found
 
