@@ -106,7 +106,7 @@ class ReducedProducts:
             step = max(1, len(self.items) // width)
             places = (torch.arange(width) * step + rows[:, None]) % len(self.items)
             whole = (vectors[rows] @ self.items.T).gather(1, places)
-            self._reproduced[width] = torch.equal(self.scores(vectors[rows], places), whole)
+            self._reproduced[width] = len(rows) > 0 and torch.equal(self.scores(vectors[rows], places), whole)
         return self._reproduced[width]
 
     def scores(self, vectors: Tensor, places: Tensor) -> Tensor:
