@@ -11,7 +11,7 @@ ENV PIP_NO_CACHE_DIR=1 \
 WORKDIR /opt/cm3
 COPY requirements.txt requirements-cluster.txt constraints.txt ./
 RUN pip install uv==0.13.8 \
-    && uv pip install --system --no-cache -r requirements-cluster.txt -c constraints.txt
+    && uv pip install --system --no-cache --compile-bytecode -r requirements-cluster.txt -c constraints.txt
 
 # Jobs bring their own command and folder.
 WORKDIR /workdir

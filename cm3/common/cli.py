@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from cm3.common.process_exit import skip_teardown  # isort: skip  before modules that register exit handlers
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from cm3.common.errors import DamagedFileError, UserError, path_fault
@@ -182,6 +183,8 @@ def stage(name: str) -> Iterator[Call]:
                 _enter_outputs(call)
             used = usage.facts()
         log.info("%s: done in %.1f s, %.0f MB at peak", name, used["wall_seconds"], used["peak_memory_mb"])
+        if not role.started:
+            skip_teardown(name)
     except DamagedFileError as error:
         if Ledger().mark_damaged(_as_named(error.path), error.reason):
             log.error(

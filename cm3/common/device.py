@@ -142,3 +142,11 @@ def has_tf32(device: torch.device) -> bool:
     import torch
 
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Return whether a CPU has instructions for products of bfloat16; without them these are no faster than of float32."""
+    import torch
+
+    able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return bool(able.get("amx_bf16") or able.get("avx512_bf16"))

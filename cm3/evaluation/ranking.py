@@ -8,11 +8,11 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from cm3.common.device import is_out_of_memory
 from cm3.common.topk import top_k, top_k_and_ties
 from cm3.evaluation.hits import hit_matrix, hits_on_device, pair_keys
+from cm3.evaluation.products import ROW_MULTIPLE, ProductScores, ReducedProducts, padded_scores
 from cm3.evaluation.registry import Metric, metric_class
 
 log = logging.getLogger(__name__)
@@ -23,9 +23,10 @@ BLOCK_USERS = 320
 items for little arithmetic."""
 LARGE_BLOCK_ENTRIES = 2**25
 CUDA_BLOCK_ENTRIES = 2**26
-ROW_MULTIPLE = 16
-"""Rows of a block are padded to a multiple of this. A matrix product has another kernel for the rows after the last full
-tile, whose sums differ in the last digit: without padding a user's scores would depend on the size of the block."""
+REDUCED_USERS = 1024
+"""Users from which copies of the items in bfloat16 pay off."""
+FUTILE = 0.5
+"""Share of lists without certainty in the first block at which bfloat16 products are given up."""
 
 
 class Ranking:
@@ -36,6 +37,7 @@ class Ranking:
 
     def __init__(self, users: np.ndarray, masked: sp.csr_matrix, device: torch.device | str = "cpu") -> None:
         """Take the indices (R,) of users to rank for and the items (U, I) to exclude per user."""
+        self._masked, self._device = masked, device
         rows = sp.csr_matrix(masked[users])
         self.n_items = rows.shape[1]
         self.users = torch.as_tensor(users, dtype=torch.int64, device=device)
@@ -68,10 +70,30 @@ class Ranking:
             self.settle(lists, lists.tied.tolist(), score)
             best[:, :width], values[:, :width] = lists.items.cpu().numpy(), lists.scores.cpu().numpy()
             return best, values
-        for start, stop, indices, top, _ in self._blocks(score, width, top_k_settled):
-            best[start:stop, :width] = indices.numpy()
-            values[start:stop, :width] = top.numpy()
+        left = np.arange(len(self.users))
+        if isinstance(score, ProductScores) and len(left) >= REDUCED_USERS and (reduced := score.reduced(width)):
+            left = self._rank_reduced(score, reduced, best[:, :width], values[:, :width])
+        rest = self if len(left) == len(self.users) else Ranking(self.users[left].numpy(), self._masked, self._device)
+        for start, stop, indices, top, _ in rest._blocks(score, width, top_k_settled):
+            best[left[start:stop], :width] = indices.numpy()
+            values[left[start:stop], :width] = top.numpy()
         return best, values
+
+    def _rank_reduced(
+        self, score: ProductScores, reduced: ReducedProducts, best: np.ndarray, values: np.ndarray
+    ) -> np.ndarray:
+        """Fill in the lists (R, k) that bfloat16 products make certain, and return the rows of the others."""
+        left = np.ones(len(best), bool)
+
+        def find(start: int, stop: int) -> Found:
+            vectors = score.vectors(self.users[start:stop])
+            return reduced.top(vectors, best.shape[1], self._masked_entries(start, stop))
+
+        for start, stop, indices, top, unsure in self._in_blocks(find):
+            best[start:stop], values[start:stop], left[start:stop] = indices.numpy(), top.numpy(), unsure.numpy()
+            if not start and left[:stop].mean() > FUTILE:
+                break
+        return np.flatnonzero(left)
 
     def on_device(self, score: Callable[[Tensor], Tensor], k: int) -> "DeviceLists":
         """Return the lists of all chosen users for k <= I, without waiting for the device; `settle` makes them final."""
@@ -91,15 +113,18 @@ class Ranking:
                 found = self._best(score, start, stop, lists.items.shape[1], top_k_settled)
                 lists.items[start:stop], lists.scores[start:stop] = found[:2]
 
-    @torch.no_grad()
     def _blocks(
         self, score: Callable[[Tensor], Tensor], k: int, select: "Select"
     ) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor]]:
+        return self._in_blocks(lambda start, stop: self._best(score, start, stop, k, select))
+
+    @torch.no_grad()
+    def _in_blocks(self, find: Callable[[int, int], "Found"]) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor]]:
         start = 0
         while start < len(self.users):
             stop = min(start + self.block, len(self.users))
             try:
-                found = self._best(score, start, stop, k, select)
+                found = find(start, stop)
             except (RuntimeError, MemoryError) as error:
                 if self.block == 1 or not is_out_of_memory(error):
                     raise
@@ -109,22 +134,17 @@ class Ranking:
             yield start, stop, *found
             start = stop
 
-    def _best(
-        self, score: Callable[[Tensor], Tensor], start: int, stop: int, k: int, select: "Select"
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _best(self, score: Callable[[Tensor], Tensor], start: int, stop: int, k: int, select: "Select") -> "Found":
         rows = self.users[start:stop]
         # A block below the multiple is one that memory was too small for.
         scores = padded_scores(score, rows) if self.block >= ROW_MULTIPLE else score(rows)
-        part = slice(self.offsets[start], self.offsets[stop])
-        scores[self.rows[part] - start, self.columns[part]] = -torch.inf
+        scores[self._masked_entries(start, stop)] = -torch.inf
         indices, top, tied = select(scores, k)
         return indices.masked_fill_(top == -torch.inf, -1), top, tied
 
-
-def padded_scores(score: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-    """Return the scores (b, I) of users (b,), computed for a multiple of `ROW_MULTIPLE` of them."""
-    padding = rows[-1:].expand(-len(rows) % ROW_MULTIPLE)
-    return score(torch.cat([rows, padding]))[: len(rows)]
+    def _masked_entries(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        part = slice(self.offsets[start], self.offsets[stop])
+        return self.rows[part] - start, self.columns[part]
 
 
 def block_users(n_items: int, device_type: str) -> int:
@@ -135,35 +155,12 @@ def block_users(n_items: int, device_type: str) -> int:
     return max(1, BLOCK_ENTRIES // n_items, min(BLOCK_USERS, LARGE_BLOCK_ENTRIES // n_items))
 
 
-class ProductScores:
-    """Scores of users (b,) for all items, (b, I), by the products of their embeddings, (U, D) and (I, D).
-
-    On the CPU a call overwrites the scores of the one before: page faults of fresh memory cost as much as half of the
-    arithmetic.
-    """
-
-    def __init__(self, users: Tensor, items: Tensor, unit: bool = False) -> None:
-        """With `unit`, vectors of users are normalised; those of items are taken as they are."""
-        self.users, self.items, self.unit = users, items, unit
-        self.buffer = users.new_empty(0, len(items))
-
-    @torch.no_grad()
-    def __call__(self, rows: Tensor) -> Tensor:
-        """Return the scores."""
-        vectors = self.users[rows]
-        if self.unit:
-            vectors = functional.normalize(vectors, dim=1)
-        if vectors.device.type != "cpu":
-            return vectors @ self.items.T
-        if len(self.buffer) < len(rows):
-            self.buffer = vectors.new_empty(len(rows), len(self.items))
-        return torch.mm(vectors, self.items.T, out=self.buffer[: len(rows)])
+Found = tuple[Tensor, Tensor, Tensor]
+"""Items and scores (b, k) of the best, and (b,) or () bool: lists that are not final."""
+Select = Callable[[Tensor, int], Found]
 
 
-Select = Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
-
-
-def top_k_settled(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def top_k_settled(scores: Tensor, k: int) -> Found:
     """Return `top_k` in the form of `top_k_and_ties`, with no tie left."""
     return *top_k(scores, k), torch.zeros((), dtype=torch.bool, device=scores.device)
 

@@ -21,7 +21,8 @@ from torch import Tensor
 from cm3.common.files import read_json
 from cm3.common.interactions import Interactions
 from cm3.evaluation.hits import hit_matrix
-from cm3.evaluation.ranking import Ranking, block_users, padded_scores
+from cm3.evaluation.products import padded_scores
+from cm3.evaluation.ranking import Ranking, block_users
 from cm3.evaluation.registry import metric_class
 from cm3.evaluation.scores import Score, read_scores
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 from cm3.common.embeddings import read_embeddings
 from cm3.common.interactions import Interactions
 from cm3.evaluation.item_weights import read_item_weights
-from cm3.evaluation.ranking import ProductScores
+from cm3.evaluation.products import ProductScores
 
 Score = Callable[[Tensor], Tensor]
 """From user indices (b,) to new scores of all items (b, I)."""

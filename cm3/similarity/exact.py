@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from cm3.common.arrays import zeros
+from cm3.common.device import has_fast_bfloat16
 from cm3.common.topk import largest, top_k
 
 BLOCK_ENTRIES = 2**25  # of a block's product on the CPU: 128 MiB
@@ -91,9 +92,7 @@ def droppable_bits(device: torch.device) -> int:
     """Return how many low bits of a float32 the device's fastest product ignores; 0: reduced products do not pay."""
     if device.type == "cuda":
         return 13 if torch.cuda.get_device_capability(device) >= (8, 0) else 0
-    # Without instructions for bfloat16, its products are no faster than those of float32.
-    able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return 16 if able.get("amx_bf16") or able.get("avx512_bf16") else 0
+    return 16 if has_fast_bfloat16(device) else 0
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from cm3.common.errors import UserError
 from extractors.caption.prompt import read_prompted, without_control_tokens
 from extractors.extractor import Extractor
+from extractors.runtime.imports import without_collection
 from extractors.runtime.precision import arithmetic, torch_dtype
 from extractors.runtime.slabs import upload
 from extractors.runtime.source import Source
@@ -108,8 +109,9 @@ def library_model(spec: SentenceTransformersSpec, device: str) -> "SentenceTrans
     Raises:
         UserError: the folder is not such a model, weights are missing, or loading would run code that is not trusted.
     """
-    from sentence_transformers import SentenceTransformer
-    from transformers import PreTrainedModel
+    with without_collection():
+        from sentence_transformers import SentenceTransformer
+        from transformers import PreTrainedModel
 
     folder = checked_path(spec)
     check_code(spec, folder)

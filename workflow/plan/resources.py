@@ -31,6 +31,9 @@ USUAL_EPOCHS = 100
 GPU_EVALUATION = 5e9
 """Number of users times items from which an evaluation runs on a GPU."""
 
+SMALL_SEARCH = 1e10
+"""Multiplications of a search of neighbours that one thread does in less time than its process takes to start."""
+
 
 @dataclass(frozen=True)
 class Need:
@@ -134,6 +137,11 @@ class Needs:
         if "ivf" in getattr(wildcards, "variant", "").split("-"):
             pairs = min(pairs, 64 * shape.rows**1.5)
         return Need(1500 + 2.5 * shape.megabytes, 10 + pairs * shape.dim / 1e10 / 60)
+
+    def is_small_search(self, wildcards: Any, files: Files) -> bool:
+        """Return whether one thread finds the neighbours in no time; they do not depend on the number of threads."""
+        shape = self._vectors(files, "features", wildcards)
+        return shape.rows**2 * shape.dim <= SMALL_SEARCH
 
     def train(self, wildcards: Any, files: Files) -> Need:
         """The estimate of the experiment's model."""

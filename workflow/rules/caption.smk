@@ -8,6 +8,8 @@ rule caption:
         record="processed/{dataset}/captions/{extractor}-{key}.stage.json",
     log:
         "logs/{dataset}/caption-{extractor}-{key}.log",
+    # what extraction reads comes before searches of neighbours, as extraction does
+    priority: 1
     conda:
         "../../environment.yml"
     threads: share_of_cores(features.caption_gpus)

@@ -254,6 +254,15 @@ def share_of_cores(function):
     return threads
 
 
+# The same for a search of neighbours, but one thread for a small one on CPUs, so that several run at a time.
+def threads_of_search(wildcards, input):
+    files = {name.rstrip("_"): str(path) for name, path in input.items()}
+    gpus = wanted_gpus(features.similarity_gpus)(wildcards)
+    if not gpus and needs.is_small_search(wildcards, files):
+        return 1
+    return share_of_cores(features.similarity_gpus)(wildcards)
+
+
 onstart:
     try:
         run_lock.acquire()

@@ -8,6 +8,8 @@ rule extract:
         record="processed/{dataset}/features/{modality}/{extractor}-{key}.stage.json",
     log:
         "logs/{dataset}/extract-{modality}-{extractor}-{key}.log",
+    # before small searches of neighbours, which then run at the same time
+    priority: 1
     conda:
         "../../environment.yml"
     threads: share_of_cores(features.extract_gpus)

@@ -8,6 +8,8 @@ rule images:
         record="processed/{dataset}/images/images.stage.json",
     log:
         "logs/{dataset}/images.log",
+    # what extraction reads comes before searches of neighbours, as extraction does
+    priority: 1
     conda:
         "../../environment.yml"
     threads: 4

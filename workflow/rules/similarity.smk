@@ -62,7 +62,7 @@ rule similarity:
         variant="(-hnsw|-ivf)?(-mean)?",
     conda:
         "../../environment.yml"
-    threads: share_of_cores(features.similarity_gpus)
+    threads: threads_of_search
     resources:
         gpu=gpus(features.similarity_gpus),
         gpu_percent=gpu_percent(features.similarity_gpus),

@@ -176,3 +176,39 @@ def test_a_job_of_the_workflow_logs_to_its_file_alone(tmp_path: Path):
     assert done.returncode == 1 and done.stderr == ""
     assert "of a library" in log and "ERROR stage: demo: ValueError: a bug\nTraceback" in log
     assert log.count("a bug") == 2  # the message and the end of the traceback: no line is written twice
+
+
+MODULE = """
+import atexit, subprocess, sys
+import cm3.common.cli
+class Torn:
+    def __del__(self):
+        print("torn down", flush=True)
+kept = Torn()
+def main():
+    with cm3.common.cli.stage(NAME) as call:
+        atexit.register(print, "handler")
+        if call.spec.get("child"):
+            subprocess.Popen(["sleep", "2"])
+    if call.spec.get("late"):
+        raise ValueError("after the stage")
+    print("unflushed", end="")
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("spec", "name", "torn"),
+    [({}, "quick", False), ({"child": True}, "quick", True), ({"late": True}, "quick", True), ({}, "other", True)],
+)
+def test_a_stage_that_succeeds_ends_without_teardown(tmp_path: Path, spec: dict, name: str, torn: bool):
+    """Exit handlers run and output is flushed; a child process, an error or another main module end it as usual."""
+    (tmp_path / "quick.py").write_text(MODULE.replace("NAME", repr(name)))
+    command = [sys.executable, "-m", "quick", "--spec", json.dumps(spec), "--log", str(tmp_path / "log")]
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == bool(spec.get("late")), done.stderr
+    assert ("torn down" in done.stdout) == torn
+    assert "handler" in done.stdout and ("unflushed" in done.stdout) != bool(spec.get("late"))
+    assert f"{name}: done" in (tmp_path / "log").read_text()

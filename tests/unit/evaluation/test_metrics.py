@@ -16,7 +16,8 @@ from repository import ROOT
 import cm3.evaluation.ranking
 from cm3.common.topk import top_k
 from cm3.evaluation.metrics import per_user
-from cm3.evaluation.ranking import ProductScores, Ranking, Validation, block_users
+from cm3.evaluation.products import ProductScores
+from cm3.evaluation.ranking import Ranking, Validation, block_users
 from cm3.evaluation.registry import METRICS, metric_class
 
 KS = [1, 3, 5, 10]

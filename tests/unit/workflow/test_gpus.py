@@ -75,6 +75,19 @@ def test_captions_are_encoded_where_the_text_model_runs():
     assert (features.extract_gpus(checked(), "words"), features.extract_gpus(checked(), "looks")) == (1, 0)
 
 
+@pytest.mark.parametrize(
+    ("rows", "dim", "small"), [(1000, 384, True), (5000, 384, True), (6000, 384, False), (6000, 64, True)]
+)
+def test_small_searches_of_neighbours(tmp_path, rows, dim, small):
+    path = tmp_path / "features.parquet"
+    vectors = pa.FixedSizeListArray.from_arrays(pa.nulls(rows * dim, pa.float32()), dim)
+    pq.write_table(pa.table({"embedding": vectors}), path)
+    needs, wildcards = Needs(checked()), SimpleNamespace(dataset="shop")
+    assert needs.is_small_search(wildcards, {"features": str(path)}) == small
+    # Before the features are made, the counts that the configuration expects are used.
+    assert needs.is_small_search(wildcards, {"features": str(tmp_path / "later.parquet")})
+
+
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     return Checkout(tmp_path_factory.mktemp("gpus") / "shop", config())
