@@ -189,7 +189,7 @@ def main():
     with cm3.common.cli.stage(NAME) as call:
         atexit.register(print, "handler")
         if call.spec.get("child"):
-            subprocess.Popen(["sleep", "2"])
+            subprocess.Popen(["sleep", "30"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     if call.spec.get("late"):
         raise ValueError("after the stage")
     print("unflushed", end="")
@@ -207,7 +207,7 @@ def test_a_stage_that_succeeds_ends_without_teardown(tmp_path: Path, spec: dict,
     (tmp_path / "quick.py").write_text(MODULE.replace("NAME", repr(name)))
     command = [sys.executable, "-m", "quick", "--spec", json.dumps(spec), "--log", str(tmp_path / "log")]
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == bool(spec.get("late")), done.stderr
     assert ("torn down" in done.stdout) == torn
     assert "handler" in done.stdout and ("unflushed" in done.stdout) != bool(spec.get("late"))
