@@ -172,7 +172,7 @@ class ServerCaptioner(Captioner):
         self._inside: bool | None = None  # whether answers begin inside a thought; None: not known yet
         self._models: set[str] = set()
         self._fingerprints: set[str] = set()
-        served = _run_async(self._client.models(spec.attempts))
+        served = run_async(self._client.models(spec.attempts))
         if served and spec.model not in served:
             log.warning("%s: lists %s, not %s", spec.url, ", ".join(sorted(served)[:5]), spec.model)
         self._root: str = served.get(spec.model, "")
@@ -200,7 +200,7 @@ class ServerCaptioner(Captioner):
         Raises:
             UserError: no request can succeed: wrong address or key, or the server is down.
         """
-        return CaptionResult.of(_run_async(self._run(inputs, advance)))
+        return CaptionResult.of(run_async(self._run(inputs, advance)))
 
     async def _run(self, inputs: Iterable[Prompted], advance: Advance) -> list[Answer]:
         loop = asyncio.get_running_loop()
@@ -325,11 +325,24 @@ def _data_url(image: Image.Image) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")
 
 
-def _run_async(work: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine to its end, also inside a notebook's running event loop."""
+def run_async(work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine to its end, also inside a notebook's running event loop.
+
+    A signal that stops the process raises SystemExit or KeyboardInterrupt wherever the loop is at the time, in any task:
+    asyncio then does not log that nobody took the exception of that task.
+    """
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(work)
+        return asyncio.run(_without_log_of_stops(work))
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, work).result()
+        return thread.submit(asyncio.run, _without_log_of_stops(work)).result()
+
+
+async def _without_log_of_stops(work: Coroutine[Any, Any, T]) -> T:
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        if not isinstance(context.get("exception"), SystemExit | KeyboardInterrupt):
+            loop.default_exception_handler(context)
+
+    asyncio.get_running_loop().set_exception_handler(handle)
+    return await work

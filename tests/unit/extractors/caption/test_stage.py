@@ -1,5 +1,8 @@
 """The caption stage with a server: end to end, killed and interrupted, and no output that contains the API key."""
 
+import asyncio
+import contextlib
+import gc
 import json
 import logging
 import os
@@ -33,6 +36,7 @@ import extractors
 from cm3.common.errors import UserError
 from cm3.common.features import read_features
 from cm3.common.tables import CAPTIONS, read_metadata, read_table
+from extractors.caption.openai import run_async
 from extractors.caption.stage import caption
 from extractors.extract import extract
 
@@ -161,6 +165,26 @@ def test_ctrl_c_ends_a_waiting_job_at_once(tmp_path: Path, number: int, code: in
         shown = process.communicate(timeout=200)[1]  # a request may take 600 s
     assert process.returncode == code, shown
     assert "Traceback" not in shown and "never retrieved" not in shown
+
+
+@pytest.mark.parametrize("stop", [SystemExit, KeyboardInterrupt])
+def test_a_signal_in_any_task_is_not_logged(stop: type[BaseException], caplog: pytest.LogCaptureFixture) -> None:
+    async def raises(error: type[BaseException]) -> None:
+        raise error("a fault")
+
+    async def forgotten(error: type[BaseException]) -> None:
+        task = asyncio.create_task(raises(error))
+        await asyncio.sleep(0.01)
+        del task
+
+    for work in (raises, forgotten):
+        with contextlib.suppress(stop):
+            run_async(work(stop))
+        gc.collect()
+    assert not caplog.records
+    run_async(forgotten(OSError))
+    gc.collect()
+    assert "a fault" in caplog.text, "other exceptions that nobody takes are logged"
 
 
 def test_concurrency_does_not_change_the_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
