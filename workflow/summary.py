@@ -92,6 +92,8 @@ def summary(metrics: dict[str, Any], folder: Path) -> str:
         for m in config["modalities"]
     )
     model = config["model"]["name"]
+    if rerank := metrics.get("rerank"):
+        features = f"{rerank['of']} and {', '.join(rerank['weights'])}"
     lines = [
         f"{metrics['experiment']}: {'CM3' if model == 'cm3' else model} on {metrics['dataset']} ({features or 'no features'})",
         f"  {'test':<12}" + "".join(f"{'@' + cut:>9}" for cut in cuts),

@@ -58,6 +58,8 @@ def own_inputs(
             return None
         alike = all(_equal(inputs.of(one), dict(model.preprocess(marked(one), prompt=prompt))) for one in batches)
         return inputs if alike else None
+    except MemoryError:
+        raise
     except Exception:  # modules of any kind, which `encode` may yet support
         return None
     finally:

@@ -120,17 +120,17 @@ class TfidfExtractor(Extractor[str]):
         self._weights = TfidfVectorizer(
             analyzer=_ANALYZERS[spec.terms],
             ngram_range=spec.ngram_range(),
-            min_df=min(spec.min_items, max(1, len(distinct))),
+            min_df=spec.min_items,
             max_features=spec.max_terms,
             sublinear_tf=True,
             dtype=np.float64,
         )
         try:
             matrix = self._weights.fit_transform(distinct)
-        except ValueError as error:  # an empty vocabulary
+        except ValueError as error:  # no term is left, or there are fewer texts than min_items
             raise UserError(
-                f"none of {len(distinct)} texts has a term that occurs in {spec.min_items} of them ({error}); lower min_items"
-            ) from None
+                f"none of {len(distinct)} different texts has a term that occurs in {spec.min_items} of them; lower min_items"
+            ) from error
         # Sums of several threads differ in their last digits.
         with threadpool_limits(1):
             _, values, axes = randomized_svd(matrix, min(spec.dim, *matrix.shape), random_state=0, n_iter=5)

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cm3.model_spec import Sizes
+from cm3.model_spec import MEGABYTE, Sizes
 from cm3.training.schedule import batches_per_step
 from workflow.plan.config import Config
 from workflow.plan.features import encoder_of
-from workflow.plan.shapes import MEBIBYTE, Shape, shape_of
+from workflow.plan.shapes import Shape, shape_of
 
 Files = Mapping[str, str]
 """Input files of a job by their names in its rule."""
@@ -98,7 +98,7 @@ class Needs:
     def split(self, wildcards: Any, files: Files) -> Need:
         """Five columns and their sorted copies: 200 bytes an interaction."""
         rows = self._interactions(wildcards, files)
-        return Need(1000 + rows * 200 / MEBIBYTE, 10 + rows / 2e6)
+        return Need(1000 + rows * 200 / MEGABYTE, 10 + rows / 2e6)
 
     def reviews(self, wildcards: Any, files: Files) -> Need:
         """The texts of all interactions, and their sorted copy; compressed files hold three times their size."""
@@ -124,7 +124,7 @@ class Needs:
         """The features, the reduced ones twice, the covariance matrix and its axes; cubic in the width, on one thread."""
         shape = self._vectors(files, "features", wildcards)
         work = shape.rows * shape.dim**2 + 10 * shape.dim**3
-        return Need(1500 + 2.5 * shape.megabytes + 5 * 8 * shape.dim**2 / MEBIBYTE, 15 + work / 1e10 / 60)
+        return Need(1500 + 2.5 * shape.megabytes + 5 * 8 * shape.dim**2 / MEGABYTE, 15 + work / 1e10 / 60)
 
     def control(self, wildcards: Any, files: Files) -> Need:
         """The features and their replacement."""
@@ -159,7 +159,7 @@ class Needs:
         sizes = self._sizes(wildcards, files)
         shapes = [shape_of(path) for name, path in files.items() if name.endswith("embeddings")]
         dim = max((shape.dim for shape in shapes if shape), default=0)
-        exported = (sizes.users + sizes.items) * dim * 4 / MEBIBYTE
+        exported = (sizes.users + sizes.items) * dim * 4 / MEGABYTE
         if "weights" in files:
             exported = _megabytes([files["weights"]])
         model = self.config.experiments[wildcards.experiment].model
@@ -235,4 +235,4 @@ class Needs:
 
 
 def _megabytes(paths: Iterable[str]) -> float:
-    return sum(Path(path).stat().st_size for path in paths if Path(path).is_file()) / MEBIBYTE
+    return sum(Path(path).stat().st_size for path in paths if Path(path).is_file()) / MEGABYTE

@@ -4,7 +4,7 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
-MEBIBYTE = 1e6
+from cm3.model_spec import MEGABYTE
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Shape:
     @property
     def megabytes(self) -> float:
         """Size of the vectors as float32."""
-        return self.rows * self.dim * 4 / MEBIBYTE
+        return self.rows * self.dim * 4 / MEGABYTE
 
 
 def shape_of(path: str | None) -> Shape | None:
