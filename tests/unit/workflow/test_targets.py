@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkout import SMALL
@@ -11,7 +12,7 @@ from cm3.common.ledger import Ledger
 from workflow.overview import overview
 from workflow.plan.config import Config, load_config
 from workflow.plan.publish import publish, run_command
-from workflow.summary import next_steps, study_summary
+from workflow.summary import next_steps, study_summary, summary
 from workflow.targets import names_in, unknown_target
 
 
@@ -99,3 +100,23 @@ def test_the_table_of_a_study_has_the_best_model_first(folder: Path):
     assert (
         study_summary(folder / "comparison.csv", "shop-study", [])[1] == "shop-study: test metrics over 3 random splits"
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "title"),
+    [
+        ({"modalities": {"text": "words"}}, "best: CM3 on shop (text minilm)"),
+        ({"model": {"name": "ease"}}, "best: ease on shop (no features)"),
+        (
+            {"model": {"name": "rerank"}, "rerank": {"of": "cm3", "weights": {"ease": 0.3, "knn": 0.0}}},
+            "best: rerank on shop (cm3 and ease, knn)",
+        ),
+    ],
+)
+def test_the_table_of_an_experiment_names_what_it_is_made_of(changes: dict[str, Any], title: str):
+    config = {"modalities": {}, "model": {"name": "cm3"}, "extractors": {"text": {"name": "minilm"}}}
+    config |= {key: value for key, value in changes.items() if key != "rerank"}
+    metrics = {"experiment": "best", "dataset": "shop", "test": {"recall@20": 0.25}, "config": config}
+    metrics |= {key: value for key, value in changes.items() if key == "rerank"}
+    lines = summary(metrics, Path("results/best")).splitlines()
+    assert lines[0] == title and lines[2].split() == ["recall", "0.2500"]
