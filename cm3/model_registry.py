@@ -18,6 +18,7 @@ MODELS = {
     "itemknn": "cm3.baselines.itemknn:ItemKNN",
     "itemknn-content": "cm3.baselines.itemknn_content:ItemKNNContent",
     "ease": "cm3.baselines.ease:EASE",
+    "cease": "cm3.baselines.cease:CEASE",
     "bpr-mf": "cm3.baselines.bpr_mf:BPRMF",
     "lightgcn": "cm3.baselines.lightgcn:LightGCN",
     "directau": "cm3.baselines.directau:DirectAU",

@@ -15,13 +15,11 @@ if TYPE_CHECKING:
     from cm3.evaluation.item_weights import ItemWeights
 
 
-class EASE(ClosedForm):
-    """Linear autoencoder without self-similarity, in closed form."""
+class LinearAutoencoder(ClosedForm):
+    """Settings of a ridge regression of each item on all others, which inverts one matrix of items by items."""
 
-    version: ClassVar[int | None] = 1
     exports: ClassVar[Literal["embeddings", "item_weights"]] = "item_weights"
 
-    name: Literal["ease"] = "ease"
     l2: Float = Field(100.0, gt=0, description="lambda: penalty on the squared weights")
     max_items: int = Field(
         25_000, gt=0, description="maximum number of items; memory grows with its square, and more are an error"
@@ -36,6 +34,14 @@ class EASE(ClosedForm):
     def exported_mb(self, sizes: Sizes) -> float:
         """Return the size in MB of the dense float32 weights."""
         return sizes.items**2 * 4 / MEGABYTE
+
+
+class EASE(LinearAutoencoder):
+    """Linear autoencoder without self-similarity, in closed form."""
+
+    version: ClassVar[int | None] = 1
+
+    name: Literal["ease"] = "ease"
 
     def solve(self, inputs: "Inputs", device: "torch.device") -> "ItemWeights":
         """See `cm3.baselines.closed_forms.ease`."""

@@ -26,6 +26,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "itemknn": {"k": 20, "shrink": 1.0},
     "itemknn-content": {"k": 10},
     "ease": {"l2": 20.0},
+    "cease": {"l2": 20.0},
     "freedom": {"knn_k": 4, "dropout": 0.2},
     "mgcn": {"knn_k": 4},
     "bm3": {"dropout": 0.2},

@@ -15,7 +15,7 @@ from cm3.model.graph import item_item_matrix
 from cm3.model.model import CM3
 from cm3.similarity.exact import knn
 
-CLOSED = {"mostpop", "itemknn", "itemknn-content", "ease", "mm-gf"}
+CLOSED = {"mostpop", "itemknn", "itemknn-content", "ease", "cease", "mm-gf"}
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,9 @@
-"""The preset `best`: CM3 with the words of the texts as a modality, re-ranked by co-occurrence and neighbours by content."""
+"""The preset `best`: CM3 with the words of the texts as a modality, re-ranked by co-occurrence and content."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cm3.baselines.ease import EASE
+from cm3.baselines.cease import CEASE
 from cm3.common.errors import UserError
 from cm3.datasets.spec import SourceSpec
 from cm3.model_registry import DEFAULT_MODEL
@@ -14,7 +14,6 @@ BEST = "best"
 WORDS = "words"
 """Modality that the preset adds."""
 _WORDS_BACKEND = "tfidf"
-_CONTENT = "itemknn-content"
 
 
 def with_best(
@@ -27,8 +26,8 @@ def with_best(
     The entry `E: {like: X, preset: best}` becomes a re-ranking of `E-cm3`: X with the modality `words` and with further keys of
     E. Without either it is a re-ranking of X itself: words are added where X reads texts by an extractor of modality text, no
     words yet, and sets no `modality_weights`, and the configuration has an extractor of the backend tfidf. The
-    experiments that help are `E-ease` (`E-itemknn` for more items than EASE takes) and `E-itemknn-content`. An entry of
-    the user with one of these names is used as it is.
+    experiment that helps is `E-cease`; for more items than CEASE takes, `E-itemknn` and `E-itemknn-content`. An entry of the
+    user with one of these names is used as it is.
     """
     found: dict[str, dict[str, Any]] = {}
     for name, entry in experiments.items():
@@ -52,7 +51,7 @@ def with_best(
             kept = derived.get(f"{name}-cm3", {"like": base})
             base = f"{name}-cm3"
             derived[base] = kept | {"modalities": {**whole["modalities"], WORDS: words}}
-        helpers = [f"{name}-{model}" for model in (_co_occurrence(whole, datasets), _CONTENT)]
+        helpers = [f"{name}-{model}" for model in _helping_models(whole, datasets)]
         found[name] = {"like": base, "model": {"name": "rerank", "of": base, "by": helpers}}
         derived |= {helper: {"like": base, "model": {"name": helper.removeprefix(f"{name}-")}} for helper in helpers}
         found |= {other: section for other, section in derived.items() if other not in experiments}
@@ -64,11 +63,11 @@ def _is_cm3(section: Mapping[str, Any]) -> bool:
     return "dataset" in section and isinstance(model, dict) and model.get("name", DEFAULT_MODEL) == DEFAULT_MODEL
 
 
-def _co_occurrence(section: Mapping[str, Any], datasets: Mapping[str, SourceSpec]) -> str:
-    """Return the model: from the expected number of items, so that the plan does not depend on what is on disk."""
+def _helping_models(section: Mapping[str, Any], datasets: Mapping[str, SourceSpec]) -> Sequence[str]:
+    """Return the models: from the expected number of items, so that the plan does not depend on what is on disk."""
     dataset = datasets.get(str(section.get("dataset")))
     items = dataset.expected_counts().get("items", 0) if dataset else 0
-    return "itemknn" if items > EASE.model_fields["max_items"].default else "ease"
+    return ["itemknn", "itemknn-content"] if items > CEASE.model_fields["max_items"].default else ["cease"]
 
 
 def _words(section: Mapping[str, Any], extractors: Mapping[str, BackendSpec]) -> str | None:

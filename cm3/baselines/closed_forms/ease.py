@@ -3,8 +3,9 @@
 import numpy as np
 import scipy.sparse as sp
 import torch
+from torch import Tensor
 
-from cm3.baselines.ease import EASE
+from cm3.baselines.ease import EASE, LinearAutoencoder
 from cm3.baselines.inputs import Inputs
 from cm3.common.errors import UserError
 from cm3.evaluation.item_weights import ItemWeights
@@ -19,20 +20,32 @@ def solve(inputs: Inputs, settings: EASE, device: torch.device) -> ItemWeights:
     Raises:
         UserError: more items than `settings.max_items`.
     """
-    n = inputs.interactions.shape[1]
-    if n > settings.max_items:
+    check_size(inputs.interactions.shape[1], settings)
+    return regression(co_occurrence(inputs.interactions, device), settings.l2)
+
+
+def check_size(n_items: int, settings: LinearAutoencoder) -> None:
+    """Raise UserError where there are more items than `settings.max_items`."""
+    if n_items > settings.max_items:
         raise UserError(
-            f"model.max_items = {settings.max_items}: ease inverts a matrix of {n} x {n} items, which takes about "
-            f"{memory_gb(n):.0f} GB of memory and {float(n) ** 3:.0e} operations; use itemknn instead, or raise "
-            "model.max_items on a machine with that much memory"
+            f"model.max_items = {settings.max_items}: {settings.name} inverts a matrix of {n_items} x {n_items} items, which "
+            f"takes about {memory_gb(n_items):.0f} GB of memory and {float(n_items) ** 3:.0e} operations; use itemknn instead, "
+            "or raise model.max_items on a machine with that much memory"
         )
-    observed = sp.csr_matrix(inputs.interactions, dtype=np.float64)
-    # MPS has no float64.
-    on = torch.device("cpu") if device.type == "mps" else device
-    gram = torch.from_numpy((observed.T @ observed).toarray()).to(on)
-    gram.diagonal().add_(settings.l2)
+
+
+def co_occurrence(interactions: sp.csr_matrix, device: torch.device) -> Tensor:
+    """Return X'X (I, I) of (U, I) interactions, in float64, on the device, or on the CPU where that has no float64."""
+    observed = sp.csr_matrix(interactions, dtype=np.float64)
+    return torch.from_numpy((observed.T @ observed).toarray()).to("cpu" if device.type == "mps" else device)
+
+
+def regression(gram: Tensor, l2: float) -> ItemWeights:
+    """Return the item weights B = I - P diag(1 / diag P), P = (G + l2 I)^-1 of a Gram matrix G (I, I), which is overwritten."""
+    gram.diagonal().add_(l2)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram, out=gram))
-    weights = inverse.div_(-inverse.diagonal().clone()).float()
+    # Rows, not columns: a product with users would copy the matrix each time.
+    weights = inverse.div_(-inverse.diagonal().clone()).to(torch.float32, memory_format=torch.contiguous_format)
     weights.fill_diagonal_(0)
     return ItemWeights(weights.cpu().numpy())
 

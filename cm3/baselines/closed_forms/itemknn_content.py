@@ -4,9 +4,9 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
+from cm3.baselines.closed_forms.content import concatenated_unit_vectors
 from cm3.baselines.inputs import Inputs
 from cm3.baselines.itemknn_content import ItemKNNContent
-from cm3.common.arrays import blocks, zeros
 from cm3.common.errors import UserError
 from cm3.evaluation.item_weights import ItemWeights
 from cm3.similarity.exact import knn
@@ -23,7 +23,7 @@ def solve(inputs: Inputs, settings: ItemKNNContent, device: torch.device) -> Ite
     Raises:
         UserError: no more than `settings.k` items have a vector.
     """
-    joined = _concatenated(inputs)
+    joined = concatenated_unit_vectors(inputs)
     usable = np.flatnonzero(joined.any(axis=1))
     if len(usable) <= settings.k:
         raise UserError(f"model.k = {settings.k}: only {len(usable)} items have a vector; lower it below {len(usable)}")
@@ -33,15 +33,3 @@ def solve(inputs: Inputs, settings: ItemKNNContent, device: torch.device) -> Ite
     matrix = sp.csr_matrix((scores.cpu().numpy().ravel(), (voters, targets)), (len(joined), len(joined)))
     matrix.sort_indices()
     return ItemWeights(matrix)
-
-
-def _concatenated(inputs: Inputs) -> np.ndarray:
-    """Return the concatenated unit vectors of all modalities, each scaled by the root of its weight, (I, d) float32."""
-    ends = np.cumsum([x.shape[1] for x in inputs.features.values()])
-    joined = zeros((inputs.interactions.shape[1], int(ends[-1])))
-    for (m, x), end in zip(inputs.features.items(), ends, strict=True):
-        for rows in blocks(len(x)):
-            length = np.linalg.norm(x[rows].astype(np.float64), axis=1, keepdims=True)
-            unit = x[rows] / np.where(length > 0, length, 1)
-            joined[rows, end - x.shape[1] : end] = np.sqrt(inputs.weights[m]) * unit
-    return joined

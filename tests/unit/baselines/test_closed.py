@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from training_shop import prepared
 
-from cm3.baselines.closed_forms import itemknn, mm_gf
+from cm3.baselines.cease import CEASE
+from cm3.baselines.closed_forms import cease, itemknn, mm_gf
 from cm3.baselines.ease import EASE
 from cm3.baselines.inputs import Inputs
 from cm3.baselines.itemknn import ItemKNN
@@ -203,7 +204,45 @@ def test_ease_of_too_many_items_is_refused_with_the_reason():
     EASE(max_items=12).solve(Inputs(shop(0)), CPU)
 
 
-@pytest.mark.parametrize("name", ["ease", "itemknn", "mm-gf"])
+@pytest.mark.parametrize("weight", [0.2, 3.0])
+def test_cease_is_ridge_regression_on_interactions_and_features(weight):
+    given = filter_inputs()
+    given.features["image"][4] = 0
+    found = dense(CEASE(l2=2.0, content_weight=weight).solve(given, CPU))
+    x = given.interactions.toarray().astype(float)
+    rows = [x]
+    for share, values in zip((0.75, 0.25), given.features.values(), strict=True):
+        lengths = [float(np.linalg.norm(v.astype(float))) or 1.0 for v in values]
+        unit = values.astype(float) / np.array(lengths)[:, None]
+        # A feature is a further user: as a trace, that of all cosines is then `weight` times that of co-occurrence.
+        rows.append(np.sqrt(weight * share * x.sum() / 12) * unit.T)
+    data = np.concatenate(rows)
+    for j in range(12):
+        others = [i for i in range(12) if i != j]
+        a = data[:, others]
+        expected = np.linalg.solve(a.T @ a + 2.0 * np.eye(11), a.T @ data[:, j])
+        np.testing.assert_allclose(found[others, j], expected, rtol=0, atol=1e-6)
+        assert found[j, j] == 0
+
+
+def test_cease_without_content_is_ease():
+    given = filter_inputs()
+    found, plain = (model.solve(given, CPU).matrix for model in (CEASE(l2=7.0, content_weight=0), EASE(l2=7.0)))
+    assert np.array_equal(found, plain) and found.any()
+
+
+def test_cease_is_the_same_in_blocks_of_any_size(monkeypatch):
+    whole = dense(CEASE().solve(filter_inputs(), CPU))
+    monkeypatch.setattr(cease, "BLOCK_ROWS", 5)
+    np.testing.assert_allclose(dense(CEASE().solve(filter_inputs(), CPU)), whole, rtol=0, atol=1e-7)
+
+
+def test_cease_of_too_many_items_is_refused_with_the_reason():
+    with pytest.raises(UserError, match=r"model\.max_items = 11: cease inverts a matrix of 12 x 12 items"):
+        CEASE(max_items=11).solve(filter_inputs(), CPU)
+
+
+@pytest.mark.parametrize("name", ["ease", "cease", "itemknn", "mm-gf"])
 def test_weights_come_back_from_their_file(tmp_path, name):
     (tmp_path / "data").mkdir()
     data = prepared(tmp_path / "data")

@@ -101,12 +101,10 @@ def best(entry: dict[str, Any], **changes: Any) -> Config:
 def test_the_preset_best_reranks_what_it_is_like_without_training_it_again():
     config = best({"like": "cm3"})
     model = config.experiments["top"].model
-    assert isinstance(model, Rerank) and (model.of, model.by) == ("cm3", ["top-ease", "top-itemknn-content"])
+    assert isinstance(model, Rerank) and (model.of, model.by) == ("cm3", ["top-cease"])
     raw = copy.deepcopy(CONFIG)
-    like = {"like": "cm3", "model": {"name": "rerank", "of": "cm3", "by": ["top-ease", "top-itemknn-content"]}}
-    raw["experiments"] |= {"top": like} | {
-        f"top-{name}": {"like": "cm3", "model": {"name": name}} for name in ("ease", "itemknn-content")
-    }
+    like = {"like": "cm3", "model": {"name": "rerank", "of": "cm3", "by": ["top-cease"]}}
+    raw["experiments"] |= {"top": like, "top-cease": {"like": "cm3", "model": {"name": "cease"}}}
     written = load_config(raw)
     assert written.experiments == config.experiments
     assert runs.selected_run(written, "top") == runs.selected_run(config, "top")
@@ -116,7 +114,7 @@ def test_the_preset_best_reranks_what_it_is_like_without_training_it_again():
 def test_further_settings_of_the_preset_best_are_those_of_cm3():
     config = best({"like": "cm3", "model": {"gamma": 0.5}, "training": {"seed": 3}})
     model, base = config.experiments["top"].model, config.experiments["top-cm3"]
-    assert isinstance(model, Rerank) and model.of == "top-cm3" and model.by == ["top-ease", "top-itemknn-content"]
+    assert isinstance(model, Rerank) and model.of == "top-cm3" and model.by == ["top-cease"]
     assert base.model.gamma == 0.5 and base.training.seed == config.experiments["top"].training.seed == 3  # type: ignore[attr-defined]
     whole = best({"dataset": "shop", "modalities": {"image": "looks"}})
     assert whole.experiments["top-cm3"].modalities == {"image": "looks"}
@@ -139,7 +137,7 @@ def test_the_preset_best_adds_the_words_of_the_texts():
     top, base = config.experiments["top"], config.experiments["top-cm3"]
     assert isinstance(top.model, Rerank) and top.model.of == "top-cm3"
     assert base.modalities == {"text": "titles", "image": "looks", "words": "terms"}
-    assert base.training.seed == 7 and config.experiments["top-itemknn-content"].modalities == base.modalities  # type: ignore[attr-defined]
+    assert base.training.seed == 7 and config.experiments["top-cease"].modalities == base.modalities  # type: ignore[attr-defined]
     assert config.experiments["texts"].modalities == {"text": "titles", "image": "looks"}
     changed = load_config(with_texts(model={"gamma": 0.5})).experiments["top-cm3"]
     assert changed.model.gamma == 0.5 and changed.modalities == base.modalities  # type: ignore[attr-defined]
@@ -163,8 +161,8 @@ def test_words_are_not_added_without_texts_nor_twice_nor_to_weights_of_the_user(
 
 
 def test_the_preset_best_takes_models_of_the_users_and_itemknn_for_many_items():
-    own = {"dataset": "shop", "model": {"name": "ease", "l2": 7}}
-    assert best({"like": "cm3"}, **{"top-ease": own}).experiments["top-ease"].model.l2 == 7  # type: ignore[attr-defined]
+    own = {"like": "cm3", "model": {"name": "cease", "l2": 7}}
+    assert best({"like": "cm3"}, **{"top-cease": own}).experiments["top-cease"].model.l2 == 7  # type: ignore[attr-defined]
     raw = copy.deepcopy(CONFIG)
     raw["datasets"]["shop"]["expected"] = {"items": 25_001}
     raw["experiments"]["top"] = {"like": "cm3", "preset": "best"}
