@@ -28,6 +28,7 @@ STAGES = {
     "prepare": Stage("cm3.datasets.prepare", 1, ("duckdb", "numpy", "pyarrow")),
     "split": Stage("cm3.datasets.label", 1, ("numpy", "pyarrow")),
     "reviews": Stage("cm3.datasets.reviews", 1, ("pyarrow",)),
+    "user-groups": Stage("cm3.datasets.user_groups", 1, ("numpy", "pyarrow")),
     "images": Stage("cm3.datasets.images.stage", 1, ("pillow", "pyarrow")),
     "extract": Stage("extractors.extract", 1, ("numpy", "pyarrow")),
     "caption": Stage("extractors.caption.stage", 1, ("pyarrow",)),

@@ -56,12 +56,14 @@ class SourceSpec(Strict, Part):
     Attributes:
         reader: module:class of its `cm3.datasets.reader.Reader`, imported by the prepare stage only.
         review_reader: module:function that reads the texts of reviews for the reviews stage; empty for sources without.
+        user_reader: module:function that reads a users' table for the user-groups stage; empty for sources without.
         labelled: the data come with a published split.
         own: the data are the user's own, not those of a publication, in whose way they are split by default.
     """
 
     reader: ClassVar[str]
     review_reader: ClassVar[str] = ""
+    user_reader: ClassVar[str] = ""
     labelled: ClassVar[bool] = False
     own: ClassVar[bool] = False
 
@@ -191,6 +193,14 @@ class SourceSpec(Strict, Part):
         """Return the spec of the reviews stage."""
         return {"source": self.source}
 
+    def user_groups_inputs(self, name: str) -> dict[str, str]:
+        """Return the files of the users' table by name; empty for data without one."""
+        return {}
+
+    def user_groups_spec(self) -> dict[str, Any]:
+        """Return the spec of the user-groups stage; `columns.groups` names the columns that users are compared by."""
+        return {"source": self.source}
+
     def images_spec(self) -> dict[str, Any]:
         """Return the spec of the images stage; `find` names one of the registry's image sources."""
         return {"find": "none"}
@@ -228,6 +238,16 @@ class SourceWithImages(SourceSpec):
     def images_runtime(self) -> dict[str, Any]:
         """Return the settings of the images stage that change its speed only."""
         return self.images.runtime() if self.images and self.images.folder is None else {}
+
+
+def check_group_names(names: list[str]) -> list[str]:
+    """Return the names of columns that users are compared by. Raises ValueError for a duplicate, or "user"."""
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"duplicate column {twice!r}")
+    if "user" in names or "" in names:
+        raise ValueError(f"{'user' if 'user' in names else ''!r} cannot be the name of a group; rename the column")
+    return names
 
 
 def _megabytes(*paths: str) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 from cm3.evaluation.rerank_config import Rerank
 from workflow.plan import runs
 from workflow.plan.config import Config
-from workflow.plan.data import split_spec
+from workflow.plan.data import split_spec, user_groups_path
 from workflow.plan.experiments import Experiment
 from workflow.plan.publish import command
 from workflow.plan.runs import features_of, run_key, tables
@@ -30,7 +30,7 @@ TRAINED = {
 
 
 def compare_inputs(config: Config, study: str) -> dict[str, str]:
-    """Return the tables of the dataset, the features that diversity is measured by, and the files of each run.
+    """Return the tables of the dataset, the groups of its users, the features of diversity, and the files of each run.
 
     These are `evaluation.EXPERIMENT.RUN`, `per_user.EXPERIMENT.RUN`, and so on.
     """
@@ -38,6 +38,7 @@ def compare_inputs(config: Config, study: str) -> dict[str, str]:
     points, splits = config.studies[study].points, config.studies[study].splits
     first = next(iter(points))
     paths = tables(config, first) | _content(config, study)
+    paths |= user_groups_path(config, config.experiments[first].dataset)
     for seed in splits:
         if seed is not None:
             paths[f"interactions-{seed}"] = tables(config, first, seed)["interactions"]

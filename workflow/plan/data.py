@@ -206,6 +206,35 @@ def reviews(config: Config, dataset: str) -> Task:
     return Task("reviews", chosen.reviews_spec(), {chosen.source: chosen}, earlier=earlier)
 
 
+def user_groups_inputs(config: Config, dataset: str) -> dict[str, str]:
+    """Return the users' table of a dataset, and the table of its users.
+
+    Raises:
+        UserError: the dataset has no users' table, or it cannot be read.
+    """
+    chosen = config.datasets[dataset]
+    inputs = chosen.user_groups_inputs(dataset)
+    if not inputs:
+        raise UserError(f"datasets.{dataset}: names no columns of users to compare")
+    if config.local:
+        for path in inputs.values():
+            check_readable(Path(path), f"datasets.{dataset}.users.path")
+    return inputs | {"users": f"processed/{dataset}/users.parquet"}
+
+
+def user_groups(config: Config, dataset: str) -> Task:
+    """Return the task of grouping the users of a dataset by columns of its users' table."""
+    chosen = config.datasets[dataset]
+    earlier = prepare(config, dataset).made_from
+    return Task("user-groups", chosen.user_groups_spec(), {chosen.source: chosen}, earlier=earlier)
+
+
+def user_groups_path(config: Config, dataset: str) -> dict[str, str]:
+    """Return the groups of the users as an input; empty for a dataset without a users' table."""
+    named = config.datasets[dataset].user_groups_inputs(dataset)
+    return {"user_groups": f"processed/{dataset}/user_groups.parquet"} if named else {}
+
+
 def image_inputs(config: Config, dataset: str) -> dict[str, str]:
     """Return the files that list a dataset's images, besides the item table.
 
@@ -236,9 +265,10 @@ _MAKERS = {
     "users": prepare,
     "interactions": split,
     "reviews": reviews,
+    "user_groups": user_groups,
     "manifest": images,
 }
-STAGES = frozenset({"prepare", "split", "reviews", "images"})
+STAGES = frozenset({"prepare", "split", "reviews", "user-groups", "images"})
 """Stages whose outputs have paths without a key of their settings, and hold `made_from`."""
 
 _TABLE = re.compile(

@@ -66,6 +66,7 @@ class Needs:
             "prepare": self.prepare,
             "split": self.split,
             "reviews": self.reviews,
+            "user-groups": self.light,
             "images": self.images,
             "extract": self.extract,
             "caption": self.extract,

@@ -79,3 +79,25 @@ rule reviews:
         arguments=arguments(data.reviews),
     shell:
         "exec python -m cm3.datasets.reviews {params.arguments} --log {log:q}"
+
+
+# the columns of a users' table by which studies compare users; no training reads them
+rule user_groups:
+    input:
+        # the users' table, and the users after k-core filtering
+        unpack(files(data.user_groups_inputs)),
+    output:
+        user_groups="processed/{dataset}/user_groups.parquet",
+        record="processed/{dataset}/user_groups.stage.json",
+    log:
+        "logs/{dataset}/user_groups.log",
+    conda:
+        "../../environment.yml"
+    resources:
+        mem_mb=needs.mem_mb("user-groups"),
+        runtime=needs.runtime("user-groups"),
+    params:
+        identity=identity(data.user_groups),
+        arguments=arguments(data.user_groups),
+    shell:
+        "exec python -m cm3.datasets.user_groups {params.arguments} --log {log:q}"

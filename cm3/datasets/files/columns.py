@@ -9,14 +9,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cm3.common.errors import UserError
-from cm3.common.ids import id_column, missing_id
+from cm3.common.ids import MISSING_TEXTS, id_column, missing_id
 from cm3.common.values import InvalidValueError, is_text, plain_column, python_value, shown
 from cm3.datasets.files.tabular import Columns
 from cm3.datasets.times import Times, as_numbers
 
 
-def parse_ids(table: Columns, column: str, row: str = "interaction") -> pa.ChunkedArray:
-    """Return (N,) ids as text; `row` says in messages what a row is.
+def parse_ids(
+    table: Columns, column: str, row: str = "interaction", needs: str = "a user and an item"
+) -> pa.ChunkedArray:
+    """Return (N,) ids as text; `row` says in messages what a row is, and `needs` what it must have.
 
     Raises:
         UserError: an id is missing, or is neither text nor a whole number.
@@ -25,7 +27,7 @@ def parse_ids(table: Columns, column: str, row: str = "interaction") -> pa.Chunk
     with _naming(table, column):
         ids, missing = id_column(values)
     reason = missing_id(python_value(values, int(np.flatnonzero(missing)[0]))) if missing.any() else ""
-    _check(table, column, missing, values, f"{reason}; every {row} needs a user and an item")
+    _check(table, column, missing, values, f"{reason}; every {row} needs {needs}")
     return ids
 
 
@@ -60,6 +62,33 @@ def parse_splits(table: Columns, column: str) -> pa.Array:
     advice = "is not a split; write train, valid or test in every row"
     _check(table, column, labels < 0, table.values[column], advice)
     return pa.array(labels)
+
+
+def parse_labels(table: Columns, column: str) -> pa.ChunkedArray:
+    """Return (N,) text of numbers, truth values and text without white space around it; null where there is none.
+
+    Raises:
+        UserError: another type, such as a list or a date, or an infinite number.
+    """
+    with _naming(table, column):
+        values = plain_column(table.values[column])
+    kind = values.type
+    if pa.types.is_floating(kind):
+        values = values.cast(pa.float32()) if pa.types.is_float16(kind) else values
+        infinite = pc.fill_null(pc.is_inf(values), False).to_numpy().astype(bool)
+        _check(table, column, infinite, values, "is not a finite number; fix the row or leave the cell empty")
+        values = pc.if_else(pc.is_nan(values), pa.scalar(None, values.type), values)
+    elif not (is_text(kind) or pa.types.is_null(kind)):
+        simple = pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_decimal(kind)
+        wrong = np.zeros(len(values), bool) if simple else values.is_valid().to_numpy().astype(bool)
+        advice = "where text or a number is expected; store one in a column of its own, of a date the year"
+        _check(table, column, wrong, values, f"is of type {kind}, {advice}")
+    texts = pc.utf8_trim_whitespace(values.cast(pa.string()))
+    if table.format == "jsonl":
+        nested = pc.fill_null(pc.match_substring_regex(texts, r"^[\[{]"), False).to_numpy().astype(bool)
+        _check(table, column, nested, texts, "is a list or an object, where text or a number is expected")
+    missing = pc.is_in(texts, value_set=pa.array(["", *MISSING_TEXTS]))
+    return pc.if_else(missing, pa.scalar(None, pa.string()), texts)
 
 
 def has_event(table: Columns, column: str, events: Sequence[str]) -> np.ndarray:

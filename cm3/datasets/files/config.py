@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from cm3.common.input_files import named_parts
 from cm3.common.paths import expand
-from cm3.datasets.files.tables_config import InteractionsFile, ItemsFile
+from cm3.datasets.files.tables_config import InteractionsFile, ItemsFile, UsersFile
 from cm3.datasets.images.config import Images
 from cm3.datasets.spec import SourceWithImages
 
@@ -34,6 +34,7 @@ class FilesSpec(SourceWithImages):
     version = 1
     reader = "cm3.datasets.files.reader:Reader"
     review_reader = "cm3.datasets.files.review_texts:read_texts"
+    user_reader = "cm3.datasets.files.user_table:read_users"
     own = True
 
     source: Literal["files"]
@@ -42,6 +43,11 @@ class FilesSpec(SourceWithImages):
     )
     items: ItemsFile | None = Field(
         default=None, description="Table of items; without it, items have neither text nor image."
+    )
+    users: UsersFile | None = Field(
+        default=None,
+        description="Table of users with columns to compare them by, such as age or country; read for studies only, and a "
+        "change of it trains nothing.",
     )
     images: FilesImages | None = Field(default=None, description="Product images; without it, items have none.")
 
@@ -95,6 +101,14 @@ class FilesSpec(SourceWithImages):
         """Return the spec of the reviews stage."""
         return {**super().reviews_spec(), **_entry(self.interactions), **self.interactions.rows()}
 
+    def user_groups_inputs(self, name: str) -> dict[str, str]:
+        """Return the users' table; each part of one in a folder is an input."""
+        return named_parts("user_table", Path(expand(self.users.path))) if self.users else {}
+
+    def user_groups_spec(self) -> dict[str, Any]:
+        """Return the spec of the user-groups stage."""
+        return {**super().user_groups_spec(), **(_entry(self.users) if self.users else {})}
+
     @property
     def _embedded(self) -> bool:
         return self.images is not None and self.images.embedded
@@ -119,6 +133,6 @@ class FilesSpec(SourceWithImages):
         return True
 
 
-def _entry(table: InteractionsFile | ItemsFile) -> dict[str, Any]:
+def _entry(table: InteractionsFile | ItemsFile | UsersFile) -> dict[str, Any]:
     """Return the part of a spec that says how a table is written and what its columns are."""
     return {"format": table.resolved_format, "columns": table.columns.identity(), **table.layout()}

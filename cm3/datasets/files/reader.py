@@ -69,7 +69,7 @@ class Reader:
         table: dict[str, Item] = {}
         places: dict[str, str] = {}
         entry = self.spec["items"]
-        for place, row in read_rows(parts_in(self.inputs, "items"), entry["format"], names, _dialect(entry)):
+        for place, row in read_rows(parts_in(self.inputs, "items"), entry["format"], names, dialect_of(entry)):
             if key not in row:
                 raise UserError(f"{place}: has no {key!r}{nearest(key, row)}; every item needs an id")
             item_id = _id(place, key, row[key])
@@ -111,7 +111,7 @@ def interactions_of(
     rating, timestamp, label, times = columns.get("rating"), columns.get("timestamp"), columns.get("split"), Times()
     user, item = columns["user"] or "", columns["item"] or ""
     rows = left = 0
-    for part in read_columns(paths, entry["format"], names, ids=(user, item), dialect=_dialect(entry)):
+    for part in read_columns(paths, entry["format"], names, ids=(user, item), dialect=dialect_of(entry)):
         ratings = parse_ratings(part, rating, entry.get("decimal", ".")) if rating else None
         table = interaction_table(
             parse_ids(part, user),
@@ -170,7 +170,7 @@ def _kept(part: Columns, entry: dict[str, Any], ratings: np.ndarray | None, note
     return kept
 
 
-def _dialect(entry: dict[str, Any]) -> Dialect | None:
+def dialect_of(entry: dict[str, Any]) -> Dialect | None:
     """Return how a csv or tsv table is written, from its entry in the spec."""
     if entry["format"] not in DELIMITER:
         return None

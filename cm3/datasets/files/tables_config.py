@@ -4,12 +4,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cm3.common.errors import UserError
 from cm3.common.paths import expand
 from cm3.common.strict import Float, Strict
 from cm3.datasets.images.config import Names
+from cm3.datasets.spec import check_group_names
 
 _SUFFIXES = {
     ".csv": "csv",
@@ -66,6 +67,29 @@ class ItemColumns(Strict):
     description: Names | None = Field(default=None, description="Description.")
     features: Names | None = Field(default=None, description="Selling points: one per column, or lists.")
     image: Names | None = Field(default=None, description="Path in images.folder, or URLs.")
+
+
+class UserColumns(Strict):
+    """Column names of a users' table; no other column is read."""
+
+    user_id: str = Field(default="user_id", min_length=1, description="User id, as in the interactions.")
+    groups: Names = Field(
+        min_length=1,
+        description="Columns to compare users by, such as [age, country]: numbers, or text with few different values.",
+    )
+
+    @field_validator("groups")
+    @classmethod
+    def _can_be_columns(cls, value: list[str]) -> list[str]:
+        return check_group_names(value)
+
+    @model_validator(mode="after")
+    def _id_is_no_group(self) -> "UserColumns":
+        if self.user_id in self.groups:
+            raise ValueError(
+                f"groups: {self.user_id!r} is the column of the ids; name columns that several users share"
+            )
+        return self
 
 
 class TableFile(Strict):
@@ -167,3 +191,9 @@ class ItemsFile(TableFile):
     """The user's items."""
 
     columns: ItemColumns = ItemColumns()
+
+
+class UsersFile(TableFile):
+    """Table of users with columns to compare them by; read for studies only, never for training."""
+
+    columns: UserColumns

@@ -57,8 +57,8 @@ def compare(
 
     Args:
         study: experiments and runs.
-        inputs: the dataset's interactions, items, users, `interactions-SEED` of further splits, and `features.M` of each
-            modality M by which diversity is measured; for each run `evaluation.E.R`, `per_user.E.R`,
+        inputs: the dataset's interactions, items, users, optionally `user_groups`, `interactions-SEED` of further splits,
+            and `features.M` of each modality M by which diversity is measured; for each run `evaluation.E.R`, `per_user.E.R`,
             `recommendations.E.R`, `train.E.R`, and for models with embeddings `user_embeddings.E.R` and
             `item_embeddings.E.R`, with experiment E and run R.
 
@@ -215,7 +215,8 @@ def _measure_run(run: Run, data: Data, metrics: Sequence[str]) -> tuple[np.ndarr
     if data.categories is not None:
         beyond |= category_divergence(lists, data.history, data.categories, cutoffs)
     beyond |= intra_list_diversity(lists, data.vectors, cutoffs)
-    beyond |= group_gaps(values, metrics, data.groups)
+    for by, groups in data.groups.items():
+        beyond |= group_gaps(values, metrics, groups, by)
     return values, Measured(values.mean(0), beyond, geometry, kept)
 
 

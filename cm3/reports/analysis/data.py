@@ -17,13 +17,15 @@ from cm3.reports.analysis.runs import Run, read_per_user
 from cm3.reports.analysis.slices import Slices
 from cm3.reports.analysis.spec import StudySpec
 from cm3.reports.analysis.user_gap import activity_groups
+from cm3.reports.analysis.user_groups import compared_groups, read_user_groups
 
 
 @dataclass(frozen=True)
 class Data:
     """The data set and test users that all runs on a split share.
 
-    `categories` (I, C) is None where no item has any; `vectors` holds the features that diversity is measured by.
+    `categories` (I, C) is None where no item has any; `vectors` holds the features that diversity is measured by. `groups`
+    are the masks of the groups of users by column of the users' table, and by activity under "".
     """
 
     interactions: Interactions
@@ -35,7 +37,7 @@ class Data:
     sample: EmbeddingSample
     history: sp.csr_matrix
     categories: sp.csr_matrix | None
-    groups: Sequence[np.ndarray]
+    groups: Mapping[str, Sequence[np.ndarray]]
     vectors: Mapping[str, np.ndarray]
 
 
@@ -78,7 +80,9 @@ def _read_data(study: StudySpec, inputs: Mapping[str, Path], table: Path, first:
     cutoffs = sorted({_cutoff(metric) for metric in study.metrics})
     counts = np.asarray(train.sum(0)).ravel().astype(np.int64)
     n_users = int((np.diff(train.indptr) > 0).sum())
-    slices = Slices(users, train, test, cutoffs)
+    table_of_groups = inputs.get("user_groups")
+    groups = read_user_groups(table_of_groups, users, len(interactions.user_ids)) if table_of_groups else []
+    slices = Slices(users, train, test, cutoffs, groups)
     sample = draw_sample(train, study.bootstrap_seed)
     categories = read_item_categories(inputs["items"])
     return Data(
@@ -91,7 +95,7 @@ def _read_data(study: StudySpec, inputs: Mapping[str, Path], table: Path, first:
         sample,
         sp.csr_matrix(train[users]),
         categories,
-        activity_groups(np.diff(train.indptr)[users]),
+        {"": activity_groups(np.diff(train.indptr)[users]), **compared_groups(groups)},
         {
             name.removeprefix("features."): read_unit_vectors(path, interactions.item_ids)
             for name, path in inputs.items()

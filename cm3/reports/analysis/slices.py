@@ -7,9 +7,11 @@ import numpy as np
 import scipy.sparse as sp
 
 from cm3.evaluation.metrics import of_hits
+from cm3.reports.analysis.user_groups import UserGroup
 
 ITEM_CLASSES = ("head", "middle", "tail", "cold")
 _BLOCK_PAIRS, _BLOCK_USERS = 65_536, 8192
+_BY = "users by "
 HEAD_SHARE, HEAD_AND_MIDDLE_SHARE = 0.2, 0.8
 _DEFINITIONS = {
     "head": "the most popular items that make up the first 20 % of its interactions",
@@ -24,7 +26,7 @@ class Slice:
     """A part of the test split.
 
     Attributes:
-        kind: items, if only some test items count; users, if only some users do.
+        kind: items, if only some test items count; users, if only some users do; `kind_of(column)` of groups by a column.
         name, definition: for readers.
         users, interactions: numbers of test users and test interactions.
         items: number of items; None for users.
@@ -36,6 +38,16 @@ class Slice:
     users: int
     interactions: int
     items: int | None
+
+
+def kind_of(column: str) -> str:
+    """Return the kind of the slices of the groups of users by a column of the users' table."""
+    return f"{_BY}{column}"
+
+
+def column_of(kind: str) -> str:
+    """Return the column of the users' table that a kind of slices is by; empty for the other kinds."""
+    return kind.removeprefix(_BY) if kind.startswith(_BY) else ""
 
 
 def item_classes(counts: np.ndarray) -> np.ndarray:
@@ -73,8 +85,15 @@ def history_bins(lengths: np.ndarray, shares: Sequence[float] = (0.25, 0.5, 0.75
 class Slices:
     """The slices of one test split, to evaluate the lists of many models."""
 
-    def __init__(self, users: np.ndarray, train: sp.csr_matrix, test: sp.csr_matrix, cutoffs: Sequence[int]) -> None:
-        """Take the (R,) test users, the (U, I) training and test matrices, and the cut-offs of the metrics."""
+    def __init__(
+        self,
+        users: np.ndarray,
+        train: sp.csr_matrix,
+        test: sp.csr_matrix,
+        cutoffs: Sequence[int],
+        groups: Sequence[UserGroup] = (),
+    ) -> None:
+        """Take the (R,) test users, their groups, the (U, I) training and test matrices, and the cut-offs of the metrics."""
         self.truth, self.cutoffs = test[users], list(cutoffs)
         self.rows = np.repeat(np.arange(len(users)), np.diff(self.truth.indptr))
         counts = np.asarray(train.sum(0)).ravel().astype(np.int64)
@@ -87,7 +106,8 @@ class Slices:
         )
         total = self.n_truth.sum(1)
         bins = history_bins(np.diff(train.indptr)[users])
-        self.members = [np.flatnonzero(mask) for mask in (*(self.n_truth > 0).T, *(mask for _, mask in bins))]
+        masks = (*(self.n_truth > 0).T, *(mask for _, mask in bins), *(group.mask for group in groups))
+        self.members = [np.flatnonzero(mask) for mask in masks]
         self.slices = [
             Slice(
                 "items",
@@ -102,6 +122,17 @@ class Slices:
         self.slices += [
             Slice("users", name, f"test users with {name} in training", int(mask.sum()), int(total[mask].sum()), None)
             for name, mask in bins
+        ]
+        self.slices += [
+            Slice(
+                kind_of(group.column),
+                group.name,
+                group.definition,
+                int(group.mask.sum()),
+                int(total[group.mask].sum()),
+                None,
+            )
+            for group in groups
         ]
 
     def measure(self, lists: np.ndarray) -> tuple[dict[str, np.ndarray], list[dict[str, float]]]:

@@ -14,18 +14,27 @@ def activity_groups(lengths: np.ndarray) -> list[np.ndarray]:
     return [mask for _, mask in history_bins(lengths, THIRDS)]
 
 
-def group_gaps(values: np.ndarray, metrics: Sequence[str], groups: Sequence[np.ndarray]) -> dict[str, float]:
-    """Return {metric}_gap@k: the largest mean of a metric over a group minus the smallest; empty for fewer than two groups.
+def gap_name(metric: str, column: str = "") -> str:
+    """Return the name of the gap of a metric such as recall@20: recall_gap@20, or recall_gap_{column}@20."""
+    name, _, k = metric.partition("@")
+    return f"{name}_gap{column and f'_{column}'}@{k}"
+
+
+def group_gaps(
+    values: np.ndarray, metrics: Sequence[str], groups: Sequence[np.ndarray], column: str = ""
+) -> dict[str, float]:
+    """Return by `gap_name` the largest mean of a metric over a group minus the smallest; empty for fewer than two groups.
 
     Args:
         values: (R, M) metrics of each user.
         metrics: their M names, such as recall@20.
         groups: (R,) masks, none of them empty.
+        column: of the users' table, by which the groups are; empty for groups by activity.
 
     Source: Li et al., User-oriented fairness in recommendation (WWW 2021), equation 2, there of two groups.
     """
     if len(groups) < 2:
         return {}
     means = np.stack([values[mask].mean(0) for mask in groups])
-    names = [metric.partition("@") for metric in metrics]
-    return {f"{name}_gap@{k}": float(gap) for (name, _, k), gap in zip(names, means.max(0) - means.min(0), strict=True)}
+    gaps = means.max(0) - means.min(0)
+    return {gap_name(metric, column): float(gap) for metric, gap in zip(metrics, gaps, strict=True)}

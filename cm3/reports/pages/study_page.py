@@ -8,6 +8,9 @@ from typing import Any
 from cm3.common.cli import stage
 from cm3.common.files import read_json
 from cm3.reports.analysis.findings import changes, reranked_experiment
+from cm3.reports.analysis.slices import column_of
+from cm3.reports.analysis.user_gap import gap_name
+from cm3.reports.analysis.user_groups import FEWEST_USERS
 from cm3.reports.pages.chart import Chart, Forest, Points
 from cm3.reports.pages.figures import save_figures
 from cm3.reports.pages.page import pretty, setting, write_page
@@ -49,6 +52,7 @@ def study_page(*, comparison: Path, page_output: Path, figures_output: Path) -> 
         "intervals": {metric: _intervals(study, metric) for metric in metrics},
         "differences": [table for metric in metrics if (table := _differences(study, metric))["rows"]],
         "slices": _slices(study, metrics),
+        "fewest_users": FEWEST_USERS,
         "beyond": _beyond(study),
         "planes": both,
         "cost": cost,
@@ -135,25 +139,39 @@ def _scale(values: list[float]) -> tuple[float, float]:
 
 
 def _slices(study: Mapping[str, Any], metrics: Sequence[str]) -> list[dict[str, Any]]:
-    """Return a table for each kind of slice and metric: experiments in rows, slices in columns, means over seeds."""
+    """Return a table for each kind of slice and metric: experiments in rows, slices in columns, means over seeds.
+
+    Those of groups of users by a column end with the gap between the groups, if there are two of enough users.
+    """
     tables = []
     for metric in metrics:
-        for kind in ("items", "users"):
+        for kind in _kinds(study):
             chosen = [one for one in study["slices"] if one["kind"] == kind]
             rows = [
                 {"name": name, "values": [one["metrics"].get(name, {}).get(metric, {}).get("mean") for one in chosen]}
                 for name in study["experiments"]
             ]
-            if chosen:
-                tables.append({"metric": metric, "kind": kind, "slices": chosen, "rows": rows})
+            column = column_of(kind)
+            gaps = {name: one["beyond"].get(gap_name(metric, column)) for name, one in study["experiments"].items()}
+            shown = f"{column} of the users" if column else kind
+            table = {"metric": metric, "kind": shown, "slices": chosen, "rows": rows}
+            tables.append(table | {"gaps": gaps if column and all(gaps.values()) else {}})
     return tables
 
 
+def _kinds(study: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(one["kind"] for one in study["slices"]))
+
+
 def _beyond(study: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the columns at the headline's cut-off, and the values of each experiment: all cut-offs would not fit a page."""
+    """Return the columns at the headline's cut-off, and the values of each experiment: all cut-offs would not fit a page.
+
+    The gaps between groups by a column are in the tables of these groups.
+    """
     cutoff = study["headline"].partition("@")[2]
     names = dict.fromkeys(name for one in study["experiments"].values() for name in one["beyond"])
-    columns = [name for name in names if name.partition("@")[2] == cutoff]
+    by_column = {gap_name(m, column) for m in study["metrics"] for kind in _kinds(study) if (column := column_of(kind))}
+    columns = [name for name in names if name.partition("@")[2] == cutoff and name not in by_column]
     rows = {name: [one["beyond"].get(column) for column in columns] for name, one in study["experiments"].items()}
     return {"columns": columns, "rows": rows}
 
