@@ -215,7 +215,8 @@ def user_groups_inputs(config: Config, dataset: str) -> dict[str, str]:
     chosen = config.datasets[dataset]
     inputs = chosen.user_groups_inputs(dataset)
     if not inputs:
-        raise UserError(f"datasets.{dataset}: names no columns of users to compare")
+        hint = "; name them in users.columns.groups" if chosen.source == "files" else ""
+        raise UserError(f"datasets.{dataset}: names no columns of users to compare{hint}")
     if config.local:
         for path in inputs.values():
             check_readable(Path(path), f"datasets.{dataset}.users.path")
