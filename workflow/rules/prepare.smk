@@ -93,6 +93,8 @@ rule user_groups:
         "logs/{dataset}/user_groups.log",
     conda:
         "../../environment.yml"
+    # before trainings, so that a fault of the table is reported first
+    priority: 1
     resources:
         mem_mb=needs.mem_mb("user-groups"),
         runtime=needs.runtime("user-groups"),

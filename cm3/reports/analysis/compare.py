@@ -29,7 +29,7 @@ from cm3.reports.analysis.slices import Slices
 from cm3.reports.analysis.spec import StudySpec, check_study, describe_point
 from cm3.reports.analysis.statistics import bootstrap_means, distribution, interval, resampled_splits
 from cm3.reports.analysis.table import write_csv
-from cm3.reports.analysis.user_gap import group_gaps
+from cm3.reports.analysis.user_gap import chance_gaps, group_gaps
 
 log = logging.getLogger("cm3.reports.analysis.compare")
 
@@ -217,6 +217,7 @@ def _measure_run(run: Run, data: Data, metrics: Sequence[str]) -> tuple[np.ndarr
     beyond |= intra_list_diversity(lists, data.vectors, cutoffs)
     for by, groups in data.groups.items():
         beyond |= group_gaps(values, metrics, groups, by)
+        beyond |= chance_gaps(values, metrics, groups, by) if by else {}
     return values, Measured(values.mean(0), beyond, geometry, kept)
 
 

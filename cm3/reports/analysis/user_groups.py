@@ -55,10 +55,10 @@ def read_user_groups(path: str | os.PathLike[str], users: np.ndarray, n_users: i
 
 
 def compared_groups(groups: Sequence[UserGroup]) -> Mapping[str, list[np.ndarray]]:
-    """Return by column the masks of the groups that count in its gap: those of at least `FEWEST_USERS` test users."""
+    """Return by column the masks of the groups that count in its gap: of known values and `FEWEST_USERS` users or more."""
     found: dict[str, list[np.ndarray]] = {group.column: [] for group in groups}
     for group in groups:
-        if group.mask.sum() >= FEWEST_USERS:
+        if group.name != UNKNOWN and group.mask.sum() >= FEWEST_USERS:
             found[group.column].append(group.mask)
     return found
 
@@ -69,7 +69,5 @@ def _definition(column: str, name: str, facts: Mapping[str, Any]) -> str:
     if facts["cut"] == "largest" and name == OTHER:
         kept = len(set(facts["groups"]) - {OTHER, UNKNOWN})
         return f"test users with one of the {facts['values'] - kept} less frequent values of {column}"
-    cut = (
-        "; cut at the quartiles of all users of the dataset whose value is known" if facts["cut"] == "quartiles" else ""
-    )
+    cut = ", cut at the quartiles of all users" if facts["cut"] == "quartiles" else ""
     return f"test users with {column} {name}{cut}"

@@ -9,7 +9,7 @@ from cm3.common.cli import stage
 from cm3.common.files import read_json
 from cm3.reports.analysis.findings import changes, reranked_experiment
 from cm3.reports.analysis.slices import column_of
-from cm3.reports.analysis.user_gap import gap_name
+from cm3.reports.analysis.user_gap import chance_name, gap_name
 from cm3.reports.analysis.user_groups import FEWEST_USERS
 from cm3.reports.pages.chart import Chart, Forest, Points
 from cm3.reports.pages.figures import save_figures
@@ -141,7 +141,8 @@ def _scale(values: list[float]) -> tuple[float, float]:
 def _slices(study: Mapping[str, Any], metrics: Sequence[str]) -> list[dict[str, Any]]:
     """Return a table for each kind of slice and metric: experiments in rows, slices in columns, means over seeds.
 
-    Those of groups of users by a column end with the gap between the groups, if there are two of enough users.
+    Those of groups of users by a column end with the gap between the groups and what it is by chance, if two groups have
+    enough users.
     """
     tables = []
     for metric in metrics:
@@ -152,10 +153,13 @@ def _slices(study: Mapping[str, Any], metrics: Sequence[str]) -> list[dict[str, 
                 for name in study["experiments"]
             ]
             column = column_of(kind)
-            gaps = {name: one["beyond"].get(gap_name(metric, column)) for name, one in study["experiments"].items()}
+            gaps = {
+                name: [one["beyond"].get(of(metric, column)) for of in (gap_name, chance_name)]
+                for name, one in study["experiments"].items()
+            }
             shown = f"{column} of the users" if column else kind
             table = {"metric": metric, "kind": shown, "slices": chosen, "rows": rows}
-            tables.append(table | {"gaps": gaps if column and all(gaps.values()) else {}})
+            tables.append(table | {"gaps": gaps if column and all(map(all, gaps.values())) else {}})
     return tables
 
 
@@ -170,7 +174,8 @@ def _beyond(study: Mapping[str, Any]) -> dict[str, Any]:
     """
     cutoff = study["headline"].partition("@")[2]
     names = dict.fromkeys(name for one in study["experiments"].values() for name in one["beyond"])
-    by_column = {gap_name(m, column) for m in study["metrics"] for kind in _kinds(study) if (column := column_of(kind))}
+    of_groups = [column for kind in _kinds(study) if (column := column_of(kind))]
+    by_column = {of(m, column) for of in (gap_name, chance_name) for m in study["metrics"] for column in of_groups}
     columns = [name for name in names if name.partition("@")[2] == cutoff and name not in by_column]
     rows = {name: [one["beyond"].get(column) for column in columns] for name, one in study["experiments"].items()}
     return {"columns": columns, "rows": rows}

@@ -15,14 +15,14 @@ from cm3.common.files import read_json
 from cm3.common.tables import USERS, write_table
 from cm3.datasets.registry import parse_dataset
 from cm3.datasets.user_groups import group_users
-from cm3.reports.analysis.user_gap import group_gaps
+from cm3.reports.analysis.user_gap import chance_gaps, group_gaps
 from cm3.reports.analysis.user_groups import compared_groups, read_user_groups
 from cm3.reports.pages.study_page import study_page
 
 N_USERS = 120
 COUNTRY = [["DE", "FR", "<i>IT"][user % 3] if user % 30 else None for user in range(N_USERS)]
 AGE = [20 + user // 3 for user in range(N_USERS)]
-SMALL = ["big" if user < 100 else "small" if user < 110 else None for user in range(N_USERS)]
+SMALL = ["big" if user < 80 else "small" if user < 90 else None for user in range(N_USERS)]
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +96,10 @@ def test_means_and_gaps_of_groups_are_those_by_hand(study, metric: str):
             np.testing.assert_allclose(found["values"], gaps, rtol=1e-9)
 
 
-def test_small_groups_are_shown_but_are_in_no_gap(study):
+def test_small_groups_and_unknown_users_are_shown_but_are_in_no_gap(study):
     _, _, _, result = study
     sizes = {one["name"]: one["users"] for one in result["slices"] if one["kind"] == "users by size"}
-    assert list(sizes) == ["big", "small", "unknown"] and sizes["small"] == 10 and sizes["unknown"] == 10
+    assert list(sizes) == ["big", "small", "unknown"] and sizes["small"] == 10 and sizes["unknown"] == 30
     for entry in result["experiments"].values():
         assert not any("_gap_size" in name or "_gap_alone" in name for name in entry["beyond"])
 
@@ -120,7 +120,7 @@ def test_a_definition_says_how_the_column_is_cut(study):
     assert found["users by country", "DE"] == "test users with country DE"
     assert found["users by country", "unknown"] == "test users whose country is not known"
     assert found["users by age", "over 29 to 39"] == (
-        "test users with age over 29 to 39; cut at the quartiles of all users of the dataset whose value is known"
+        "test users with age over 29 to 39, cut at the quartiles of all users"
     )
 
 
@@ -144,9 +144,9 @@ def test_the_page_has_a_table_of_each_column_with_its_gap(study, tmp_path: Path)
     country = tables["Recall@10 by country of the users"]
     assert "&lt;i&gt;IT" in country and "<i>" not in country
     gap = read_json(folder / "comparison.json")["experiments"]["cm3"]["beyond"]["recall_gap_country@10"]["mean"]
-    assert ">Gap<" in country and f"{gap:.4f}".lstrip("0") in country
+    assert ">Gap<" in country and ">By chance up to<" in country and f"{gap:.4f}".lstrip("0") in country
     assert ">Gap<" not in tables["Recall@10 by size of the users"] and ">Gap<" not in tables["Recall@10 by users"]
-    assert "without groups of fewer than 20 test users" in text
+    assert "without unknown users and groups of fewer than 20 test users" in text
     beyond = text[text.index('id="beyond"') : text.index('id="geometry"')]
     assert "Recall gap@10" in beyond and "gap country" not in beyond
 
@@ -156,6 +156,22 @@ def test_the_gap_is_the_largest_mean_minus_the_smallest():
     masks = [np.array(mask, bool) for mask in ([1, 1, 0, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1])]
     assert group_gaps(values, ["recall@5", "ndcg@10"], masks, "age") == {"recall_gap_age@5": 0.25, "ndcg_gap_age@10": 1}
     assert group_gaps(values, ["recall@5"], masks[:1], "age") == {}
+
+
+def test_random_groups_have_a_smaller_gap_than_chance_gives_in_95_percent_of_draws():
+    rng = np.random.default_rng(1)
+    values = rng.random((300, 2)) < [0.1, 0.5]  # as hits: far from normal
+    labels = np.repeat(np.arange(4), (30, 50, 100, 120))
+    drawn = []
+    for _ in range(2000):
+        shuffled = rng.permutation(labels)
+        means = np.stack([values[shuffled == group].mean(0) for group in range(4)])
+        drawn.append(means.max(0) - means.min(0))
+    found = chance_gaps(values, ["recall@5", "ndcg@10"], [labels == group for group in range(4)], "age")
+    assert list(found) == ["recall_gap_age_chance@5", "ndcg_gap_age_chance@10"]
+    shares = (np.array(drawn) < list(found.values())).mean(0)
+    assert ((shares > 0.93) & (shares < 0.97)).all()
+    assert chance_gaps(values, ["recall@5"], [labels == 0], "age") == {}
 
 
 def test_groups_of_other_users_are_refused(groups: Path):
