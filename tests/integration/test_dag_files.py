@@ -149,6 +149,39 @@ def test_three_more_modalities_with_captions_of_the_images(shop: Checkout, vlm: 
     assert checkout.planned(METRICS) == {"extract": 1, "similarity": 1, "train": 1, "evaluate": 1, "publish": 1}
 
 
+def test_users_are_compared_by_a_table_that_no_training_reads(shop: Checkout, tmp_path: Path):
+    checkout = shop.clone(tmp_path / "copy")
+    named = config(None, image="looks")
+    named["datasets"]["mine"]["users"] = {
+        "path": "shop/people.jsonl",
+        "columns": {"user_id": "id", "groups": ["colour", "age"]},
+    }
+    named["studies"] = {"ours": {"experiments": ["mine"], "seeds": [42]}}
+    people = [{"id": f"c{n}", "colour": list(COLOURS)[n % 2], "age": n, "name": "Ann Onym"} for n in range(58)]
+    (checkout.folder / "shop/people.jsonl").write_text("".join(json.dumps(row) + "\n" for row in people))
+    checkout.configure(named)
+    page = "results/ours/comparison.html"
+    assert checkout.planned(page, METRICS) == {"user_groups": 1, "study_runs": 1, "study": 1, "study_page": 1}
+    checkout.run(page)
+    compared = json.loads((checkout.folder / "results/ours/comparison.json").read_text())
+    sizes = {one["name"]: one["users"] for one in compared["slices"] if one["kind"] == "users by colour"}
+    assert sizes == {"red": 29, "blue": 29, "unknown": 2}
+    (gap,) = compared["experiments"]["mine"]["beyond"]["recall_gap_colour@5"]["values"]
+    means = [
+        one["metrics"]["mine"]["recall@5"]["mean"]
+        for one in compared["slices"]
+        if one["kind"] == "users by colour" and one["name"] != "unknown"
+    ]
+    assert gap == pytest.approx(max(means) - min(means))
+    assert "Recall@5 by colour of the users" in (checkout.folder / page).read_text()
+    written = [path for path in checkout.folder.glob("[pr]*/**/*") if path.is_file() and path.suffix != ".pt"]
+    assert not any(b"Ann Onym" in path.read_bytes() for path in written)
+
+    with (checkout.folder / "shop/people.jsonl").open("a") as file:
+        file.write(json.dumps({"id": "c59", "colour": "red", "age": 3}) + "\n")
+    assert checkout.planned(page, METRICS) == {"user_groups": 1, "study": 1, "study_page": 1}
+
+
 def test_a_changed_image_a_new_line_and_moved_weights(shop: Checkout, tmp_path: Path):
     checkout = shop.clone(tmp_path / "copy")
     everything = {"images": 1, "extract": 1, "similarity": 1, "train": 1, "evaluate": 1, "publish": 1}

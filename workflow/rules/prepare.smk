@@ -91,10 +91,10 @@ rule user_groups:
         record="processed/{dataset}/user_groups.stage.json",
     log:
         "logs/{dataset}/user_groups.log",
-    conda:
-        "../../environment.yml"
     # before trainings, so that a fault of the table is reported first
     priority: 1
+    conda:
+        "../../environment.yml"
     resources:
         mem_mb=needs.mem_mb("user-groups"),
         runtime=needs.runtime("user-groups"),
