@@ -110,7 +110,7 @@ def _read_known(spec: Mapping[str, Any], inputs: Mapping[str, Path], ids: pa.Arr
         tables.append(table.set_column(0, "user", user).take(pa.array(known)))
         places.append(np.column_stack([np.full(len(known), len(parts)), known]))
         parts.append(place)
-        example = example or table["user"][0].as_py()
+        example = example or next(iter(table["user"].slice(0, 1).to_pylist()), "")
         n_read += len(table)
     return KnownRows(pa.concat_tables(tables), np.concatenate(places), parts, n_read, example)
 

@@ -215,11 +215,12 @@ def user_groups_inputs(config: Config, dataset: str) -> dict[str, str]:
     chosen = config.datasets[dataset]
     inputs = chosen.user_groups_inputs(dataset)
     if not inputs:
-        hint = "; name them in users.columns.groups" if chosen.source == "files" else ""
+        keys = {"files": "users.columns.groups", "recbole": "user_groups"}
+        hint = f"; name them in {keys[chosen.source]}" if chosen.source in keys else ""
         raise UserError(f"datasets.{dataset}: names no columns of users to compare{hint}")
     if config.local:
         for path in inputs.values():
-            check_readable(Path(path), f"datasets.{dataset}.users.path")
+            check_readable(Path(path), f"datasets.{dataset}.users.path" if chosen.source == "files" else "")
     return inputs | {"users": f"processed/{dataset}/users.parquet"}
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cm3.common.errors import UserError
 from cm3.common.input_files import contents_of
@@ -11,7 +11,7 @@ from cm3.common.paths import expand
 from cm3.common.strict import Float, Strict
 from cm3.common.tables import SPLITS
 from cm3.datasets.images.config import Images, Names
-from cm3.datasets.spec import SourceWithImages
+from cm3.datasets.spec import SourceWithImages, check_group_names
 
 
 class AtomicColumns(Strict):
@@ -46,6 +46,7 @@ class RecBoleSpec(SourceWithImages):
     version = 1
     libraries = ("pyarrow",)
     reader = "cm3.datasets.recbole.reader:Reader"
+    user_reader = "cm3.datasets.recbole.user_table:read_users"
     own = True
 
     source: Literal["recbole"]
@@ -79,6 +80,12 @@ class RecBoleSpec(SourceWithImages):
     )
     columns: AtomicColumns = Field(default=AtomicColumns(), description="Columns of the .inter file.")
     items: AtomicItemColumns = Field(default=AtomicItemColumns(), description="Columns of the .item file.")
+    user_groups: Names | None = Field(
+        default=None,
+        min_length=1,
+        description="Columns of the .user file to compare users by, without their types, such as [age, gender]; read for "
+        "studies only, and a change of it trains nothing.",
+    )
     unknown_items: Literal["drop", "keep", "error"] = Field(
         default="keep", description="As for every dataset. Default keep: RecBole needs no row in the .item file either."
     )
@@ -91,6 +98,11 @@ class RecBoleSpec(SourceWithImages):
         if self.images is not None and self.images.folder is None and not self.images.hosts:
             raise ValueError("images needs a folder, or hosts that images may be downloaded from")
         return self
+
+    @field_validator("user_groups")
+    @classmethod
+    def _can_be_columns(cls, value: list[str] | None) -> list[str] | None:
+        return value and check_group_names(value)
 
     @property
     def _place(self) -> Path:
@@ -138,6 +150,20 @@ class RecBoleSpec(SourceWithImages):
             "seq_separator": self.seq_separator,
             "columns": self.columns.identity(),
             "items": self.items.identity(),
+        }
+
+    def user_groups_inputs(self, name: str) -> dict[str, str]:
+        """Return the .user file, if some of its columns are named."""
+        return {"user_table": str(self._file("user"))} if self.user_groups else {}
+
+    def user_groups_spec(self) -> dict[str, Any]:
+        """Return the spec of the user-groups stage."""
+        columns = {"user": self.columns.user, "groups": self.user_groups}
+        return {
+            **super().user_groups_spec(),
+            "malformed": self.malformed,
+            "field_separator": self.field_separator,
+            "columns": columns,
         }
 
     def held_in_memory(self, path: str) -> bool:

@@ -35,19 +35,26 @@ def as_csv(rows: list[dict[str, Any]], mark: str = ",", header: bool = True) -> 
     return "".join(f"{line}\n" for line in ([mark.join(rows[0])] if header else []) + lines)
 
 
+def grouped(folder: Path, data: dict[str, Any]) -> tuple[dict[str, list[str]], dict[str, Any]]:
+    """Prepare a dataset and group its users; return the group of each by column, and what the stage returns."""
+    run_prepare(folder, data)
+    spec = parse_dataset("mine", data, "datasets.mine")
+    inputs = {name: Path(path) for name, path in spec.user_groups_inputs("mine").items()}
+    output = folder / "user_groups.parquet"
+    facts = group_users(spec.user_groups_spec(), inputs, folder / "users.parquet", output)
+    found = read_parquet(output).to_pydict()
+    assert found.pop("user") == list(range(facts["users"]))
+    return found, facts
+
+
 def group(folder: Path, path: Path, users: int = 4, groups: Any = None, **layout: Any) -> dict[str, list[str]]:
     """Group the users u0, u1, ... of a small dataset by a table; return the group of each by column."""
     pairs = folder / "pairs.csv"
     pairs.write_text("user,item\n" + "".join(f"u{user},i{item}\n" for user in range(users) for item in range(2)))
     table = {"path": str(path), "columns": {"groups": groups or ["country", "age"]}, **layout}
     data = {"source": "files", "kcore": 0, "interactions": {"path": str(pairs)}, "users": table}
-    run_prepare(folder, data)
-    spec = parse_dataset("mine", data, "datasets.mine")
-    inputs = {name: Path(name_) for name, name_ in spec.user_groups_inputs("mine").items()}
-    output = folder / "user_groups.parquet"
-    facts = group_users(spec.user_groups_spec(), inputs, folder / "users.parquet", output)
-    found = read_parquet(output).to_pydict()
-    assert found.pop("user") == list(range(users)) and facts["users"] == users
+    found, facts = grouped(folder, data)
+    assert facts["users"] == users
     assert {name: sum(sizes.values()) for name, sizes in facts["groups"].items()} == dict.fromkeys(found, users)
     return found
 
@@ -208,6 +215,48 @@ def test_lists_of_json_are_refused(tmp_path: Path):
     (tmp_path / "users.jsonl").write_text(jsonl([{"user_id": "u0", "x": "a"}, {"user_id": "u1", "x": ["a", "b"]}]))
     with pytest.raises(UserError, match=r"users\.jsonl, line 2: x = '\[.*' is a list or an object"):
         group(tmp_path, tmp_path / "users.jsonl", groups="x")
+
+
+def recbole(folder: Path, user_file: str, groups: Any = ("age", "country")) -> dict[str, list[str]]:
+    shop = folder / "shop"
+    shop.mkdir()
+    pairs = "".join(f"u{user}\ti{item}\n" for user in range(4) for item in range(2))
+    (shop / "shop.inter").write_text(f"user_id:token\titem_id:token\n{pairs}")
+    (shop / "shop.user").write_text(user_file)
+    return grouped(folder, {"source": "recbole", "folder": str(shop), "kcore": 0, "user_groups": list(groups)})[0]
+
+
+USER_HEADER = "user_id:token\tage:float\tCOUNTRY:token\tnames:token_seq\n"
+
+
+def test_the_user_file_of_recbole(tmp_path: Path):
+    rows = ["u0\t34.0\tDE\ta b", "u1\t7\t FR \t", "x\t1\tIT\t", "u3\t\tDE\t", "\t5\tIT\t"]
+    assert recbole(tmp_path, USER_HEADER + "\n".join(rows) + "\n") == EXPECTED
+
+
+@pytest.mark.parametrize(
+    ("table", "groups", "complaint"),
+    [
+        (
+            USER_HEADER + "u0\t1\tDE\t\n",
+            ["names"],
+            r"shop\.user: column 'names' is of type token_seq; users are compared",
+        ),
+        (USER_HEADER + "u0\t1\tDE\t\n", ["gender"], r"shop\.user: has no column 'gender'"),
+        (USER_HEADER, ["age"], r"shop\.user: has no users, only a header"),
+        ("", ["age"], r"shop\.user: is empty"),
+        (USER_HEADER + "\t1\tDE\t\n", ["age"], r"none of its 0 rows has the id of a user of the dataset"),
+        (USER_HEADER + "u0\t1\n", ["age"], r"1 of 1 lines are malformed"),
+        (
+            USER_HEADER + "u0\t1\tDE\t\nu0\t2\tDE\t\n",
+            ["age"],
+            r"shop\.user, line 3: user 'u0' has age = '2', but '1' in",
+        ),
+    ],
+)
+def test_bad_user_files_of_recbole(tmp_path: Path, table: str, groups: list[str], complaint: str):
+    with pytest.raises(UserError, match=complaint):
+        recbole(tmp_path, table, groups)
 
 
 @pytest.mark.parametrize(
