@@ -24,7 +24,7 @@ class CEASE(LinearAutoencoder, Weighted):
     name: Literal["cease"] = "cease"
     l2: Float = Field(300.0, gt=0, description="lambda: penalty on the squared weights")
     content_weight: Float = Field(
-        0.3,
+        0.5,
         ge=0,
         description="weight of the features' cosines next to co-occurrence; at 1 both have the same trace, at 0 this is ease",
     )
