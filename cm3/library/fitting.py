@@ -62,7 +62,7 @@ def fit(
         training: settings of `cm3.config.Training`, such as {"epochs": 50, "seed": 1, "device": "cuda"}.
         valid_share: share of the interactions that is held out, between 0 and 1.
         rerank: models whose scores order the first items of the lists anew (docs/reranking.md), such as
-            {"by": ["cease"]} or {"by": {"ease": {"l2": 200}, "itemknn-content": {}}, "top": 100}; the weights are chosen on the
+            {"by": ["cease", "itemknn-content"]} or {"by": {"ease": {"l2": 200}}, "top": 100}; the weights are chosen on the
             interactions that are held out. The keys are those of an experiment, without `of`. The models are trained
             with those of the `training` settings that they support and have no default of their own for.
         reduce: reduction by modality of wide features to fewer numbers before training (docs/extractors.md), such as

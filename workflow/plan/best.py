@@ -1,6 +1,6 @@
 """The preset `best`: CM3 with the words of the texts as a modality, re-ranked by co-occurrence and content."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from cm3.baselines.cease import CEASE
@@ -14,6 +14,7 @@ BEST = "best"
 WORDS = "words"
 """Modality that the preset adds."""
 _WORDS_BACKEND = "tfidf"
+_CONTENT = "itemknn-content"
 
 
 def with_best(
@@ -26,7 +27,7 @@ def with_best(
     The entry `E: {like: X, preset: best}` becomes a re-ranking of `E-cm3`: X with the modality `words` and with further keys of
     E. Without either it is a re-ranking of X itself: words are added where X reads texts by an extractor of modality text, no
     words yet, and sets no `modality_weights`, and the configuration has an extractor of the backend tfidf. The
-    experiment that helps is `E-cease`; for more items than CEASE takes, `E-itemknn` and `E-itemknn-content`. An entry of the
+    experiments that help are `E-cease` (`E-itemknn` for more items than CEASE takes) and `E-itemknn-content`. An entry of the
     user with one of these names is used as it is.
     """
     found: dict[str, dict[str, Any]] = {}
@@ -51,7 +52,7 @@ def with_best(
             kept = derived.get(f"{name}-cm3", {"like": base})
             base = f"{name}-cm3"
             derived[base] = kept | {"modalities": {**whole["modalities"], WORDS: words}}
-        helpers = [f"{name}-{model}" for model in _helping_models(whole, datasets)]
+        helpers = [f"{name}-{model}" for model in (_co_occurrence(whole, datasets), _CONTENT)]
         found[name] = {"like": base, "model": {"name": "rerank", "of": base, "by": helpers}}
         derived |= {helper: {"like": base, "model": {"name": helper.removeprefix(f"{name}-")}} for helper in helpers}
         found |= {other: section for other, section in derived.items() if other not in experiments}
@@ -63,11 +64,11 @@ def _is_cm3(section: Mapping[str, Any]) -> bool:
     return "dataset" in section and isinstance(model, dict) and model.get("name", DEFAULT_MODEL) == DEFAULT_MODEL
 
 
-def _helping_models(section: Mapping[str, Any], datasets: Mapping[str, SourceSpec]) -> Sequence[str]:
-    """Return the models: from the expected number of items, so that the plan does not depend on what is on disk."""
+def _co_occurrence(section: Mapping[str, Any], datasets: Mapping[str, SourceSpec]) -> str:
+    """Return the model: from the expected number of items, so that the plan does not depend on what is on disk."""
     dataset = datasets.get(str(section.get("dataset")))
     items = dataset.expected_counts().get("items", 0) if dataset else 0
-    return ["itemknn", "itemknn-content"] if items > CEASE.model_fields["max_items"].default else ["cease"]
+    return "itemknn" if items > CEASE.model_fields["max_items"].default else "cease"
 
 
 def _words(section: Mapping[str, Any], extractors: Mapping[str, BackendSpec]) -> str | None:

@@ -101,10 +101,12 @@ def best(entry: dict[str, Any], **changes: Any) -> Config:
 def test_the_preset_best_reranks_what_it_is_like_without_training_it_again():
     config = best({"like": "cm3"})
     model = config.experiments["top"].model
-    assert isinstance(model, Rerank) and (model.of, model.by) == ("cm3", ["top-cease"])
+    assert isinstance(model, Rerank) and (model.of, model.by) == ("cm3", ["top-cease", "top-itemknn-content"])
     raw = copy.deepcopy(CONFIG)
-    like = {"like": "cm3", "model": {"name": "rerank", "of": "cm3", "by": ["top-cease"]}}
-    raw["experiments"] |= {"top": like, "top-cease": {"like": "cm3", "model": {"name": "cease"}}}
+    like = {"like": "cm3", "model": {"name": "rerank", "of": "cm3", "by": ["top-cease", "top-itemknn-content"]}}
+    raw["experiments"] |= {"top": like} | {
+        f"top-{name}": {"like": "cm3", "model": {"name": name}} for name in ("cease", "itemknn-content")
+    }
     written = load_config(raw)
     assert written.experiments == config.experiments
     assert runs.selected_run(written, "top") == runs.selected_run(config, "top")
@@ -114,7 +116,7 @@ def test_the_preset_best_reranks_what_it_is_like_without_training_it_again():
 def test_further_settings_of_the_preset_best_are_those_of_cm3():
     config = best({"like": "cm3", "model": {"gamma": 0.5}, "training": {"seed": 3}})
     model, base = config.experiments["top"].model, config.experiments["top-cm3"]
-    assert isinstance(model, Rerank) and model.of == "top-cm3" and model.by == ["top-cease"]
+    assert isinstance(model, Rerank) and model.of == "top-cm3" and model.by == ["top-cease", "top-itemknn-content"]
     assert base.model.gamma == 0.5 and base.training.seed == config.experiments["top"].training.seed == 3  # type: ignore[attr-defined]
     whole = best({"dataset": "shop", "modalities": {"image": "looks"}})
     assert whole.experiments["top-cm3"].modalities == {"image": "looks"}
