@@ -30,9 +30,9 @@ class CEASE(LinearAutoencoder, Weighted):
     )
 
     def training_estimate(self, sizes: Sizes, *, epochs: int, batch_size: int) -> Estimate:
-        """Add the features in float64 to the estimate of EASE."""
+        """Add the features in float32 and float64 to the estimate of EASE."""
         base = super().training_estimate(sizes, epochs=epochs, batch_size=batch_size)
-        return Estimate(base.memory_mb + sum(rows * dim for rows, dim in sizes.features) * 8 / MEGABYTE, base.minutes)
+        return Estimate(base.memory_mb + sum(rows * dim for rows, dim in sizes.features) * 12 / MEGABYTE, base.minutes)
 
     def solve(self, inputs: "Inputs", device: "torch.device") -> "ItemWeights":
         """See `cm3.baselines.closed_forms.cease`."""

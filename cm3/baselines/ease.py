@@ -26,9 +26,9 @@ class LinearAutoencoder(ClosedForm):
     )
 
     def training_estimate(self, sizes: Sizes, *, epochs: int, batch_size: int) -> Estimate:
-        """Add three float64 matrices of items by items, and time cubic in the items."""
+        """Add a float64 and a float32 matrix of items by items and their rows in the file, and time cubic in the items."""
         base = super().training_estimate(sizes, epochs=epochs, batch_size=batch_size)
-        memory = base.memory_mb + 3 * sizes.items**2 * 8 / MEGABYTE
+        memory = base.memory_mb + sizes.items**2 * 16 / MEGABYTE
         return Estimate(memory, base.minutes + sizes.items**3 / 1e11 / 60)
 
     def exported_mb(self, sizes: Sizes) -> float:

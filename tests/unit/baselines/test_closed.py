@@ -197,7 +197,7 @@ def test_ease_is_ridge_regression_of_each_item_on_the_others(l2):
 
 def test_ease_of_too_many_items_is_refused_with_the_reason():
     x = sp.csr_matrix((3, 63_001))
-    with pytest.raises(UserError, match=r"63001 x 63001 items, which takes about 95 GB .* use itemknn"):
+    with pytest.raises(UserError, match=r"63001 x 63001 items, which takes about 48 GB .* use itemknn"):
         EASE().solve(Inputs(x), CPU)
     with pytest.raises(UserError, match=r"model\.max_items = 11"):
         EASE(max_items=11).solve(Inputs(shop(0)), CPU)
