@@ -36,10 +36,21 @@ def zeros(shape: Sequence[int], dtype: Any = np.float32) -> np.ndarray:
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if size <= SHARE * free_memory():
         return np.zeros(shape, dtype)
-    folder = tempfile.gettempdir()
     log.info(
-        "%.1f GB of vectors need too much of the free memory; they are in a temporary file in %s", size / 1e9, folder
+        "%.1f GB of vectors need too much of the free memory; they are in a temporary file in %s",
+        size / 1e9,
+        tempfile.gettempdir(),
     )
+    return mapped_zeros(shape, dtype)
+
+
+def mapped_zeros(shape: Sequence[int], dtype: Any = np.float32) -> np.ndarray:
+    """Return an array of zeros that is memory-mapped from a file without a name in the temporary folder.
+
+    Raises:
+        UserError: the folder has no room for it.
+    """
+    size, folder = math.prod(shape) * np.dtype(dtype).itemsize, tempfile.gettempdir()
     with tempfile.TemporaryFile(dir=folder) as file:
         try:
             # With blocks not reserved, a full disk would kill the process by a signal at a later write.

@@ -19,6 +19,7 @@ from cm3.config import Training
 from cm3.evaluation.ranking import Validation
 from cm3.model.network import Embeddings, Loss, Network
 from cm3.model.sampling import Batch, Sampler, derived_seed
+from cm3.training.adam import Adam
 from cm3.training.checkpoint import Checkpoint
 from cm3.training.cuda_graph import StaticStep, are_full, graphed_step
 from cm3.training.curves import Curves
@@ -171,12 +172,7 @@ class TrainingRun:
         self.model, self.sampler, self.settings, self.checkpoint = model, sampler, settings, checkpoint
         self.validation, self.test = validation, test
         self.device = sampler.users.device
-        self.optimiser = torch.optim.Adam(
-            model.parameters(),
-            lr=settings.lr,
-            weight_decay=settings.weight_decay,
-            fused=self.device.type in ("cpu", "cuda"),
-        )
+        self.optimiser = Adam(model.parameters(), settings.lr, settings.weight_decay)
         self.per_step = batches_per_step(settings, len(sampler.users))
         self.steps = -(-sampler.n_batches // self.per_step)
         if settings.batches_per_step == "auto":
@@ -236,8 +232,7 @@ class TrainingRun:
     def step(self, batches: Sequence[Batch]) -> None:
         """Take one step of Adam on the mean loss of some batches."""
         settings, state = self.settings, self.state
-        for group in self.optimiser.param_groups:
-            group["lr"] = settings.lr * lr_factor(settings, state.epoch, state.step, self.steps)
+        self.optimiser.lr = settings.lr * lr_factor(settings, state.epoch, state.step, self.steps)
         state.losses[state.step] = self.gradients(batches)
         self.optimiser.step()
 
@@ -255,7 +250,7 @@ class TrainingRun:
             )
         if self.static_step is not None and self.static_step.fits(batches):
             return self.static_step.run(batches, self.model.random_draws(self._seed()))
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimiser.zero_grad()
         loss = self.model.backward(batches, self._seed())
         if self.device.type == "cpu":
             self.check_finite(loss)
@@ -265,7 +260,7 @@ class TrainingRun:
 
     def static_gradients(self, batches: Sequence[Batch], draws: Sequence[Tensor]) -> Tensor:
         """Do what `gradients` does, given the random draws, by operations that a CUDA graph can hold."""
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimiser.zero_grad()
         return self._recorded(self.model.backward_drawn(batches, draws))
 
     def _recorded(self, loss: Loss) -> Tensor:

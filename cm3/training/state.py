@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from cm3.model.network import Network
+from cm3.training.adam import Adam
 from cm3.training.checkpoint import Checkpoint
 
 
@@ -36,18 +37,15 @@ class State:
     best: Best = field(default_factory=Best)
     history: list[dict[str, Any]] = field(default_factory=list)
 
-    def save(self, checkpoint: Checkpoint, model: Network, optimiser: torch.optim.Optimizer) -> None:
+    def save(self, checkpoint: Checkpoint, model: Network, optimiser: Adam) -> None:
         """Write the state, the parameters and the optimiser's moments to the checkpoint."""
-        tensors = {f"model.{name}": p for name, p in model.named_parameters()}
-        for index, values in optimiser.state_dict()["state"].items():
-            tensors.update({f"optimiser.{index}.{name}": value for name, value in values.items()})
+        tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in model.named_parameters()}
+        tensors |= {f"optimiser.{name}": value for name, value in optimiser.tensors().items()}
         counts = {"epoch": self.epoch, "step": self.step, "stale": self.stale, "best": asdict(self.best)}
         checkpoint.save({**tensors, "parts": self.losses}, {**counts, "history": self.history})
 
     @staticmethod
-    def load(
-        checkpoint: Checkpoint, model: Network, optimiser: torch.optim.Optimizer, losses: Tensor
-    ) -> "State | None":
+    def load(checkpoint: Checkpoint, model: Network, optimiser: Adam, losses: Tensor) -> "State | None":
         """Return the checkpoint's state and restore parameters and moments; None where there is no checkpoint."""
         stored = checkpoint.load()
         if stored is None:
@@ -56,12 +54,8 @@ class State:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(tensors[f"model.{name}"])
-        whole = optimiser.state_dict()
-        for name, value in tensors.items():
-            if name.startswith("optimiser."):
-                _, index, key = name.split(".")
-                whole["state"].setdefault(int(index), {})[key] = value
-        optimiser.load_state_dict(whole)
+        moments = {name: value for name, value in tensors.items() if name.startswith("optimiser.")}
+        optimiser.load({name.removeprefix("optimiser."): value for name, value in moments.items()})
         counts["best"] = Best(**counts["best"])
         losses[:, : tensors["parts"].shape[1]] = tensors["parts"]  # earlier versions stored no norms
         return State(losses, **counts)

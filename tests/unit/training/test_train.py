@@ -20,6 +20,7 @@ from cm3.common.tables import SIMILARITY, read_table, write_table
 from cm3.config import Model
 from cm3.model.model import CM3
 from cm3.model.sampling import derived_seed, mixing_parameters
+from cm3.training.adam import Adam
 
 
 @pytest.mark.parametrize("modalities", [("text",), ("text", "image"), ("text", "image", "caption", "sound", "video")])
@@ -175,7 +176,7 @@ def test_missing_features_take_the_mean_of_the_others_or_zero(tmp_path, policy, 
 
 
 def test_a_loss_that_is_not_finite_names_its_cause(shop, tmp_path, monkeypatch):
-    step, steps = torch.optim.Adam.step, 0
+    step, steps = Adam.step, 0
 
     def poison(self, *arguments):
         nonlocal steps
@@ -183,9 +184,9 @@ def test_a_loss_that_is_not_finite_names_its_cause(shop, tmp_path, monkeypatch):
         steps += 1
         if steps == 5:
             with torch.no_grad():
-                self.param_groups[0]["params"][0].view(-1)[0] = float("nan")
+                self.parameters[0].view(-1)[0] = float("nan")
 
-    monkeypatch.setattr(torch.optim.Adam, "step", poison)
+    monkeypatch.setattr(Adam, "step", poison)
     # 240 training pairs in batches of 64: the sixth step is batch 2 of epoch 2.
     with pytest.raises(
         UserError, match=r"epoch 2, batch 2: the loss is not finite, in alignment.*cause: parameter users"
