@@ -74,7 +74,7 @@ class Adam:
     def _moments_of(self, position: int) -> dict[str, Tensor]:
         if position not in self._moments:
             parameter = self.parameters[position]
-            count = torch.zeros((), device=parameter.device if parameter.device.type == "cuda" else None)
+            count = torch.tensor(0.0, device=parameter.device if parameter.device.type == "cuda" else "cpu")
             self._moments[position] = {
                 "step": count,
                 "exp_avg": self._zeros_like(parameter),
