@@ -42,10 +42,11 @@ class SparseMatrix(nn.Module):
         self.register_buffer("columns", torch.from_numpy(matrix.indices.astype(index)), persistent=False)
         self.register_buffer("values", torch.from_numpy(matrix.data.copy()), persistent=False)
         self._csr: dict[torch.dtype, Tensor] = {}
+        self._sides: dict[int, tuple[Entries, Entries]] = {}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # The buffers move to another device or type: the matrices made of them are out of date.
-        self._csr = {}
+        self._csr, self._sides = {}, {}
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def product(self, x: Tensor) -> Tensor:
@@ -59,32 +60,18 @@ class SparseMatrix(nn.Module):
         weighted = x.index_select(0, self.columns) * self.values.to(x.dtype)[:, None]
         return x.new_zeros((self.shape[0], x.shape[1])).index_add_(0, rows, weighted)
 
-    def rows(self, ids: Tensor) -> "Entries":
-        """Return the rows `ids` (n,), repetitions allowed, as a matrix of n rows; on the CPU."""
-        starts, ends = self.offsets[ids].long(), self.offsets[ids + 1].long()
-        offsets = functional.pad((ends - starts).cumsum(0), (1, 0))
-        total = int(offsets[-1])
-        places = torch.arange(total) + (starts - offsets[:-1]).repeat_interleave(ends - starts, output_size=total)
-        columns, values = (some.index_select(0, places) for some in (self.columns, self.values))
-        return Entries(offsets.to(self.offsets.dtype), columns, values)
+    def sides(self, first: int) -> "tuple[Entries, Entries]":
+        """Return the rows before `first` and those from there on, as matrices of the columns that they have entries in.
 
-    def rows_from(self, first: int) -> "Entries":
-        """Return the rows from `first` on; on the CPU."""
-        start = int(self.offsets[first])
-        return Entries(self.offsets[first:] - start, self.columns[start:], self.values[start:])
-
-    def with_columns(self, kept: Tensor, first: int) -> "Entries":
-        """Return the matrix with 0 in the rows from `first` on where `kept` (first,) bool is false, on the CPU.
-
-        These rows have entries in the columns before `first` only, as the items' rows of a user-item graph.
+        Of a user-item graph, whose users are its first rows: the users' rows over the items, and the items' over the users.
+        On the CPU; both are kept.
         """
-        start, rest = int(self.offsets[first]), self.rows_from(first)
-        wanted = kept.index_select(0, rest.columns)
-        before = torch.zeros(len(wanted) + 1, dtype=self.offsets.dtype)
-        torch.cumsum(wanted, 0, out=before[1:])
-        places = wanted.nonzero().squeeze(1) + start
-        columns, values = (torch.cat([some[:start], some[places]]) for some in (self.columns, self.values))
-        return Entries(torch.cat([self.offsets[:first], before[rest.offsets] + start]), columns, values)
+        if first not in self._sides:
+            start = int(self.offsets[first])
+            before = Entries(self.offsets[: first + 1], self.columns[:start] - first, self.values[:start])
+            after = Entries(self.offsets[first:] - start, self.columns[start:], self.values[start:])
+            self._sides[first] = before, after
+        return self._sides[first]
 
     def csr_product(self, x: Tensor) -> Tensor:
         """Return the product with `x` (K, D) through torch's sparse kernel, the fastest one on a CUDA GPU."""
@@ -119,6 +106,23 @@ class Entries:
         return functional.embedding_bag(
             self.columns, x, self.offsets, mode="sum", per_sample_weights=values, include_last_offset=True
         )
+
+    def rows(self, ids: Tensor) -> "Entries":
+        """Return the rows `ids` (n,), repetitions allowed, as a matrix of n rows."""
+        starts, ends = self.offsets[ids].long(), self.offsets[ids + 1].long()
+        offsets = functional.pad((ends - starts).cumsum(0), (1, 0))
+        total = int(offsets[-1])
+        places = torch.arange(total) + (starts - offsets[:-1]).repeat_interleave(ends - starts, output_size=total)
+        columns, values = (some.index_select(0, places) for some in (self.columns, self.values))
+        return Entries(offsets.to(self.offsets.dtype), columns, values)
+
+    def with_columns(self, kept: Tensor) -> "Entries":
+        """Return the matrix with 0 in the columns where `kept` (K,) bool is false."""
+        wanted = kept.index_select(0, self.columns)
+        before = torch.zeros(len(wanted) + 1, dtype=self.offsets.dtype)
+        torch.cumsum(wanted, 0, out=before[1:])
+        places = wanted.nonzero().squeeze(1)
+        return Entries(before[self.offsets], self.columns[places], self.values[places])
 
 
 def user_item_matrix(interactions: sp.csr_matrix) -> sp.csr_matrix:

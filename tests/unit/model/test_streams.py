@@ -7,7 +7,9 @@ import scipy.sparse as sp
 import torch
 
 from cm3.model.graph import SparseMatrix, user_item_matrix
+from cm3.model.layer_sums import Joint, Sides
 from cm3.model.streams import propagate_streams
+from cm3.model.unit_rows import UnitRows
 
 USERS, ITEMS, STREAMS, DIM = 12, 9, 3, 4
 
@@ -82,3 +84,32 @@ def test_a_user_of_zeros_stays_zero_and_gets_a_finite_gradient(interactions):
     found = propagate_streams(SparseMatrix(user_item_matrix(interactions)), users, items, 1)
     (gradient,) = torch.autograd.grad(found[0].square().sum(), users)
     assert torch.isfinite(found[0]).all() and torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("layers", [0, 1, 2, 3])
+@pytest.mark.parametrize("ids", [None, [3, 0, 3, 4], list(range(USERS))], ids=["whole", "few", "all"])
+def test_users_and_items_in_turn_are_those_of_one_table_to_the_last_bit(interactions, layers, ids):
+    users, items = (x.detach() for x in leaves(torch.float32, "cpu"))
+    adjacency = SparseMatrix(user_item_matrix(interactions))
+    chosen, columns = None if ids is None else torch.tensor(ids), slice(DIM, 3 * DIM)
+    results = []
+    for kind in (Sides, Joint):
+        sums = kind(adjacency, layers, USERS, chosen)
+        given = UnitRows(users, torch.empty(USERS, STREAMS, 1), slice(1, 3))
+        generator = torch.Generator().manual_seed(2)
+        rows = (USERS if ids is None else len(ids), ITEMS)
+        grads = [torch.randn(n, STREAMS * DIM, generator=generator) for n in rows]
+        grads[1][2] = -0.0
+        found = sums.forward(given, items[:, columns])
+        results.append([*found, *sums.backward(*(grad[:, columns] for grad in grads))])
+    for a, b in zip(*results, strict=True):
+        assert a.numpy().tobytes() == b.numpy().tobytes()
+
+
+def test_sums_share_no_memory_with_what_they_are_of(interactions):
+    users, items = (x.detach() for x in leaves(torch.float32, "cpu"))
+    for layers in (0, 1):
+        sums = Sides(SparseMatrix(user_item_matrix(interactions)), layers, USERS, None)
+        found = sums.forward(UnitRows(users, torch.empty(USERS, STREAMS, 1), slice(0, STREAMS)), items)
+        assert found[1].data_ptr() != items.data_ptr()
+        assert sums.backward(found[0], items)[1].data_ptr() != items.data_ptr()
