@@ -16,6 +16,7 @@ from cm3.common.files import sha256_of
 from cm3.common.interactions import LEARNT_FROM, read_interactions
 from cm3.common.keys import key_of
 from cm3.common.strict import validate
+from cm3.common.tables import release_memory
 from cm3.common.tensors import write_tensors
 from cm3.config import Training
 from cm3.evaluation.item_weights import ItemWeights
@@ -93,6 +94,7 @@ def train(
         with memory_advice(f"copying the model to {device.type}", memory_hint(training)):
             network = network.to(device)
         inputs = replace(inputs, features={}, neighbours={})  # the network has its own copies
+        release_memory()
         curves = model_output.parent / "tensorboard"
         sampler = training_sampler(
             data,
@@ -102,6 +104,7 @@ def train(
             dedup_pairs=getattr(model, "dedup_pairs", False),
             advice="use a model without negative samples, such as directau, or remove such users",
         )
+        data = data.without_rows()
         trial = read_trial(model_output.parent)
         trackers = Trackers(training.trackers, model_output.parent, identity)
         fitted = fit(network, sampler, scored[0], training, checkpoint, scored[1], curves, None, trial, trackers)

@@ -4,7 +4,7 @@ import functools
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,12 @@ class Interactions:
         for values, kind in ((self.users, "<i8"), (self.items, "<i8"), (self.split, "<i1")):
             digest.update(np.ascontiguousarray(values[learnt], kind).tobytes())
         return digest.hexdigest()
+
+    def without_rows(self) -> "Interactions":
+        """Return the ids with the digest of these interactions, and no interaction."""
+        found = replace(self, users=self.users[:0].copy(), items=self.items[:0].copy(), split=self.split[:0].copy())
+        vars(found)["digest"] = self.digest
+        return found
 
     def check_learnt_from(self, path: str | os.PathLike[str], metadata: Mapping[str, Any]) -> None:
         """Compare the interactions that a model learnt from with these.

@@ -191,6 +191,11 @@ def read_table(path: str | os.PathLike[str], schema: pa.Schema, columns: Sequenc
         return file.read(None if columns is None else list(columns))
 
 
+def release_memory() -> None:
+    """Give the memory that Arrow keeps for further reads back to the operating system."""
+    pa.default_memory_pool().release_unused()
+
+
 @contextlib.contextmanager
 def reading_parquet(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn errors of reading a Parquet file into a UserError that names the file."""

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cm3.common.arrays import blocks
+
 NegativeSampling = Literal["negative", "positive", "uniform"]
 """How a pair's second item is chosen: not in the user's pairs, the pair's own, or any."""
 
@@ -65,7 +67,7 @@ class Sampler:
         """Take (E,) user and item indices; the device is theirs.
 
         Args:
-            users, items: the training pairs.
+            users, items: the training pairs, int32 or int64; the samplers of both draw the same.
             n_items: I.
             batch_size: pairs per batch.
             negative_sampling: items not in the user's pairs (negative), the pairs' own (positive), any (uniform).
@@ -78,7 +80,7 @@ class Sampler:
         self.users, self.items, self.n_items = users, items, n_items
         self.batch_size, self.dedup_pairs, self.seed = batch_size, dedup_pairs, seed
         self.negative_sampling = negative_sampling
-        self.seen = torch.unique(users * n_items + items)
+        self.seen = torch.unique(users.long() * n_items + items)
         if negative_sampling == "negative":
             most, user = torch.bincount(self.seen // n_items).max(0)
             if most >= n_items:
@@ -93,36 +95,38 @@ class Sampler:
         """Yield the batches of epoch `number` from batch `first` on."""
         generator = seeded_generator(self.users.device, derived_seed(self.seed, number))
         order = torch.randperm(len(self.users), generator=generator, device=self.users.device)
-        users, items = self.users[order], self.items[order]
-        del order
-        negatives = items if self.negative_sampling == "positive" else self._draw(users, generator)
-        parts = zip(
-            users.split(self.batch_size),
-            items.split(self.batch_size),
-            negatives.split(self.batch_size),
-            count_by_batch(users, self.batch_size, self.dedup_pairs),
-            count_by_batch(negatives, self.batch_size, self.dedup_pairs),
-            strict=True,
-        )
-        for part in itertools.islice(parts, first, None):
-            yield Batch(*part)
+        drawn = None if self.negative_sampling == "positive" else self._draw(self.users[order], generator)
+        order = order.to(self.users.dtype)
+        yield from itertools.islice(self._batches(order, drawn), first, None)
+
+    def _batches(self, order: Tensor, drawn: Tensor | None) -> Iterator[Batch]:
+        size = self.batch_size
+        for span in blocks(len(order), max(1, COUNTED_AT_ONCE // size) * size):
+            here = order[span]
+            users, items = self.users[here].long(), self.items[here].long()
+            negatives = items if drawn is None else drawn[span].long()
+            counted = (count_by_batch(ids, size, self.dedup_pairs) for ids in (users, negatives))
+            parts = (ids.split(size) for ids in (users, items, negatives))
+            for part in zip(*parts, *counted, strict=True):
+                yield Batch(*part)
 
     def _draw(self, users: Tensor, generator: torch.Generator) -> Tensor:
+        """Return an item per user, in the type of the pairs."""
         drawn = self._uniform(len(users), generator)
         if self.negative_sampling == "uniform":
-            return drawn
+            return drawn.to(users.dtype)
         taken = torch.nonzero(self._is_seen(users, drawn)).squeeze(1)
         while len(taken):
             again = self._uniform(len(taken), generator)
             drawn[taken] = again
             taken = taken[self._is_seen(users[taken], again)]
-        return drawn
+        return drawn.to(users.dtype)
 
     def _uniform(self, n: int, generator: torch.Generator) -> Tensor:
         return torch.randint(self.n_items, (n,), generator=generator, device=self.users.device)
 
     def _is_seen(self, users: Tensor, items: Tensor) -> Tensor:
-        key = users * self.n_items + items
+        key = users.long() * self.n_items + items
         position = torch.searchsorted(self.seen, key).clamp_max_(len(self.seen) - 1)
         found: Tensor = self.seen[position] == key
         return found

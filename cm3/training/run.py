@@ -85,7 +85,8 @@ def training_sampler(
     Raises:
         UserError: a user has interactions with every item, so that no negative item exists.
     """
-    users, items = (torch.from_numpy(ids).to(device) for ids in data.pairs("train"))
+    # Indices of tables are int32 in the files, too.
+    users, items = (torch.from_numpy(ids.astype(np.int32)).to(device) for ids in data.pairs("train"))
     try:
         return Sampler(
             users,

@@ -15,6 +15,7 @@ from cm3.common.files import sha256_of
 from cm3.common.interactions import read_interactions
 from cm3.common.keys import key_of
 from cm3.common.strict import validate
+from cm3.common.tables import release_memory
 from cm3.common.torchrun import started_by_torchrun
 from cm3.config import WARM, Model, Training, modality_weights
 from cm3.model.graph import item_item_matrix
@@ -88,6 +89,7 @@ def train(
     with memory_advice(f"copying the model to {device.type}", memory_hint(training)):
         network = network.to(device)
     del vectors, filled, neighbours, graph  # the network has its own copies, perhaps in fewer bytes
+    release_memory()
     network.stream_names = [*modalities, "fused"]
     started = {}
     if warm:
@@ -115,6 +117,7 @@ def train(
         dedup_pairs=model.dedup_pairs,
         advice="set model.uniformity_items to positive or uniform",
     )
+    data = data.without_rows()
     curves = model_output.parent / "tensorboard"
     trial = read_trial(model_output.parent)
     trackers = Trackers([] if shard and shard.rank else training.trackers, model_output.parent, identity)

@@ -36,3 +36,10 @@ def test_a_row_without_a_split_is_named(tmp_path: Path, label: str | None):
     paths = shop(tmp_path, [*LABELS[:5], label, *LABELS[6:]])
     with pytest.raises(UserError, match=f"row 5 has split {label!r}, not one of"):
         read_interactions(*(paths[name] for name in ("interactions", "items", "users")))
+
+
+def test_the_digest_stays_without_the_rows(tmp_path: Path):
+    whole = read_interactions(*(shop(tmp_path, LABELS)[name] for name in ("interactions", "items", "users")))
+    found = whole.without_rows()
+    assert len(found.users) == len(found.items) == len(found.split) == 0 and len(whole.users) == 8
+    assert found.digest == whole.digest and found.user_ids == whole.user_ids and found.item_ids == whole.item_ids

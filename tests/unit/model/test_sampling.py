@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from cm3.model import sampling
 from cm3.model.sampling import Sampler, mixing_parameters
 
 
@@ -70,6 +71,18 @@ def test_epochs_differ_and_repeat_by_seed_from_any_batch():
             assert torch.equal(a.users, b.users) and torch.equal(a.counted_negatives.ids, b.counted_negatives.ids)
     assert not torch.equal(next(chosen.epoch(3)).users, whole[0].users)
     assert not torch.equal(next(sampler(seed=4)[0].epoch(2)).users, whole[0].users)
+
+
+@pytest.mark.parametrize("negatives", ["negative", "positive", "uniform"])
+def test_indices_of_either_type_give_the_same_batches(monkeypatch, negatives):
+    monkeypatch.setattr(sampling, "COUNTED_AT_ONCE", 150)  # two batches at a time
+    made, _ = sampler(negatives, dedup_pairs=True)
+    narrow = Sampler(
+        made.users.int(), made.items.int(), 20, batch_size=64, negative_sampling=negatives, dedup_pairs=True, seed=3
+    )
+    for a, b in zip(made.epoch(1), narrow.epoch(1), strict=True):
+        for name in ("users", "items", "negatives"):
+            assert getattr(b, name).dtype == torch.int64 and torch.equal(getattr(a, name), getattr(b, name))
 
 
 def test_a_user_with_every_item_has_no_negative():
