@@ -187,14 +187,17 @@ class CM3(Network):
         held = [batch.counted_users.ids for batch in batches]
         if len(held) > 1 and sum(len(some) for some in held) >= self.n_users:
             return backward(self(t), [partial(self._whole_loss, batch) for batch in batches])
+        # Not in a local variable: `backward` releases the embeddings.
+        return backward(self._step_embeddings(held, t), [partial(self._step_loss, n, b) for n, b in enumerate(batches)])
+
+    def _step_embeddings(self, held: Sequence[Tensor], t: Tensor) -> "_StepEmbeddings":
         streams, fused = self.item_streams(t)
-        ids = torch.cat(held)
+        ids = torch.cat(list(held))
         users, items = propagate_streams(
             self.adjacency, self.users, streams, self.settings.n_ui_layers, ids, shard=self.shard
         )
         users, items = self._weighted(users, _rows(self.stream_logits, ids)), self._with_neighbours(items)
-        embeddings = _StepEmbeddings(list(users.split([len(some) for some in held])), items, fused)
-        return backward(embeddings, [partial(self._step_loss, n, batch) for n, batch in enumerate(batches)])
+        return _StepEmbeddings(list(users.split([len(some) for some in held])), items, fused)
 
     def _whole_loss(self, batch: Batch, embeddings: FusedEmbeddings) -> Loss:
         return self.loss(embeddings, batch)

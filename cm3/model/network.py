@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from cm3.common.distributed import ProcessShard
 from cm3.model.sampling import Batch, NegativeSampling
@@ -35,7 +36,8 @@ class Loss:
 def backward(embeddings: _E, losses: Sequence[Callable[[_E], Loss]]) -> Loss:
     """Return the mean of `losses` outside autograd, its gradient added to that of the parameters.
 
-    Of several losses one graph exists at a time: memory does not grow with their number.
+    Of several losses one graph exists at a time: memory does not grow with their number. The embeddings and their gradients
+    are then released as soon as the backward pass of what made them has read them, if the caller has no reference to them.
 
     Args:
         embeddings: a dataclass of tensors and lists of tensors, the argument of each loss.
@@ -46,15 +48,35 @@ def backward(embeddings: _E, losses: Sequence[Callable[[_E], Loss]]) -> Loss:
         return _detached(loss)
     cuts: list[tuple[Tensor, Tensor]] = []
     leaves = replace(embeddings, **{name: _cut(value, cuts) for name, value in vars(embeddings).items()})
+    del embeddings
     found = []
     for compute in losses:
         loss = compute(leaves)
         (loss.total / len(losses)).backward()
         found.append(_detached(loss))
+        del loss
     reached = [(output, leaf.grad) for output, leaf in cuts if leaf.grad is not None]
-    torch.autograd.backward([output for output, _ in reached], [grad for _, grad in reached])
+    rest: Tensor = _Cut.apply([grad for _, grad in reached], *(output for output, _ in reached))
+    del leaves, cuts, reached
+    rest.backward()
     components = {name: torch.stack([x.components[name] for x in found]).mean() for name in found[0].components}
     return Loss(torch.stack([loss.total for loss in found]).mean(), components)
+
+
+class _Cut(torch.autograd.Function):
+    """A number without meaning, whose backward pass gives its inputs the gradients in a list, which is emptied."""
+
+    @staticmethod
+    def forward(ctx: Any, grads: list[Tensor], *outputs: Tensor) -> Tensor:
+        ctx.grads = grads
+        return outputs[0].new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        grads = tuple(ctx.grads)
+        ctx.grads.clear()
+        return None, *grads
 
 
 def _cut(value: Any, cuts: list[tuple[Tensor, Tensor]]) -> Any:

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from functools import partial
 
 import numpy as np
 import oracles_cm3 as oracle
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cm3.config import Model
 from cm3.model.model import CM3, build_model
-from cm3.model.network import Loss
+from cm3.model.network import Embeddings, Loss, backward
 from cm3.model.sampling import Batch, count_by_batch
 
 USERS, ITEMS = 9, 7
@@ -245,3 +246,27 @@ def test_tf32_is_allowed_for_products_with_features_alone():
     (embeddings.items.square().sum() + embeddings.users.square().sum()).backward()
     for a, b in zip(model.parameters(), strict.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_the_embeddings_of_a_step_are_released_before_their_gradients_are_computed():
+    """Of several losses; so are the gradients in them, as soon as they are read."""
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            alive.append(held() is not None)
+            return grad
+
+    def embeddings():
+        made = Embeddings(Watched.apply(leaf) * 2, torch.zeros(2, 3))
+        nonlocal held
+        held = weakref.ref(made.users)
+        return made
+
+    alive, held, leaf = [], None, torch.ones(2, 3, requires_grad=True)
+    backward(embeddings(), [partial(lambda power, found: Loss((found.users**power).sum(), {}), p) for p in (1, 2)])
+    assert alive == [False] and torch.equal(leaf.grad, torch.full((2, 3), 5.0))
