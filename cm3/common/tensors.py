@@ -1,8 +1,10 @@
 """Files of tensors: safetensors with metadata as JSON in one entry of the header, and a checksum of all of it."""
 
+import contextlib
 import json
 import os
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -46,21 +48,57 @@ def read_tensors(path: str | os.PathLike[str], entry: str = "cm3") -> tuple[dict
         DamagedFileError: a checksum differs, or the file is not readable.
         UserError: absent, a folder, or without permission.
     """
-    try:
+    tensors, metadata = open_tensors(path, entry)
+    with _reading(path), safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in tensors}, metadata
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """Tensors of a file on the CPU, by name, each read anew when it is asked for.
+
+    Those of `read_tensors` are a map of the whole file, whose pages count as memory of this process once they are read. The
+    map of one of these goes with the tensor.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], names: Sequence[str]) -> None:
+        self._path, self._names = path, dict.fromkeys(names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        with _reading(self._path), safe_open(self._path, "pt") as file:
+            found: Tensor = file.get_tensor(name)
+            return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def open_tensors(path: str | os.PathLike[str], entry: str = "cm3") -> tuple[StoredTensors, dict[str, Any]]:
+    """Check a file and return its tensors, not yet read, and its metadata; errors as `read_tensors`."""
+    with _reading(path):
         checked = check_tensors(path)
         with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except OSError as error:
-        if error.errno is not None:
-            raise file_error(path, error) from None
-        raise DamagedFileError(path, str(error)) from None
-    except (SafetensorError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise DamagedFileError(path, f"not a safetensors file: {error}") from None
+            header, names = file.metadata() or {}, list(file.keys())
     try:
         metadata = json.loads(header.get(entry, "{}"))
     except ValueError as error:
         raise DamagedFileError(path, f"its metadata are not JSON: {error}") from None
     if not isinstance(metadata, dict) or (KEY in metadata and not checked):
         raise DamagedFileError(path, "its metadata are altered")
-    return tensors, {name: value for name, value in metadata.items() if name != KEY}
+    return StoredTensors(path, names), {name: value for name, value in metadata.items() if name != KEY}
+
+
+@contextlib.contextmanager
+def _reading(path: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            raise file_error(path, error) from None
+        raise DamagedFileError(path, str(error)) from None
+    except (SafetensorError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise DamagedFileError(path, f"not a safetensors file: {error}") from None

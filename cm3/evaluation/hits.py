@@ -5,6 +5,8 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
+from cm3.common.arrays import blocks
+
 
 def hit_matrix(recommended: np.ndarray, truth: sp.csr_matrix) -> np.ndarray:
     """Return which recommended items (U, K) are in the user's row of the truth (U, I), bool (U, K); -1 never is.
@@ -20,9 +22,12 @@ def hit_matrix(recommended: np.ndarray, truth: sp.csr_matrix) -> np.ndarray:
     known = pair_keys(truth)
     if not len(known):
         return np.zeros(recommended.shape, bool)
-    keys = np.arange(n_users, dtype=np.int64)[:, None] * n_items + recommended
-    place = np.minimum(np.searchsorted(known, keys), len(known) - 1)
-    hits: np.ndarray = (known[place] == keys) & (recommended >= 0)
+    hits = np.zeros(recommended.shape, bool)
+    for rows in blocks(n_users):  # keys and places of all users would take 16 bytes an item of a list
+        some = recommended[rows]
+        keys = np.arange(rows.start, rows.stop, dtype=np.int64)[:, None] * n_items + some
+        place = np.minimum(np.searchsorted(known, keys), len(known) - 1)
+        hits[rows] = (known[place] == keys) & (some >= 0)
     return hits
 
 

@@ -42,8 +42,10 @@ class Ranking:
         self.n_items = rows.shape[1]
         self.users = torch.as_tensor(users, dtype=torch.int64, device=device)
         self.block = block_users(self.n_items, self.users.device.type)
-        self.columns = torch.as_tensor(rows.indices, dtype=torch.int64, device=device)
-        self.rows = torch.as_tensor(np.repeat(np.arange(len(users)), np.diff(rows.indptr)), device=device)
+        self.columns = torch.as_tensor(rows.indices, dtype=torch.int32, device=device)
+        self.rows = torch.as_tensor(
+            np.repeat(np.arange(len(users), dtype=np.int32), np.diff(rows.indptr)), device=device
+        )
         self.offsets = rows.indptr
 
     def top(self, users: Tensor, items: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -144,7 +146,7 @@ class Ranking:
 
     def _masked_entries(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         part = slice(self.offsets[start], self.offsets[stop])
-        return self.rows[part] - start, self.columns[part]
+        return self.rows[part].long() - start, self.columns[part].long()
 
 
 def block_users(n_items: int, device_type: str) -> int:

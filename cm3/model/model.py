@@ -151,9 +151,11 @@ class CM3(Network):
         return functional.normalize(curve, dim=1) if fusion == "linear" else curve
 
     def _weighted(self, users: Tensor, logits: Tensor) -> Tensor:
+        """Return users (n, S d) times their weights, softmax of (n, S); outside autograd the products replace them."""
         weights = logits.softmax(1)
-        found: Tensor = (users.unflatten(1, (weights.shape[1], -1)) * weights[:, :, None]).flatten(1)
-        return found
+        streams = users.unflatten(1, (weights.shape[1], -1))
+        found: Tensor = torch.mul(streams, weights[:, :, None], out=None if torch.is_grad_enabled() else streams)
+        return found.flatten(1)
 
     def _with_neighbours(self, items: Tensor) -> Tensor:
         if not self.settings.item_graph:

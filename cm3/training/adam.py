@@ -1,6 +1,6 @@
 """Adam by torch's own kernels, with its moments in memory or in a file that the operating system pages in and out."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -93,8 +93,8 @@ class Adam:
         return {f"{n}.{name}": value for n, moments in self._moments.items() for name, value in moments.items()}
 
     @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Set what `tensors` returned, values copied one tensor at a time."""
-        for key, value in tensors.items():
+    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Set what `tensors` returned to copies of these values."""
+        for key, value in tensors:
             position, name = key.split(".")
             self._moments_of(int(position))[name].copy_(value)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from cm3.common.errors import DamagedFileError, UserError
-from cm3.common.tensors import read_tensors, write_tensors
+from cm3.common.tensors import open_tensors, read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +57,8 @@ class Checkpoint:
             if file not in kept:
                 file.unlink(missing_ok=True)
 
-    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Return the tensors (on the CPU) and the state, or None where there is no checkpoint of this fingerprint.
+    def load(self) -> tuple[Mapping[str, Tensor], dict[str, Any]] | None:
+        """Return the tensors (on the CPU, each read when it is asked for) and the state, or None where there is no checkpoint of this fingerprint.
 
         A damaged checkpoint is removed with a warning.
 
@@ -68,7 +68,7 @@ class Checkpoint:
         if not self.path.exists():
             return None
         try:
-            tensors, state = read_tensors(self.path, _ENTRY)
+            tensors, state = open_tensors(self.path, _ENTRY)
         except DamagedFileError as error:
             log.warning("%s: damaged (%s); removed, starting from the beginning", self.path, error.reason)
             self.path.unlink(missing_ok=True)

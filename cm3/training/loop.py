@@ -143,6 +143,8 @@ def _fit(
             state.epoch, state.step = state.epoch + 1, 0
             run.save_if_due(stop, bool(stopped))
     plotted.close()
+    per_step, cuda_graph = run.per_step, run.static_step is not None
+    del run  # the moments, before the best epoch is read
     best = checkpoint.load_best(state.best.epoch) if first else {}
     return Fitted(
         {name: best[f"best.{name}"] for name, _ in model.named_parameters()} if first else {},
@@ -152,8 +154,8 @@ def _fit(
         state.history,
         stopped,
         seconds / max(epochs_here, 1),
-        run.per_step,
-        run.static_step is not None,
+        per_step,
+        cuda_graph,
     )
 
 

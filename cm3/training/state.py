@@ -54,8 +54,7 @@ class State:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(tensors[f"model.{name}"])
-        moments = {name: value for name, value in tensors.items() if name.startswith("optimiser.")}
-        optimiser.load({name.removeprefix("optimiser."): value for name, value in moments.items()})
+        optimiser.load((n.removeprefix("optimiser."), tensors[n]) for n in tensors if n.startswith("optimiser."))
         counts["best"] = Best(**counts["best"])
         losses[:, : tensors["parts"].shape[1]] = tensors["parts"]  # earlier versions stored no norms
         return State(losses, **counts)

@@ -122,6 +122,7 @@ def train(
     trial = read_trial(model_output.parent)
     trackers = Trackers([] if shard and shard.rank else training.trackers, model_output.parent, identity)
     fitted = fit(network, sampler, valid, training, checkpoint, test, curves, shard, trial, trackers)
+    del network, sampler, valid, test, observed
     if shard and shard.rank:
         return {}
     write_run(

@@ -52,7 +52,7 @@ def test_an_optimiser_that_is_loaded_goes_on_as_the_first_one(monkeypatch, state
     take_steps(first, stopped, range(3))
     second = [parameter.detach().clone().requires_grad_() for parameter in first]
     resumed = Adam(second, 0.01, state=state)
-    resumed.load(stopped.tensors())
+    resumed.load(stopped.tensors().items())
     take_steps(first, stopped, range(5, 6))  # what was loaded is a copy
     take_steps(second, resumed, range(3, 6))
     assert all(torch.equal(a, b) for a, b in zip(whole, second, strict=True))
