@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from cm3.common.arrays import blocks
 from cm3.similarity.exact import knn
 
 __all__ = [
@@ -106,6 +107,14 @@ class Entries:
         return functional.embedding_bag(
             self.columns, x, self.offsets, mode="sum", per_sample_weights=values, include_last_offset=True
         )
+
+    def product_into(self, out: Tensor, x: Tensor) -> Tensor:
+        """Write the product to `out` (N, D) and return it; some rows at a time, which the cache holds."""
+        for rows in blocks(len(out)):
+            offsets = self.offsets[rows.start : rows.stop + 1]
+            here = slice(int(offsets[0]), int(offsets[-1]))
+            out[rows] = Entries(offsets - here.start, self.columns[here], self.values[here]).product(x)
+        return out
 
     def rows(self, ids: Tensor) -> "Entries":
         """Return the rows `ids` (n,), repetitions allowed, as a matrix of n rows."""

@@ -1,7 +1,7 @@
 """The sum of A^l x over the layers l = 0..L of a user-item graph and its gradient, given or wanted for all users or some.
 
 Users have neighbours among items only, and items among users. On the CPU the two kinds of rows are computed one after the
-other, and one table of users is in memory at a time (`Sides`); elsewhere one product has both (`Joint`), which launches fewer
+other, those of users in the memory of one table (`Sides`); elsewhere one product has both (`Joint`), which launches fewer
 kernels. Both give the same numbers.
 """
 
@@ -33,8 +33,11 @@ class LayerSums(ABC):
         """Return the sums of users (U or n, d') and items (I, d'), new tables, given x."""
 
     @abstractmethod
-    def backward(self, by_user: Tensor, by_item: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the gradient in x of users (U, d') and items (I, d'), given those in the sums; the latter in a new table."""
+    def backward(self, by_user: Tensor, by_item: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradient in x of users (U, d') and items (I, d'), given those in the sums; the latter in a new table.
+
+        `room` (U, d') is memory that may be used for the former.
+        """
 
 
 class Joint(LayerSums):
@@ -52,7 +55,7 @@ class Joint(LayerSums):
             by_item += y[self.n_users :]
         return by_user, by_item
 
-    def backward(self, by_user: Tensor, by_item: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(self, by_user: Tensor, by_item: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradient."""
         if self.ids is None:
             return self._parts(sum_of_layers(self.adjacency, torch.cat([by_user, by_item]), self.layers))
@@ -83,40 +86,35 @@ class Sides(LayerSums):
         if self.ids is None:
             for _ in range(self.layers):
                 above = of_items.product(y).add_(x)
-                del y  # before the next table of users is made
-                y = users.add_to(of_users.product(z))
+                users.add_to(of_users.product_into(y, z))
                 z = above
             return y, z if self.layers else x.clone()
         by_user, by_item = y[self.ids], x.clone()
         for layer in range(1, self.layers + 1):
             above = of_items.product(y)
-            del y
             if layer == self.layers and self._few:
                 by_user += of_users.rows(self.ids).product(z)
             else:
-                y = of_users.product(z)
-                by_user += y[self.ids]
+                by_user += of_users.product_into(y, z)[self.ids]
             z = above
             by_item += z
         return by_user, by_item
 
-    def backward(self, by_user: Tensor, by_item: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(self, by_user: Tensor, by_item: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradient."""
         of_users, of_items = self._sides
         if self.ids is None:
-            y, z = by_user.contiguous(), by_item.contiguous()
+            y, z = by_user, by_item.contiguous()
             for _ in range(self.layers):
                 above = of_items.product(y).add_(by_item)
-                del y
-                y = of_users.product(z).add_(by_user)
+                y = of_users.product_into(room, z).add_(by_user)
                 z = above
             return y, z if self.layers else z.clone()
-        y = by_user.new_zeros(self.n_users, by_user.shape[1]).index_add_(0, self.ids, by_user)
+        y = room.zero_().index_add_(0, self.ids, by_user)
         z = by_item + 0.0  # no negative zeros, as in a table of zeros to which it is added
         for layer in range(1, self.layers + 1):
             above = (self._read if layer == 1 and self._few else of_items).product(y).add_(by_item)
-            del y
-            y = of_users.product(z).index_add_(0, self.ids, by_user)
+            of_users.product_into(y, z).index_add_(0, self.ids, by_user)
             z = above
         return y, z
 

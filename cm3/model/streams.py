@@ -92,13 +92,14 @@ class _Streams(torch.autograd.Function):
             by_user, by_item = (grad.clone(memory_format=torch.contiguous_format) for grad in (by_user, by_item))
             for grad in (by_user, by_item):
                 ctx.shard.add_up(grad)
-        for_users = (torch.zeros_like if ctx.shard else torch.empty_like)(users)
+        for_users = (users.new_zeros if ctx.shard else users.new_empty)(users.shape)
         for_items = _Columns(by_item.new_zeros, *by_item.shape)
         for streams, columns in ctx.groups:
-            grad, of_items = sums.backward(by_user[:, columns], by_item[:, columns])
+            room = for_users.view(len(users), -1)[:, columns]
+            grad, grad_of_items = sums.backward(by_user[:, columns], by_item[:, columns], room)
             UnitRows(users, norms, streams).gradient(grad, out=for_users)
-            for_items.set(columns, of_items)
-            del grad, of_items
+            for_items.set(columns, grad_of_items)
+            del grad, grad_of_items
         return for_users, for_items.table, None, None, None, None, None
 
 

@@ -42,7 +42,7 @@ class UnitRows:
     def gradient(self, grad: Tensor, out: Tensor) -> None:
         """Write (g - x <x, g>) / norm, the gradient in the users' streams, to their place in `out`, (U, S, d).
 
-        `grad` is the gradient g in the rows, (U, s d).
+        `grad` is the gradient g in the rows, (U, s d); it may be in the memory of the result.
         """
         for chunk in self._chunks():
             given, norm = self._of(chunk)

@@ -101,7 +101,8 @@ def test_users_and_items_in_turn_are_those_of_one_table_to_the_last_bit(interact
         grads = [torch.randn(n, STREAMS * DIM, generator=generator) for n in rows]
         grads[1][2] = -0.0
         found = sums.forward(given, items[:, columns])
-        results.append([*found, *sums.backward(*(grad[:, columns] for grad in grads))])
+        room = torch.full((USERS, STREAMS * DIM), 7.0)[:, columns]
+        results.append([*found, *sums.backward(*(grad[:, columns] for grad in grads), room)])
     for a, b in zip(*results, strict=True):
         assert a.numpy().tobytes() == b.numpy().tobytes()
 
@@ -112,4 +113,4 @@ def test_sums_share_no_memory_with_what_they_are_of(interactions):
         sums = Sides(SparseMatrix(user_item_matrix(interactions)), layers, USERS, None)
         found = sums.forward(UnitRows(users, torch.empty(USERS, STREAMS, 1), slice(0, STREAMS)), items)
         assert found[1].data_ptr() != items.data_ptr()
-        assert sums.backward(found[0], items)[1].data_ptr() != items.data_ptr()
+        assert sums.backward(found[0], items, torch.empty_like(found[0]))[1].data_ptr() != items.data_ptr()
