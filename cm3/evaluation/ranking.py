@@ -1,5 +1,6 @@
 """Full ranking of all items for many users, and the validation score of a split."""
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -37,16 +38,26 @@ class Ranking:
 
     def __init__(self, users: np.ndarray, masked: sp.csr_matrix, device: torch.device | str = "cpu") -> None:
         """Take the indices (R,) of users to rank for and the items (U, I) to exclude per user."""
-        self._masked, self._device = masked, device
-        rows = sp.csr_matrix(masked[users])
-        self.n_items = rows.shape[1]
+        self.n_items = masked.shape[1]
         self.users = torch.as_tensor(users, dtype=torch.int64, device=device)
         self.block = block_users(self.n_items, self.users.device.type)
+        self._set_masked(sp.csr_matrix(masked[users]))
+
+    def _set_masked(self, rows: sp.csr_matrix) -> None:
+        device = self.users.device
+        numbers = np.repeat(np.arange(rows.shape[0], dtype=np.int32), np.diff(rows.indptr))
         self.columns = torch.as_tensor(rows.indices, dtype=torch.int32, device=device)
-        self.rows = torch.as_tensor(
-            np.repeat(np.arange(len(users), dtype=np.int32), np.diff(rows.indptr)), device=device
-        )
+        self.rows = torch.as_tensor(numbers, device=device)
         self.offsets = rows.indptr
+
+    def _of(self, chosen: np.ndarray) -> "Ranking":
+        """Return the ranking for some of the users, given their places; on the CPU."""
+        shape = (len(self.users), self.n_items)
+        whole = sp.csr_matrix((np.ones(len(self.columns), bool), self.columns.numpy(), self.offsets), shape)
+        found = copy.copy(self)
+        found.users = self.users[chosen]
+        found._set_masked(whole[chosen])
+        return found
 
     def top(self, users: Tensor, items: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (items, scores) of the k best per chosen user, (R, k) int64 and float32, best first.
@@ -75,7 +86,7 @@ class Ranking:
         left = np.arange(len(self.users))
         if isinstance(score, ProductScores) and len(left) >= REDUCED_USERS and (reduced := score.reduced(width)):
             left = self._rank_reduced(score, reduced, best[:, :width], values[:, :width])
-        rest = self if len(left) == len(self.users) else Ranking(self.users[left].numpy(), self._masked, self._device)
+        rest = self if len(left) == len(self.users) else self._of(left)
         for start, stop, indices, top, _ in rest._blocks(score, width, top_k_settled):
             best[left[start:stop], :width] = indices.numpy()
             values[left[start:stop], :width] = top.numpy()

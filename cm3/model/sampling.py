@@ -101,7 +101,7 @@ class Sampler:
 
     def _batches(self, order: Tensor, drawn: Tensor | None) -> Iterator[Batch]:
         size = self.batch_size
-        for span in blocks(len(order), max(1, COUNTED_AT_ONCE // size) * size):
+        for span in blocks(len(order), counted_at_once(order.device.type, size)):
             here = order[span]
             users, items = self.users[here].long(), self.items[here].long()
             negatives = items if drawn is None else drawn[span].long()
@@ -132,8 +132,14 @@ class Sampler:
         return found
 
 
-COUNTED_AT_ONCE = 2**20
+COUNTED_AT_ONCE, CPU_COUNTED_AT_ONCE = 2**20, 2**18
 """Entries of which `count_by_batch` counts the batches in one call: sorting takes several times their memory."""
+
+
+def counted_at_once(device_type: str, batch_size: int) -> int:
+    """Return that number, of whole batches."""
+    most = CPU_COUNTED_AT_ONCE if device_type == "cpu" else COUNTED_AT_ONCE
+    return max(1, most // batch_size) * batch_size
 
 
 def count_by_batch(ids: Tensor, batch_size: int, dedup_pairs: bool) -> Iterator[CountedIds]:
@@ -145,7 +151,7 @@ def count_by_batch(ids: Tensor, batch_size: int, dedup_pairs: bool) -> Iterator[
         for part in ids.split(batch_size):
             yield CountedIds(part, None, torch.arange(len(part), device=ids.device))
         return
-    for part in ids.split(max(1, COUNTED_AT_ONCE // batch_size) * batch_size):
+    for part in ids.split(counted_at_once(ids.device.type, batch_size)):
         yield from _counted(part, batch_size)
 
 

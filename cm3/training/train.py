@@ -109,6 +109,7 @@ def train(
         device.type,
     )
     valid, test = validations(data, observed, training, device, interactions)
+    del observed
     sampler = training_sampler(
         data,
         training,
@@ -122,7 +123,7 @@ def train(
     trial = read_trial(model_output.parent)
     trackers = Trackers([] if shard and shard.rank else training.trackers, model_output.parent, identity)
     fitted = fit(network, sampler, valid, training, checkpoint, test, curves, shard, trial, trackers)
-    del network, sampler, valid, test, observed
+    del network, sampler, valid, test
     if shard and shard.rank:
         return {}
     write_run(

@@ -75,7 +75,7 @@ def test_epochs_differ_and_repeat_by_seed_from_any_batch():
 
 @pytest.mark.parametrize("negatives", ["negative", "positive", "uniform"])
 def test_indices_of_either_type_give_the_same_batches(monkeypatch, negatives):
-    monkeypatch.setattr(sampling, "COUNTED_AT_ONCE", 150)  # two batches at a time
+    monkeypatch.setattr(sampling, "CPU_COUNTED_AT_ONCE", 150)  # two batches at a time
     made, _ = sampler(negatives, dedup_pairs=True)
     narrow = Sampler(
         made.users.int(), made.items.int(), 20, batch_size=64, negative_sampling=negatives, dedup_pairs=True, seed=3
