@@ -103,9 +103,12 @@ class Entries:
         """
         if not len(self.columns):
             return x.new_zeros((len(self.offsets) - 1, x.shape[1]))
-        values = self.values.to(x.dtype)
+        values, columns, step = self.values.to(x.dtype), self.columns, x.stride(0) // max(x.shape[1], 1)
+        if step > 1 and x.stride() == (step * x.shape[1], 1) and step * len(x) < 2**31:
+            # Some columns of a wider table: its memory as rows of this width, of which a bag would make a copy otherwise.
+            columns, x = columns * step, x.as_strided((step * (len(x) - 1) + 1, x.shape[1]), (x.shape[1], 1))
         return functional.embedding_bag(
-            self.columns, x, self.offsets, mode="sum", per_sample_weights=values, include_last_offset=True
+            columns, x, self.offsets, mode="sum", per_sample_weights=values, include_last_offset=True
         )
 
     def product_into(self, out: Tensor, x: Tensor) -> Tensor:

@@ -106,14 +106,15 @@ class Sides(LayerSums):
         if self.ids is None:
             y, z = by_user, by_item.contiguous()
             for _ in range(self.layers):
-                above = of_items.product(y).add_(by_item)
+                above = of_items.product_into(torch.empty_like(z), y).add_(by_item)
                 y = of_users.product_into(room, z).add_(by_user)
                 z = above
             return y, z if self.layers else z.clone()
+        first = self._read if self._few else of_items  # before `room` takes memory
         y = room.zero_().index_add_(0, self.ids, by_user)
         z = by_item + 0.0  # no negative zeros, as in a table of zeros to which it is added
         for layer in range(1, self.layers + 1):
-            above = (self._read if layer == 1 and self._few else of_items).product(y).add_(by_item)
+            above = (first if layer == 1 else of_items).product_into(torch.empty_like(z), y).add_(by_item)
             of_users.product_into(y, z).index_add_(0, self.ids, by_user)
             z = above
         return y, z

@@ -41,6 +41,10 @@ class _StepEmbeddings:
     fused: Tensor
 
 
+LARGE_ACTIVATION = 2**25
+"""Bytes of the hidden activations of all items from which the CPU computes them again backward and does not keep them."""
+
+
 class Modality(nn.Module):
     """Projects one modality's features x, (I, d_m), onto its stream h and its control point c, both (I, d).
 
@@ -73,8 +77,19 @@ class Modality(nn.Module):
         else:
             both = functional.linear(self.features, weight, bias)
         inner, control = both.split([self.hidden.out_features, self.point.out_features], dim=1)
-        stream = self.output(functional.leaky_relu(inner))
+        stream = self._from_hidden(inner)
         return functional.normalize(stream, dim=1), functional.normalize(control, dim=1)
+
+    def _from_hidden(self, inner: Tensor) -> Tensor:
+        activation = functional.leaky_relu(inner)
+        if activation.device.type != "cpu" or activation.nbytes < LARGE_ACTIVATION:
+            return self.output(activation)  # type: ignore[no-any-return]
+        place, given = activation.data_ptr(), inner.detach()
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: None if x.data_ptr() == place else x,
+            lambda x: functional.leaky_relu(given) if x is None else x,
+        ):
+            return self.output(activation)  # type: ignore[no-any-return]
 
 
 class _TF32Linear(torch.autograd.Function):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from cm3.common.distributed import ProcessShard
+from cm3.common.usage import return_free_memory
 from cm3.model.sampling import Batch, NegativeSampling
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def backward(embeddings: _E, losses: Sequence[Callable[[_E], Loss]]) -> Loss:
     reached = [(output, leaf.grad) for output, leaf in cuts if leaf.grad is not None]
     rest: Tensor = _Cut.apply([grad for _, grad in reached], *(output for output, _ in reached))
     del leaves, cuts, reached
+    return_free_memory()  # of the losses; what follows takes most of a step's memory
     rest.backward()
     components = {name: torch.stack([x.components[name] for x in found]).mean() for name in found[0].components}
     return Loss(torch.stack([loss.total for loss in found]).mean(), components)
