@@ -41,6 +41,8 @@ class _StepEmbeddings:
     fused: Tensor
 
 
+_SLOPE = 0.01  # of LeakyReLU below 0
+
 LARGE_ACTIVATION = 2**25
 """Bytes of the hidden activations of all items from which the CPU computes them again backward and does not keep them."""
 
@@ -76,20 +78,39 @@ class Modality(nn.Module):
             both = _TF32Linear.apply(self.features, weight, bias)
         else:
             both = functional.linear(self.features, weight, bias)
-        inner, control = both.split([self.hidden.out_features, self.point.out_features], dim=1)
-        stream = self._from_hidden(inner)
+        activation, control = _Hidden.apply(both, self.hidden.out_features)
+        stream = self._from_hidden(activation, both.detach()[:, : self.hidden.out_features])
         return functional.normalize(stream, dim=1), functional.normalize(control, dim=1)
 
-    def _from_hidden(self, inner: Tensor) -> Tensor:
-        activation = functional.leaky_relu(inner)
+    def _from_hidden(self, activation: Tensor, inner: Tensor) -> Tensor:
         if activation.device.type != "cpu" or activation.nbytes < LARGE_ACTIVATION:
             return self.output(activation)  # type: ignore[no-any-return]
-        place, given = activation.data_ptr(), inner.detach()
+        place = activation.data_ptr()
         with torch.autograd.graph.saved_tensors_hooks(
             lambda x: None if x.data_ptr() == place else x,
-            lambda x: functional.leaky_relu(given) if x is None else x,
+            lambda x: functional.leaky_relu(inner, _SLOPE) if x is None else x,
         ):
             return self.output(activation)  # type: ignore[no-any-return]
+
+
+class _Hidden(torch.autograd.Function):
+    """LeakyReLU of the first columns, and the others as they are; their gradients are written into one table."""
+
+    @staticmethod
+    def forward(ctx: Any, both: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(both)
+        ctx.width = width
+        return functional.leaky_relu(both[:, :width], _SLOPE), both[:, width:]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_activation: Tensor, by_rest: Tensor) -> tuple[Tensor, None]:
+        (both,) = ctx.saved_tensors
+        grad = torch.empty_like(both)
+        inner, target = both[:, : ctx.width], grad[:, : ctx.width]
+        torch.ops.aten.leaky_relu_backward(by_activation, inner, _SLOPE, False, grad_input=target)
+        grad[:, ctx.width :] = by_rest
+        return grad, None
 
 
 class _TF32Linear(torch.autograd.Function):
@@ -205,7 +226,8 @@ class CM3(Network):
         if len(held) > 1 and sum(len(some) for some in held) >= self.n_users:
             return backward(self(t), [partial(self._whole_loss, batch) for batch in batches])
         # Not in a local variable: `backward` releases the embeddings.
-        return backward(self._step_embeddings(held, t), [partial(self._step_loss, n, b) for n, b in enumerate(batches)])
+        losses = [partial(self._step_loss, n, batch) for n, batch in enumerate(batches)]
+        return backward(self._step_embeddings(held, t), losses, self.is_large())
 
     def _step_embeddings(self, held: Sequence[Tensor], t: Tensor) -> "_StepEmbeddings":
         streams, fused = self.item_streams(t)

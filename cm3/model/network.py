@@ -34,7 +34,11 @@ class Loss:
     components: Mapping[str, Tensor]
 
 
-def backward(embeddings: _E, losses: Sequence[Callable[[_E], Loss]]) -> Loss:
+LARGE_MODEL = 2**28
+"""Bytes of parameters from which a step on the CPU gives freed memory back to the system, at the price of page faults."""
+
+
+def backward(embeddings: _E, losses: Sequence[Callable[[_E], Loss]], large: bool = False) -> Loss:
     """Return the mean of `losses` outside autograd, its gradient added to that of the parameters.
 
     Of several losses one graph exists at a time: memory does not grow with their number. The embeddings and their gradients
@@ -42,6 +46,8 @@ def backward(embeddings: _E, losses: Sequence[Callable[[_E], Loss]]) -> Loss:
 
     Args:
         embeddings: a dataclass of tensors and lists of tensors, the argument of each loss.
+        losses: of the embeddings.
+        large: `Network.is_large`.
     """
     if len(losses) == 1:
         loss = losses[0](embeddings)
@@ -59,7 +65,8 @@ def backward(embeddings: _E, losses: Sequence[Callable[[_E], Loss]]) -> Loss:
     reached = [(output, leaf.grad) for output, leaf in cuts if leaf.grad is not None]
     rest: Tensor = _Cut.apply([grad for _, grad in reached], *(output for output, _ in reached))
     del leaves, cuts, reached
-    return_free_memory()  # of the losses; what follows takes most of a step's memory
+    if large:
+        return_free_memory()  # of the losses; what follows takes most of a step's memory
     rest.backward()
     components = {name: torch.stack([x.components[name] for x in found]).mean() for name in found[0].components}
     return Loss(torch.stack([loss.total for loss in found]).mean(), components)
@@ -112,6 +119,10 @@ class Network(nn.Module):
     supports_ddp: bool = False
     supports_cuda_graph: bool = False
     negative_sampling: NegativeSampling = "negative"
+
+    def is_large(self) -> bool:
+        """Return whether the parameters have `LARGE_MODEL` bytes or more, on the CPU."""
+        return sum(p.nbytes for p in self.parameters() if p.device.type == "cpu") >= LARGE_MODEL
 
     def begin_epoch(self, seed: int) -> None:
         """Prepare state that is fixed for an epoch, such as a sampled graph; from `seed` alone, so that runs can resume."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cm3.common.distributed import ProcessShard
+from cm3.common.usage import return_free_memory
 from cm3.model.graph import SparseMatrix
 from cm3.model.layer_sums import Joint, LayerSums, Sides
 from cm3.model.unit_rows import UnitRows
@@ -100,6 +101,8 @@ class _Streams(torch.autograd.Function):
             UnitRows(users, norms, streams).gradient(grad, out=for_users)
             for_items.set(columns, grad_of_items)
             del grad, grad_of_items
+        if len(ctx.groups) > 1:
+            return_free_memory()
         return for_users, for_items.table, None, None, None, None, None
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from cm3.common.device import memory_advice
 from cm3.common.distributed import ProcessShard
 from cm3.common.errors import UserError
+from cm3.common.usage import return_free_memory
 from cm3.config import Training
 from cm3.evaluation.ranking import Validation
 from cm3.model.network import Embeddings, Loss, Network
@@ -213,6 +214,8 @@ class TrainingRun:
             if state.step < self.steps:
                 self.save_if_due(stop)
         self.optimiser.zero_grad()  # a validation needs the memory
+        if self.model.is_large():
+            return_free_memory()
         self.check_finite_losses()
         return last
 
@@ -253,6 +256,8 @@ class TrainingRun:
         if self.static_step is not None and self.static_step.fits(batches):
             return self.static_step.run(batches, self.model.random_draws(self._seed()))
         self.optimiser.zero_grad()
+        if self.model.is_large():
+            return_free_memory()
         loss = self.model.backward(batches, self._seed())
         if self.device.type == "cpu":
             self.check_finite(loss)
