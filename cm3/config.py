@@ -28,6 +28,7 @@ class Model(ModelSpec, ItemGraphs, Weighted):
     reads_features: ClassVar[bool] = True
     reads_item_graphs: ClassVar[bool] = True
     optional_training: ClassVar[frozenset[str]] = frozenset({"precision", "processes", "warm_start", "cuda_graph"})
+    table_copies: ClassVar[float] = 9
     presets: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
         "default": {"training": {"batches_per_step": "auto"}},
         # the workflow adds a re-ranking: workflow/plan/best.py
@@ -111,7 +112,16 @@ class Training(Strict):
     """Optimisation, validation and early stopping of a trained model."""
 
     runtime_fields: ClassVar[frozenset[str]] = frozenset(
-        {"device", "processes", "gpu_share", "cuda_graph", "checkpoint_seconds", "tensorboard", "trackers"}
+        {
+            "device",
+            "processes",
+            "gpu_share",
+            "cuda_graph",
+            "optimizer_state",
+            "checkpoint_seconds",
+            "tensorboard",
+            "trackers",
+        }
     )
 
     seed: int = Field(
@@ -183,6 +193,11 @@ class Training(Strict):
         description="capture a training step on an NVIDIA GPU as a CUDA graph, which saves the time of launching hundreds of "
         "kernels; cm3 with one process only; auto: without a graph where it cannot be captured; true: an error there; not "
         "yet tried on a GPU (docs/gpu.md)",
+    )
+    optimizer_state: Literal["memory", "disk"] = Field(
+        "memory",
+        description="place of the two moments of Adam on the CPU; disk: temporary files in TMPDIR, which the operating system "
+        "writes and reads where memory is short; the results are the same bytes (docs/training.md)",
     )
     checkpoint_seconds: Float = Field(
         30.0,

@@ -59,6 +59,7 @@ class ModelSpec(Part, Strict):
         exports: what scores are computed from: user and item embeddings, or item weights W with scores history @ W; lists: the
             lists themselves, from the files of other models.
         optional_training: the keys of `OPTIONAL_TRAINING` that it supports.
+        table_copies: tables of users and items that fit into the memory which a training asks for.
         training_defaults: defaults of `training` that differ from those of `cm3.config.Training`.
         presets: preset -> section (model, training, evaluation) -> values for keys that the user does not set.
     """
@@ -70,6 +71,7 @@ class ModelSpec(Part, Strict):
     on_device: ClassVar[bool] = True
     exports: ClassVar[Literal["embeddings", "item_weights", "lists"]] = "embeddings"
     optional_training: ClassVar[frozenset[str]] = frozenset()
+    table_copies: ClassVar[float] = 16
     training_defaults: ClassVar[Mapping[str, Any]] = {}
     presets: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {"default": {}}
 
@@ -88,16 +90,19 @@ class ModelSpec(Part, Strict):
         Memory: features, the embedding tables with gradients and Adam's moments, the interactions and their graph.
         Time: by epochs and steps; half an hour for a closed form.
         """
-        width = getattr(self, "embedding_dim", 64) * (len(sizes.features) + 1)
-        tables = (sizes.users + sizes.items) * width * 4 / MEGABYTE
         features = sum(rows * dim * 4 / MEGABYTE for rows, dim in sizes.features)
-        memory = 2500 + 2 * features + 16 * tables + sizes.interactions * 100 / MEGABYTE
+        memory = 2500 + 2 * features + self.table_copies * self.table_mb(sizes) + sizes.interactions * 100 / MEGABYTE
         if not self.trains:
             return Estimate(memory, 30)
         steps = sizes.interactions / batch_size + 1
         values = sum(rows * dim for rows, dim in sizes.features)
         step_seconds = 2.2e-6 * sizes.interactions + 5e-9 * values + 0.05
         return Estimate(memory, 30 + epochs * steps * step_seconds / 60)
+
+    def table_mb(self, sizes: Sizes) -> float:
+        """Return the size in MB of a table of users and items, with a stream for each modality and one more."""
+        width = getattr(self, "embedding_dim", 64) * (len(sizes.features) + 1)
+        return (sizes.users + sizes.items) * width * 4 / MEGABYTE
 
     def evaluation_estimate(self, sizes: Sizes) -> Estimate:
         """Return what evaluation needs at most: what the model exports, a block of scores, some 100 items per user."""

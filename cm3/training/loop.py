@@ -102,6 +102,8 @@ def memory_hint(settings: Training) -> str:
     steps = [f"lower training.batch_size (now {settings.batch_size})"]
     if settings.precision != "bfloat16":
         steps.append("set training.precision to bfloat16, which halves the features")
+    if settings.optimizer_state == "memory" and settings.device in ("auto", "cpu"):
+        steps.append("on the CPU, set training.optimizer_state to disk")
     if settings.batches_per_step != 1:
         steps.append(f"lower training.batches_per_step (now {settings.batches_per_step})")
     return f"{', or '.join(steps)}, or use a device with more memory; the same command resumes from the last checkpoint"
@@ -175,7 +177,7 @@ class TrainingRun:
         self.model, self.sampler, self.settings, self.checkpoint = model, sampler, settings, checkpoint
         self.validation, self.test = validation, test
         self.device = sampler.users.device
-        self.optimiser = Adam(model.parameters(), settings.lr, settings.weight_decay)
+        self.optimiser = Adam(model.parameters(), settings.lr, settings.weight_decay, settings.optimizer_state)
         self.per_step = batches_per_step(settings, len(sampler.users))
         self.steps = -(-sampler.n_batches // self.per_step)
         if settings.batches_per_step == "auto":

@@ -61,6 +61,7 @@ CONFIG: dict[str, Any] = {
         "baby": {"dataset": "baby", "modalities": {"text": "minilm", "image": "looks"}},
         "electronics": {"dataset": "electronics", "modalities": {"text": "minilm", "image": "looks"}},
         "short": {"dataset": "baby", "modalities": {"text": "minilm"}, "training": {"epochs": 1}},
+        "disk": {"like": "electronics", "training": {"optimizer_state": "disk"}},
         "paper": {"like": "electronics", "preset": "official"},
         "popular": {"dataset": "electronics", "model": {"name": "mostpop"}},
         "knn": {"dataset": "electronics", "model": {"name": "itemknn"}},
@@ -162,6 +163,11 @@ def test_training_requests_the_time_of_its_epochs(needs: Needs):
     assert ask(needs, "train", {"experiment": "short"}).minutes < 60
     one, several = (ask(needs, "train", {"experiment": name}).minutes for name in ("paper", "electronics"))
     assert several < one == LONGEST_MINUTES, "of many interactions, more batches share a step by default"
+
+
+def test_training_with_moments_on_disk_requests_less_memory(needs: Needs):
+    memory, disk = (ask(needs, "train", {"experiment": name}).mem_mb for name in ("electronics", "disk"))
+    assert memory - disk == pytest.approx(2 * (192403 + 63001) * 64 * 4 / 1e6, abs=100)
 
 
 def test_closed_forms_request_no_epochs_and_ease_its_matrix(needs: Needs):

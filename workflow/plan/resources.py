@@ -145,7 +145,7 @@ class Needs:
         return shape.rows**2 * shape.dim <= SMALL_SEARCH
 
     def train(self, wildcards: Any, files: Files) -> Need:
-        """The estimate of the experiment's model."""
+        """The estimate of the experiment's model, without Adam's moments where they are on disk."""
         experiment = self.config.experiments[wildcards.experiment]
         shapes = [self._vectors(files, name, wildcards) for name in files if name.startswith("features")]
         sizes = self._sizes(wildcards, files, features=[(shape.rows, shape.dim) for shape in shapes])
@@ -153,7 +153,8 @@ class Needs:
         epochs = min(training.epochs, USUAL_EPOCHS)
         per_step = training.batch_size * batches_per_step(training, sizes.interactions)
         found = experiment.model.training_estimate(sizes, epochs=epochs, batch_size=per_step)
-        return Need(found.memory_mb, found.minutes)
+        on_disk = 2 * experiment.model.table_mb(sizes) if training.optimizer_state == "disk" else 0.0
+        return Need(found.memory_mb - on_disk, found.minutes)
 
     def evaluate(self, wildcards: Any, files: Files) -> Need:
         """The estimate of the experiment's model."""

@@ -8,6 +8,7 @@ import random
 import resource
 import signal
 import subprocess
+import tempfile
 import time
 from itertools import pairwise
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ import torch
 from repository import ROOT
 from training_shop import MODEL, OUTPUTS, TRAINING, history, one_thread, prepared, run, shop, stage_command, written  # noqa: F401
 
+import cm3.training.adam
 import cm3.training.loop
 from cm3.common.errors import UserError
 from cm3.config import Training
@@ -123,6 +125,37 @@ def test_a_signal_writes_a_checkpoint_and_the_run_goes_on_from_it(shop, tmp_path
         run(shop, tmp_path / "stopped", training=training)
     assert "resuming from the checkpoint" in caplog.text
     assert written(tmp_path / "stopped") == written(tmp_path / "whole")
+
+
+def test_moments_on_disk_give_the_same_bytes_also_in_a_run_that_was_stopped(shop, tmp_path, monkeypatch):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    run(shop, tmp_path / "memory", code="one")
+    monkeypatch.setattr(cm3.training.adam, "MAPPED_FROM", 1)
+    mapped, made = cm3.training.adam.mapped_zeros, []
+    monkeypatch.setattr(cm3.training.adam, "mapped_zeros", lambda shape: made.append(shape) or mapped(shape))
+    step, steps = cm3.training.loop.TrainingRun.step, 0
+
+    def step_then_signal(*arguments):
+        nonlocal steps
+        steps += 1
+        done = step(*arguments)
+        if steps == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return done
+
+    monkeypatch.setattr(cm3.training.loop.TrainingRun, "step", step_then_signal)
+    training = {"optimizer_state": "disk", "checkpoint_seconds": 1000}
+    with pytest.raises(SystemExit):
+        run(shop, tmp_path / "disk", training=training, code="one")
+    assert made and not list(temporary.iterdir())
+    run(shop, tmp_path / "disk", code="one")  # the setting is not part of what a checkpoint belongs to
+    assert written(tmp_path / "disk") == written(tmp_path / "memory")
+    monkeypatch.setattr(cm3.training.loop.TrainingRun, "step", step)
+    made.clear()
+    run(shop, tmp_path / "whole", training=training, code="one")
+    assert made and written(tmp_path / "whole") == written(tmp_path / "memory")
 
 
 def test_learning_rates_follow_their_schedule():
