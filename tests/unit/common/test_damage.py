@@ -22,7 +22,7 @@ from cm3.common.checksums import check_parquet
 from cm3.common.errors import DamagedFileError, UserError
 from cm3.common.files import atomic, exclusive, read_json, write_json
 from cm3.common.tables import SIMILARITY, USERS, open_parquet, read_metadata, read_parquet, read_table, write_table
-from cm3.common.tensors import read_tensors, write_tensors
+from cm3.common.tensors import open_tensors, read_tensors, write_tensors
 
 
 def test_no_damage_of_any_kind_of_file_is_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -153,6 +153,9 @@ def test_tensors_come_back_with_their_metadata_and_equal_calls_give_equal_bytes(
     found, metadata = read_tensors(tmp_path / "x")
     assert metadata == {"z": [1.5], "a": {"b": None}} and list(metadata) == ["z", "a"]
     assert all(torch.equal(found[name], load_file(tmp_path / "x")[name]) for name in tensors)
+    lazy, same = open_tensors(tmp_path / "x")
+    assert same == metadata and set(lazy) == set(tensors) and len(lazy) == 4 and "c" not in lazy
+    assert all(torch.equal(lazy[name], found[name]) for name in lazy)
     with safe_open(tmp_path / "x", "pt") as file:
         assert list(json.loads(file.metadata()["cm3"])) == ["z", "a", "checksum"]
 

@@ -11,8 +11,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_shop import OUTPUTS, history, one_thread, run, shop
+from training_shop import OUTPUTS, history, one_thread, run, shop, written
 
+import cm3.model.model
+import cm3.model.network
+import cm3.model.streams
 import cm3.training.loop
 from cm3.common.errors import UserError
 from cm3.config import Training
@@ -283,3 +286,17 @@ def test_ranking_halves_its_blocks_when_memory_runs_out(caplog):
 
     with pytest.raises(torch.OutOfMemoryError):
         ranking.top_by(hopeless, 5)
+
+
+def test_what_large_models_do_for_memory_changes_no_byte(shop, tmp_path, monkeypatch):
+    training = {"batches_per_step": 2, "epochs": 3}
+    run(shop, tmp_path / "small", training=training)
+    given_back = []
+    for place in (cm3.training.loop, cm3.model.network, cm3.model.streams):
+        monkeypatch.setattr(place, "return_free_memory", lambda place=place.__name__: given_back.append(place))
+    monkeypatch.setattr(cm3.model.network, "LARGE_MODEL", 0)
+    monkeypatch.setattr(cm3.model.model, "LARGE_ACTIVATION", 0)
+    monkeypatch.setattr(cm3.model.streams, "CPU_TABLE_BYTES", 1)
+    run(shop, tmp_path / "large", training=training)
+    assert set(given_back) == {"cm3.training.loop", "cm3.model.network", "cm3.model.streams"}
+    assert written(tmp_path / "large") == written(tmp_path / "small")
