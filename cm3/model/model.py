@@ -224,7 +224,7 @@ class CM3(Network):
         (t,) = draws
         held = [batch.counted_users.ids for batch in batches]
         if len(held) > 1 and sum(len(some) for some in held) >= self.n_users:
-            return backward(self(t), [partial(self._whole_loss, batch) for batch in batches])
+            return backward(self(t), [partial(self._whole_loss, batch) for batch in batches], self.is_large())
         # Not in a local variable: `backward` releases the embeddings.
         losses = [partial(self._step_loss, n, batch) for n, batch in enumerate(batches)]
         return backward(self._step_embeddings(held, t), losses, self.is_large())
