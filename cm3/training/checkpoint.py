@@ -58,7 +58,9 @@ class Checkpoint:
                 file.unlink(missing_ok=True)
 
     def load(self) -> tuple[Mapping[str, Tensor], dict[str, Any]] | None:
-        """Return the tensors (on the CPU, each read when it is asked for) and the state, or None where there is no checkpoint of this fingerprint.
+        """Return the tensors, on the CPU, and the state, or None where there is no checkpoint of this fingerprint.
+
+        Each tensor is read when it is asked for.
 
         A damaged checkpoint is removed with a warning.
 
