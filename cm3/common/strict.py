@@ -4,7 +4,7 @@ import difflib
 import re
 from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from cm3.common.errors import UserError
 from cm3.common.http import hide_secrets
@@ -17,8 +17,8 @@ def _scientific_to_float(value: Any) -> Any:
     return float(value) if isinstance(value, str) and _SCIENTIFIC.fullmatch(value) else value
 
 
-Float = Annotated[float, BeforeValidator(_scientific_to_float)]
-"""A float that also accepts YAML's `1e-3`."""
+Float = Annotated[float, BeforeValidator(_scientific_to_float), Field(allow_inf_nan=False)]
+"""A finite float that also accepts YAML's `1e-3`."""
 
 
 class Strict(BaseModel):

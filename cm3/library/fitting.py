@@ -100,20 +100,21 @@ def fit(
         raise ValueError(_nothing_held_out(len(users), len(user_ids), valid_share))
     data = _Data(users[~held], items[~held], observed, valid)
     device = select_device(chosen.device)
-    reranked = parse_reranking(rerank, spec.name, chosen.monitor) if rerank is not None else None
+    settings, specs = parse_reranking(rerank, spec.name, chosen.monitor) if rerank is not None else (None, {})
     untrained = Recommender(user_ids, names, *_no_vectors(shape), pair_matrix(users, items, shape))
     vectors, projections = reduce_features(features or {}, reduce or {}, len(names))
-    fitted = _fitted(spec, data, vectors, chosen, device, untrained)
-    if fitted.encoder is not None:
-        fitted = replace(fitted, encoder=replace(fitted.encoder, projections=projections))
-    if reranked is None:
-        return fitted
-    settings, specs = reranked
+    _check_weights({"fit.model": spec} | {f"fit.rerank.by.{name}": part for name, part in specs.items()}, vectors)
+    # Before the model itself, whose training takes longer than those that help: a fault of theirs is reported first.
     parts = {
         name: _fitted(part, data, vectors, _part_training(part, chosen, training or {}), device, untrained)
         for name, part in specs.items()
     }
     parts = {name: replace(part, seen=None, encoder=None) for name, part in parts.items()}
+    fitted = _fitted(spec, data, vectors, chosen, device, untrained)
+    if fitted.encoder is not None:
+        fitted = replace(fitted, encoder=replace(fitted.encoder, projections=projections))
+    if settings is None:
+        return fitted
     return replace(fitted, reranking=fit_reranking(fitted, parts, settings, data.observed, data.valid, chosen.monitor))
 
 
@@ -133,6 +134,13 @@ def _training(spec: ModelSpec, given: Mapping[str, Any]) -> Training:
     if unused:
         raise UserError(f"fit.training.{unused[0]}: not supported by {spec.name}; remove it")
     return chosen
+
+
+def _check_weights(specs: Mapping[str, ModelSpec], features: Mapping[str, Any]) -> None:
+    """Raise UserError for weights of other modalities than the features have; `specs` are by their place in messages."""
+    for where, spec in specs.items():
+        if features and isinstance(spec, Weighted):
+            modality_weights(spec, list(features), where)
 
 
 def _part_training(spec: ModelSpec, base: Training, given: Mapping[str, Any]) -> Training:

@@ -89,7 +89,12 @@ def parse_reranking(given: Mapping[str, Any], base: str, monitor: str) -> tuple[
         )
     specs = {}
     for name in settings.by:
-        specs[name] = parse_model({**own.get(name, {}), "name": name}, f"fit.rerank.by.{name}")
+        chosen = own.get(name, {})
+        if not isinstance(chosen, Mapping):
+            raise UserError(
+                f"fit.rerank.by.{name} = {chosen!r}: write its settings as a mapping, {{}} for the defaults"
+            )
+        specs[name] = parse_model({**chosen, "name": name}, f"fit.rerank.by.{name}")
         if specs[name].exports == "lists":
             raise UserError(
                 f"fit.rerank.by.{name}: has lists and no scores; name a model with embeddings or item weights"

@@ -23,6 +23,7 @@ from cm3.evaluation.evaluate import evaluate
 from cm3.evaluation.item_weights import ItemWeights
 from cm3.evaluation.rerank_config import Rerank
 from cm3.evaluation.rerank_stage import rerank
+from cm3.library import fitting
 from cm3.library.reranking import fit_reranking
 
 BY: dict[str, Any] = {"by": {"ease": {"l2": 20}, "itemknn-content": {}}, "top": 12, "grid": [0, 0.5, 2]}
@@ -128,6 +129,11 @@ def test_new_items_need_the_model_without_reranking(reranked: cm3.Recommender):
         ({"by": ["ease"], "tops": 3}, r"fit\.rerank\.tops.*did you mean 'top'"),
         ({"by": ["ease"], "top": 3}, r"fit\.rerank\.top = 3: the monitored metric is recall@20"),
         ({"by": {"ease": {"l3": 1}}}, r"fit\.rerank\.by\.ease\.l3"),
+        ({"by": {"ease": None}}, r"fit\.rerank\.by\.ease = None: write its settings as a mapping"),
+        (
+            {"by": {"cease": {"modality_weights": {"text": 1}}}},
+            r"fit\.rerank\.by\.cease\.modality_weights: modality 'image' has no weight",
+        ),
         ({"by": ["cm3"]}, r"'cm3' is given twice"),
         ({"by": ["rerank"]}, r"fit\.rerank\.by\.rerank"),
         ({}, r"fit\.rerank\.by"),
@@ -137,3 +143,10 @@ def test_faults_are_named(given: dict[str, Any], complaint: str):
     pairs, features, items = shop()
     with pytest.raises(UserError, match=complaint):
         cm3.fit(pairs, features, items, rerank=given)
+
+
+def test_a_model_that_helps_and_cannot_be_computed_is_reported_before_a_long_training(monkeypatch: pytest.MonkeyPatch):
+    pairs, features, items = shop()
+    monkeypatch.setattr(fitting, "fit_network", lambda *_: pytest.fail("CM3 was trained first"))
+    with pytest.raises(UserError, match=r"max_items = 5: cease"):
+        cm3.fit(pairs, features, items, rerank={"by": {"cease": {"max_items": 5}}})

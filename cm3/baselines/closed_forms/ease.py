@@ -41,13 +41,22 @@ def co_occurrence(interactions: sp.csr_matrix, device: torch.device) -> Tensor:
 
 
 def regression(gram: Tensor, l2: float) -> ItemWeights:
-    """Return the item weights B = I - P diag(1 / diag P), P = (G + l2 I)^-1 of a Gram matrix G (I, I), which is overwritten."""
+    """Return the item weights B = I - P diag(1 / diag P), P = (G + l2 I)^-1 of a Gram matrix G (I, I), which is overwritten.
+
+    Raises:
+        UserError: l2 is so small next to G that the sum has no inverse in float64.
+    """
     gram.diagonal().add_(l2)
-    # LAPACK's matrices are of columns: the transpose of a symmetric matrix of rows is factored and inverted in place.
-    columns = gram.T
-    torch.linalg.cholesky(columns, out=columns)
-    torch.cholesky_inverse(columns, out=columns)
-    weights = gram.div_(-gram.diagonal().clone()).float()
+    try:
+        factor = torch.linalg.cholesky(gram, out=gram)
+    except torch.linalg.LinAlgError:
+        raise UserError(
+            f"model.l2 = {l2}: too small next to the products of the items, whose matrix has no inverse in float64; raise it, "
+            "or lower content_weight if it is set"
+        ) from None
+    inverse = torch.cholesky_inverse(factor)
+    # Rows, not columns: a product with users would copy the matrix each time.
+    weights = inverse.div_(-inverse.diagonal().clone()).to(torch.float32, memory_format=torch.contiguous_format)
     weights.fill_diagonal_(0)
     return ItemWeights(weights.cpu().numpy())
 

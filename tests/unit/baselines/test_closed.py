@@ -21,6 +21,7 @@ from cm3.baselines.mm_gf import MMGF
 from cm3.baselines.mostpop import MostPop
 from cm3.common.errors import UserError
 from cm3.evaluation.item_weights import read_item_weights
+from cm3.model_registry import parse_model
 from cm3.model_spec import modality_weights
 
 CPU = torch.device("cpu")
@@ -235,6 +236,18 @@ def test_cease_is_the_same_in_blocks_of_any_size(monkeypatch):
     whole = dense(CEASE().solve(filter_inputs(), CPU))
     monkeypatch.setattr(cease, "BLOCK_ROWS", 5)
     np.testing.assert_allclose(dense(CEASE().solve(filter_inputs(), CPU)), whole, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("settings", [{"content_weight": 1e300}, {"l2": 1e-20, "content_weight": 1e20}])
+def test_a_matrix_without_an_inverse_is_refused_with_the_settings_to_change(settings):
+    with pytest.raises(UserError, match=r"model\.l2 = .*raise it, or lower content_weight"):
+        CEASE(**settings).solve(filter_inputs(), CPU)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), "1e999"])
+def test_a_setting_that_is_not_finite_is_refused(value):
+    with pytest.raises(UserError, match=r"here\.content_weight"):
+        parse_model({"name": "cease", "content_weight": value}, "here")
 
 
 def test_cease_of_too_many_items_is_refused_with_the_reason():
