@@ -14,6 +14,8 @@ MOST_VALUES = 20
 OTHER, UNKNOWN = "other", "unknown"
 
 _NUMBER = re.compile(r"[+-]?(0|[1-9]\d*)(\.\d*)?([eE][+-]?\d+)?|[+-]?\.\d+([eE][+-]?\d+)?")
+_LONG_INTEGER = re.compile(r"[+-]?\d{16,}")
+_WITH_COMMA = re.compile(r"[+-]?\d+(,\d+)?")
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ def group_values(values: Sequence[str | None]) -> Grouping:
     and of text the most frequent values are groups and the others one group, `other`.
 
     Raises:
-        ValueError: text with more than `MOST_VALUES` values, and with more than half as many as users, as in a column of
-            names.
+        ValueError: more than `MOST_VALUES` values of text that are numbers with a comma, or more than half as many as users,
+            as in a column of names.
     """
     known = [value for value in values if value is not None]
     numbers = _numbers(set(known))
@@ -68,6 +70,11 @@ def _groups_of_text(known: Sequence[str]) -> tuple[str, int, dict[str, str]]:
     texts = sorted(counts, key=lambda text: (-counts[text], text))
     if len(texts) <= MOST_VALUES:
         return "values", len(texts), {text: text for text in texts}
+    if all(_WITH_COMMA.fullmatch(text) for text in texts) and (comma := next((t for t in texts if "," in t), "")):
+        raise ValueError(
+            f"has {len(texts)} numbers with a comma, such as {comma!r}, which are read as text; write them with a point, and "
+            "without a mark of thousands"
+        )
     if 2 * len(texts) > len(known):
         raise ValueError(
             f"has {len(texts)} different texts for {len(known)} users, as a column of ids or names has; name a column of "
@@ -94,8 +101,11 @@ def _groups_of_numbers(known: Sequence[float], numbers: Mapping[str, float]) -> 
 
 
 def _numbers(texts: set[str]) -> dict[str, float] | None:
-    """Return the number of each text; None unless all are finite numbers, and none a code with a leading zero like 01067."""
-    if not texts or not all(_NUMBER.fullmatch(text) for text in texts):
+    """Return the number of each text; None unless all are finite numbers, and none a code.
+
+    Codes have a leading zero, like 01067, or are integers of 16 digits and more, which float64 does not tell apart.
+    """
+    if not texts or not all(_NUMBER.fullmatch(text) and not _LONG_INTEGER.fullmatch(text) for text in texts):
         return None
     numbers = {text: float(text) + 0.0 for text in texts}  # + 0.0: without -0
     return numbers if np.isfinite(list(numbers.values())).all() else None

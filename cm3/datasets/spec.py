@@ -241,12 +241,22 @@ class SourceWithImages(SourceSpec):
 
 
 def check_group_names(names: list[str]) -> list[str]:
-    """Return the names of columns that users are compared by. Raises ValueError for a duplicate, or "user"."""
+    """Return the names of columns that users are compared by.
+
+    Raises:
+        ValueError: a duplicate, "user", or a column whose gap would have the name of what is chance for another.
+    """
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"duplicate column {twice!r}")
     if "user" in names or "" in names:
         raise ValueError(f"{'user' if 'user' in names else ''!r} cannot be the name of a group; rename the column")
+    for name in names:
+        if f"{name}_chance" in names:
+            raise ValueError(
+                f"{name!r} and '{name}_chance': recall_gap_{name}_chance would be the name of two numbers; rename the second "
+                "column"
+            )
     return names
 
 

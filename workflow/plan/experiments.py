@@ -272,7 +272,13 @@ def _controls(section: ExperimentSection, where: str) -> dict[str, Kind]:
         return {}
     if isinstance(section.control, str):
         if not section.modalities:
-            raise UserError(f"{where}.control = {section.control!r}: there are no features to replace; give modalities")
+            advice = "give modalities"
+            if section.model.get("name") == "rerank":
+                advice = (
+                    f"name an experiment of CM3 with control: {section.control}, and re-rank that, as in "
+                    "{like: it, preset: best}"
+                )
+            raise UserError(f"{where}.control = {section.control!r}: there are no features to replace; {advice}")
         return dict.fromkeys(section.modalities, section.control)
     for modality in section.control:
         if modality not in section.modalities:

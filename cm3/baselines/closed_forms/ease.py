@@ -47,14 +47,14 @@ def regression(gram: Tensor, l2: float) -> ItemWeights:
         UserError: l2 is so small next to G that the sum has no inverse in float64.
     """
     gram.diagonal().add_(l2)
-    try:
-        factor = torch.linalg.cholesky(gram, out=gram)
-    except torch.linalg.LinAlgError:
+    failed = torch.empty((), dtype=torch.int32, device=gram.device)
+    torch.linalg.cholesky_ex(gram, out=(gram, failed))
+    if failed:
         raise UserError(
             f"model.l2 = {l2}: too small next to the products of the items, whose matrix has no inverse in float64; raise it, "
             "or lower content_weight if it is set"
-        ) from None
-    inverse = torch.cholesky_inverse(factor)
+        )
+    inverse = torch.cholesky_inverse(gram)
     # Rows, not columns: a product with users would copy the matrix each time.
     weights = inverse.div_(-inverse.diagonal().clone()).to(torch.float32, memory_format=torch.contiguous_format)
     weights.fill_diagonal_(0)

@@ -153,6 +153,21 @@ def test_a_column_of_names_is_no_column_of_groups():
     group_values([f"name {n}" for n in range(21)] + ["name 0"] * 21)
 
 
+def test_many_numbers_with_a_decimal_comma_are_refused():
+    values = [f"{n},5" for n in range(20)] + ["7"]
+    with pytest.raises(ValueError, match=r"21 numbers with a comma, such as '0,5', .* write them with a point"):
+        group_values(values * 3)
+    assert set(group_values(values[:20]).names) == set(values[:20])
+
+
+def test_long_integers_are_codes_and_none_is_taken_for_another():
+    codes = [str(10**17 + n) for n in range(3)]
+    assert group_values(codes).names == codes
+    with pytest.raises(ValueError, match="as a column of ids"):
+        group_values([str(10**17 + n) for n in range(30)])
+    assert group_values(["0.30000000000000004", "1e+20"]).names == ["0.30000000000000004", "1e+20"]
+
+
 def test_equal_rows_of_a_user_count_once(tmp_path: Path):
     (tmp_path / "users.csv").write_text(as_csv([ROWS[0], ROWS[1], ROWS[0], ROWS[3], ROWS[3]]))
     assert group(tmp_path, tmp_path / "users.csv") == EXPECTED
@@ -265,6 +280,7 @@ def test_bad_user_files_of_recbole(tmp_path: Path, table: str, groups: list[str]
         ({}, r"users\.columns\.groups: required"),
         ({"groups": []}, r"users\.columns\.groups = \[\]"),
         ({"groups": ["age", "age"]}, r"duplicate column 'age'"),
+        ({"groups": ["age_chance", "age"]}, r"'age' and 'age_chance': .* rename the second column"),
         ({"groups": "user"}, r"'user' cannot be the name of a group"),
         ({"user_id": "age", "groups": "age"}, r"'age' is the column of the ids"),
         ({"groups": "age", "age": "x"}, r"users\.columns\.age: unknown key"),
