@@ -142,6 +142,8 @@ def load(path: str | Path, interactions: str | Path | None = None) -> Recommende
     data = Path(place) if (place := interactions or _prepared(folder)) is not None else None
     if not (folder / USERS).exists() and (folder / WEIGHTS).exists() and data is not None:
         return _weights_of_experiment(folder, data, history)
+    if not (folder / USERS).exists() and _is_experiment(folder):
+        raise ValueError(f"{folder}: {_why_not_loaded(folder)}")
     user_ids, item_ids = _ids(folder / USERS, "user_id"), _ids(folder / ITEMS, "item_id")
     users, _ = read_embeddings(folder / USERS, "user_id", user_ids)
     items, _ = read_embeddings(folder / ITEMS, "item_id", item_ids)
@@ -188,6 +190,22 @@ def _seen(data: Interactions, user_ids: list[str], item_ids: list[str]) -> sp.cs
 
 def _is_experiment(folder: Path) -> bool:
     return (folder / "metrics.json").exists()
+
+
+def _why_not_loaded(folder: Path) -> str:
+    """Return why an experiment without embeddings cannot be loaded, and what to do."""
+    if (folder / WEIGHTS).exists():
+        return (
+            f"has no {USERS}; if its model has item weights, give interactions=..., the interactions.parquet of its data set in "
+            "processed/, which has the ids"
+        )
+    of = read_json(folder / "metrics.json").get("rerank", {}).get("of")
+    if of is None:
+        return "it has lists of items and no model; they are in recommendations.parquet"
+    return (
+        f"a re-ranking has lists of items and no model; they are in recommendations.parquet. Load {of}, or re-rank in Python by "
+        "cm3.fit(..., rerank=...)"
+    )
 
 
 def _prepared(folder: Path) -> Path | None:

@@ -107,6 +107,24 @@ def test_an_experiments_folder_is_loaded_with_seen_items(trained: cm3.Recommende
     assert cm3.recommend(cm3.load(results, prepared), ["u2"]) == cm3.recommend(trained, ["u2"])
 
 
+@pytest.mark.parametrize(
+    ("metrics", "files", "complaint"),
+    [
+        ({"rerank": {"of": "base"}}, [], r"a re-ranking has lists of items and no model.*Load base, or .*cm3\.fit"),
+        ({}, [], r"it has lists of items and no model; they are in recommendations\.parquet"),
+        ({}, ["model.safetensors"], r"if its model has item weights, give interactions="),
+    ],
+)
+def test_an_experiment_without_vectors_is_refused_with_the_way_out(tmp_path: Path, metrics, files, complaint: str):
+    folder = tmp_path / "results/shop"
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text(json.dumps({"dataset": "data", **metrics}))
+    for name in files:
+        (folder / name).touch()
+    with pytest.raises(ValueError, match=complaint):
+        cm3.load(folder)
+
+
 def test_saving_without_seen_items_deletes_old_ones(trained: cm3.Recommender, tmp_path: Path):
     trained.save(tmp_path)
     replace(trained, seen=None).save(tmp_path)

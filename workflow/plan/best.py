@@ -52,7 +52,8 @@ def with_best(
             kept = derived.get(f"{name}-cm3", {"like": base})
             base = f"{name}-cm3"
             derived[base] = kept | {"modalities": {**whole["modalities"], WORDS: words}}
-        helpers = [f"{name}-{model}" for model in (_co_occurrence(whole, datasets), _CONTENT)]
+        co_occurrence = "cease" if f"{name}-cease" in experiments else _co_occurrence(whole, datasets)
+        helpers = [f"{name}-{model}" for model in (co_occurrence, _CONTENT)]
         found[name] = {"like": base, "model": {"name": "rerank", "of": base, "by": helpers}}
         derived |= {helper: {"like": base, "model": {"name": helper.removeprefix(f"{name}-")}} for helper in helpers}
         found |= {other: section for other, section in derived.items() if other not in experiments}

@@ -170,6 +170,9 @@ def test_the_preset_best_takes_models_of_the_users_and_itemknn_for_many_items():
     raw["experiments"]["top"] = {"like": "cm3", "preset": "best"}
     model = load_config(raw).experiments["top"].model
     assert isinstance(model, Rerank) and model.by == ["top-itemknn", "top-itemknn-content"]
+    raw["experiments"]["top-cease"] = {"like": "cm3", "model": {"name": "cease", "max_items": 30_000}}
+    model = load_config(raw).experiments["top"].model
+    assert isinstance(model, Rerank) and model.by == ["top-cease", "top-itemknn-content"]
 
 
 @pytest.mark.parametrize(
