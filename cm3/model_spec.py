@@ -173,6 +173,6 @@ def modality_weights(model: Weighted, modalities: Sequence[str], where: str = "m
             raise UserError(f"{path}.{name}: the experiment has no such modality{nearest(name, modalities)}")
     for name in modalities:
         if name not in given:
-            raise UserError(f"{path}: modality {name!r} has no weight; give it one (0 leaves its graph out)")
+            raise UserError(f"{path}: modality {name!r} has no weight; give it one (0 leaves it out)")
     total = sum(given.values())
     return {m: given[m] / total for m in modalities}

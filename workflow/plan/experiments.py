@@ -270,15 +270,14 @@ def _unsupported(spec: type[ModelSpec], key: str) -> str:
 def _controls(section: ExperimentSection, where: str) -> dict[str, Kind]:
     if section.control is None:
         return {}
+    if not section.modalities and section.model.get("name") == "rerank":
+        raise UserError(
+            f"{where}.control = {section.control!r}: a re-ranking has no features to replace; give this control to an experiment "
+            "of CM3, and re-rank that, as in {like: it, preset: best}"
+        )
     if isinstance(section.control, str):
         if not section.modalities:
-            advice = "give modalities"
-            if section.model.get("name") == "rerank":
-                advice = (
-                    f"name an experiment of CM3 with control: {section.control}, and re-rank that, as in "
-                    "{like: it, preset: best}"
-                )
-            raise UserError(f"{where}.control = {section.control!r}: there are no features to replace; {advice}")
+            raise UserError(f"{where}.control = {section.control!r}: there are no features to replace; give modalities")
         return dict.fromkeys(section.modalities, section.control)
     for modality in section.control:
         if modality not in section.modalities:

@@ -197,12 +197,11 @@ def test_a_fault_of_the_base_is_reported_as_its_own():
         load_config(raw)
 
 
-def test_a_control_of_a_reranking_is_refused_with_the_entry_to_write():
+@pytest.mark.parametrize("control", ["gaussian", {"image": "gaussian"}])
+def test_a_control_of_a_reranking_is_refused_with_the_entry_to_write(control: Any):
     raw = copy.deepcopy(CONFIG)
-    raw["experiments"]["noise"] = {"like": "both", "control": "gaussian"}
-    with pytest.raises(
-        UserError, match=r"noise\.control = 'gaussian': .*re-rank that, as in \{like: it, preset: best\}"
-    ):
+    raw["experiments"]["noise"] = {"like": "both", "control": control}
+    with pytest.raises(UserError, match=r"noise\.control = .*re-rank that, as in \{like: it, preset: best\}"):
         load_config(raw)
 
 
