@@ -144,7 +144,8 @@ def has_vector(values: np.ndarray) -> np.ndarray:
 def as_float32(vectors: Any, where: str) -> np.ndarray:
     """Return a float32 copy of an array, tensor, sparse matrix or lists. Raises ValueError if they are not numbers."""
     if isinstance(vectors, torch.Tensor):
-        return vectors.detach().to("cpu", torch.float32, copy=True).numpy()
+        held = vectors.detach().cpu()
+        vectors = held.numpy() if held.dtype == torch.float64 else held.to(torch.float32).numpy()
     if sp.issparse(vectors):
         vectors = vectors.toarray()
     try:

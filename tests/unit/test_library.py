@@ -10,6 +10,7 @@ import oracles_cm3 as oracle
 import pyarrow as pa
 import pytest
 import scipy.sparse as sp
+import torch
 from library_shop import QUICK, SMALL, shop
 
 import cm3
@@ -158,6 +159,7 @@ def test_inputs_that_do_not_fit_are_named(trained: cm3.Recommender, tmp_path: Pa
         (lambda: cm3.similar_items(trained, ["x"]), "item 'x' is unknown"),
         (lambda: cm3.fit({"user": ["a"]}, features, items), "no column 'item'"),
         (lambda: cm3.fit(pairs, {"text": features["text"][:3]}, items), r"\(3, 6\) is not \(41, d\)"),
+        (lambda: cm3.fit(pairs, {"text": torch.full((41, 6), 1e300, dtype=torch.float64)}, items), "beyond float32"),
         (lambda: cm3.fit(pairs, {}, items), "at least one modality"),
         (lambda: cm3.fit(pairs, features, items[:-2]), r"features\['text'\]|item 'i39' is unknown"),
         (lambda: cm3.fit(pairs, features, ["i0"] * 41), "duplicate item ids: 41 ids, 1 different"),
