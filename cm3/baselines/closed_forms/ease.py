@@ -47,16 +47,17 @@ def regression(gram: Tensor, l2: float) -> ItemWeights:
         UserError: l2 is so small next to G that the sum has no inverse in float64.
     """
     gram.diagonal().add_(l2)
+    # LAPACK's matrices are of columns: the transpose of a symmetric matrix of rows is factored and inverted in place.
+    columns = gram.T
     failed = torch.empty((), dtype=torch.int32, device=gram.device)
-    torch.linalg.cholesky_ex(gram, out=(gram, failed))
+    torch.linalg.cholesky_ex(columns, out=(columns, failed))
     if failed:
         raise UserError(
             f"model.l2 = {l2}: too small next to the products of the items, whose matrix has no inverse in float64; raise it, "
             "or lower content_weight if it is set"
         )
-    inverse = torch.cholesky_inverse(gram)
-    # Rows, not columns: a product with users would copy the matrix each time.
-    weights = inverse.div_(-inverse.diagonal().clone()).to(torch.float32, memory_format=torch.contiguous_format)
+    torch.cholesky_inverse(columns, out=columns)
+    weights = gram.div_(-gram.diagonal().clone()).float()
     weights.fill_diagonal_(0)
     return ItemWeights(weights.cpu().numpy())
 
