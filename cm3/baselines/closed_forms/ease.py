@@ -52,7 +52,7 @@ def regression(gram: Tensor, l2: float) -> ItemWeights:
     failed = torch.empty((), dtype=torch.int32, device=gram.device)
     torch.linalg.cholesky_ex(columns, out=(columns, failed))
     pivots = columns.diagonal().square()
-    if failed or pivots.min() <= len(pivots) * torch.finfo(pivots.dtype).eps * pivots.max():
+    if failed or not pivots.min() > len(pivots) * torch.finfo(pivots.dtype).eps * pivots.max():
         raise UserError(
             f"model.l2 = {l2}: too small next to the products of the items, whose matrix has no inverse in float64; raise it, "
             "or lower content_weight if it is set"
