@@ -13,8 +13,8 @@ ROW_MULTIPLE = 16
 """Rows of a block are padded to a multiple of this. A matrix product has another kernel for the rows after the last full
 tile, whose sums differ in the last digit: without padding a user's scores would depend on the size of the block."""
 
-MARGINS = (32, 128, 448)
-"""Candidates of a list besides its length: as few as leave nearly all lists certain, found while ranking."""
+MARGIN = 32
+"""Candidates of a list besides its length."""
 REDUCED_FROM = 2**22
 """Numbers in the item embeddings from which bfloat16 products save more time than the scores of the candidates take."""
 PROBE_USERS = 64
@@ -58,16 +58,17 @@ class ProductScores:
 
         The scores of candidates are checked to the last bit on some users for each length.
         """
+        width = candidates_of(k)
         if (
             not has_fast_bfloat16(self.items.device)
             or {self.users.dtype, self.items.dtype} != {torch.float32}
             or self.items.numel() < REDUCED_FROM
+            or len(self.items) < 2 * width * topk.GROUP
         ):
             return None
         self._reduced = self._reduced or ReducedProducts(self.items)
         rows = torch.arange(0, len(self.users), max(1, len(self.users) // PROBE_USERS))[:PROBE_USERS]
-        usable = self._reduced.allows(self.vectors(rows), candidates_of(k, self._reduced.margin(k)))
-        return self._reduced if usable else None
+        return self._reduced if self._reduced.reproduces(self.vectors(rows), width) else None
 
 
 def padded_scores(score: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
@@ -76,9 +77,9 @@ def padded_scores(score: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
     return score(torch.cat([rows, padding]))[: len(rows)]
 
 
-def candidates_of(k: int, margin: int) -> int:
+def candidates_of(k: int) -> int:
     """Return the number of candidates for a list of length k, a multiple of `ROW_MULTIPLE`."""
-    return -(-(k + margin) // ROW_MULTIPLE) * ROW_MULTIPLE
+    return -(-(k + MARGIN) // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 class ReducedProducts:
@@ -97,24 +98,6 @@ class ReducedProducts:
         norms = [_norms(part, copy) for part, copy in zip(items.split(2**16), self.copies.split(2**16), strict=True)]
         self._length, self._copy_length, self._residual = torch.cat(norms, dim=1).amax(dim=1)
         self._reproduced: dict[int, bool] = {}
-        self._margins: dict[int, int] = {}
-
-    def margin(self, k: int) -> int:
-        """Return how many candidates a list of length k has besides its length."""
-        return self._margins.get(k, MARGINS[0])
-
-    @torch.no_grad()
-    def widen(self, k: int, vectors: Tensor) -> bool:
-        """Give further lists of length k more candidates; return whether more are possible, as for these vectors (b, D)."""
-        for margin in MARGINS:
-            if margin > self.margin(k) and self.allows(vectors[:PROBE_USERS], candidates_of(k, margin)):
-                self._margins[k] = margin
-                return True
-        return False
-
-    def allows(self, vectors: Tensor, width: int) -> bool:
-        """Return whether items are many enough for so many candidates and `reproduces` holds."""
-        return len(self.items) >= 2 * width * topk.GROUP and self.reproduces(vectors, width)
 
     def reproduces(self, vectors: Tensor, width: int) -> bool:
         """Return whether scores of so many candidates have the bits of the whole float32 product, as for these vectors."""
@@ -157,7 +140,7 @@ class ReducedProducts:
         # As integers, positive numbers have the same order, in which maxima are found in a third of the time.
         bits = product.view(torch.int16)
         bits[masked] = _LOWEST
-        least, places = topk.largest(bits, candidates_of(k, self.margin(k)))
+        least, places = topk.largest(bits, candidates_of(k))
         places = places.sort(dim=1).values
         values = self.scores(vectors, places)
         ranked, order = values.sort(dim=1, descending=True, stable=True)

@@ -26,9 +26,8 @@ LARGE_BLOCK_ENTRIES = 2**25
 CUDA_BLOCK_ENTRIES = 2**26
 REDUCED_USERS = 1024
 """Users from which copies of the items in bfloat16 pay off."""
-RARE, FUTILE = 0.05, 0.5
-"""Shares of lists without certainty in a block above which later lists get more candidates and, where they have the most,
-bfloat16 products are given up."""
+FUTILE = 0.5
+"""Share of lists without certainty in the first block at which bfloat16 products are given up."""
 
 
 class Ranking:
@@ -105,12 +104,7 @@ class Ranking:
 
         for start, stop, indices, top, unsure in self._in_blocks(find):
             best[start:stop], values[start:stop], left[start:stop] = indices.numpy(), top.numpy(), unsure.numpy()
-            share = left[start:stop].mean()
-            if (
-                share > RARE
-                and not reduced.widen(best.shape[1], score.vectors(self.users[start:stop]))
-                and share > FUTILE
-            ):
+            if not start and left[:stop].mean() > FUTILE:
                 break
         return np.flatnonzero(left)
 

@@ -179,24 +179,3 @@ def test_metrics_and_lists_of_the_stage_are_the_same_bytes(tmp_path, monkeypatch
     assert run("float32") > 3 * rows
     for path in (tmp_path / "float32").iterdir():
         assert (tmp_path / "reduced" / path.name).read_bytes() == path.read_bytes(), path.name
-
-
-def test_lists_that_are_not_certain_get_more_candidates(monkeypatch, whole_rows):
-    rng = np.random.default_rng(3)
-    users, items = (torch.from_numpy(rng.standard_normal((n, DIM)).astype(np.float32)) for n in (USERS, ITEMS))
-    users, items = 1 + 0.3 * users, 1 + 0.1 * items
-    hidden = masked(3)
-
-    def uncertain(margins):
-        monkeypatch.setattr(products, "MARGINS", margins)
-        del whole_rows[: len(whole_rows)]
-        one = Ranking(np.arange(USERS), hidden)
-        one.block = 16
-        found = one.top_by(score := ProductScores(users, items), 10)
-        return sum(whole_rows), score.reduced(10).margin(10), found
-
-    few, _, expected = uncertain((1,))
-    more, margin, found = uncertain((1, 20, 400))  # 400 are more than there are items for
-    assert more < few / 2 and margin == 20
-    for one, other in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(one, other)
