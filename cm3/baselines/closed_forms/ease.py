@@ -35,9 +35,9 @@ def check_size(n_items: int, settings: LinearAutoencoder) -> None:
 
 
 def co_occurrence(interactions: sp.csr_matrix, device: torch.device) -> Tensor:
-    """Return X'X (I, I) of (U, I) interactions, in float64, on the device, or on the CPU where that has no float64."""
+    """Return X'X (I, I) of (U, I) interactions, in float64 and rows, on the device, or on the CPU where that has no float64."""
     observed = sp.csr_matrix(interactions, dtype=np.float64)
-    return torch.from_numpy((observed.T @ observed).toarray()).to("cpu" if device.type == "mps" else device)
+    return torch.from_numpy((observed.T @ observed).toarray(order="C")).to("cpu" if device.type == "mps" else device)
 
 
 def regression(gram: Tensor, l2: float) -> ItemWeights:

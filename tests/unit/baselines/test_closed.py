@@ -226,6 +226,12 @@ def test_cease_is_ridge_regression_on_interactions_and_features(weight):
         assert found[j, j] == 0
 
 
+@pytest.mark.parametrize("model", [EASE(), CEASE()], ids=["ease", "cease"])
+def test_item_weights_are_in_rows(model):
+    """SciPy copies a matrix in columns at every product with the interactions of some users."""
+    assert model.solve(filter_inputs(), CPU).matrix.flags["C_CONTIGUOUS"]
+
+
 def test_cease_without_content_is_ease():
     given = filter_inputs()
     found, plain = (model.solve(given, CPU).matrix for model in (CEASE(l2=7.0, content_weight=0), EASE(l2=7.0)))
