@@ -24,7 +24,8 @@ from cm3.evaluation.ranking import Validation
 from cm3.model.network import Embeddings, Network
 from cm3.model.sampling import derived_seed
 from cm3.training.checkpoint import Checkpoint
-from cm3.training.loop import Fitted, fit, memory_hint
+from cm3.training.loop import Fitted, fit
+from cm3.training.memory import memory_hint
 from cm3.training.pruning import read_trial
 from cm3.training.run import run_facts, training_sampler, validations, write_run
 from cm3.training.state import Best

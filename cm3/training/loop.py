@@ -15,7 +15,6 @@ from torch import Tensor
 from cm3.common.device import memory_advice
 from cm3.common.distributed import ProcessShard
 from cm3.common.errors import UserError
-from cm3.common.usage import return_free_memory
 from cm3.config import Training
 from cm3.evaluation.ranking import Validation
 from cm3.model.network import Embeddings, Loss, Network
@@ -24,6 +23,7 @@ from cm3.training.adam import Adam
 from cm3.training.checkpoint import Checkpoint
 from cm3.training.cuda_graph import StaticStep, are_full, graphed_step
 from cm3.training.curves import Curves
+from cm3.training.memory import memory_hint, release_gradients
 from cm3.training.pruning import Trial, scores_of
 from cm3.training.schedule import GracefulStop, batches_per_step, grouped, lr_factor
 from cm3.training.state import Best, State
@@ -95,18 +95,6 @@ def fit(
     model.shard = shard
     with memory_advice(f"training on {sampler.users.device.type}", memory_hint(settings)):
         return _fit(model, sampler, validation, settings, checkpoint, test, curves, shard, trial, trackers)
-
-
-def memory_hint(settings: Training) -> str:
-    """Return what a user can do about too little memory for training."""
-    steps = [f"lower training.batch_size (now {settings.batch_size})"]
-    if settings.precision != "bfloat16":
-        steps.append("set training.precision to bfloat16, which halves the features")
-    if settings.optimizer_state == "memory" and settings.device in ("auto", "cpu"):
-        steps.append("on the CPU, set training.optimizer_state to disk")
-    if settings.batches_per_step != 1:
-        steps.append(f"lower training.batches_per_step (now {settings.batches_per_step})")
-    return f"{', or '.join(steps)}, or use a device with more memory; the same command resumes from the last checkpoint"
 
 
 def _fit(
@@ -215,9 +203,7 @@ class TrainingRun:
                 log.info("epoch %d: step %d of %d, %.0f s left in it", state.epoch, state.step, self.steps, left)
             if state.step < self.steps:
                 self.save_if_due(stop)
-        self.optimiser.zero_grad()  # a validation needs the memory
-        if self.model.is_large():
-            return_free_memory()
+        release_gradients(self.model, self.optimiser)  # a validation needs the memory
         self.check_finite_losses()
         return last
 
@@ -257,9 +243,7 @@ class TrainingRun:
             )
         if self.static_step is not None and self.static_step.fits(batches):
             return self.static_step.run(batches, self.model.random_draws(self._seed()))
-        self.optimiser.zero_grad()
-        if self.model.is_large():
-            return_free_memory()
+        release_gradients(self.model, self.optimiser)
         loss = self.model.backward(batches, self._seed())
         if self.device.type == "cpu":
             self.check_finite(loss)

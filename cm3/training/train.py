@@ -21,7 +21,8 @@ from cm3.config import WARM, Model, Training, modality_weights
 from cm3.model.graph import item_item_matrix
 from cm3.model.model import build_model, fill_missing
 from cm3.training.checkpoint import Checkpoint
-from cm3.training.loop import fit, memory_hint
+from cm3.training.loop import fit
+from cm3.training.memory import memory_hint
 from cm3.training.pruning import read_trial
 from cm3.training.run import read_neighbours, run_facts, training_sampler, validations, write_run
 from cm3.training.trackers import Trackers

@@ -17,6 +17,7 @@ import cm3.model.model
 import cm3.model.network
 import cm3.model.streams
 import cm3.training.loop
+import cm3.training.memory
 from cm3.common.errors import UserError
 from cm3.config import Training
 from cm3.evaluation.ranking import Ranking
@@ -292,11 +293,11 @@ def test_what_large_models_do_for_memory_changes_no_byte(shop, tmp_path, monkeyp
     training = {"batches_per_step": 2, "epochs": 3}
     run(shop, tmp_path / "small", training=training)
     given_back = []
-    for place in (cm3.training.loop, cm3.model.network, cm3.model.streams):
+    for place in (cm3.training.memory, cm3.model.network, cm3.model.streams):
         monkeypatch.setattr(place, "return_free_memory", lambda place=place.__name__: given_back.append(place))
     monkeypatch.setattr(cm3.model.network, "LARGE_MODEL", 0)
     monkeypatch.setattr(cm3.model.model, "LARGE_ACTIVATION", 0)
     monkeypatch.setattr(cm3.model.streams, "CPU_TABLE_BYTES", 1)
     run(shop, tmp_path / "large", training=training)
-    assert set(given_back) == {"cm3.training.loop", "cm3.model.network", "cm3.model.streams"}
+    assert set(given_back) == {"cm3.training.memory", "cm3.model.network", "cm3.model.streams"}
     assert written(tmp_path / "large") == written(tmp_path / "small")
