@@ -23,9 +23,9 @@ from cm3.common.torchrun import started_by_torchrun
 class ProcessShard:
     """This process's part of a training step: process `rank` of `size`.
 
-    All processes hold the same parameters and sample the same batches, negatives and mixing parameters. Each propagates some of
-    the streams, and computes the loss and its gradient for a part of the user-item pairs and of the pairs within the batch.
-    The sum of the gradients equals the gradient of a single process with the whole batch.
+    All processes sample the same batches, negatives and mixing parameters. Each holds and propagates some of the streams of
+    the users, and computes the loss and its gradient for a part of the user-item pairs and of the pairs within the batch.
+    All hold the other parameters; the sum of their gradients equals the gradient of a single process with the whole batch.
     """
 
     rank: int
@@ -44,9 +44,28 @@ class ProcessShard:
         found: Tensor = _Sum.apply(value)
         return found
 
-    def add_up(self, table: Tensor) -> None:
-        """Replace a contiguous table by the sum of those of all processes, outside autograd."""
-        distributed.all_reduce(table)
+    def join(self, part: Tensor, columns: slice, width: int) -> Tensor:
+        """Return (n, `width`) of this process's `columns` (n, c) and those of the others; gradients of all are added up."""
+        found: Tensor = _Join.apply(part, columns, width)
+        return found
+
+    def gather(self, part: Tensor, size: int) -> Tensor:
+        """Return in the first process, on the CPU, the table of which each process holds its `pairs(size)` of dimension 1.
+
+        The others get their own part. Outside autograd.
+        """
+        part = part.detach().cpu()
+        if self.rank:
+            distributed.send(part.contiguous(), 0)
+            return part
+        whole = part.new_empty((len(part), size, *part.shape[2:]))
+        whole[:, self.pairs(size)] = part
+        for rank in range(1, self.size):
+            place = whole[:, ProcessShard(rank, self.size).pairs(size)]
+            received = place.new_empty(place.shape)
+            distributed.recv(received, rank)
+            place.copy_(received)
+        return whole
 
     def merge(self, peak: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
         """Return the largest peak, and the sum of all totals relative to it; each is given relative to its own peak."""
@@ -62,11 +81,23 @@ class ProcessShard:
             if parameter.grad is not None:
                 distributed.all_reduce(parameter.grad)
 
-    def agree(self, value: float) -> float:
-        """Return the first process's value."""
-        values = [value]
-        distributed.broadcast_object_list(values, src=0)
-        return values[0]
+    def agree(self, value: bool) -> bool:
+        """Return the first process's value. On the hosts alone: no GPU waits."""
+        held = torch.tensor([value])
+        distributed.broadcast(held, 0)
+        return bool(held)
+
+    def mean(self, value: float, count: int) -> float:
+        """Return the mean over all processes of a mean over `count` values, and of none where that is 0."""
+        sums = torch.tensor([value * count if count else 0.0, count], dtype=torch.float64)
+        distributed.all_reduce(sums)
+        return float(sums[0] / sums[1])
+
+    def union(self, names: Iterable[str]) -> list[str]:
+        """Return the names of all processes, each once."""
+        found: list[Any] = [None] * self.size
+        distributed.all_gather_object(found, list(names))
+        return list(dict.fromkeys(name for names in found for name in names))
 
     def check_equal(self, tensors: Iterable[Tensor], what: str) -> None:
         """Check that all processes have the same values.
@@ -107,6 +138,24 @@ class _Sum(torch.autograd.Function):
         return grad
 
 
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, columns: slice, width: int) -> Tensor:
+        ctx.columns = columns
+        table = part.new_zeros(len(part), width)
+        table[:, columns] = part
+        distributed.all_reduce(table)
+        return table
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        # A copy: autograd may hand the same gradient to others.
+        total = grad.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(total)
+        return total[:, ctx.columns], None, None
+
+
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[ProcessShard | None]:
     """Connect the processes that torchrun started, and yield this one's shard; None for a single process.
@@ -129,7 +178,7 @@ def process_group(device: torch.device) -> Iterator[ProcessShard | None]:
                 f"or give the job more GPUs: --resources gpu={here}"
             )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield ProcessShard(distributed.get_rank(), distributed.get_world_size())
     except BaseException:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cm3.common.device import is_out_of_memory
+from cm3.common.distributed import ProcessShard
 from cm3.common.topk import top_k, top_k_and_ties
 from cm3.evaluation.hits import hit_matrix, hits_on_device, pair_keys
 from cm3.evaluation.products import ROW_MULTIPLE, ProductScores, ReducedProducts, padded_scores
@@ -204,12 +205,14 @@ class Validation:
         monitor: str,
         device: torch.device | str = "cpu",
         on_device: bool | None = None,
+        shard: ProcessShard | None = None,
     ) -> None:
         """Take truth and masked items, (U, I) each, and a metric at a cut-off, such as recall@20.
 
         Args:
             on_device: count the hits on the device, so that one number leaves it; None: on all devices but the CPU. Only
                 additive metrics are; on the CPU the value differs from that of NumPy in the last digit.
+            shard: of several processes, each of which scores a part of the users and gets the mean over all.
 
         Raises:
             ValueError: no user has any truth.
@@ -219,6 +222,9 @@ class Validation:
         users = np.flatnonzero(self.n_truth)
         if not len(users):
             raise ValueError("no user has a row in this split")
+        self.shard = shard
+        if shard:
+            users = users[shard.pairs(len(users))]
         self.truth, self.n_truth = truth[users], self.n_truth[users]
         self.ranking = Ranking(users, masked, device)
         where = self.ranking.users.device
@@ -234,6 +240,11 @@ class Validation:
 
     def score_by(self, score: Callable[[Tensor], Tensor]) -> float:
         """Return the same for any function from user indices (b,) to scores (b, I)."""
+        n = len(self.n_truth)
+        value = self._mean_by(score) if n else 0.0
+        return self.shard.mean(value, n) if self.shard else value
+
+    def _mean_by(self, score: Callable[[Tensor], Tensor]) -> float:
         if not self.on_device:
             best, _ = self.ranking.top_by(score, self.k)
             return float(self.metric.values(hit_matrix(best, self.truth), self.n_truth, self.k).mean())

@@ -140,6 +140,7 @@ class CM3(Network):
 
     components = ("alignment", "user_uniformity", "item_uniformity")
     supports_ddp = True
+    split_parameters = ("users",)
     supports_cuda_graph = True
 
     def __init__(
@@ -168,8 +169,8 @@ class CM3(Network):
     def forward(self, t: Tensor) -> FusedEmbeddings:
         """Embed every user and item; `t` (I,) is the position of each item on its fusion curve, 0.5 in evaluation."""
         streams, fused = self.item_streams(t)
-        users, items = propagate_streams(self.adjacency, self.users, streams, self.settings.n_ui_layers)
-        return FusedEmbeddings(self._weighted(users, self.stream_logits), self._with_neighbours(items), fused)
+        users, items = self._propagated(streams)
+        return FusedEmbeddings(self._weighted(users, self.stream_logits), items, fused)
 
     def item_streams(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the items before propagation, (I, (M+1)d), and the fused points, (I, d); `t` as in `forward`."""
@@ -185,6 +186,20 @@ class CM3(Network):
             return functional.normalize(self.mix(torch.cat(list(points), 1)), dim=1)
         curve = spherical_bezier(torch.stack(list(points)), t, self.interpolate)
         return functional.normalize(curve, dim=1) if fusion == "linear" else curve
+
+    def _propagated(self, streams: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return users, all or those of `ids`, and items (I, (M+1)d) after propagation over both graphs.
+
+        Each of several processes propagates its streams, and gets the others' from them.
+        """
+        shard, width, layers = self.shard, streams.shape[1], self.settings.n_ui_layers
+        if shard is None:
+            users, items = propagate_streams(self.adjacency, self.users, streams, layers, ids)
+            return users, self._with_neighbours(items)
+        d, own = self.settings.embedding_dim, shard.pairs(len(self.stream_names))
+        columns = slice(own.start * d, own.stop * d)
+        users, items = propagate_streams(self.adjacency, self.users, streams[:, columns], layers, ids)
+        return shard.join(users, columns, width), shard.join(self._with_neighbours(items), columns, width)
 
     def _weighted(self, users: Tensor, logits: Tensor) -> Tensor:
         """Return users (n, S d) times their weights, softmax of (n, S); outside autograd the products replace them."""
@@ -232,10 +247,8 @@ class CM3(Network):
     def _step_embeddings(self, held: Sequence[Tensor], t: Tensor) -> "_StepEmbeddings":
         streams, fused = self.item_streams(t)
         ids = torch.cat(list(held))
-        users, items = propagate_streams(
-            self.adjacency, self.users, streams, self.settings.n_ui_layers, ids, shard=self.shard
-        )
-        users, items = self._weighted(users, _rows(self.stream_logits, ids)), self._with_neighbours(items)
+        users, items = self._propagated(streams, ids)
+        users = self._weighted(users, _rows(self.stream_logits, ids))
         return _StepEmbeddings(list(users.split([len(some) for some in held])), items, fused)
 
     def _whole_loss(self, batch: Batch, embeddings: FusedEmbeddings) -> Loss:

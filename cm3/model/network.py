@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.utils import get_total_norm
 
 from cm3.common.distributed import ProcessShard
 from cm3.common.usage import return_free_memory
@@ -35,7 +36,9 @@ class Loss:
 
 
 LARGE_MODEL = 2**28
-"""Bytes of parameters from which a step on the CPU gives freed memory back to the system, at the price of page faults."""
+"""Bytes of parameters from which a step on the CPU gives freed memory back to the system, at the price of page faults.
+
+Several processes of a machine share its memory: it is divided by their number."""
 
 
 def backward(embeddings: _E, losses: Sequence[Callable[[_E], Loss]], large: bool = False) -> Loss:
@@ -110,6 +113,7 @@ class Network(nn.Module):
         components: names of the loss's components.
         shard: this process's part of each step, where several train one model.
         supports_ddp: whether the model uses `shard`.
+        split_parameters: names of parameters of which each of several processes holds its part of dimension 1.
         supports_cuda_graph: whether it has `backward_drawn`, and that neither waits for a device nor depends on the epoch.
         negative_sampling: how the negatives of a batch are sampled, where no setting decides it.
     """
@@ -117,12 +121,43 @@ class Network(nn.Module):
     components: tuple[str, ...] = ()
     shard: ProcessShard | None = None
     supports_ddp: bool = False
+    split_parameters: tuple[str, ...] = ()
     supports_cuda_graph: bool = False
     negative_sampling: NegativeSampling = "negative"
 
+    def split(self, shard: ProcessShard) -> None:
+        """Keep this process's part of the `split_parameters`, and take part in the steps of several processes."""
+        self.shard, self._sizes = shard, {}
+        for name in self.split_parameters:
+            whole = self.get_parameter(name).detach()
+            self._sizes[name] = whole.shape[1]
+            setattr(self, name, nn.Parameter(whole[:, shard.pairs(whole.shape[1])].clone()))
+
+    def is_split(self, name: str) -> bool:
+        """Return whether this process holds a part only of the parameter `name`."""
+        return self.shard is not None and name in self.split_parameters
+
+    def gathered(self, name: str, part: Tensor) -> Tensor:
+        """Return the whole of a tensor of the shape of the parameter `name`, as `ProcessShard.gather` does."""
+        return self.shard.gather(part, self._sizes[name]) if self.shard and self.is_split(name) else part
+
+    def own_part(self, name: str, whole: Tensor) -> Tensor:
+        """Return this process's part of a tensor of the shape of the parameter `name`."""
+        return whole[:, self.shard.pairs(whole.shape[1])] if self.shard and self.is_split(name) else whole
+
+    def norm(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return the Euclidean norm of all numbers of tensors, parameters or gradients, by the names of the parameters."""
+        if self.shard is None:
+            return get_total_norm(tensors.values())
+        whole = get_total_norm([x for name, x in tensors.items() if not self.is_split(name)])
+        # A process may hold no stream; its 0 must be on the device of the others' parts.
+        parts = get_total_norm([x for name, x in tensors.items() if self.is_split(name) and x.numel()]).to(whole.device)
+        return (whole.square() + self.shard.sum(parts.square())).sqrt()
+
     def is_large(self) -> bool:
         """Return whether the parameters have `LARGE_MODEL` bytes or more, on the CPU."""
-        return sum(p.nbytes for p in self.parameters() if p.device.type == "cpu") >= LARGE_MODEL
+        least = LARGE_MODEL // (self.shard.size if self.shard else 1)
+        return sum(p.nbytes for p in self.parameters() if p.device.type == "cpu") >= least
 
     def begin_epoch(self, seed: int) -> None:
         """Prepare state that is fixed for an epoch, such as a sampled graph; from `seed` alone, so that runs can resume."""

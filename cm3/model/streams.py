@@ -2,7 +2,7 @@
 
 Streams do not depend on one another before the loss: large tables are propagated stream by stream, which divides their
 memory by the number of streams and gives the same result to the last bit; and several processes that train one model
-propagate some streams each.
+hold and propagate some streams each.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cm3.common.distributed import ProcessShard
 from cm3.common.usage import return_free_memory
 from cm3.model.graph import SparseMatrix
 from cm3.model.layer_sums import Joint, LayerSums, Sides
@@ -32,7 +31,6 @@ def propagate_streams(
     layers: int,
     ids: Tensor | None = None,
     table_bytes: int | None = None,
-    shard: ProcessShard | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return users (U, S d) and items (I, S d) after propagation: the sum of A^l x over the layers l = 0..`layers`.
 
@@ -46,10 +44,8 @@ def propagate_streams(
         layers: how many.
         ids: (n,) indices of users; repetitions are allowed. None: all.
         table_bytes: size of a table (U + I, d') that is propagated at a time; None: `CPU_TABLE_BYTES` or `TABLE_BYTES`.
-        shard: of several processes, each of which propagates its streams and gets the rows of all. The gradients that a
-            process gets are those of its streams for the loss of all processes, and 0 for the other streams.
     """
-    found: tuple[Tensor, Tensor] = _Streams.apply(users, items, adjacency, layers, ids, table_bytes, shard)
+    found: tuple[Tensor, Tensor] = _Streams.apply(users, items, adjacency, layers, ids, table_bytes)
     return found
 
 
@@ -63,38 +59,28 @@ class _Streams(torch.autograd.Function):
         layers: int,
         ids: Tensor | None,
         table_bytes: int | None,
-        shard: ProcessShard | None,
     ) -> tuple[Tensor, Tensor]:
-        ctx.adjacency, ctx.layers, ctx.shard = adjacency, layers, shard
-        ctx.groups = list(_groups(users, items, table_bytes, shard))
+        ctx.adjacency, ctx.layers = adjacency, layers
+        ctx.groups = list(_groups(users, items, table_bytes))
         sums = _sums(adjacency, layers, users, ids)
         norms = users.new_empty(*users.shape[:2], 1)
-        by_user = _Columns(users.new_zeros, len(users if ids is None else ids), items.shape[1])
-        by_item = _Columns(users.new_zeros, *items.shape)
+        by_user = _Columns(users.new_empty, len(users if ids is None else ids), items.shape[1])
+        by_item = _Columns(users.new_empty, *items.shape)
         for streams, columns in ctx.groups:
             parts = sums.forward(UnitRows(users, norms, streams), items[:, columns])
             by_user.set(columns, parts[0])
             by_item.set(columns, parts[1])
             del parts  # before the tables of the next streams are made
         ctx.save_for_backward(users, norms, ids)
-        found = by_user.table, by_item.table
-        if shard:
-            for table in found:
-                shard.add_up(table)
-        return found
+        return by_user.table, by_item.table
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, by_user: Tensor, by_item: Tensor) -> tuple[Tensor | None, ...]:
         users, norms, ids = ctx.saved_tensors
         sums = _sums(ctx.adjacency, ctx.layers, users, ids)
-        if ctx.shard:
-            # Copies: autograd may hand the same gradient to others.
-            by_user, by_item = (grad.clone(memory_format=torch.contiguous_format) for grad in (by_user, by_item))
-            for grad in (by_user, by_item):
-                ctx.shard.add_up(grad)
-        for_users = (users.new_zeros if ctx.shard else users.new_empty)(users.shape)
-        for_items = _Columns(by_item.new_zeros, *by_item.shape)
+        for_users = users.new_empty(users.shape)
+        for_items = _Columns(by_item.new_empty, *by_item.shape)
         for streams, columns in ctx.groups:
             room = for_users.view(len(users), -1)[:, columns]
             grad, grad_of_items = sums.backward(by_user[:, columns], by_item[:, columns], room)
@@ -103,7 +89,7 @@ class _Streams(torch.autograd.Function):
             del grad, grad_of_items
         if len(ctx.groups) > 1:
             return_free_memory()
-        return for_users, for_items.table, None, None, None, None, None
+        return for_users, for_items.table, None, None, None, None
 
 
 def _sums(adjacency: SparseMatrix, layers: int, users: Tensor, ids: Tensor | None) -> LayerSums:
@@ -111,7 +97,7 @@ def _sums(adjacency: SparseMatrix, layers: int, users: Tensor, ids: Tensor | Non
 
 
 class _Columns:
-    """A table that is set some columns at a time, 0 elsewhere; columns of the whole width are not copied."""
+    """A table that is set some columns at a time; columns of the whole width are not copied."""
 
     def __init__(self, new: Callable[[int, int], Tensor], rows: int, width: int) -> None:
         self._new, self._shape = new, (rows, width)
@@ -130,14 +116,11 @@ class _Columns:
             self.table[:, columns] = part
 
 
-def _groups(
-    users: Tensor, items: Tensor, table_bytes: int | None, shard: ProcessShard | None
-) -> Iterator[tuple[slice, slice]]:
-    """Yield slices of this process's streams that are propagated at once, and of their columns."""
+def _groups(users: Tensor, items: Tensor, table_bytes: int | None) -> Iterator[tuple[slice, slice]]:
+    """Yield slices of the streams that are propagated at once, and of their columns."""
     count, width = users.shape[1:]
     most = table_bytes or (CPU_TABLE_BYTES if users.device.type == "cpu" else TABLE_BYTES)
     at_once = max(1, most // max((len(users) + len(items)) * width * users.element_size(), 1))
-    own = range(count)[shard.pairs(count)] if shard else range(count)
-    for first in own[::at_once]:
-        last = min(first + at_once, own.stop)
+    for first in range(0, count, at_once):
+        last = min(first + at_once, count)
         yield slice(first, last), slice(first * width, last * width)

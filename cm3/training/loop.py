@@ -92,7 +92,8 @@ def fit(
     """
     if shard and not model.supports_ddp:
         raise UserError("training.processes: this model supports one process only; set it to 1")
-    model.shard = shard
+    if shard:
+        model.split(shard)
     with memory_advice(f"training on {sampler.users.device.type}", memory_hint(settings)):
         return _fit(model, sampler, validation, settings, checkpoint, test, curves, shard, trial, trackers)
 
@@ -248,7 +249,8 @@ class TrainingRun:
         if self.device.type == "cpu":
             self.check_finite(loss)
         if self.model.shard:
-            self.model.shard.sum_gradients(self.model.parameters())
+            shared = (p for name, p in self.model.named_parameters() if not self.model.is_split(name))
+            self.model.shard.sum_gradients(shared)
         return self._recorded(loss)
 
     def static_gradients(self, batches: Sequence[Batch], draws: Sequence[Tensor]) -> Tensor:
@@ -275,8 +277,6 @@ class TrainingRun:
             return
         users, items = embeddings.users.detach(), embeddings.items.detach()
         value, tested = self.validation.score(users, items), None
-        if self.model.shard:
-            value = self.model.shard.agree(value)
         if settings.round_valid is not None:
             value = round(value, settings.round_valid)
         row[f"valid_{name}"] = value
@@ -285,16 +285,16 @@ class TrainingRun:
         state.stale += 1
         if state.best.valid is None or value > state.best.valid:
             state.best, state.stale = Best(state.epoch, value, tested), 0
+            parameters = {f"best.{name}": self.model.gathered(name, p) for name, p in self.model.named_parameters()}
             if not (self.model.shard and self.model.shard.rank):
-                parameters = {f"best.{name}": p for name, p in self.model.named_parameters()}
                 self.checkpoint.save_best(state.epoch, {**parameters, "best_users": users, "best_items": items})
 
     def _clipped_norm(self) -> Tensor:
         """Return the norm of the gradient, then clip it where that is set."""
-        held = [p for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in held if p.grad is not None])
+        held = {name: p for name, p in self.model.named_parameters() if p.grad is not None}
+        norm = self.model.norm({name: p.grad for name, p in held.items() if p.grad is not None})
         if self.settings.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(held, self.settings.clip_norm, norm)
+            torch.nn.utils.clip_grads_with_norm_(held.values(), self.settings.clip_norm, norm)
         return norm.detach()
 
     def finished(self) -> str:
@@ -307,15 +307,17 @@ class TrainingRun:
 
     def save_if_due(self, stop: GracefulStop, finished: bool = False) -> None:
         """Write a checkpoint when one is due or at the end, and stop where that is requested."""
-        if not (finished or stop.requested or self._due()):
+        requested = stop.requested
+        wanted = bool(finished or requested or self._due())
+        if not (self.model.shard.agree(wanted) if self.model.shard else wanted):
             return
         self.check_finite_losses()
         self.save()
-        if stop.requested:
+        if requested:
             log.info("stop requested; the checkpoint is written, the same command resumes from it")
-            if stop.requested == signal.SIGINT:
+            if requested == signal.SIGINT:
                 raise KeyboardInterrupt
-            raise SystemExit(128 + stop.requested)
+            raise SystemExit(128 + requested)
 
     def check_pruned(self, trial: Trial | None) -> None:
         """Write a checkpoint and raise PrunedError where a search ends this run after the epochs so far."""
@@ -331,10 +333,10 @@ class TrainingRun:
         return time.monotonic() - self.saved >= (max(least, _REST * self.writing) if least else 0)
 
     def save(self) -> None:
-        """Write a checkpoint; of several processes the first one does."""
+        """Write a checkpoint; all of several processes take part, and the first one writes."""
         started = time.monotonic()
-        if not (self.model.shard and self.model.shard.rank):
-            self.state.save(self.checkpoint, self.model, self.optimiser)
+        release_gradients(self.model, self.optimiser)  # writing needs the memory
+        self.state.save(self.checkpoint, self.model, self.optimiser)
         self.saved = time.monotonic()
         self.writing = self.saved - started
 
@@ -372,10 +374,12 @@ class TrainingRun:
     def _not_finite(self, wrong: list[str], step: int) -> str:
         state, named = self.state, list(self.model.named_parameters())
         culprits = [f"parameter {name}" for name, p in named if not torch.isfinite(p).all()]
+        if self.model.shard:
+            culprits = self.model.shard.union(culprits)
         if not culprits and step == state.step:
             self.save()
         suspects = culprits or list(self.model.suspects())
-        norms = ", ".join(f"{name} {float(p.detach().norm()):.4g}" for name, p in named)
+        norms = ", ".join(f"{name} {float(self.model.norm({name: p.detach()})):.4g}" for name, p in named)
         return (
             f"epoch {state.epoch}, batch {step * self.per_step + 1}: the loss is not finite, "
             f"in {', '.join(wrong) or 'the sum of its components'}; "

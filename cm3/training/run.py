@@ -10,6 +10,7 @@ import scipy.sparse as sp
 import torch
 
 from cm3.common.device import has_tf32
+from cm3.common.distributed import ProcessShard
 from cm3.common.embeddings import write_embeddings
 from cm3.common.errors import UserError
 from cm3.common.files import atomic
@@ -46,11 +47,16 @@ def read_neighbours(path: Path, knn_k: int, n_items: int) -> tuple[np.ndarray, n
 
 
 def validations(
-    data: Interactions, masked: sp.csr_matrix, training: Training, device: torch.device, path: Path
+    data: Interactions,
+    masked: sp.csr_matrix,
+    training: Training,
+    device: torch.device,
+    path: Path,
+    shard: ProcessShard | None = None,
 ) -> tuple[Validation, Validation | None]:
     """Return the monitored metric on the validation split, and on the test split for `training.select_on: test`.
 
-    The `masked` (U, I) items are left out of the rankings.
+    The `masked` (U, I) items are left out of the rankings. `shard` is this process's part, of several.
 
     Raises:
         UserError: no row of `path`, the interactions, is in such a split.
@@ -58,7 +64,7 @@ def validations(
 
     def scoring(split: str) -> Validation:
         try:
-            return Validation(data.truth(split), masked, training.monitor, device)
+            return Validation(data.truth(split), masked, training.monitor, device, shard=shard)
         except ValueError:
             raise UserError(
                 f"{path}: no row is in the {split} split, which training.monitor needs; check the split"

@@ -109,7 +109,7 @@ def train(
         n_parameters,
         device.type,
     )
-    valid, test = validations(data, observed, training, device, interactions)
+    valid, test = validations(data, observed, training, device, interactions, shard)
     del observed
     sampler = training_sampler(
         data,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
 from repository import ROOT
 from training_shop import MODEL, OUTPUTS, TRAINING, history, one_thread, run, shop
@@ -20,7 +21,11 @@ import cm3.common.distributed
 import cm3.training.loop
 from cm3.common.distributed import ProcessShard, process_group
 from cm3.common.errors import UserError
+from cm3.common.tensors import read_tensors
 from cm3.config import Model, Training
+from cm3.evaluation.ranking import Validation
+from cm3.model.model import build_model
+from cm3.training.adam import Adam
 
 __all__ = ["one_thread", "shop"]
 
@@ -55,27 +60,30 @@ def assert_alike(folder: Path, other: Path, rel: float) -> None:
 
 @pytest.mark.integration
 @pytest.mark.parametrize(
-    ("training", "model"),
+    ("processes", "training", "model"),
     [
-        ({"epochs": 2}, {}),
-        ({"epochs": 2, "batches_per_step": 2, "clip_norm": 0.3}, {"dedup_pairs": False, "calibration": False}),
+        (2, {"epochs": 2}, {}),
+        (2, {"epochs": 2, "batches_per_step": 2, "clip_norm": 0.3}, {"dedup_pairs": False, "calibration": False}),
+        (4, {"epochs": 2, "eval_embeddings": "last_batch"}, {"item_graph": False}),  # more processes than streams
     ],
 )
-def test_two_processes_give_the_results_of_one(shop, tmp_path, monkeypatch, training, model):
-    (tmp_path / "two").mkdir()
-    train(shop, tmp_path / "two", 2, training, model)
+def test_several_processes_give_the_results_of_one(shop, tmp_path, processes, training, model):
+    (tmp_path / "many").mkdir()
+    train(shop, tmp_path / "many", processes, training, model)
     run(shop, tmp_path / "one", training=training, model=model)
-    assert_alike(tmp_path / "two", tmp_path / "one", 1e-5)
-    record = json.loads((tmp_path / "two/record.json").read_text())
-    assert record["processes"] == 2 and record["epochs"] == 2
-    assert (tmp_path / "two/train.log").read_text().count("epoch 2: loss") == 1, "one process writes the log"
+    assert_alike(tmp_path / "many", tmp_path / "one", 1e-5)
+    many, one = (read_tensors(tmp_path / folder / "model.safetensors")[0] for folder in ("many", "one"))
+    assert {name: x.shape for name, x in many.items()} == {name: x.shape for name, x in one.items()}
+    for name, x in one.items():
+        np.testing.assert_allclose(many[name], x, atol=1e-4, err_msg=name)
+    record = json.loads((tmp_path / "many/record.json").read_text())
+    assert record["processes"] == processes and record["epochs"] == 2
+    assert (tmp_path / "many/train.log").read_text().count("epoch 2: loss") == 1, "one process writes the log"
 
 
-@pytest.mark.integration
-def test_a_killed_run_of_two_resumes_with_one(shop, tmp_path):
-    training = {"checkpoint_seconds": 0, "epochs": 30, "patience": 40}
-    words, environment = command(shop, tmp_path, 2, training)
-    kept = tmp_path / "checkpoints/last.safetensors"
+def kill_after_a_checkpoint(command, folder: Path) -> None:
+    words, environment = command
+    kept = folder / "checkpoints/last.safetensors"
     for _ in range(10):  # A busy machine may see the checkpoint too late, when the run has ended.
         started = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
         while started.poll() is None and not kept.exists():
@@ -85,11 +93,48 @@ def test_a_killed_run_of_two_resumes_with_one(shop, tmp_path):
         started.communicate()
         if kept.exists():
             break
-    assert "resuming from the checkpoint" in train(shop, tmp_path, 1, training).stderr
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+def test_a_killed_run_resumes_with_another_number_of_processes(shop, tmp_path, first, then):
+    training = {"checkpoint_seconds": 0, "epochs": 30, "patience": 40}
+    kill_after_a_checkpoint(command(shop, tmp_path, first, training), tmp_path)
+    assert "resuming from the checkpoint" in train(shop, tmp_path, then, training).stderr
     run(shop, tmp_path / "whole", training=training)
     # Rounding differs between one process and two, and the model is chaotic: the first epochs are compared.
     losses = [[float(row["loss"]) for row in history(folder)][:5] for folder in (tmp_path, tmp_path / "whole")]
     np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+def test_each_process_holds_its_streams_of_the_users_alone():
+    shop = sp.random(9, 7, 0.4, "csr", random_state=0)
+    features = [np.random.default_rng(0).normal(size=(7, 4)).astype(np.float32) for _ in range(2)]
+    whole = build_model(features, shop, sp.identity(7, format="csr"), Model(embedding_dim=3), 1)
+    held = []
+    for rank in range(4):
+        model = build_model(features, shop, sp.identity(7, format="csr"), Model(embedding_dim=3), 1)
+        model.split(ProcessShard(rank, 4))
+        held.append(model.users.detach().clone())
+        assert dict(model.named_parameters())["users"] is model.users
+        assert torch.equal(model.own_part("users", whole.users), model.users)
+        assert model.own_part("stream_logits", whole.stream_logits) is whole.stream_logits
+        optimiser = Adam(model.parameters(), 0.1)
+        model.users.grad = torch.ones_like(model.users)
+        optimiser.step()
+        moments = [x.numel() for key, x in optimiser.tensors().items() if "exp_avg" in key]
+        assert moments == [model.users.numel()] * 2
+    assert [x.shape[1] for x in held] == [0, 1, 1, 1]
+    assert torch.equal(torch.cat(held, 1), whole.users)
+
+
+def test_a_process_without_users_adds_nothing_to_the_score(monkeypatch):
+    truth = sp.csr_matrix(([1.0], ([0], [2])), (1, 3))  # one user, two processes
+    other = {0: torch.tensor([1.0, 1.0]), 1: torch.zeros(2)}
+    for rank in range(2):
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda sums, rank=rank: sums.add_(other[rank]))
+        validation = Validation(truth, sp.csr_matrix((1, 3)), "recall@1", shard=ProcessShard(rank, 2))
+        assert validation.score(torch.ones(1, 1), torch.tensor([[0.0], [1.0], [2.0]])) == 1
 
 
 @pytest.mark.integration
