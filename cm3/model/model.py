@@ -136,11 +136,15 @@ class CM3(Network):
 
     Each user and item has M + 1 streams of width d, one per modality and one fused. Initial values of users are from
     N(0, 2 / (U + d)); as they are normalised before use, their scale sets how fast Adam rotates them.
+
+    Attributes:
+        bfloat16_pairs: whether the uniformity losses compute their products in bfloat16.
     """
 
     components = ("alignment", "user_uniformity", "item_uniformity")
     supports_ddp = True
     split_parameters = ("users",)
+    bfloat16_pairs = False
     supports_cuda_graph = True
 
     def __init__(
@@ -264,15 +268,14 @@ class CM3(Network):
         held = functional.normalize(_rows(items, torch.cat([batch.items, negatives.ids])), dim=1)
         positives, others = held.split([len(batch.items), len(negatives.ids)])
         align = self._alignment(_rows(users, batch.counted_users.positions), positives)
-        user_uniformity = tiled_uniformity(users, counts=batch.counted_users.counts, shard=self.shard)
+        shared: Any = {"shard": self.shard, "bfloat16": self.bfloat16_pairs}
+        user_uniformity = tiled_uniformity(users, counts=batch.counted_users.counts, **shared)
         if self.settings.calibration:
             points = _rows(fused.detach() if self.settings.detach_similarity else fused, negatives.ids)
             clamp = (self.settings.min_sim, self.settings.max_sim)
-            item_uniformity = tiled_calibrated_uniformity(
-                others, points, clamp, counts=negatives.counts, shard=self.shard
-            )
+            item_uniformity = tiled_calibrated_uniformity(others, points, clamp, counts=negatives.counts, **shared)
         else:
-            item_uniformity = tiled_uniformity(others, counts=negatives.counts, shard=self.shard)
+            item_uniformity = tiled_uniformity(others, counts=negatives.counts, **shared)
         total = align + self.settings.gamma * (user_uniformity + item_uniformity) / 2
         return Loss(total, dict(zip(self.components, (align, user_uniformity, item_uniformity), strict=True)))
 
@@ -345,13 +348,14 @@ def build_model(
 ) -> CM3:
     """Return a CM3 whose initial weights depend on `seed` alone; torch's global generator is not changed.
 
-    With `precision` bfloat16 the features are stored in that type, and so are the factors of their products. With tf32
-    a GPU computes the products of float32 features in TF32.
+    With `precision` bfloat16 the features are stored in that type, and so are the factors of their products and of those
+    of pairs in the losses. With tf32 a GPU computes the products of float32 features in TF32.
     """
     given = [_bfloat16(x) if precision == "bfloat16" else torch.from_numpy(x) for x in features]
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derived_seed(seed))
         model = CM3(given, interactions, item_graph, settings)
+    model.bfloat16_pairs = precision == "bfloat16"
     for modality in model.modalities:
         if isinstance(modality, Modality):
             modality.tf32 = precision == "tf32"

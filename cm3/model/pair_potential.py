@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cm3.common.distributed import ProcessShard
+from cm3.model.bfloat16_pairs import Bfloat16Pairs
 
 CPU_BLOCK_ROWS = 256
 """Rows of a block on the CPU: its exponents stay in a core's cache."""
@@ -24,6 +25,7 @@ def tiled_uniformity(
     counts: Tensor | None = None,
     shard: ProcessShard | None = None,
     block_rows: int | None = None,
+    bfloat16: bool = False,
 ) -> Tensor:
     """Return `cm3.model.losses.uniformity`. Differentiable once.
 
@@ -31,9 +33,9 @@ def tiled_uniformity(
         x, t, counts: as there.
         shard: of several processes; the value is that of all pairs, the gradient that of this process's pairs.
         block_rows: rows of a block; None: `CPU_BLOCK_ROWS`, or as many as `BLOCK_ENTRIES` holds on a GPU.
+        bfloat16: compute products of pairs in bfloat16; the rows must be of unit norm.
     """
-    found: Tensor = _PairPotential.apply(x, None, counts, t, None, shard, block_rows)
-    return found
+    return _potential(x, None, counts, t, None, shard, block_rows, bfloat16)
 
 
 def tiled_calibrated_uniformity(
@@ -44,6 +46,7 @@ def tiled_calibrated_uniformity(
     counts: Tensor | None = None,
     shard: ProcessShard | None = None,
     block_rows: int | None = None,
+    bfloat16: bool = False,
 ) -> Tensor:
     """Return `cm3.model.losses.calibrated_uniformity` with s_ab = clamp(<f_a, f_b>) of the points f, (B, d) unit rows.
 
@@ -53,9 +56,24 @@ def tiled_calibrated_uniformity(
         x, t, counts: as there.
         points: (B, d).
         clamp: lower and upper limit of the similarity, whose gradient is 0 outside.
-        shard, block_rows: as in `tiled_uniformity`.
+        shard, block_rows, bfloat16: as in `tiled_uniformity`.
     """
-    found: Tensor = _PairPotential.apply(x, points, counts, t, clamp, shard, block_rows)
+    return _potential(x, points, counts, t, clamp, shard, block_rows, bfloat16)
+
+
+def _potential(
+    x: Tensor,
+    points: Tensor | None,
+    counts: Tensor | None,
+    t: float,
+    clamp: tuple[float, float] | None,
+    shard: ProcessShard | None,
+    block_rows: int | None,
+    bfloat16: bool,
+) -> Tensor:
+    size = block_rows or default_block_rows(len(x), x.device.type, shard.size if shard else 1)
+    pairs = Bfloat16Pairs if bfloat16 else _PairPotential
+    found: Tensor = pairs.apply(x, points, counts, t, clamp, shard, size)
     return found
 
 
@@ -76,18 +94,17 @@ class _PairPotential(torch.autograd.Function):
         t: float,
         clamp: tuple[float, float] | None,
         shard: ProcessShard | None,
-        block_rows: int | None,
+        block_rows: int,
     ) -> Tensor:
         n, wanted = len(x), ctx.needs_input_grad
         sums = _Sums(x, points if wanted[1] else None, wanted[0])
         offset = x.square().sum(1) * t
         if counts is not None:
             offset -= counts.to(x.dtype).log()
-        size = block_rows or default_block_rows(n, x.device.type, shard.size if shard else 1)
-        for block, start in enumerate(range(0, n, size)):
+        for block, start in enumerate(range(0, n, block_rows)):
             if shard and not shard.owns(block):
                 continue
-            rows, columns = slice(start, start + size), slice(start, n)
+            rows, columns = slice(start, start + block_rows), slice(start, n)
             above = offset[rows, None] if points is None else offset[rows, None] - 2 * t
             q = torch.addmm(offset[columns], x[rows], x[columns].T, beta=-1, alpha=2 * t).sub_(above)
             clamped = None

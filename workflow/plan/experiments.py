@@ -121,12 +121,14 @@ class Experiment:
         """Return `training_settings` as they are in keys.
 
         A default of auto has the key of 1, which was the default before it, so that existing runs are up to date; 1 then has
-        a key of its own.
+        a key of its own. Earlier versions computed the pairs of the losses in float32 at a precision of bfloat16.
         """
         found = self.training_settings()
         default = self.model.presets[self.preset].get("training", {}).get("batches_per_step")
         if default == "auto" and found.get("batches_per_step") in ("auto", 1):
             found["batches_per_step"] = 1 if found["batches_per_step"] == "auto" else "1"
+        if found.get("precision") == "bfloat16":
+            found["precision"] = "bfloat16 of features and pairs"
         return found
 
     def with_seed(self, seed: int) -> "Experiment":

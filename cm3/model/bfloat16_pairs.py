@@ -1,0 +1,108 @@
+"""Uniformity and its gradient by bfloat16 products, for rows of unit norm: `training.precision: bfloat16`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from cm3.common.distributed import ProcessShard
+
+ROW_MULTIPLE = 64
+"""Rows and blocks are padded to a multiple of this: the CPU's library compiles each new shape of a product, which takes longer than it."""
+
+
+class Bfloat16Pairs(torch.autograd.Function):
+    """log mean exp of the pair exponents q_ab = 2 t (<x_a, x_b> - 1 [+ 1 - s_ab]), a < b, and its gradient, in one pass.
+
+    These are the exponents of `cm3.model.pair_potential` for rows of unit norm. They lie between -4 t and 2 t, so that no
+    largest one has to be subtracted, and a row that counts c times is c times its row in one factor of a product. A block of
+    exp(2 t (<x_a, x_b> - s_ab)) is bfloat16 from its first product to its last, and sums over blocks are float32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        points: Tensor | None,
+        counts: Tensor | None,
+        t: float,
+        clamp: tuple[float, float] | None,
+        shard: ProcessShard | None,
+        block_rows: int,
+    ) -> Tensor:
+        given, wanted = len(x), ctx.needs_input_grad
+        weights = _padded(x.new_ones(given) if counts is None else counts.to(x.dtype))
+        x, points = _padded(x), None if points is None else _padded(points)
+        n, block_rows = len(x), block_rows + -block_rows % ROW_MULTIPLE
+        rows_by, columns_by = (2 * t * x).bfloat16(), x.bfloat16()
+        sums = _WeightedSums(columns_by, weights)
+        point_sums = None if points is None or not wanted[1] else _WeightedSums(points.bfloat16(), weights)
+        points_by = None if points is None else ((2 * t * points).bfloat16(), points.bfloat16())
+        for block, start in enumerate(range(0, n, block_rows)):
+            if shard and not shard.owns(block):
+                continue
+            rows, columns = slice(start, start + block_rows), slice(start, n)
+            q = rows_by[rows] @ columns_by[columns].T
+            clamped = None
+            if points_by is not None and clamp is not None:
+                cosine = points_by[0][rows] @ points_by[1][columns].T
+                similarity = cosine.clamp(2 * t * clamp[0], 2 * t * clamp[1])
+                q -= similarity
+                # Comparisons of integers are faster.
+                clamped = cosine.view(torch.int16) != similarity.view(torch.int16) if point_sums else None
+            corner = q[:, : len(q)]
+            corner.masked_fill_(torch.ones_like(corner, dtype=torch.bool).tril_(), -torch.inf)
+            q.exp_()
+            sums.add(q, rows, columns)
+            if point_sums and clamped is not None:
+                point_sums.add(q.masked_fill_(clamped, 0), rows, columns)
+        total = sums.total()
+        if shard:
+            total = shard.sum(total)
+        n_pairs = (weights.sum().square() - weights.square().sum()) / 2
+        scale = torch.where(n_pairs > 0, 2 * t / total, torch.zeros_like(total))
+        by_x = sums.differences()[:given].mul_(scale) if wanted[0] else None
+        by_points = None if point_sums is None else point_sums.pulls()[:given].mul_(-scale)
+        ctx.save_for_backward(by_x, by_points)
+        value = total.log() - n_pairs.log() - (2 * t if points is None else 0)
+        return torch.where(n_pairs > 0, value, torch.zeros_like(value))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *(None if part is None else part * grad for part in ctx.saved_tensors), *(None,) * 5
+
+
+def _padded(rows: Tensor) -> Tensor:
+    """Return the rows and zeros below them; a row whose count is 0 adds nothing."""
+    return torch.cat([rows, rows.new_zeros(-len(rows) % ROW_MULTIPLE, *rows.shape[1:])])
+
+
+class _WeightedSums:
+    """Sums over pairs a < b of w_ab c_b z_b in row a and w_ab c_a z_a in row b, for blocks of weights w, rows z and counts c."""
+
+    def __init__(self, z: Tensor, counts: Tensor) -> None:
+        self.z, self.counts = z, counts
+        # The sums of w_ab c_b alone come from the same products; a multiple of eight columns suits a GPU.
+        ones = z.new_ones(len(z), 1)
+        padding = z.new_zeros(len(z), -(z.shape[1] + 1) % 8)
+        self.factor = (torch.cat([z, ones, padding], 1) * counts[:, None]).bfloat16()
+        self.sums = counts.new_zeros(self.factor.shape)
+
+    def add(self, weights: Tensor, rows: slice, columns: slice) -> None:
+        """Add the pairs of a block."""
+        self.sums[rows] += weights @ self.factor[columns]
+        self.sums[columns] += weights.T @ self.factor[rows]
+
+    def total(self) -> Tensor:
+        """Return the sum of w_ab c_a c_b over the pairs."""
+        return (self.sums[:, self.z.shape[1]] * self.counts).sum() / 2
+
+    def pulls(self) -> Tensor:
+        """Return c_a times the sum over b of w_ab c_b z_b, (n, d)."""
+        return self.sums[:, : self.z.shape[1]] * self.counts[:, None]
+
+    def differences(self) -> Tensor:
+        """Return c_a times the sum over b of w_ab c_b (z_b - z_a), (n, d)."""
+        return self.pulls().addcmul_((self.sums[:, self.z.shape[1]] * self.counts)[:, None], self.z.float(), value=-1)
