@@ -113,7 +113,12 @@ def call(job: str, place: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Return what a stage is told; `job` is its name, of similarity with the method behind it."""
     stage, _, method = job.partition("-")
     graph = next((m for m in METHODS if (place / f"similarity-{m}/similarity.parquet").exists()), METHODS[0])
-    training = {"epochs": 1, "batch_size": options.batch_size, "batches_per_step": options.batches_per_step}
+    training = {
+        "epochs": 1,
+        "batch_size": options.batch_size,
+        "batches_per_step": options.batches_per_step,
+        "precision": options.precision,
+    }
     spec = {
         "similarity": {"knn_k": 10, "method": method, "missing": "drop"},
         "train": {"modalities": ["image"], "model": {"embedding_dim": 64}, "training": training},
@@ -224,6 +229,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, nargs="+", required=True)
     parser.add_argument("--stages", nargs="+", choices=INPUTS, default=list(INPUTS))
     parser.add_argument("--folder", type=Path, help="where files stay; by default they go after each size")
+    parser.add_argument("--precision", default="float32", help="of training; default %(default)s")
     integers = {
         "kcore": 5,
         "dim": 768,

@@ -144,9 +144,10 @@ class Training(Strict):
     )
     precision: Literal["float32", "tf32", "bfloat16"] = Field(
         "float32",
-        description="type of the products of features and weights; bfloat16 is faster on a CPU or GPU that has "
-        "instructions for it, and halves the memory of the features; tf32: float32 features, products with a mantissa of "
-        "ten bits on NVIDIA GPUs from Ampere on, float32 elsewhere",
+        description="type of the large products; bfloat16: those of features and weights, and of the pairs of a batch, which "
+        "is faster on a CPU or GPU that has instructions for it, and halves the memory of the features; tf32: float32 "
+        "features, products of features and weights with a mantissa of ten bits on NVIDIA GPUs from Ampere on, float32 "
+        "elsewhere",
     )
     lr: Float = Field(1e-3, gt=0, description="step size of Adam")
     weight_decay: Float = Field(0.0, ge=0, description="L2 penalty that Adam adds to the gradient")

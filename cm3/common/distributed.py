@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
+from cm3.common.arrays import blocks, mapped_zeros
 from cm3.common.errors import UserError
 from cm3.common.torchrun import started_by_torchrun
 
@@ -52,19 +53,23 @@ class ProcessShard:
     def gather(self, part: Tensor, size: int) -> Tensor:
         """Return in the first process, on the CPU, the table of which each process holds its `pairs(size)` of dimension 1.
 
-        The others get their own part. Outside autograd.
+        The others get their own part. The table is float32 and in a temporary file, which the system pages in and out: the
+        first process may have no memory for it. Outside autograd.
         """
-        part = part.detach().cpu()
+        part = part.detach()
         if self.rank:
-            distributed.send(part.contiguous(), 0)
+            for rows in blocks(len(part)):
+                distributed.send(part[rows].cpu().contiguous(), 0)
             return part
-        whole = part.new_empty((len(part), size, *part.shape[2:]))
-        whole[:, self.pairs(size)] = part
+        whole = torch.from_numpy(mapped_zeros((len(part), size, *part.shape[2:])))
+        whole[:, self.pairs(size)] = part.cpu()
         for rank in range(1, self.size):
-            place = whole[:, ProcessShard(rank, self.size).pairs(size)]
-            received = place.new_empty(place.shape)
-            distributed.recv(received, rank)
-            place.copy_(received)
+            theirs = ProcessShard(rank, self.size).pairs(size)
+            for rows in blocks(len(part)):
+                place = whole[rows, theirs]
+                received = torch.empty(place.shape)
+                distributed.recv(received, rank)
+                place.copy_(received)
         return whole
 
     def merge(self, peak: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,11 +86,11 @@ class ProcessShard:
             if parameter.grad is not None:
                 distributed.all_reduce(parameter.grad)
 
-    def agree(self, value: bool) -> bool:
-        """Return the first process's value. On the hosts alone: no GPU waits."""
-        held = torch.tensor([value])
+    def agree(self, values: Sequence[int]) -> list[int]:
+        """Return the first process's numbers. On the hosts alone: no GPU waits."""
+        held = torch.tensor(values)
         distributed.broadcast(held, 0)
-        return bool(held)
+        return held.tolist()
 
     def mean(self, value: float, count: int) -> float:
         """Return the mean over all processes of a mean over `count` values, and of none where that is 0."""
@@ -160,7 +165,7 @@ class _Join(torch.autograd.Function):
 def process_group(device: torch.device) -> Iterator[ProcessShard | None]:
     """Connect the processes that torchrun started, and yield this one's shard; None for a single process.
 
-    On CUDA each process uses the GPU of its local rank and NCCL; on the CPU they use gloo. After an error of the body,
+    On CUDA each process uses the GPU of its local rank; tensors there are exchanged by NCCL, those on the CPU by gloo. After an error of the body,
     disconnecting may take `TEARDOWN_SECONDS`, as it can wait for processes that wait for this one; a process that is
     still there `EXIT_SECONDS` later is ended by the kernel. The launcher then ends the others.
 

@@ -229,7 +229,7 @@ class Validation:
         self.ranking = Ranking(users, masked, device)
         where = self.ranking.users.device
         self.on_device = self.metric.additive and (where.type != "cpu" if on_device is None else on_device)
-        if self.on_device:
+        if self.on_device and len(users):
             self.known = torch.from_numpy(pair_keys(self.truth)).to(where)
             gains = torch.from_numpy(hit_gains(self.metric, self.n_truth, self.k))
             self.gains = gains.to(where, torch.float32 if where.type == "mps" else torch.float64)

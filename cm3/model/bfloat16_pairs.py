@@ -15,7 +15,7 @@ ROW_MULTIPLE = 64
 class Bfloat16Pairs(torch.autograd.Function):
     """log mean exp of the pair exponents q_ab = 2 t (<x_a, x_b> - 1 [+ 1 - s_ab]), a < b, and its gradient, in one pass.
 
-    These are the exponents of `cm3.model.pair_potential` for rows of unit norm. They lie between -4 t and 2 t, so that no
+    These are the exponents of `cm3.model.pair_potential` for rows of unit norm. They lie between -4 t and 4 t, so that no
     largest one has to be subtracted, and a row that counts c times is c times its row in one factor of a product. A block of
     exp(2 t (<x_a, x_b> - s_ab)) is bfloat16 from its first product to its last, and sums over blocks are float32.
     """
@@ -60,12 +60,15 @@ class Bfloat16Pairs(torch.autograd.Function):
         total = sums.total()
         if shard:
             total = shard.sum(total)
-        n_pairs = (weights.sum().square() - weights.square().sum()) / 2
+        if counts is None:
+            n_pairs = torch.full((), given * (given - 1) // 2, device=x.device)
+        else:
+            n_pairs = (counts.sum().square() - counts.square().sum()) // 2
         scale = torch.where(n_pairs > 0, 2 * t / total, torch.zeros_like(total))
         by_x = sums.differences()[:given].mul_(scale) if wanted[0] else None
         by_points = None if point_sums is None else point_sums.pulls()[:given].mul_(-scale)
         ctx.save_for_backward(by_x, by_points)
-        value = total.log() - n_pairs.log() - (2 * t if points is None else 0)
+        value = total.log() - n_pairs.to(total.dtype).log() - (2 * t if points is None else 0)
         return torch.where(n_pairs > 0, value, torch.zeros_like(value))
 
     @staticmethod

@@ -150,12 +150,13 @@ class Network(nn.Module):
         if self.shard is None:
             return get_total_norm(tensors.values())
         whole = get_total_norm([x for name, x in tensors.items() if not self.is_split(name)])
+        own = [x for name, x in tensors.items() if self.is_split(name) and x.numel()]
         # A process may hold no stream; its 0 must be on the device of the others' parts.
-        parts = get_total_norm([x for name, x in tensors.items() if self.is_split(name) and x.numel()]).to(whole.device)
+        parts = get_total_norm(own).to(whole.device) if own else whole.new_zeros(())
         return (whole.square() + self.shard.sum(parts.square())).sqrt()
 
     def is_large(self) -> bool:
-        """Return whether the parameters have `LARGE_MODEL` bytes or more, on the CPU."""
+        """Return whether the parameters have many bytes, on the CPU: see `LARGE_MODEL`."""
         least = LARGE_MODEL // (self.shard.size if self.shard else 1)
         return sum(p.nbytes for p in self.parameters() if p.device.type == "cpu") >= least
 

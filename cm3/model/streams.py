@@ -5,7 +5,7 @@ memory by the number of streams and gives the same result to the last bit; and s
 hold and propagate some streams each.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -64,8 +64,8 @@ class _Streams(torch.autograd.Function):
         ctx.groups = list(_groups(users, items, table_bytes))
         sums = _sums(adjacency, layers, users, ids)
         norms = users.new_empty(*users.shape[:2], 1)
-        by_user = _Columns(users.new_empty, len(users if ids is None else ids), items.shape[1])
-        by_item = _Columns(users.new_empty, *items.shape)
+        by_user = _Columns(users, len(users if ids is None else ids), items.shape[1])
+        by_item = _Columns(users, *items.shape)
         for streams, columns in ctx.groups:
             parts = sums.forward(UnitRows(users, norms, streams), items[:, columns])
             by_user.set(columns, parts[0])
@@ -80,7 +80,7 @@ class _Streams(torch.autograd.Function):
         users, norms, ids = ctx.saved_tensors
         sums = _sums(ctx.adjacency, ctx.layers, users, ids)
         for_users = users.new_empty(users.shape)
-        for_items = _Columns(by_item.new_empty, *by_item.shape)
+        for_items = _Columns(by_item, *by_item.shape)
         for streams, columns in ctx.groups:
             room = for_users.view(len(users), -1)[:, columns]
             grad, grad_of_items = sums.backward(by_user[:, columns], by_item[:, columns], room)
@@ -99,14 +99,14 @@ def _sums(adjacency: SparseMatrix, layers: int, users: Tensor, ids: Tensor | Non
 class _Columns:
     """A table that is set some columns at a time; columns of the whole width are not copied."""
 
-    def __init__(self, new: Callable[[int, int], Tensor], rows: int, width: int) -> None:
-        self._new, self._shape = new, (rows, width)
+    def __init__(self, like: Tensor, rows: int, width: int) -> None:
+        self._like, self._shape = like, (rows, width)
         self._table: Tensor | None = None
 
     @property
     def table(self) -> Tensor:
         if self._table is None:
-            self._table = self._new(*self._shape)
+            self._table = self._like.new_empty(self._shape)
         return self._table
 
     def set(self, columns: slice, part: Tensor) -> None:

@@ -307,9 +307,11 @@ class TrainingRun:
 
     def save_if_due(self, stop: GracefulStop, finished: bool = False) -> None:
         """Write a checkpoint when one is due or at the end, and stop where that is requested."""
-        requested = stop.requested
-        wanted = bool(finished or requested or self._due())
-        if not (self.model.shard.agree(wanted) if self.model.shard else wanted):
+        requested = stop.requested or 0
+        wanted = int(finished or requested > 0 or self._due())
+        if self.model.shard:
+            wanted, requested = self.model.shard.agree([wanted, requested])
+        if not wanted:
             return
         self.check_finite_losses()
         self.save()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cm3.common.cli import stage
-from cm3.common.device import memory_advice, select_device, set_threads
+from cm3.common.device import has_fast_bfloat16, memory_advice, select_device, set_threads
 from cm3.common.distributed import ProcessShard, launch, process_group
 from cm3.common.errors import UserError
 from cm3.common.features import read_features
@@ -87,6 +87,8 @@ def train(
     neighbours = [read_neighbours(similarity[m], model.knn_k, len(data.item_ids))[:2] for m in modalities]
     graph = item_item_matrix(neighbours, [weights[m] for m in modalities], len(data.item_ids))
     network = build_model(filled, observed, graph, model, training.seed, training.precision)
+    if training.precision == "bfloat16" and device.type == "cpu" and not has_fast_bfloat16(device):
+        log.warning("training.precision: bfloat16: this CPU has no instructions for it; float32 is faster")
     with memory_advice(f"copying the model to {device.type}", memory_hint(training)):
         network = network.to(device)
     del vectors, filled, neighbours, graph  # the network has its own copies, perhaps in fewer bytes

@@ -93,6 +93,13 @@ def test_rows_of_count_zero_add_nothing():
     assert not by_x[50:].any() and not by_points[50:].any() and by_x[:50].any()
 
 
+def test_large_counts_are_counted_in_integers():
+    x = functional.normalize(torch.randn(2, 4, generator=torch.Generator().manual_seed(0)), dim=1)
+    counts = torch.tensor([30_000_001, 1])
+    found, expected = tiled_uniformity(x, counts=counts, bfloat16=True), tiled_uniformity(x, counts=counts)
+    assert float(found) == pytest.approx(float(expected), abs=0.05) and float(expected) < -0.1
+
+
 @pytest.mark.parametrize("n", [0, 1])
 def test_no_pair_gives_zero_and_no_gradient(n):
     x = torch.ones(n, 3, requires_grad=True)

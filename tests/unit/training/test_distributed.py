@@ -128,12 +128,13 @@ def test_each_process_holds_its_streams_of_the_users_alone():
     assert torch.equal(torch.cat(held, 1), whole.users)
 
 
-def test_a_process_without_users_adds_nothing_to_the_score(monkeypatch):
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_process_without_users_adds_nothing_to_the_score(monkeypatch, on_device):
     truth = sp.csr_matrix(([1.0], ([0], [2])), (1, 3))  # one user, two processes
     other = {0: torch.tensor([1.0, 1.0]), 1: torch.zeros(2)}
     for rank in range(2):
         monkeypatch.setattr(torch.distributed, "all_reduce", lambda sums, rank=rank: sums.add_(other[rank]))
-        validation = Validation(truth, sp.csr_matrix((1, 3)), "recall@1", shard=ProcessShard(rank, 2))
+        validation = Validation(truth, sp.csr_matrix((1, 3)), "recall@1", "cpu", on_device, ProcessShard(rank, 2))
         assert validation.score(torch.ones(1, 1), torch.tensor([[0.0], [1.0], [2.0]])) == 1
 
 
@@ -149,6 +150,7 @@ def test_sigterm_stops_all_with_a_checkpoint(shop, tmp_path):
     _, stderr = started.communicate(timeout=600)
     assert started.returncode == 143, stderr
     assert "the checkpoint is written" in stderr and not (tmp_path / "model.safetensors").exists()
+    assert "Traceback" not in stderr, "all processes stop together"
 
 
 @pytest.mark.integration

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from cm3.baselines.base import NetworkBaseline, parse_baseline
 from cm3.baselines.inputs import Inputs
+from cm3.common.distributed import ProcessShard
 from cm3.common.topk import top_k_and_ties
 from cm3.config import Model, Training
 from cm3.evaluation.ranking import Ranking, Validation
@@ -118,6 +119,19 @@ def test_a_step_of_cm3(name, device):
     model = cm3(3, training.get("precision", "float32"), **settings)
     kind = settings.get("uniformity_items", "negative")
     assert a_step(model, sampler(kind, settings.get("dedup_pairs", True)), device, **training).total
+
+
+@pytest.mark.parametrize("rank", [0, 3])  # the first of four processes has none of three streams
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_step_of_one_of_several_processes(rank, precision, monkeypatch):
+    reduced = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x, op=None: reduced.append(x.device.type))
+    monkeypatch.setattr(ProcessShard, "check_equal", lambda *_: None)
+    model = cm3(2, precision)
+    model.split(ProcessShard(rank, 4))
+    assert model.users.shape[1] == (rank > 0)
+    assert a_step(model, sampler("negative", True), "meta").total
+    assert set(reduced) == {"meta"}, "a collective whose tensor is elsewhere would wait for ever"
 
 
 @pytest.mark.parametrize("device", ["cuda", "meta"])

@@ -21,6 +21,8 @@ import cm3.training.memory
 from cm3.common.errors import UserError
 from cm3.config import Training
 from cm3.evaluation.ranking import Ranking
+from cm3.model.bfloat16_pairs import Bfloat16Pairs
+from cm3.model.model import Modality
 from cm3.model.sampling import derived_seed
 from cm3.training.schedule import batches_per_step
 
@@ -260,6 +262,20 @@ def test_bfloat16_trains_to_nearly_the_same_model(shop, tmp_path):
     first = [float(history(tmp_path / name)[0]["loss"]) for name in ("float32", "bfloat16")]
     assert first[0] == pytest.approx(first[1], abs=0.01)
     assert abs(exact["best_valid"] - rough["best_valid"]) < 0.1
+
+
+def test_bfloat16_is_that_of_features_and_pairs(shop, tmp_path, monkeypatch, caplog):
+    pairs, features = [], []
+    compute, project = Bfloat16Pairs.apply, Modality.forward
+    monkeypatch.setattr(Bfloat16Pairs, "apply", lambda *given: pairs.append(1) or compute(*given))
+    monkeypatch.setattr(Modality, "forward", lambda self: features.append(self.features.dtype) or project(self))
+    run(shop, tmp_path / "float32", training={"epochs": 1})
+    assert not pairs and set(features) == {torch.float32}
+    features.clear()
+    monkeypatch.setattr("cm3.training.train.has_fast_bfloat16", lambda device: False)
+    run(shop, tmp_path / "bfloat16", training={"epochs": 1, "precision": "bfloat16"})
+    assert pairs and set(features) == {torch.bfloat16}
+    assert "this CPU has no instructions for it; float32 is faster" in caplog.text
 
 
 def test_ranking_halves_its_blocks_when_memory_runs_out(caplog):

@@ -90,6 +90,12 @@ def test_automatic_batches_per_step_are_the_default_of_cm3_alone_and_have_the_ke
     assert in_keys == {"usual": 1, "one": "1", "four": 4, "paper": 1, "mf": 1}
 
 
+def test_bfloat16_has_another_key_than_when_it_was_that_of_the_features_alone():
+    found = load_config(config(rough={"like": "shop", "training": {"precision": "bfloat16"}})).experiments["rough"]
+    assert found.training_settings()["precision"] == "bfloat16"
+    assert found.training_identity()["precision"] == "bfloat16 of features and pairs"
+
+
 def test_a_model_has_a_patience_of_its_own():
     whole = config(
         hasty={"like": "shop", "training": {"patience": 3}},
