@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cm3.common.features import features_schema
-from cm3.common.files import write_json
+from cm3.common.files import read_json, write_json
 from cm3.common.tables import OK, ROW_GROUP
 from cm3.datasets.registry import parse_dataset
 
@@ -115,7 +115,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder, wanted = arguments.folder, {k: v for k, v in vars(arguments).items() if k != "folder"}
     done = folder / "shop.json"
-    if done.exists() and json.loads(done.read_text()) == wanted:
+    if done.exists() and read_json(done) == wanted:
         return
     # What stages made of another shop goes with it.
     shutil.rmtree(folder.parent, ignore_errors=True)
