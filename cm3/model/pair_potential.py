@@ -35,7 +35,9 @@ def tiled_uniformity(
         block_rows: rows of a block; None: `CPU_BLOCK_ROWS`, or as many as `BLOCK_ENTRIES` holds on a GPU.
         bfloat16: compute products of pairs in bfloat16; the rows must be of unit norm.
     """
-    return _potential(x, None, counts, t, None, shard, block_rows, bfloat16)
+    kernel, size = _kernel(x, shard, block_rows, bfloat16)
+    found: Tensor = kernel.apply(x, None, counts, t, None, shard, size)
+    return found
 
 
 def tiled_calibrated_uniformity(
@@ -58,23 +60,17 @@ def tiled_calibrated_uniformity(
         clamp: lower and upper limit of the similarity, whose gradient is 0 outside.
         shard, block_rows, bfloat16: as in `tiled_uniformity`.
     """
-    return _potential(x, points, counts, t, clamp, shard, block_rows, bfloat16)
-
-
-def _potential(
-    x: Tensor,
-    points: Tensor | None,
-    counts: Tensor | None,
-    t: float,
-    clamp: tuple[float, float] | None,
-    shard: ProcessShard | None,
-    block_rows: int | None,
-    bfloat16: bool,
-) -> Tensor:
-    size = block_rows or default_block_rows(len(x), x.device.type, shard.size if shard else 1)
-    pairs = Bfloat16Pairs if bfloat16 else _PairPotential
-    found: Tensor = pairs.apply(x, points, counts, t, clamp, shard, size)
+    kernel, size = _kernel(x, shard, block_rows, bfloat16)
+    found: Tensor = kernel.apply(x, points, counts, t, clamp, shard, size)
     return found
+
+
+def _kernel(
+    x: Tensor, shard: ProcessShard | None, block_rows: int | None, bfloat16: bool
+) -> tuple[type[torch.autograd.Function], int]:
+    """Return what computes the pairs of the rows of `x`, and the rows of a block."""
+    size = block_rows or default_block_rows(len(x), x.device.type, shard.size if shard else 1)
+    return Bfloat16Pairs if bfloat16 else _PairPotential, size
 
 
 class _PairPotential(torch.autograd.Function):
