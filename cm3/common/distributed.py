@@ -165,9 +165,9 @@ class _Join(torch.autograd.Function):
 def process_group(device: torch.device) -> Iterator[ProcessShard | None]:
     """Connect the processes that torchrun started, and yield this one's shard; None for a single process.
 
-    On CUDA each process uses the GPU of its local rank; tensors there are exchanged by NCCL, those on the CPU by gloo. After an error of the body,
-    disconnecting may take `TEARDOWN_SECONDS`, as it can wait for processes that wait for this one; a process that is
-    still there `EXIT_SECONDS` later is ended by the kernel. The launcher then ends the others.
+    On CUDA each process uses the GPU of its local rank. NCCL exchanges tensors on GPUs, and gloo those on the CPU. After an
+    error of the body, disconnecting may take `TEARDOWN_SECONDS`, as it can wait for processes that wait for this one; a
+    process that is still there `EXIT_SECONDS` later is ended by the kernel. The launcher then ends the others.
 
     Raises:
         UserError: fewer GPUs than processes.

@@ -7,9 +7,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cm3.common.distributed import ProcessShard
+from cm3.model.pair_blocks import leave_out_lower, number_of_pairs, pair_blocks
 
 ROW_MULTIPLE = 64
-"""Rows and blocks are padded to a multiple of this: the CPU's library compiles each new shape of a product, which takes longer than it."""
+"""Rows and blocks are padded to a multiple of this: the CPU's library compiles a product of each new shape, which takes longer
+than to compute it."""
 
 
 class Bfloat16Pairs(torch.autograd.Function):
@@ -34,15 +36,11 @@ class Bfloat16Pairs(torch.autograd.Function):
         given, wanted = len(x), ctx.needs_input_grad
         weights = _padded(x.new_ones(given) if counts is None else counts.to(x.dtype))
         x, points = _padded(x), None if points is None else _padded(points)
-        n, block_rows = len(x), block_rows + -block_rows % ROW_MULTIPLE
         rows_by, columns_by = (2 * t * x).bfloat16(), x.bfloat16()
         sums = _WeightedSums(columns_by, weights)
         point_sums = None if points is None or not wanted[1] else _WeightedSums(points.bfloat16(), weights)
         points_by = None if points is None else ((2 * t * points).bfloat16(), points.bfloat16())
-        for block, start in enumerate(range(0, n, block_rows)):
-            if shard and not shard.owns(block):
-                continue
-            rows, columns = slice(start, start + block_rows), slice(start, n)
+        for rows, columns in pair_blocks(len(x), block_rows + -block_rows % ROW_MULTIPLE, shard):
             q = rows_by[rows] @ columns_by[columns].T
             clamped = None
             if points_by is not None and clamp is not None:
@@ -51,8 +49,7 @@ class Bfloat16Pairs(torch.autograd.Function):
                 q -= similarity
                 # Comparisons of integers are faster.
                 clamped = cosine.view(torch.int16) != similarity.view(torch.int16) if point_sums else None
-            corner = q[:, : len(q)]
-            corner.masked_fill_(torch.ones_like(corner, dtype=torch.bool).tril_(), -torch.inf)
+            leave_out_lower(q)
             q.exp_()
             sums.add(q, rows, columns)
             if point_sums and clamped is not None:
@@ -60,10 +57,7 @@ class Bfloat16Pairs(torch.autograd.Function):
         total = sums.total()
         if shard:
             total = shard.sum(total)
-        if counts is None:
-            n_pairs = torch.full((), given * (given - 1) // 2, device=x.device)
-        else:
-            n_pairs = (counts.sum().square() - counts.square().sum()) // 2
+        n_pairs = number_of_pairs(given, counts, x.device)
         scale = torch.where(n_pairs > 0, 2 * t / total, torch.zeros_like(total))
         by_x = sums.differences()[:given].mul_(scale) if wanted[0] else None
         by_points = None if point_sums is None else point_sums.pulls()[:given].mul_(-scale)

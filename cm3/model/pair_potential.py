@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from cm3.common.distributed import ProcessShard
 from cm3.model.bfloat16_pairs import Bfloat16Pairs
+from cm3.model.pair_blocks import leave_out_lower, number_of_pairs, pair_blocks
 
 CPU_BLOCK_ROWS = 256
 """Rows of a block on the CPU: its exponents stay in a core's cache."""
@@ -97,10 +98,7 @@ class _PairPotential(torch.autograd.Function):
         offset = x.square().sum(1) * t
         if counts is not None:
             offset -= counts.to(x.dtype).log()
-        for block, start in enumerate(range(0, n, block_rows)):
-            if shard and not shard.owns(block):
-                continue
-            rows, columns = slice(start, start + block_rows), slice(start, n)
+        for rows, columns in pair_blocks(n, block_rows, shard):
             above = offset[rows, None] if points is None else offset[rows, None] - 2 * t
             q = torch.addmm(offset[columns], x[rows], x[columns].T, beta=-1, alpha=2 * t).sub_(above)
             clamped = None
@@ -109,13 +107,9 @@ class _PairPotential(torch.autograd.Function):
                 similarity = cosine.clamp(*clamp)
                 clamped = cosine != similarity if wanted[1] else None
                 q.sub_(similarity, alpha=2 * t)
-            corner = q[:, : len(q)]
-            corner.masked_fill_(torch.ones_like(corner, dtype=torch.bool).tril_(), -torch.inf)
+            leave_out_lower(q)
             sums.add(q, rows, columns, clamped)
-        if counts is None:
-            n_pairs = torch.full((), n * (n - 1) // 2, device=x.device)
-        else:
-            n_pairs = (counts.sum().square() - counts.square().sum()) // 2
+        n_pairs = number_of_pairs(n, counts, x.device)
         if shard:
             sums.merge(shard)
         ctx.save_for_backward(*sums.gradients(torch.where(n_pairs > 0, t / sums.total, torch.zeros_like(sums.total))))
