@@ -110,6 +110,16 @@ def test_any_lengths_neighbours_and_masks(seed, dim, k, exponent, spread, share,
     assert_same_lists(users, items, masked(seed, share, 20, 200), k, unit)
 
 
+def test_some_long_items_leave_no_doubt_about_the_others(whole_rows):
+    """Their copies are far off. Before each item had its own bound, the longest of all made every list uncertain."""
+    users, items = vectors()
+    items[::50] *= 100
+    assert_same_lists(users, items, masked(), 10)
+    del whole_rows[: len(whole_rows)]
+    Ranking(np.arange(USERS), masked()).top(users, items, 10)
+    assert sum(whole_rows) < USERS / 2
+
+
 def test_scores_below_zero_are_left_to_float32(whole_rows):
     users, items = vectors()
     assert_same_lists(users.abs(), -items.abs(), masked(), 10)
@@ -126,6 +136,14 @@ def test_what_is_not_finite_is_left_to_float32(value):
     assert ReducedProducts(items).top(users, 5, (torch.zeros(0, dtype=torch.int64),) * 2)[2].all()
 
 
+def test_scores_that_overflow_are_left_to_float32():
+    users, items = vectors()
+    users[4] *= 1e22
+    items[7] *= 1e22
+    assert ReducedProducts(items).top(users, 5, (torch.zeros(0, dtype=torch.int64),) * 2)[2][4]
+    assert_same_lists(users, items, masked(), 10)
+
+
 def test_a_cpu_whose_tiles_give_other_sums_uses_float32(monkeypatch):
     users, items = vectors()
     scores = ReducedProducts.scores
@@ -137,7 +155,7 @@ def test_a_cpu_whose_tiles_give_other_sums_uses_float32(monkeypatch):
 def test_products_that_are_worse_than_promised_are_found_out():
     users, items = vectors()
     reduced = ReducedProducts(items)
-    reduced.copies = (items * 1.05).bfloat16()
+    reduced.copies[:, :DIM] = items * 1.05
     assert reduced.top(users, 10, (torch.zeros(0, dtype=torch.int64),) * 2)[2].all()
 
 
