@@ -45,10 +45,8 @@ class Ranking:
         self._set_masked(sp.csr_matrix(masked[users]))
 
     def _set_masked(self, rows: sp.csr_matrix) -> None:
-        device = self.users.device
-        numbers = np.repeat(np.arange(rows.shape[0], dtype=np.int32), np.diff(rows.indptr))
-        self.columns = torch.as_tensor(rows.indices, dtype=torch.int32, device=device)
-        self.rows = torch.as_tensor(numbers, device=device)
+        self.columns = torch.as_tensor(rows.indices, dtype=torch.int32, device=self.users.device)
+        self.counts = torch.as_tensor(np.diff(rows.indptr), device=self.users.device)
         self.offsets = rows.indptr
 
     def _of(self, chosen: np.ndarray) -> "Ranking":
@@ -157,8 +155,9 @@ class Ranking:
         return indices.masked_fill_(top == -torch.inf, -1), top, tied
 
     def _masked_entries(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        part = slice(self.offsets[start], self.offsets[stop])
-        return self.rows[part].long() - start, self.columns[part].long()
+        columns = self.columns[self.offsets[start] : self.offsets[stop]].long()
+        # The number of entries is known here: a GPU is not waited for.
+        return torch.repeat_interleave(self.counts[start:stop], output_size=len(columns)), columns
 
 
 def block_users(n_items: int, device_type: str) -> int:

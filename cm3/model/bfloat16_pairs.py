@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cm3.common.distributed import ProcessShard
-from cm3.model.pair_blocks import leave_out_lower, number_of_pairs, pair_blocks
+from cm3.model.pair_blocks import lower_left_out, number_of_pairs, pair_blocks
 
 ROW_MULTIPLE = 64
 """Rows and blocks are padded to a multiple of this: the CPU's library compiles a product of each new shape, which takes longer
@@ -40,20 +40,25 @@ class Bfloat16Pairs(torch.autograd.Function):
         sums = _WeightedSums(columns_by, weights)
         point_sums = None if points is None or not wanted[1] else _WeightedSums(points.bfloat16(), weights)
         points_by = None if points is None else ((2 * t * points).bfloat16(), points.bfloat16())
-        for rows, columns in pair_blocks(len(x), block_rows + -block_rows % ROW_MULTIPLE, shard):
+        block_rows += -block_rows % ROW_MULTIPLE
+        left_out = lower_left_out(block_rows, columns_by)
+        for rows, columns in pair_blocks(len(x), block_rows, shard):
             q = rows_by[rows] @ columns_by[columns].T
-            clamped = None
+            unclamped = None
             if points_by is not None and clamp is not None:
                 cosine = points_by[0][rows] @ points_by[1][columns].T
                 similarity = cosine.clamp(2 * t * clamp[0], 2 * t * clamp[1])
                 q -= similarity
-                # Comparisons of integers are faster.
-                clamped = cosine.view(torch.int16) != similarity.view(torch.int16) if point_sums else None
-            leave_out_lower(q)
+                if point_sums:
+                    # As integers, all bits set or none; faster than bool.
+                    bits = cosine.view(torch.int16)
+                    unclamped = torch.eq(bits, similarity.view(torch.int16), out=bits).neg_()
+            q[:, : len(q)].add_(left_out[: len(q), : len(q)])
             q.exp_()
             sums.add(q, rows, columns)
-            if point_sums and clamped is not None:
-                point_sums.add(q.masked_fill_(clamped, 0), rows, columns)
+            if point_sums and unclamped is not None:
+                q.view(torch.int16).bitwise_and_(unclamped)
+                point_sums.add(q, rows, columns)
         total = sums.total()
         if shard:
             total = shard.sum(total)

@@ -103,10 +103,10 @@ class Entries:
         """
         if not len(self.columns):
             return x.new_zeros((len(self.offsets) - 1, x.shape[1]))
-        values, columns, step = self.values.to(x.dtype), self.columns, x.stride(0) // max(x.shape[1], 1)
-        if step > 1 and x.stride() == (step * x.shape[1], 1) and step * len(x) < 2**31:
-            # Some columns of a wider table: its memory as rows of this width, of which a bag would make a copy otherwise.
-            columns, x = columns * step, x.as_strided((step * (len(x) - 1) + 1, x.shape[1]), (x.shape[1], 1))
+        values, columns = self.values.to(x.dtype), self.columns
+        step, wider = rows_of_width(x)
+        if step > 1 and step * len(x) < 2**31:
+            columns, x = columns * step, wider  # a bag would make a copy otherwise
         return functional.embedding_bag(
             columns, x, self.offsets, mode="sum", per_sample_weights=values, include_last_offset=True
         )
@@ -135,6 +135,29 @@ class Entries:
         torch.cumsum(wanted, 0, out=before[1:])
         places = wanted.nonzero().squeeze(1)
         return Entries(before[self.offsets], self.columns[places], self.values[places])
+
+
+def rows_of_width(x: Tensor) -> tuple[int, Tensor]:
+    """Return (s, y) for some columns `x` (N, D) of a wider table: row n of `x` is row s n of y, the memory as rows of D.
+
+    Where the table's width is no multiple of D, or `x` is the table, that is (1, x).
+    """
+    n, width = x.shape
+    step = x.stride(0) // max(width, 1)
+    if step < 2 or not n or x.stride() != (step * width, 1):
+        return 1, x
+    return step, x.as_strided((step * (n - 1) + 1, width), (width, 1))
+
+
+def add_rows(x: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
+    """Add `rows` (n, D) to the rows `ids` (n,) of `x` (N, D) in place, repeated ones in their order, and return `x`.
+
+    Torch adds to some columns of a wider table row by row with one thread, four times slower than to rows that are adjacent.
+    """
+    step, wider = rows_of_width(x)
+    for part in blocks(len(ids)):
+        wider.index_add_(0, ids[part] * step, rows[part].contiguous())
+    return x
 
 
 def user_item_matrix(interactions: sp.csr_matrix) -> sp.csr_matrix:

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from cm3.model.graph import Entries, SparseMatrix, sum_of_layers
+from cm3.model.graph import Entries, SparseMatrix, add_rows, sum_of_layers
 from cm3.model.unit_rows import UnitRows
 
 
@@ -89,13 +89,13 @@ class Sides(LayerSums):
                 users.add_to(of_users.product_into(y, z))
                 z = above
             return y, z if self.layers else x.clone()
-        by_user, by_item = y[self.ids], x.clone()
+        by_user, by_item = y.index_select(0, self.ids), x.clone()
         for layer in range(1, self.layers + 1):
             above = of_items.product(y)
             if layer == self.layers and self._few:
                 by_user += of_users.rows(self.ids).product(z)
             else:
-                by_user += of_users.product_into(y, z)[self.ids]
+                by_user += of_users.product_into(y, z).index_select(0, self.ids)
             z = above
             by_item += z
         return by_user, by_item
@@ -111,11 +111,11 @@ class Sides(LayerSums):
                 z = above
             return y, z if self.layers else z.clone()
         first = self._read if self._few else of_items  # before `room` takes memory
-        y = room.zero_().index_add_(0, self.ids, by_user)
+        y = add_rows(room.zero_(), self.ids, by_user)
         z = by_item + 0.0  # no negative zeros, as in a table of zeros to which it is added
         for layer in range(1, self.layers + 1):
             above = (first if layer == 1 else of_items).product_into(torch.empty_like(z), y).add_(by_item)
-            of_users.product_into(y, z).index_add_(0, self.ids, by_user)
+            add_rows(of_users.product_into(y, z), self.ids, by_user)
             z = above
         return y, z
 

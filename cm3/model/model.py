@@ -23,6 +23,7 @@ from cm3.model.graph import SparseMatrix, add_neighbours, user_item_matrix
 from cm3.model.losses import alignment
 from cm3.model.network import Embeddings, Loss, Network, backward
 from cm3.model.pair_potential import tiled_calibrated_uniformity, tiled_uniformity
+from cm3.model.rows import rows_of
 from cm3.model.sampling import Batch, derived_seed, mixing_parameters
 from cm3.model.streams import propagate_streams
 
@@ -78,39 +79,37 @@ class Modality(nn.Module):
             both = _TF32Linear.apply(self.features, weight, bias)
         else:
             both = functional.linear(self.features, weight, bias)
-        activation, control = _Hidden.apply(both, self.hidden.out_features)
-        stream = self._from_hidden(activation, both.detach()[:, : self.hidden.out_features])
+        stream, control = _HiddenLayer.apply(both, self.output.weight)
         return functional.normalize(stream, dim=1), functional.normalize(control, dim=1)
 
-    def _from_hidden(self, activation: Tensor, inner: Tensor) -> Tensor:
-        if activation.device.type != "cpu" or activation.nbytes < LARGE_ACTIVATION:
-            return self.output(activation)  # type: ignore[no-any-return]
-        place = activation.data_ptr()
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda x: None if x.data_ptr() == place else x,
-            lambda x: functional.leaky_relu(inner, _SLOPE) if x is None else x,
-        ):
-            return self.output(activation)  # type: ignore[no-any-return]
 
+class _HiddenLayer(torch.autograd.Function):
+    """LeakyReLU(h) W^T of the first columns h of a table, (I, d), and its other columns as they are.
 
-class _Hidden(torch.autograd.Function):
-    """LeakyReLU of the first columns, and the others as they are; their gradients are written into one table."""
+    The gradient in the table is written into the table itself. Large activations are computed again on the CPU.
+    """
 
     @staticmethod
-    def forward(ctx: Any, both: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(both)
-        ctx.width = width
-        return functional.leaky_relu(both[:, :width], _SLOPE), both[:, width:]
+    def forward(ctx: Any, both: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        width = weight.shape[1]
+        activation = functional.leaky_relu(both[:, :width], _SLOPE)
+        kept = both.device.type != "cpu" or activation.nbytes < LARGE_ACTIVATION
+        ctx.save_for_backward(both, weight, activation if kept else None)
+        return functional.linear(activation, weight), both[:, width:]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, by_activation: Tensor, by_rest: Tensor) -> tuple[Tensor, None]:
-        (both,) = ctx.saved_tensors
-        grad = torch.empty_like(both)
-        inner, target = both[:, : ctx.width], grad[:, : ctx.width]
-        torch.ops.aten.leaky_relu_backward(by_activation, inner, _SLOPE, False, grad_input=target)
-        grad[:, ctx.width :] = by_rest
-        return grad, None
+    def backward(ctx: Any, by_stream: Tensor, by_rest: Tensor) -> tuple[Tensor, Tensor]:
+        both, weight, activation = ctx.saved_tensors
+        inner = both[:, : weight.shape[1]]
+        if activation is None:
+            activation = functional.leaky_relu(inner, _SLOPE)
+        by_weight = by_stream.T @ activation
+        del activation
+        # Nothing reads the table after this.
+        torch.ops.aten.leaky_relu_backward(by_stream @ weight, inner, _SLOPE, False, grad_input=inner)
+        both[:, weight.shape[1] :] = by_rest
+        return both, by_weight
 
 
 class _TF32Linear(torch.autograd.Function):
@@ -232,7 +231,7 @@ class CM3(Network):
 
     def loss(self, embeddings: FusedEmbeddings, batch: Batch) -> Loss:
         """Return alignment + gamma (uniformity of users + calibrated uniformity of items) / 2 over a batch."""
-        return self._loss(_rows(embeddings.users, batch.counted_users.ids), embeddings.items, embeddings.fused, batch)
+        return self._loss(rows_of(embeddings.users, batch.counted_users.ids), embeddings.items, embeddings.fused, batch)
 
     def backward(self, batches: Sequence[Batch], seed: int) -> Loss:
         """Return the mean loss of `batches`, its gradient added to the parameters'. Embeds only the users of the batches."""
@@ -252,7 +251,7 @@ class CM3(Network):
         streams, fused = self.item_streams(t)
         ids = torch.cat(list(held))
         users, items = self._propagated(streams, ids)
-        users = self._weighted(users, _rows(self.stream_logits, ids))
+        users = self._weighted(users, rows_of(self.stream_logits, ids))
         return _StepEmbeddings(list(users.split([len(some) for some in held])), items, fused)
 
     def _whole_loss(self, batch: Batch, embeddings: FusedEmbeddings) -> Loss:
@@ -265,13 +264,13 @@ class CM3(Network):
         negatives = batch.counted_negatives
         users = functional.normalize(users, dim=1)
         # Positives and negatives in one gather, whose gradient is then one table.
-        held = functional.normalize(_rows(items, torch.cat([batch.items, negatives.ids])), dim=1)
+        held = functional.normalize(rows_of(items, torch.cat([batch.items, negatives.ids])), dim=1)
         positives, others = held.split([len(batch.items), len(negatives.ids)])
-        align = self._alignment(_rows(users, batch.counted_users.positions), positives)
+        align = self._alignment(rows_of(users, batch.counted_users.positions), positives)
         shared: Any = {"shard": self.shard, "bfloat16": self.bfloat16_pairs}
         user_uniformity = tiled_uniformity(users, counts=batch.counted_users.counts, **shared)
         if self.settings.calibration:
-            points = _rows(fused.detach() if self.settings.detach_similarity else fused, negatives.ids)
+            points = rows_of(fused.detach() if self.settings.detach_similarity else fused, negatives.ids)
             clamp = (self.settings.min_sim, self.settings.max_sim)
             item_uniformity = tiled_calibrated_uniformity(others, points, clamp, counts=negatives.counts, **shared)
         else:
@@ -318,11 +317,6 @@ class CM3(Network):
             if self.settings.slerp == "reference"
             else ()
         )
-
-
-def _rows(table: Tensor, ids: Tensor) -> Tensor:
-    # `embedding` sums repeated rows in one order in its backward, which indexing does not guarantee.
-    return functional.embedding(ids, table)
 
 
 def fill_missing(embedding: np.ndarray, ok: np.ndarray, missing: str, name: str) -> np.ndarray:

@@ -15,10 +15,13 @@ def pair_blocks(n: int, block_rows: int, shard: ProcessShard | None) -> Iterator
             yield slice(start, start + block_rows), slice(start, n)
 
 
-def leave_out_lower(exponents: Tensor) -> None:
-    """Set the exponents of a block's pairs a >= b to minus infinity."""
-    corner = exponents[:, : len(exponents)]
-    corner.masked_fill_(torch.ones_like(corner, dtype=torch.bool).tril_(), -torch.inf)
+def lower_left_out(block_rows: int, like: Tensor) -> Tensor:
+    """Return what is added to the first columns of a block's exponents to leave out the pairs a >= b, (B, B).
+
+    It is minus infinity there and 0 elsewhere, of the type and device of `like`; a block of fewer rows takes its first ones.
+    """
+    size = min(block_rows, len(like))
+    return torch.full((size, size), -torch.inf, dtype=like.dtype, device=like.device).tril_()
 
 
 def number_of_pairs(n: int, counts: Tensor | None, device: torch.device) -> Tensor:

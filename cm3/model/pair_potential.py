@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from cm3.common.distributed import ProcessShard
 from cm3.model.bfloat16_pairs import Bfloat16Pairs
-from cm3.model.pair_blocks import leave_out_lower, number_of_pairs, pair_blocks
+from cm3.model.pair_blocks import lower_left_out, number_of_pairs, pair_blocks
 
 CPU_BLOCK_ROWS = 256
 """Rows of a block on the CPU: its exponents stay in a core's cache."""
@@ -98,17 +98,18 @@ class _PairPotential(torch.autograd.Function):
         offset = x.square().sum(1) * t
         if counts is not None:
             offset -= counts.to(x.dtype).log()
+        left_out = lower_left_out(block_rows, x)
         for rows, columns in pair_blocks(n, block_rows, shard):
             above = offset[rows, None] if points is None else offset[rows, None] - 2 * t
             q = torch.addmm(offset[columns], x[rows], x[columns].T, beta=-1, alpha=2 * t).sub_(above)
-            clamped = None
+            unclamped = None
             if points is not None and clamp is not None:
                 cosine = points[rows] @ points[columns].T
                 similarity = cosine.clamp(*clamp)
-                clamped = cosine != similarity if wanted[1] else None
                 q.sub_(similarity, alpha=2 * t)
-            leave_out_lower(q)
-            sums.add(q, rows, columns, clamped)
+                unclamped = torch.eq(cosine, similarity, out=cosine) if wanted[1] else None  # 1 or 0
+            q[:, : len(q)].add_(left_out[: len(q), : len(q)])
+            sums.add(q, rows, columns, unclamped)
         n_pairs = number_of_pairs(n, counts, x.device)
         if shard:
             sums.merge(shard)
@@ -144,7 +145,7 @@ class _Sums:
         self.pulls = torch.zeros_like(x) if wanted else None
         self.point_pulls = None if points is None else torch.zeros_like(points)
 
-    def add(self, q: Tensor, rows: slice, columns: slice, clamped: Tensor | None) -> None:
+    def add(self, q: Tensor, rows: slice, columns: slice, unclamped: Tensor | None) -> None:
         """Add the pairs of a block, whose exponents `q` are overwritten."""
         self._raise(torch.maximum(self.peak, q.max()))
         weights = q.sub_(self.peak).exp_()
@@ -155,8 +156,8 @@ class _Sums:
             self.degree[columns] += weights.sum(0)
             self.pulls[rows].addmm_(weights, self.x[columns])
             self.pulls[columns].addmm_(weights.T, self.x[rows])
-        if self.points is not None and self.point_pulls is not None and clamped is not None:
-            weights.masked_fill_(clamped, 0)
+        if self.points is not None and self.point_pulls is not None and unclamped is not None:
+            weights.mul_(unclamped)
             self.point_pulls[rows].addmm_(weights, self.points[columns])
             self.point_pulls[columns].addmm_(weights.T, self.points[rows])
 

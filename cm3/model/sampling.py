@@ -80,9 +80,8 @@ class Sampler:
         self.users, self.items, self.n_items = users, items, n_items
         self.batch_size, self.dedup_pairs, self.seed = batch_size, dedup_pairs, seed
         self.negative_sampling = negative_sampling
-        self.seen = torch.unique(users.long() * n_items + items)
         if negative_sampling == "negative":
-            most, user = torch.bincount(self.seen // n_items).max(0)
+            most, user = torch.bincount(self._pairs() // n_items).max(0)
             if most >= n_items:
                 raise ValueError(f"user {int(user)} has interacted with all {n_items} items: no negative to sample")
 
@@ -115,20 +114,26 @@ class Sampler:
         drawn = self._uniform(len(users), generator)
         if self.negative_sampling == "uniform":
             return drawn.to(users.dtype)
-        taken = torch.nonzero(self._is_seen(users, drawn)).squeeze(1)
+        pairs = self._pairs()  # once an epoch: kept, they would take twice the memory of the items
+        taken = torch.nonzero(self._are_among(pairs, users, drawn)).squeeze(1)
         while len(taken):
             again = self._uniform(len(taken), generator)
             drawn[taken] = again
-            taken = taken[self._is_seen(users[taken], again)]
+            taken = taken[self._are_among(pairs, users[taken], again)]
         return drawn.to(users.dtype)
 
     def _uniform(self, n: int, generator: torch.Generator) -> Tensor:
         return torch.randint(self.n_items, (n,), generator=generator, device=self.users.device)
 
-    def _is_seen(self, users: Tensor, items: Tensor) -> Tensor:
+    def _pairs(self) -> Tensor:
+        """Return the distinct training pairs as user * I + item, ascending."""
+        found: Tensor = torch.unique(self.users.long() * self.n_items + self.items)
+        return found
+
+    def _are_among(self, pairs: Tensor, users: Tensor, items: Tensor) -> Tensor:
         key = users.long() * self.n_items + items
-        position = torch.searchsorted(self.seen, key).clamp_max_(len(self.seen) - 1)
-        found: Tensor = self.seen[position] == key
+        position = torch.searchsorted(pairs, key).clamp_max_(len(pairs) - 1)
+        found: Tensor = pairs[position] == key
         return found
 
 

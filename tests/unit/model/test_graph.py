@@ -14,6 +14,7 @@ import cm3.similarity.exact
 from cm3.model.graph import (
     SparseMatrix,
     add_neighbours,
+    add_rows,
     item_item_matrix,
     knn,
     propagate,
@@ -161,3 +162,17 @@ def test_the_sparse_matrix_of_a_device_is_made_once(monkeypatch):
     matrix.to("cpu")
     matrix.csr_product(x)
     assert len(made) == 3, "after a move"
+
+
+@pytest.mark.parametrize("columns", [slice(0, 8), slice(8, 16), slice(0, 24), slice(4, 12), slice(0, 9), slice(23, 24)])
+def test_rows_are_added_to_columns_of_a_wider_table_in_their_order(columns):
+    generator = torch.Generator().manual_seed(3)
+    table = torch.randn(50, 24, generator=generator)
+    ids = torch.randint(0, 50, (400,), generator=generator)
+    rows = torch.randn(400, 24, generator=generator)[:, columns]
+    expected = table.clone()
+    for place, row in zip(ids.tolist(), rows, strict=True):
+        expected[place, columns] += row
+    found = table.clone()
+    add_rows(found[:, columns], ids, rows)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

@@ -220,7 +220,7 @@ def validation() -> Validation:
 def on(device: str, validation: Validation) -> Ranking:
     ranking = validation.ranking
     validation.known, validation.gains = moved([validation.known, validation.gains], device)
-    ranking.users, ranking.rows, ranking.columns = moved([ranking.users, ranking.rows, ranking.columns], device)
+    ranking.users, ranking.counts, ranking.columns = moved([ranking.users, ranking.counts, ranking.columns], device)
     return ranking
 
 
