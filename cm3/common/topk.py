@@ -71,7 +71,7 @@ def largest(scores: Tensor, width: int) -> tuple[Tensor, Tensor]:
     # Group i holds columns i, i + G, i + 2G, ..: neighbouring groups are adjacent in memory, and the maximum vectorises.
     whole = n_groups * GROUP
     maxima = scores[:, :whole].unflatten(1, (GROUP, n_groups)).amax(dim=1)
-    groups = maxima.topk(width, dim=1, sorted=False).indices
+    groups = largest(maxima, width)[1]
     steps = torch.arange(0, whole, n_groups, device=scores.device)
     rest = torch.arange(whole, n_columns, device=scores.device).expand(len(scores), -1)
     members = torch.cat([(groups[:, :, None] + steps).flatten(1), rest], dim=1)

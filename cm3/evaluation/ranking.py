@@ -96,12 +96,14 @@ class Ranking:
     ) -> np.ndarray:
         """Fill in the lists (R, k) that bfloat16 products make certain, and return the rows of the others."""
         left = np.ones(len(best), bool)
+        scaled = copy.copy(self)
+        scaled.block = 2 * self.block  # their scores take half the memory
 
         def find(start: int, stop: int) -> Found:
             vectors = score.vectors(self.users[start:stop])
             return reduced.top(vectors, best.shape[1], self._masked_entries(start, stop))
 
-        for start, stop, indices, top, unsure in self._in_blocks(find):
+        for start, stop, indices, top, unsure in scaled._in_blocks(find):
             best[start:stop], values[start:stop], left[start:stop] = indices.numpy(), top.numpy(), unsure.numpy()
             if not start and left[:stop].mean() > FUTILE:
                 break

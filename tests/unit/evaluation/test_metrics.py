@@ -96,7 +96,7 @@ def test_an_item_outside_the_matrix_is_refused():
     k=st.integers(1, 12),
     n=st.integers(12, 70),
     levels=st.integers(1, 99),
-    group=st.integers(1, 4),
+    group=st.integers(2, 4),
 )
 def test_top_k_orders_ties_by_lower_index(device, seed, k, n, levels, group):
     scores = np.random.default_rng(seed).integers(0, levels, (7, n)).astype(np.float32)
