@@ -46,7 +46,7 @@ class Ranking:
 
     def _set_masked(self, rows: sp.csr_matrix) -> None:
         self.columns = torch.as_tensor(rows.indices, dtype=torch.int32, device=self.users.device)
-        self.counts = torch.as_tensor(np.diff(rows.indptr), device=self.users.device)
+        self.counts = torch.as_tensor(np.diff(rows.indptr).astype(np.int64), device=self.users.device)
         self.offsets = rows.indptr
 
     def _of(self, chosen: np.ndarray) -> "Ranking":

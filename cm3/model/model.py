@@ -47,6 +47,9 @@ _SLOPE = 0.01  # of LeakyReLU below 0
 LARGE_ACTIVATION = 2**25
 """Bytes of the hidden activations of all items from which the CPU computes them again backward and does not keep them."""
 
+BACKWARD_ROWS = 2**15
+"""Items of one product backward with features in bfloat16 on the CPU."""
+
 
 class Modality(nn.Module):
     """Projects one modality's features x, (I, d_m), onto its stream h and its control point c, both (I, d).
@@ -74,7 +77,7 @@ class Modality(nn.Module):
         weight = torch.cat([self.hidden.weight, self.point.weight])
         bias = torch.cat([self.hidden.bias, self.point.bias])
         if self.features.dtype == torch.bfloat16:
-            both = functional.linear(self.features, weight.bfloat16()).to(weight.dtype) + bias
+            both = _BFloat16Linear.apply(self.features, weight, bias)
         elif self.tf32:
             both = _TF32Linear.apply(self.features, weight, bias)
         else:
@@ -110,6 +113,25 @@ class _HiddenLayer(torch.autograd.Function):
         torch.ops.aten.leaky_relu_backward(by_stream @ weight, inner, _SLOPE, False, grad_input=inner)
         both[:, weight.shape[1] :] = by_rest
         return both, by_weight
+
+
+class _BFloat16Linear(torch.autograd.Function):
+    """x W^T + b for constant x in bfloat16. Backward, the CPU's library copies x into another order: some rows at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return functional.linear(x, weight.bfloat16()).to(weight.dtype).add_(bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor]:
+        (x,) = ctx.saved_tensors
+        size = BACKWARD_ROWS if x.device.type == "cpu" else max(len(x), 1)
+        by_weight = grad.new_zeros(grad.shape[1], x.shape[1])
+        for rows in blocks(len(x), size):
+            by_weight += grad[rows].bfloat16().T @ x[rows]
+        return None, by_weight, grad.sum(0)
 
 
 class _TF32Linear(torch.autograd.Function):

@@ -9,10 +9,11 @@ import oracles_cm3 as oracle
 import pytest
 import scipy.sparse as sp
 import torch
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cm3.config import Model
-from cm3.model.model import CM3, build_model
+from cm3.model.model import CM3, _BFloat16Linear, build_model
 from cm3.model.network import Embeddings, Loss, backward
 from cm3.model.sampling import Batch, count_by_batch
 
@@ -270,3 +271,26 @@ def test_the_embeddings_of_a_step_are_released_before_their_gradients_are_comput
     alive, held, leaf = [], None, torch.ones(2, 3, requires_grad=True)
     backward(embeddings(), [partial(lambda power, found: Loss((found.users**power).sum(), {}), p) for p in (1, 2)])
     assert alive == [False] and torch.equal(leaf.grad, torch.full((2, 3), 5.0))
+
+
+def test_gradients_of_bfloat16_features_in_blocks_of_items(monkeypatch):
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(50, 12, generator=generator).bfloat16()
+    incoming = torch.randn(50, 7, generator=generator)
+
+    def gradients(product):
+        weight = torch.linspace(-1, 1, 84).view(7, 12).requires_grad_()
+        bias = torch.linspace(0, 1, 7).requires_grad_()
+        output = product(x, weight, bias)
+        output.backward(incoming)
+        return output.detach(), weight.grad, bias.grad
+
+    def plain(x, weight, bias):
+        return functional.linear(x, weight.bfloat16()).to(weight.dtype) + bias
+
+    whole = gradients(_BFloat16Linear.apply)
+    torch.testing.assert_close(whole, gradients(plain), rtol=0, atol=0)
+    monkeypatch.setattr("cm3.model.model.BACKWARD_ROWS", 8)
+    blocked = gradients(_BFloat16Linear.apply)
+    torch.testing.assert_close(blocked, whole, rtol=0.02, atol=0.02)
+    assert not torch.equal(blocked[1], whole[1])
