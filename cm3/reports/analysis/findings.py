@@ -217,6 +217,8 @@ def changes(whole: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 
 def _value(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_value, value))
     return str(value).lower() if isinstance(value, bool) else "unset" if value is None else str(value)
 
 

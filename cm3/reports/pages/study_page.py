@@ -97,6 +97,8 @@ def _labels(study: Mapping[str, Any], name: str) -> list[str]:
         of = reranked_experiment(one)
         features = f"lists of {of}" if of else ", ".join(one["modalities"]) or "no content"
         found.append(f"{'CM3' if one['model'] == 'cm3' else one['model']}: {features}")
+    if one["control"] and not one["control_of"]:
+        found.append(f"control: {', '.join(sorted(set(one['control'].values())))}")
     return found + [f"{key} = {setting(value)}" for key, value in one["point"].items()]
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from cm3.reports.analysis.findings import main_experiment, sentences
 from cm3.reports.analysis.pairs import best_of, compare_pairs, find_pair, pairs_to_test
 from cm3.reports.analysis.statistics import bootstrap_means
+from cm3.reports.pages.study_page import _labels
 
 
 def compared(per_user, by_seed=None, pairs=None, resamples=400, seed=0):
@@ -310,3 +311,21 @@ def test_warnings_come_first():
     assert words[1]["text"].startswith("hm has one seed only")
     assert words[2]["text"].startswith("hm is the best of 2 grid points and its control noise of 1")
     assert "Holm" not in words[3]["text"], "one test needs no correction"
+
+
+def test_the_line_below_a_name_tells_a_control_and_lists_without_brackets():
+    settings = {"model.of": "hm", "model.by": ["hm-ease", "hm-content"]}
+    other = {"model.of": "noise", "model.by": ["noise-ease", "noise-content"]}
+    study = {
+        "main": "best",
+        "reference": "best",
+        "experiments": {
+            "best": experiment("rerank", settings=settings),
+            "noise": experiment(control=CONTROL),
+            "control": experiment(control=CONTROL, control_of="hm"),
+            "noise-best": experiment("rerank", settings=other, control=CONTROL),
+        },
+    }
+    assert _labels(study, "noise") == ["CM3: text, image", "control: gaussian"]
+    assert _labels(study, "control") == ["control of hm"]
+    assert _labels(study, "noise-best") == ["of = noise", "by = noise-ease, noise-content", "control: gaussian"]
