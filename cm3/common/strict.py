@@ -58,17 +58,40 @@ def validate(model: type[Model], data: Any, where: str) -> Model:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise UserError("\n".join(_explain(e, model, where) for e in error.errors())) from None
+        faults: dict[str, list[str]] = {}
+        for one in error.errors():
+            told, expected = _explain(one, model, where, _keys(one, data))
+            faults.setdefault(told, []).append(expected)
+        raise UserError("\n".join(told + _alternatives(expected) for told, expected in faults.items())) from None
 
 
-def _explain(error: Any, model: type[BaseModel], where: str) -> str:
-    path = ".".join([where, *(str(part) for part in error["loc"])]).strip(".")
+def _keys(error: Any, data: Any) -> list[Any]:
+    """Return the keys of an error's place without the alternatives of a union, which pydantic names among them."""
+    keys, value, last = [], data, len(error["loc"]) - 1
+    for place, part in enumerate(error["loc"]):
+        whole = place == last and error["type"] != "missing" and error["input"] is value
+        held = part in value if isinstance(value, dict) else isinstance(value, list) and isinstance(part, int)
+        if held and not whole:
+            keys.append(part)
+            value = value[part]
+        elif isinstance(value, dict) and place == last and not whole:  # a key that is missing, or the default of one
+            keys.append(part)
+    return keys
+
+
+def _explain(error: Any, model: type[BaseModel], where: str, keys: list[Any]) -> tuple[str, str]:
+    """Return the place and the value of an error, and what is expected there."""
+    path = ".".join([where, *map(str, keys)]).strip(".")
     if error["type"] == "extra_forbidden":
-        return f"{path}: unknown key{nearest(error['loc'][-1], _fields_at(model, error['loc'][:-1]))}"
+        return f"{path}: ", f"unknown key{nearest(keys[-1], _fields_at(model, tuple(keys[:-1])))}"
     if error["type"] == "missing":
-        return f"{path}: required, but not given"
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{path} = {hide_secrets(repr(error['input']))}: {message}"
+        return f"{path}: ", "required, but not given"
+    return f"{path} = {hide_secrets(repr(error['input']))}: ", error["msg"].removeprefix("Value error, ")
+
+
+def _alternatives(expected: list[str]) -> str:
+    first, *others = dict.fromkeys(expected)
+    return " or ".join([first, *(text.removeprefix("Input should be ") for text in others)])
 
 
 def _fields_at(model: Any, path: tuple[Any, ...]) -> list[str]:

@@ -85,7 +85,7 @@ def candidates_of(k: int) -> int:
 
 
 class ReducedProducts:
-    """Lists of the best items by bfloat16 products with the items (I, D) float32; a seventh of the time of float32.
+    """Lists of the best items by bfloat16 products with the items (I, D) float32, in a quarter of the time or less.
 
     For a vector u and an item i with copies v and j in bfloat16, |u i - v j| <= |u| |i - j| + |u - v| |j| by Cauchy and
     Schwarz; the differences are measured. Sums of D products in float32, of the copies and of the float32 product itself, in
@@ -99,16 +99,14 @@ class ReducedProducts:
         self.items = items
         self.copies = items.new_empty(len(items), items.shape[1] + 2, dtype=torch.bfloat16)
         self._longest = torch.zeros((), dtype=torch.float64)
+        of_sums = self.copies.shape[1] * 2.0**-21
         for part, copies in zip(items.split(2**16), self.copies.split(2**16), strict=True):
             length, residual = _bounded_copies(part, copies)
-            copies[:, -2] = _above(residual + self._sums() * length)
+            copies[:, -2] = _above(residual + of_sums * length)
             copies[:, -1] = _above(length + residual)
             self._longest = torch.maximum(self._longest, length.max())
         self.buffer = self.copies.new_empty(0, len(items))
         self._reproduced: dict[int, bool] = {}
-
-    def _sums(self) -> float:
-        return self.copies.shape[1] * 2.0**-21
 
     def reproduces(self, vectors: Tensor, width: int) -> bool:
         """Return whether scores of so many candidates have the bits of the whole float32 product, as for these vectors."""

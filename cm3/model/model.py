@@ -20,10 +20,10 @@ from cm3.config import Model
 from cm3.model.fused_slerp import fused_slerp
 from cm3.model.fusion import lerp, reference_slerp, slerp, spherical_bezier
 from cm3.model.graph import SparseMatrix, add_neighbours, user_item_matrix
+from cm3.model.lookup import lookup
 from cm3.model.losses import alignment
 from cm3.model.network import Embeddings, Loss, Network, backward
 from cm3.model.pair_potential import tiled_calibrated_uniformity, tiled_uniformity
-from cm3.model.rows import rows_of
 from cm3.model.sampling import Batch, derived_seed, mixing_parameters
 from cm3.model.streams import propagate_streams
 
@@ -253,7 +253,7 @@ class CM3(Network):
 
     def loss(self, embeddings: FusedEmbeddings, batch: Batch) -> Loss:
         """Return alignment + gamma (uniformity of users + calibrated uniformity of items) / 2 over a batch."""
-        return self._loss(rows_of(embeddings.users, batch.counted_users.ids), embeddings.items, embeddings.fused, batch)
+        return self._loss(lookup(embeddings.users, batch.counted_users.ids), embeddings.items, embeddings.fused, batch)
 
     def backward(self, batches: Sequence[Batch], seed: int) -> Loss:
         """Return the mean loss of `batches`, its gradient added to the parameters'. Embeds only the users of the batches."""
@@ -273,7 +273,7 @@ class CM3(Network):
         streams, fused = self.item_streams(t)
         ids = torch.cat(list(held))
         users, items = self._propagated(streams, ids)
-        users = self._weighted(users, rows_of(self.stream_logits, ids))
+        users = self._weighted(users, lookup(self.stream_logits, ids))
         return _StepEmbeddings(list(users.split([len(some) for some in held])), items, fused)
 
     def _whole_loss(self, batch: Batch, embeddings: FusedEmbeddings) -> Loss:
@@ -286,13 +286,13 @@ class CM3(Network):
         negatives = batch.counted_negatives
         users = functional.normalize(users, dim=1)
         # Positives and negatives in one gather, whose gradient is then one table.
-        held = functional.normalize(rows_of(items, torch.cat([batch.items, negatives.ids])), dim=1)
+        held = functional.normalize(lookup(items, torch.cat([batch.items, negatives.ids])), dim=1)
         positives, others = held.split([len(batch.items), len(negatives.ids)])
-        align = self._alignment(rows_of(users, batch.counted_users.positions), positives)
+        align = self._alignment(lookup(users, batch.counted_users.positions), positives)
         shared: Any = {"shard": self.shard, "bfloat16": self.bfloat16_pairs}
         user_uniformity = tiled_uniformity(users, counts=batch.counted_users.counts, **shared)
         if self.settings.calibration:
-            points = rows_of(fused.detach() if self.settings.detach_similarity else fused, negatives.ids)
+            points = lookup(fused.detach() if self.settings.detach_similarity else fused, negatives.ids)
             clamp = (self.settings.min_sim, self.settings.max_sim)
             item_uniformity = tiled_calibrated_uniformity(others, points, clamp, counts=negatives.counts, **shared)
         else:

@@ -11,17 +11,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from cm3.model.graph import SparseMatrix, propagate
+from cm3.model.lookup import lookup as lookup
 
 
 def xavier_embedding(n: int, d: int) -> nn.Parameter:
     """Return an (n, d) parameter drawn uniformly by Glorot and Bengio's rule, from torch's global generator."""
     return nn.Parameter(nn.init.xavier_uniform_(torch.empty(n, d)))
-
-
-def lookup(table: Tensor, ids: Tensor) -> Tensor:
-    """Return the rows `ids` (B,) of a table (N, d)."""
-    # `embedding` sums repeated rows in one order in its backward, which indexing does not promise.
-    return functional.embedding(ids, table)
 
 
 def bpr_loss(users: Tensor, items: Tensor, others: Tensor) -> Tensor:

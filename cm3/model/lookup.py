@@ -11,7 +11,7 @@ FEW = 4
 """A leaf with at least this many rows for each one that is read gets its gradient row by row on the CPU."""
 
 
-def rows_of(table: Tensor, ids: Tensor) -> Tensor:
+def lookup(table: Tensor, ids: Tensor) -> Tensor:
     """Return the rows `ids` (n,) of `table` (N, D), (n, D); repetitions are allowed.
 
     The gradient of a large leaf on the CPU is added to `table.grad` without a table of zeros for each of several losses

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from cm3.model.lookup import FEW, lookup
 from cm3.model.network import Embeddings, Loss, backward
-from cm3.model.rows import FEW, rows_of
 
 N, D = 200, 5
 
@@ -27,29 +27,30 @@ def test_gradients_of_several_losses_are_those_of_whole_tables_to_the_last_bit(i
     for ids in draws():
         weights = torch.randn(len(ids), D)
         (functional.embedding(ids, expected) * weights).sum().backward()
-        (rows_of(found, ids.to(index)) * weights).sum().backward()
+        (lookup(found, ids.to(index)) * weights).sum().backward()
     torch.testing.assert_close(found.grad, expected.grad, rtol=0, atol=0)
     assert (found.grad == 0).all(dim=1).any() and (found.grad != 0).any()
 
 
-def whole_tables(monkeypatch, table, ids):
-    made = []
-    zeros = torch.Tensor.new_zeros, torch.zeros_like
-    monkeypatch.setattr(torch, "zeros_like", lambda x: made.append(x.shape) or zeros[1](x))
-    rows_of(table, ids).sum().backward()
-    return made
-
-
 def test_one_table_is_made_for_all_losses(monkeypatch):
-    table = leaf()
-    assert whole_tables(monkeypatch, table, draws()[0]) == [(N, D)]
-    assert whole_tables(monkeypatch, table, draws()[1]) == []
+    made, zeros_like, table = [], torch.zeros_like, leaf()
+    monkeypatch.setattr(torch, "zeros_like", lambda x: made.append(x.shape) or zeros_like(x))
+    for ids in draws():
+        lookup(table, ids).sum().backward()
+    assert made == [(N, D)]
 
 
-@pytest.mark.parametrize("table", [nn.Parameter(leaf().detach()), leaf() * 2, leaf().detach()])
-def test_other_tables_and_many_rows_take_the_usual_way(table):
-    assert type(rows_of(table, draws()[0]).grad_fn).__name__ in ("EmbeddingBackward0", "NoneType")
-    assert type(rows_of(leaf(), torch.arange(N)).grad_fn).__name__ == "EmbeddingBackward0"
+@pytest.mark.parametrize(
+    ("table", "ids"),
+    [(nn.Parameter(leaf().detach()), draws()[0]), (leaf() * 2, draws()[0]), (leaf(), torch.arange(N))],
+    ids=["a parameter", "not a leaf", "many rows"],
+)
+def test_other_tables_and_many_rows_take_the_usual_way(table, ids):
+    assert type(lookup(table, ids).grad_fn).__name__ == "EmbeddingBackward0"
+
+
+def test_a_constant_table_has_no_gradient():
+    assert lookup(leaf().detach(), draws()[0]).grad_fn is None
 
 
 def test_embeddings_that_are_cut_get_the_gradient_of_one_graph():
@@ -63,5 +64,5 @@ def test_embeddings_that_are_cut_get_the_gradient_of_one_graph():
         loss = backward(made, losses)
         return loss.total, users.grad, items.grad
 
-    for found, expected in zip(run(rows_of), run(lambda table, ids: functional.embedding(ids, table)), strict=True):
+    for found, expected in zip(run(lookup), run(lambda table, ids: functional.embedding(ids, table)), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
