@@ -47,7 +47,11 @@ NAMED = {"path": "items.jsonl", "columns": {"image": "photo"}}
         ({**FILES, "images": {"pattern": "{item_id}.jpg"}}, r"pattern needs images\.folder"),
         (
             {**FILES, "images": {"folder": "p", "pattern": "{id}.jpg"}},
-            r"images\.pattern\.0 = '{id}\.jpg': may hold {item_id}",
+            r"images\.pattern = '{id}\.jpg': may hold {item_id}",
+        ),
+        (
+            {**FILES, "images": {"folder": "p", "pattern": ["{item_id}.jpg", "{id}.png"]}},
+            r"images\.pattern\.1 = '{id}\.png': may hold {item_id}",
         ),
         ({**FILES, "images": {"folder": "p", "pattern": "{item_id.__class__}"}}, r"may hold {item_id}"),
         ({**FILES, "images": {"folder": "p", "pattern": "{item_id!r}"}}, r"may hold {item_id}"),
