@@ -6,6 +6,7 @@ import contextlib
 import functools
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
@@ -20,9 +21,10 @@ CHUNK_COLUMNS = 2**16
 MARGIN = 16
 PILOT = 512
 """Rows that decide whether reduced products are worth a pass."""
-_FUTILE = 0.5  # of these need another pass
+_RARE, _FUTILE = 0.1, 0.5  # of these need another pass
 # Half a unit in the last place of a float32 of at most 1, doubled.
 _ROUNDING = 2.0**-24
+_BFLOAT16_ROUNDING = 2.0**-8  # of a number that is rounded to bfloat16, relative to it
 # Entries of one float64 piece: in the CPU's cache, or enough to occupy a GPU.
 _PIECE = {"cpu": 2**18, "cuda": 2**26}
 
@@ -34,13 +36,14 @@ def knn(
 
     The scores are cosines computed in float64 and rounded (`UnitRows.rounded`); of equal ones the lower index comes
     first. Neither indices nor scores depend on the block size, the threads or the device. A row of zeros has cosine 0
-    with every row. Memory: one float32 copy of the features and one block; never an N x N matrix.
+    with every row. Memory: one copy of the features, at most float32, and one block; never an N x N matrix.
 
     Algorithm: unit rows are quantised to the type that the machine multiplies fastest (bfloat16 where a CPU has
-    instructions for it, TF32 on a GPU). The quantisation error is measured, which bounds the error of a product by Cauchy
-    and Schwarz. The best k + 32 candidates of each row are scored in float64. Where the last of them is within the bound of
-    the k-th score, a row outside the candidates could be a neighbour; such rows are searched again in float32, and the rest
-    in float64. If that would be most rows, as a few show beforehand, all are searched in float32 at once.
+    instructions for it, with products of the same type; TF32 on a GPU). The quantisation error is measured, which bounds
+    the error of a product by Cauchy and Schwarz. The best candidates of each row, k and some more, are scored in float64.
+    Where the last of them is within the bound of the k-th score, a row outside the candidates could be a neighbour; such
+    rows are searched again in float32, and the rest in float64. A few rows show beforehand how many candidates it takes,
+    and if that would be most rows, all are searched in float32 at once.
 
     Args:
         features: (N, d), float32 or float64; the scores have the same type. Other types are converted to float32.
@@ -74,18 +77,29 @@ def _nearest(unit_rows: UnitRows, rows: Tensor, k: int, among: Tensor | None) ->
     indices = torch.empty((len(rows), k), dtype=torch.int64, device=rows.device)
     scores = torch.empty((len(rows), k), dtype=unit_rows.dtype, device=rows.device)
     pending = torch.arange(len(rows), device=rows.device)
-    bits = droppable_bits(rows.device)
+    bits, margin = droppable_bits(rows.device), 2 * MARGIN
     if bits and len(rows) >= 16 * PILOT:
-        # Where neighbours are too close for reduced products, a pass with them is lost time.
-        pilot = rows[:: len(rows) // PILOT]
-        bits = 0 if scan(unit_rows, pilot, k, among, bits)[2].float().mean() > _FUTILE else bits
-    for dropped_bits in dict.fromkeys((bits, 0)):
+        bits, margin = _reduced_pass(unit_rows, rows[:: len(rows) // PILOT], k, among, bits)
+    for dropped_bits, more in {bits: margin, 0: MARGIN}.items():
         if len(pending):
-            indices[pending], scores[pending], unsure = scan(unit_rows, rows[pending], k, among, dropped_bits)
+            indices[pending], scores[pending], unsure = scan(unit_rows, rows[pending], k, among, dropped_bits, more)
             pending = pending[unsure]
     if len(pending):
         indices[pending], scores[pending] = _finish(unit_rows, rows[pending], k, among, scores[pending, -1])
     return indices, scores
+
+
+def _reduced_pass(unit_rows: UnitRows, pilot: Tensor, k: int, among: Tensor | None, bits: int) -> tuple[int, int]:
+    """Return the bits to drop and the candidates besides k, as results of some rows `pilot` suggest.
+
+    Where neighbours are too close for reduced products, a pass with them is lost time, and 0 bits are dropped.
+    """
+    unsure = 1.0
+    for margin in (2 * MARGIN, 4 * MARGIN):
+        unsure = scan(unit_rows, pilot, k, among, bits, margin)[2].float().mean().item()
+        if unsure < _RARE:
+            return bits, margin
+    return (bits, 4 * MARGIN) if unsure <= _FUTILE else (0, MARGIN)
 
 
 def droppable_bits(device: torch.device) -> int:
@@ -107,40 +121,44 @@ def _reduced_products(allowed: bool) -> Iterator[None]:
 
 
 def scan(
-    unit_rows: UnitRows, rows: Tensor, k: int, among: Tensor | None, dropped_bits: int
+    unit_rows: UnitRows, rows: Tensor, k: int, among: Tensor | None, dropped_bits: int, margin: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return indices and scores (R, k) of the nearest candidates, and (R,) bool: the result of the row is not certain.
 
+    Besides k there are `margin` candidates: the wider the bound, the more it takes, and a row with too few is searched again.
     Does not synchronise a GPU.
     """
     copies, error = unit_rows.quantised(dropped_bits)
+    relative = _BFLOAT16_ROUNDING if copies.dtype == torch.bfloat16 else 0.0  # error of a product, besides
     others = copies if among is None else copies[among]
     n = len(others)
-    # A wider bound needs more candidates; with too few the row is searched a second time.
-    width = min(n, k + (2 * MARGIN if dropped_bits else MARGIN))
+    width = min(n, k + margin)
     indices = torch.empty((len(rows), k), dtype=torch.int64, device=rows.device)
     scores = torch.empty((len(rows), k), dtype=unit_rows.dtype, device=rows.device)
     unsure = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
     columns = min(n, CHUNK_COLUMNS)
     block = max(1, min(len(rows), block_entries(rows.device) // columns))
     # Page faults of fresh memory for each product would cost more than the selection.
-    buffer = torch.empty(block * columns, device=rows.device)
+    buffer = copies.new_empty(block * columns)
     with _reduced_products(dropped_bits > 0):
         for start in range(0, len(rows), block):
             here = slice(start, start + block)
             bounds, candidates = candidates_of(copies[rows[here]], others, width, columns, buffer)
             candidates, order = candidates.sort(dim=1)
             candidates = candidates if among is None else among[candidates]
-            bounds = bounds.gather(1, order)
+            bounds = bounds.gather(1, order).double()
             cosines = unit_rows.cosines(rows[here], candidates)
             # A stable sort of candidates in index order: so are equal scores.
             ranked, position = unit_rows.rounded(cosines).sort(dim=1, descending=True, stable=True)
             scores[here] = ranked[:, :k]
             indices[here] = candidates.gather(1, position[:, :k])
             if width < n:
-                unsure[here] = bounds.amin(dim=1) >= ranked[:, k - 1].double() - error - _ROUNDING
+                least = bounds.amin(dim=1)
+                unsure[here] = least + relative * least.abs() >= ranked[:, k - 1].double() - error - _ROUNDING
+                if relative:  # of negative numbers, `candidates_of` may have missed the largest
+                    unsure[here] |= ~(least > 0)
             # The bound assumes how products are accumulated; this checks the machine.
-            unsure[here] |= ((bounds - cosines).abs() > error).any(dim=1)
+            unsure[here] |= ((bounds - cosines).abs() > error + relative * bounds.abs()).any(dim=1)
     return indices, scores, unsure
 
 
@@ -153,19 +171,26 @@ def block_entries(device: torch.device) -> int:
 
 
 def candidates_of(vectors: Tensor, others: Tensor, width: int, columns: int, buffer: Tensor) -> tuple[Tensor, Tensor]:
-    """Return values and column indices (R, width) of the largest products of `vectors` with `others`, unordered."""
+    """Return values and column indices (R, width) of the largest products of `vectors` with `others`, unordered.
+
+    Of bfloat16 products, those above 0 are the largest; of the others, any may be returned.
+    """
     found: list[tuple[Tensor, Tensor]] = []
     for first in range(0, len(others), columns):
         some = others[first : first + columns]
         product = buffer[: len(vectors) * len(some)].view(len(vectors), len(some))
         torch.mm(vectors, some.T, out=product)
+        if product.dtype == torch.bfloat16:
+            # As integers, positive numbers have the same order, in which maxima are found in a third of the time.
+            product = product.view(torch.int16)
         values, places = largest(product, min(width, len(some)))
         found.append((values, places + first))
         if len(found) > 1:
             values, places = (torch.cat(pair, dim=1) for pair in zip(*found, strict=True))
             values, best = values.topk(min(width, values.shape[1]), dim=1, sorted=False)
             found = [(values, places.gather(1, best))]
-    return found[0]
+    values, places = found[0]
+    return values.view(vectors.dtype) if vectors.dtype == torch.bfloat16 else values, places
 
 
 def knn_in_blocks(features: Tensor, k: int, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -302,17 +327,22 @@ class UnitRows:
     def quantised(self, dropped_bits: int) -> tuple[Tensor, Tensor]:
         """Return float32 unit rows (N, d) rounded by `dropped_bits` low bits, and a bound of the error of their products.
 
+        Without their 16 low bits they are bfloat16; what a product loses in that type is not in the bound.
+
         With u = c + r for the unit rows u and their copies c, |u_i u_j - c_i c_j| <= |r_i| + |r_j| + |r_i||r_j| by
         Cauchy and Schwarz; |r| is measured. Accumulating d products in float32, rounded or truncated and in any order,
         adds at most d 2^-22. The bound is a 0-d float64 tensor on the rows' device.
         """
-        on_cpu = self._x.device.type == "cpu"
-        copies = torch.from_numpy(zeros(self.shape)) if on_cpu else torch.empty(self.shape, device=self._x.device)
+        dtype = torch.bfloat16 if dropped_bits == 16 else torch.float32
+        if self._x.device.type == "cpu":
+            copies = torch.from_numpy(zeros(self.shape, np.int16 if dropped_bits == 16 else np.float32)).view(dtype)
+        else:
+            copies = torch.empty(self.shape, dtype=dtype, device=self._x.device)
         residual = torch.zeros((), dtype=torch.float64, device=self._x.device)
         for part in self._parts():
             unit = self.unit(part)
-            copy = unit.float()
-            if dropped_bits:
+            copy = unit.to(dtype)
+            if 0 < dropped_bits < 16:
                 bits = copy.view(torch.int32) + (1 << (dropped_bits - 1))  # to the nearest
                 copy = (bits & (-1 << dropped_bits)).view(torch.float32)
             copies[part] = copy

@@ -205,7 +205,7 @@ def test_neighbours(include, dtype, bits, monkeypatch):
     with fake_device(), Launches("cuda"):
         unit_rows = UnitRows(torch.empty(70, D, dtype=dtype, device="cuda"))
         among = None if include is None else torch.arange(include, device="cuda")
-        indices, scores, unsure = scan(unit_rows, torch.arange(70, device="cuda"), 3, among, bits)
+        indices, scores, unsure = scan(unit_rows, torch.arange(70, device="cuda"), 3, among, bits, margin=16)
         assert {x.device.type for x in (indices, scores, unsure)} == {"cuda"} and scores.dtype == dtype
 
 
