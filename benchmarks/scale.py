@@ -84,7 +84,13 @@ Runs = dict[str, dict[int, Run]]  # by stage and number of items
 def run(job: str, arguments: Sequence[str], log: Path, options: argparse.Namespace) -> Run:
     """Run a stage to its end or to a limit."""
     command = [sys.executable, "-m", STAGES[job.partition("-")[0]].module, *arguments]
-    lent = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "3000", "CM3_STOP_WITH_PARENT": "1"}  # as the workflow does
+    # As the workflow does.
+    lent = {
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": "3000",
+        "THP_MEM_ALLOC_ENABLE": "1",
+        "CM3_STOP_WITH_PARENT": "1",
+    }
     environment = {**lent, **os.environ, "PYTHONPATH": str(ROOT)}
     clock, fault, pid = time.perf_counter(), "", 0
     with log.open("w") as file:
