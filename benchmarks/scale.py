@@ -6,13 +6,15 @@
 
 Shops are made up by benchmarks/scale_data.py. Each stage runs as the workflow runs it, `python -m STAGE` in its threads
 and environment: seconds are those of the whole process, peak memory is what the kernel counted (wait4). Neighbours are
-exact up to `--approximate-from` items, and approximate from there on. Training takes one epoch of one modality with its
-validation, and the exact graph or else an approximate one. What is over a limit is stopped, and not tried on more items;
-what needs its output is skipped. With `--folder` files stay, and stages not in `--stages` are taken as they lie there.
+exact up to `--approximate-from` items, and approximate from there on (hnsw where faiss is installed). Training takes
+one epoch of one modality with its validation, and the exact graph or else an approximate one. What is over a limit is
+stopped, and not tried on more items; what needs its output is skipped. With `--folder` files stay, and stages not in
+`--stages` are taken as they lie there.
 """
 
 import argparse
 import functools
+import importlib.util
 import json
 import math
 import os
@@ -35,7 +37,7 @@ sys.path.insert(0, str(ROOT))
 from cm3.common.stages import STAGES  # noqa: E402
 
 ABOVE = 2.0  # seconds above start-up from which a run tells of growth
-METHODS = ("exact", "ivf", "hnsw")
+METHODS = ("exact", "ivf", "hnsw") if importlib.util.find_spec("faiss") else ("exact", "ivf")
 
 _TABLES = "interactions=split/interactions.parquet items=prepare/items.parquet users=prepare/users.parquet"
 _VECTORS = "user_embeddings=train/users.parquet item_embeddings=train/items.parquet"
