@@ -94,15 +94,21 @@ class Terminal(logging.Handler):
         self._reported = False
         self._bar: tqdm[Any] | None = None
         self._ended = threading.Event()
+        self._muted = False
+        # Those of `--quiet`. What they leave out is not printed, but counts: errors and failures are always reported.
+        self._printed = logging.Filterer()
         for rule in original.filters:
-            self.addFilter(rule)
+            self._printed.addFilter(rule)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print what a record means for the user."""
         event = getattr(record, "event", None)
+        self._muted = event != LogEvent.ERROR and not self._printed.filter(record)
         try:
             if event == LogEvent.ERROR:
                 self._error(record, sys.exc_info()[1])
+            elif self._muted and not (event in _EVENTS and self.executes()):
+                return
             elif not self.executes():
                 if not _says_nothing(record):
                     self.original.handle(record)  # of `--dry-run`, `--summary` and the like
@@ -119,9 +125,13 @@ class Terminal(logging.Handler):
                 self.show(f"{record.levelname}: {record.getMessage()}")
         except Exception:
             self.handleError(record)
+        finally:
+            self._muted = False
 
     def show(self, text: str) -> None:
-        """Print lines above the bar."""
+        """Print lines above the bar, unless they are of a record that `--quiet` leaves out."""
+        if self._muted:
+            return
         with tqdm.external_write_mode(file=self.stream):
             print(text, file=self.stream, flush=True)
 
@@ -134,7 +144,7 @@ class Terminal(logging.Handler):
         self.show(f"{self._total} jobs: {jobs}")
         for line in self.forecast():
             self.show(f"  {line}")
-        if self.stream.isatty():
+        if self.stream.isatty() and not self._muted:
             self._bar = tqdm(
                 total=self._total,
                 file=self.stream,

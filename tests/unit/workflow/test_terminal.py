@@ -4,6 +4,7 @@ import io
 import logging
 import re
 import subprocess
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,10 @@ Traceback (most recent call last):
 class Screen:
     """A terminal with a buffer as its stream, and the handler of Snakemake that it replaces."""
 
-    def __init__(self, executes: bool = True, **options: Any) -> None:
+    def __init__(self, executes: bool = True, left_out: Collection[LogEvent] = (), **options: Any) -> None:
         self.stream, self.original_stream = io.StringIO(), io.StringIO()
         original = logging.StreamHandler(self.original_stream)
+        original.addFilter(lambda record: getattr(record, "event", None) not in left_out)
         self.terminal = Terminal(original, lambda: executes, stream=self.stream, **options)
 
     def send(self, event: LogEvent | None, text: str = "", level: int = logging.INFO, **fields: Any) -> None:
@@ -225,6 +227,25 @@ def test_quiet_filters_of_snakemake_stay():
     vars(record).update(event=LogEvent.JOB_INFO, jobid=1, rule_name="a", output=["x"], log=[], shellcmd="")
     terminal.handle(record)
     assert stream.getvalue() == ""
+
+
+@pytest.mark.parametrize("left_out", [{LogEvent.JOB_INFO, LogEvent.JOB_ERROR, LogEvent.RUN_INFO}, set(LogEvent)])
+def test_a_quiet_run_tells_why_it_failed(left_out):
+    Path("job.log").write_text(LOG)
+    screen = Screen(left_out=left_out)
+    screen.start(1, "train", "results/shop/runs/1/model.safetensors")
+    screen.fail(1)
+    assert screen.text == ""
+    screen.terminal.report_failures()
+    assert screen.lines[1] == "train shop failed:"
+    assert "the loss is not finite" in screen.lines[2]
+    assert screen.lines[-1].startswith("Correct the cause")
+
+
+def test_quiet_hides_no_error():
+    screen = Screen(left_out=set(LogEvent))
+    screen.error(WorkflowError("the folder is locked"))
+    assert screen.lines == ["the folder is locked"]
 
 
 def test_nothing_to_do_shows_the_results():
